@@ -1,0 +1,2 @@
+from pliant.checkpoint.hook import install
+install()

@@ -1,0 +1,34 @@
+"""What a model is made of: blocks in order, and the axes that tie their tensors together."""
+
+from pliant.anatomy.anatomy import (
+    Anatomy,
+    Attribute,
+    Axis,
+    Block,
+    Weight,
+    anatomy_of,
+    blocks_of,
+    global_size,
+    layers_of,
+    plain_config,
+)
+from pliant.anatomy.architecture import Architecture, Part, architecture_of, catalogue
+from pliant.anatomy.null import Null
+
+__all__ = [
+    "Anatomy",
+    "Architecture",
+    "Attribute",
+    "Axis",
+    "Block",
+    "Null",
+    "Part",
+    "Weight",
+    "anatomy_of",
+    "architecture_of",
+    "blocks_of",
+    "catalogue",
+    "global_size",
+    "layers_of",
+    "plain_config",
+]

@@ -1,0 +1,144 @@
+"""Run a model as one of its sub-networks: the same modules reading sliced views of the same tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from pliant.anatomy import Anatomy, Block, Null, Part, Weight, anatomy_of, layers_of
+from pliant.elastic.subnet import Subnet, validate
+
+
+class Follower:
+    """A config seen by one module: some keys have that module's own value, every other key is the live config's."""
+
+    def __init__(self, config: Any, values: Mapping[str, int]):
+        self._config, self._values = config, dict(values)
+
+    def __getattr__(self, key: str) -> Any:
+        if key.startswith("__"):
+            raise AttributeError(key)
+        values = self.__dict__["_values"]
+        return values[key] if key in values else getattr(self.__dict__["_config"], key)
+
+
+def narrow(tensor: torch.Tensor, block: Block, weight: Weight, kept: Mapping[str, int]) -> torch.Tensor:
+    """The part of a full tensor that ``kept`` units keep.
+
+    A view wherever each dimension is one stretch; a fused dimension (q, k and v in one matrix) is gathered, i.e. copied.
+    """
+    for position, dim in enumerate(weight.dims):
+        pieces, start = [], 0
+        for part in dim:
+            pieces.append(tensor.narrow(position, start, block.width(part, kept)))
+            start += block.width(part, {})
+        if start != sum(piece.shape[position] for piece in pieces):
+            tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces, position)
+    return tensor
+
+
+def follow(layer: nn.Module, block: Block, kept: Mapping[str, int]) -> None:
+    """Set the plain attributes of a block's modules (``out_features``, ``num_heads`` …) to what ``kept`` makes them."""
+    for attribute in block.attributes:
+        module = layer.get_submodule(attribute.path)
+        measure = block.units if attribute.in_units else block.width
+        value = sum(measure(part, kept) for part in attribute.parts)
+        key = attribute.name.removeprefix("config.")
+        if key == attribute.name:
+            setattr(module, key, value)
+        else:
+            base, values = (
+                (module.config._config, module.config._values)
+                if isinstance(module.config, Follower)
+                else (module.config, {})
+            )
+            full = all(kept.get(axis.leader, axis.size) == axis.size for axis in block.leaders)
+            module.config = base if full else Follower(base, {**values, key: value})
+
+
+def slot(index: int, alive: Collection[int], layer_types: Sequence[str]) -> int:
+    """The slot in the key-value cache of the attention in layer ``index``.
+
+    A model reads how many tokens it has seen from the first slot of each attention type, so the first surviving layer of
+    a type takes the first slot of that type. All others keep their own.
+
+    Arguments:
+        alive: the layers that still have their attention.
+    """
+    of_type = [other for other, kind in enumerate(layer_types) if kind == layer_types[index]]
+    return of_type[0] if index == min(set(of_type) & set(alive)) else index
+
+
+class Elastic:
+    """A model whose active sub-network can be changed in about a millisecond, and put back.
+
+    The full parameters stay where they are in memory; gradients flow into the kept part of them. While a sub-network is
+    active, ``model.parameters()`` yields the views.
+
+    Arguments:
+        model: a transformers model.
+        anatomy: what :func:`pliant.anatomy.anatomy_of` read from it.
+    """
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy | None = None):
+        self.model = model
+        self.anatomy = anatomy or anatomy_of(model)
+        self.layers = layers_of(model, self.anatomy.architecture)
+        self.active = Subnet()
+        self._full: dict[str, dict[str, nn.Parameter]] = {}
+        self._modules: dict[str, dict[str, nn.Module]] = {}
+        for block in self.anatomy.blocks.values():
+            layer = self.layers[block.layer]
+            self._full[block.name] = {weight.path: layer.get_parameter(weight.path) for weight in block.weights}
+            self._modules[block.name] = {path: layer.get_submodule(path) for path in (block.spec.module, *block.spec.norms)}
+
+    def activate(self, subnet: Subnet) -> None:
+        """Make the model compute as ``subnet`` from now on. Only blocks that differ from the active one are touched."""
+        if subnet == self.active:
+            return
+        validate(subnet, self.anatomy)
+        for block in self.anatomy.blocks.values():
+            was, now = block.name in self.active.skip, block.name in subnet.skip
+            if was != now:
+                self._set_skipped(block, now)
+            if not now and subnet.kept(block) != self.active.kept(block):
+                self._set_kept(block, subnet.kept(block))
+        slotted = {block.layer: block for block in self.anatomy.blocks.values() if block.spec.slot}
+        if any((block.name in subnet.skip) != (block.name in self.active.skip) for block in slotted.values()):
+            alive = {layer: block for layer, block in slotted.items() if block.name not in subnet.skip}
+            for layer, block in alive.items():
+                module = self._modules[block.name][block.spec.module]
+                setattr(module, str(block.spec.slot), slot(layer, alive, self.anatomy.layer_types))
+        self.active = subnet
+
+    def _set_skipped(self, block: Block, skipped: bool) -> None:
+        layer = self.layers[block.layer]
+        if skipped:  # what was narrowed comes back whole, so that the modules that are put aside are always full
+            self._set_kept(block, {})
+        for path, module in self._modules[block.name].items():
+            stand_in = Null(block.spec.returns_tuple) if path == block.spec.module else nn.Identity()
+            layer.set_submodule(path, stand_in if skipped else module)
+
+    def _set_kept(self, block: Block, kept: Mapping[str, int]) -> None:
+        layer = self.layers[block.layer]
+        for weight in block.weights:
+            full = self._full[block.name][weight.path]
+            path, _, name = weight.path.rpartition(".")
+            # nn.Module.__setattr__ takes only Parameters here; a view must stay attached to the tensor it looks at
+            layer.get_submodule(path)._parameters[name] = narrow(full, block, weight, kept)  # type: ignore[assignment]
+        follow(layer, block, kept)
+
+
+@contextmanager
+def activate(model: nn.Module, subnet: Subnet) -> Iterator[nn.Module]:
+    """``with activate(model, subnet): model(...)`` runs the sub-network; afterwards the model is as before."""
+    elastic = Elastic(model)
+    try:
+        elastic.activate(subnet)
+        yield model
+    finally:
+        elastic.activate(Subnet())

@@ -1,0 +1,63 @@
+"""What a sub-network costs, counted from the anatomy alone: parameters, multiply-accumulates, bytes."""
+
+from __future__ import annotations
+
+from math import prod
+
+from pliant.anatomy import Anatomy, Block, Part
+from pliant.elastic.subnet import Subnet
+
+
+def parameters(anatomy: Anatomy, subnet: Subnet = Subnet()) -> int:
+    """Parameters of the model under ``subnet``, embeddings and head included, tied ones once."""
+    return anatomy.rest + sum(block.parameters(subnet.kept(block)) for block in _alive(anatomy, subnet))
+
+
+def macs(anatomy: Anatomy, subnet: Subnet = Subnet(), *, tokens: int = 1, context: int | None = None) -> int:
+    """Multiply-accumulates of one forward pass over ``tokens`` tokens, matrix products only.
+
+    Arguments:
+        tokens: tokens in the pass.
+        context: keys that every token attends to; ``tokens`` when left out (a prefill, counted without the causal saving).
+    """
+    context = tokens if context is None else context
+    total = anatomy.head
+    for block in _alive(anatomy, subnet):
+        kept = subnet.kept(block)
+        total += sum(prod(block.shape(weight, kept)) for weight in block.weights if weight.reads is not None)
+        if block.spec.scores:
+            total += 2 * context * block.width(Part(block.spec.scores), kept)
+    return total * tokens
+
+
+def weight_bytes(anatomy: Anatomy, subnet: Subnet = Subnet(), *, element: int) -> int:
+    """Bytes of the parameters with ``element`` bytes each."""
+    return parameters(anatomy, subnet) * element
+
+
+def streamed_bytes(anatomy: Anatomy, subnet: Subnet = Subnet(), *, element: int) -> int:
+    """Bytes of weights that one decoding step reads: every matrix of the blocks, and the output head once."""
+    total = anatomy.head
+    for block in _alive(anatomy, subnet):
+        total += block.parameters(subnet.kept(block))
+    return total * element
+
+
+def cache_bytes(anatomy: Anatomy, subnet: Subnet = Subnet(), *, element: int) -> int:
+    """Bytes that one token adds to the key-value cache."""
+    total = 0
+    for block in _alive(anatomy, subnet):
+        if block.spec.scores:
+            leader = block.axes[block.spec.scores].leader
+            total += 2 * block.width(Part(leader), subnet.kept(block))
+    return total * element
+
+
+def ratio(anatomy: Anatomy, subnet: Subnet) -> float:
+    """Share of the parameters that ``subnet`` removes, 0 for the dense model."""
+    dense = parameters(anatomy)
+    return 1 - parameters(anatomy, subnet) / dense
+
+
+def _alive(anatomy: Anatomy, subnet: Subnet) -> list[Block]:
+    return [block for block in anatomy.blocks.values() if block.name not in subnet.skip]

@@ -1,0 +1,54 @@
+"""Put the units of an axis in another order without changing what the model computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from pliant.anatomy import Anatomy, Block, Part, layers_of
+from pliant.errors import SubnetError
+
+
+@torch.no_grad()
+def reorder(model: nn.Module, anatomy: Anatomy, orders: Mapping[str, torch.Tensor]) -> None:
+    """Permute units in place, in every tensor that the axis touches.
+
+    Arguments:
+        orders: axis name -> the old index of each new unit, shape ``(units,)``. Axes that follow go along.
+
+    Raises:
+        SubnetError: unknown axis, or not a permutation.
+    """
+    layers = layers_of(model, anatomy.architecture)
+    axes = anatomy.axes
+    for name, order in orders.items():
+        if name not in axes:
+            raise SubnetError(f"the model has no axis {name!r} to reorder")
+        if sorted(order.tolist()) != list(range(axes[name].size)):
+            raise SubnetError(f"the order given for {name} is not a permutation of {axes[name].size} units")
+    for block in anatomy.blocks.values():
+        chosen = {axis.leader: orders[axis.name] for axis in block.leaders if axis.name in orders}
+        if not chosen:
+            continue
+        for weight in block.weights:
+            parameter = layers[block.layer].get_parameter(weight.path)
+            for position, dim in enumerate(weight.dims):
+                if any(part.axis in block.axes and block.axes[part.axis].leader in chosen for part in dim):
+                    index = _elements(block, dim, chosen).to(parameter.device)
+                    parameter.copy_(parameter.index_select(position, index))
+
+
+def _elements(block: Block, dim: tuple[Part, ...], chosen: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Old index of each new element of a tensor dimension."""
+    pieces, start = [], 0
+    for part in dim:
+        width = block.width(part, {})
+        index = torch.arange(width)
+        axis = block.axes.get(part.axis)
+        if axis is not None and axis.leader in chosen:
+            index = index.view(block.axes[axis.leader].size, -1)[chosen[axis.leader].cpu()].flatten()
+        pieces.append(index + start)
+        start += width
+    return torch.cat(pieces)

@@ -1,0 +1,89 @@
+"""Subnet: one frozen value that says how much of a model is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pliant.anatomy import Anatomy, Block
+from pliant.errors import SubnetError
+
+
+@dataclass(frozen=True)
+class Subnet:
+    """How much of each axis is kept and which blocks are skipped. ``Subnet()`` is the dense model.
+
+    Attributes:
+        skip: names of the blocks that are removed, e.g. ``layers.3.attention``.
+        keep: (axis name, units kept), sorted; axes left out are full. Kept units are always the first ones.
+    """
+
+    skip: frozenset[str] = frozenset()
+    keep: tuple[tuple[str, int], ...] = ()
+
+    def without(self, block: str) -> Subnet:
+        """This sub-network with one more block removed; what was kept inside it no longer matters."""
+        keep = tuple((axis, units) for axis, units in self.keep if axis.rpartition(".")[0] != block)
+        return Subnet(self.skip | {block}, keep)
+
+    def keeping(self, axis: str, units: int) -> Subnet:
+        """This sub-network with ``units`` units of one axis."""
+        return Subnet(self.skip, tuple(sorted({**dict(self.keep), axis: units}.items())))
+
+    def kept(self, block: Block) -> dict[str, int]:
+        """Units kept of each leading axis of a block, by short name."""
+        chosen = dict(self.keep)
+        return {axis.leader: chosen.get(axis.name, axis.size) for axis in block.leaders}
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form: ``{"skip": [...], "keep": {axis: units}}``."""
+        return {"skip": sorted(self.skip), "keep": dict(self.keep)}
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Subnet:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            SubnetError: when ``raw`` has another form.
+        """
+        skip, keep = raw.get("skip", []), raw.get("keep", {})
+        if set(raw) - {"skip", "keep"} or not isinstance(skip, Iterable) or not isinstance(keep, Mapping):
+            raise SubnetError(f"a sub-network is {{'skip': [blocks], 'keep': {{axis: units}}}}, not {raw!r}")
+        return cls(frozenset(skip), tuple(sorted((str(axis), int(units)) for axis, units in keep.items())))
+
+    def __str__(self) -> str:
+        return json.dumps(self.to_dict(), separators=(",", ":"))
+
+
+def validate(subnet: Subnet, anatomy: Anatomy) -> None:
+    """Refuse a sub-network that the model cannot take.
+
+    Raises:
+        SubnetError: unknown names, nothing kept of an axis, or no attention left of a type that a layer uses.
+    """
+    unknown = sorted(subnet.skip - set(anatomy.blocks))
+    if unknown:
+        raise SubnetError(f"the model has no block {unknown[0]!r}; its blocks are {_some(anatomy.blocks)}")
+    axes = anatomy.axes
+    for name, units in subnet.keep:
+        if name not in axes:
+            raise SubnetError(f"the model has no axis {name!r} to choose; its axes are {_some(axes)}")
+        if not 1 <= units <= axes[name].size:
+            raise SubnetError(f"{name} can keep 1 to {axes[name].size} units, not {units}; to keep none, skip the block")
+        if name.rpartition(".")[0] in subnet.skip:
+            raise SubnetError(f"{name} is kept at {units} but its block is skipped")
+    if any(block.spec.slot for block in anatomy.blocks.values()):
+        alive = {anatomy.layer_types[b.layer] for b in anatomy.blocks.values() if b.spec.slot and b.name not in subnet.skip}
+        for kind in dict.fromkeys(anatomy.layer_types):
+            if kind not in alive:
+                raise SubnetError(
+                    f"every {kind} block would be gone; at least one must stay, because the model keeps count of the "
+                    "tokens it has seen in it"
+                )
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:4]) + (f", … ({len(listed)} in all)" if len(listed) > 4 else "")

@@ -1,0 +1,33 @@
+"""What can go wrong, as types. Each also is the builtin error a caller would expect, so plain ``except ValueError`` works."""
+
+
+class PliantError(Exception):
+    """Base of every error that pliant raises on purpose. The message says what was given, what is allowed, what to do."""
+
+
+class ArchitectureError(PliantError, ValueError):
+    """The model's layout is unknown, or does not agree with the architecture file that describes it."""
+
+
+class SubnetError(PliantError, ValueError):
+    """A sub-network names blocks or axes the model does not have, or keeps an impossible amount of one."""
+
+
+class DataError(PliantError, ValueError):
+    """Text or questions are missing, empty, too short, malformed, or tokenised for another model."""
+
+
+class RatioError(PliantError, ValueError):
+    """The wanted ratio is outside what is meaningful or reachable."""
+
+
+class WeightError(PliantError, ValueError):
+    """The model's weights are not finite numbers."""
+
+
+class ArtefactError(PliantError, OSError):
+    """A model folder is missing, incomplete, damaged, or cannot be written."""
+
+
+class BusyError(PliantError, RuntimeError):
+    """Another run is already writing to the same folder."""
