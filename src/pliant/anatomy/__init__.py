@@ -12,22 +12,17 @@ from pliant.anatomy.anatomy import (
     layers_of,
     plain_config,
 )
-from pliant.anatomy.architecture import Architecture, Part, architecture_of, catalogue
 from pliant.anatomy.null import Null
 
 __all__ = [
     "Anatomy",
-    "Architecture",
     "Attribute",
     "Axis",
     "Block",
     "Null",
-    "Part",
     "Weight",
     "anatomy_of",
-    "architecture_of",
     "blocks_of",
-    "catalogue",
     "global_size",
     "layers_of",
     "plain_config",

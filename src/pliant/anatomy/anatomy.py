@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pliant.anatomy.architecture import Architecture, BlockSpec, Part, architecture_of
 from pliant.anatomy.null import Null
+from pliant.architecture import Architecture, BlockSpec, Part, architecture_of
 from pliant.errors import ArchitectureError
 
 

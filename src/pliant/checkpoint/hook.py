@@ -31,16 +31,15 @@ def register(module: ModuleType) -> None:
     """Register stand-ins for the decoder layers that a modeling file defines."""
     from transformers.monkey_patching import get_patch_mapping, register_patch_mapping
 
-    from pliant.anatomy import catalogue
+    from pliant.architecture import catalogue
 
     family = module.__name__.split(".")[-2]
     if family not in catalogue():
         return
     for name, layer_class in list(vars(module).items()):
-        own = getattr(layer_class, "__module__", None) == module.__name__
-        if own and isinstance(layer_class, type) and name.endswith(("DecoderLayer", "Block")):
-            if name not in get_patch_mapping():
-                register_patch_mapping({name: _stand_in(layer_class)})
+        own = isinstance(layer_class, type) and layer_class.__module__ == module.__name__
+        if own and name.endswith(("DecoderLayer", "Block")) and name not in get_patch_mapping():
+            register_patch_mapping({name: _stand_in(layer_class)})
 
 
 def _stand_in(original: type) -> type:
@@ -62,7 +61,8 @@ def _stand_in(original: type) -> type:
 
 
 def _build(original: type, config: Any, *args: Any, **kwargs: Any) -> Any:
-    from pliant.anatomy import architecture_of, plain_config
+    from pliant.anatomy import plain_config
+    from pliant.architecture import architecture_of
     from pliant.checkpoint.schema import shape_layer
 
     plain = plain_config(config)

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from pliant.anatomy import Anatomy, Architecture, anatomy_of, blocks_of, global_size, plain_config
+from pliant.anatomy import Anatomy, anatomy_of, blocks_of, global_size, plain_config
+from pliant.architecture import Architecture
 from pliant.elastic.activate import slot
 from pliant.elastic.extract import remove, shrink
 

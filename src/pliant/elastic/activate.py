@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pliant.anatomy import Anatomy, Block, Null, Part, Weight, anatomy_of, layers_of
+from pliant.anatomy import Anatomy, Block, Null, Weight, anatomy_of, layers_of
 from pliant.elastic.subnet import Subnet, validate
 
 
@@ -94,7 +94,9 @@ class Elastic:
         for block in self.anatomy.blocks.values():
             layer = self.layers[block.layer]
             self._full[block.name] = {weight.path: layer.get_parameter(weight.path) for weight in block.weights}
-            self._modules[block.name] = {path: layer.get_submodule(path) for path in (block.spec.module, *block.spec.norms)}
+            self._modules[block.name] = {
+                path: layer.get_submodule(path) for path in (block.spec.module, *block.spec.norms)
+            }
 
     def activate(self, subnet: Subnet) -> None:
         """Make the model compute as ``subnet`` from now on. Only blocks that differ from the active one are touched."""

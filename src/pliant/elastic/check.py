@@ -130,4 +130,3 @@ def _check_narrow(model: nn.Module, anatomy: Anatomy, ids: torch.Tensor, generat
             f"{anatomy.architecture.name}.yaml is wrong for this model: cutting units moved the logits by {difference:.3g} "
             "against silencing them"
         )
-

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from math import prod
 
-from pliant.anatomy import Anatomy, Block, Part
+from pliant.anatomy import Anatomy, Block
+from pliant.architecture import Part
 from pliant.elastic.subnet import Subnet
 
 

@@ -51,4 +51,3 @@ def shrink(layer: nn.Module, block: Block, kept: Mapping[str, int]) -> None:
             own = nn.Parameter(part.clone(memory_format=torch.contiguous_format), requires_grad=full.requires_grad)
             setattr(layer.get_submodule(path), name, own)
     follow(layer, block, kept)
-

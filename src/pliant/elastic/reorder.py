@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from pliant.anatomy import Anatomy, Block, Part, layers_of
+from pliant.anatomy import Anatomy, Block, layers_of
+from pliant.architecture import Part
 from pliant.errors import SubnetError
 
 

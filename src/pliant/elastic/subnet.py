@@ -71,11 +71,15 @@ def validate(subnet: Subnet, anatomy: Anatomy) -> None:
         if name not in axes:
             raise SubnetError(f"the model has no axis {name!r} to choose; its axes are {_some(axes)}")
         if not 1 <= units <= axes[name].size:
-            raise SubnetError(f"{name} can keep 1 to {axes[name].size} units, not {units}; to keep none, skip the block")
+            raise SubnetError(
+                f"{name} can keep 1 to {axes[name].size} units, not {units}; to keep none, skip the block"
+            )
         if name.rpartition(".")[0] in subnet.skip:
             raise SubnetError(f"{name} is kept at {units} but its block is skipped")
     if any(block.spec.slot for block in anatomy.blocks.values()):
-        alive = {anatomy.layer_types[b.layer] for b in anatomy.blocks.values() if b.spec.slot and b.name not in subnet.skip}
+        alive = {
+            anatomy.layer_types[b.layer] for b in anatomy.blocks.values() if b.spec.slot and b.name not in subnet.skip
+        }
         for kind in dict.fromkeys(anatomy.layer_types):
             if kind not in alive:
                 raise SubnetError(

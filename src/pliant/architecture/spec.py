@@ -1,6 +1,6 @@
 """Architecture files: what a model family is made of, as data.
 
-One YAML file in ``architectures/`` describes the repeated layer of a family::
+One YAML file beside this one describes the repeated layer of a family::
 
     models: [llama]                 # the ``model_type`` values of config.json that have this layout
     layers: model.layers            # where the list of layers is
@@ -35,8 +35,6 @@ from typing import Any
 import yaml
 
 from pliant.errors import ArchitectureError
-
-FOLDER = "architectures"
 
 
 @dataclass(frozen=True)
@@ -175,7 +173,7 @@ def parse(name: str, raw: Any) -> Architecture:
 def catalogue() -> dict[str, Architecture]:
     """Every architecture file that ships with pliant, by ``model_type``."""
     found: dict[str, Architecture] = {}
-    for file in sorted(resources.files("pliant.anatomy").joinpath(FOLDER).iterdir(), key=lambda f: f.name):
+    for file in sorted(resources.files("pliant.architecture").iterdir(), key=lambda f: f.name):
         if file.name.endswith(".yaml"):
             name = file.name.removesuffix(".yaml")
             architecture = parse(name, yaml.safe_load(file.read_text("utf-8")))
@@ -196,6 +194,14 @@ def architecture_of(model_type: str) -> Architecture:
     if model_type not in known:
         raise ArchitectureError(
             f"no architecture file describes model_type {model_type!r}; known are {', '.join(sorted(known))}. "
-            f"Adding one takes a YAML file in src/pliant/anatomy/{FOLDER}: see CONTRIBUTING.md"
+            "Adding one takes a YAML file in src/pliant/architecture: see CONTRIBUTING.md"
         )
     return known[model_type]
+
+
+def families() -> dict[str, str]:
+    """model_type -> what of it can be cut."""
+    return {
+        model_type: ", ".join(f"{spec.kind} ({', '.join(architecture.leaders(spec))})" for spec in architecture.blocks)
+        for model_type, architecture in sorted(catalogue().items())
+    }

@@ -1,0 +1,23 @@
+"""Model families as data: one YAML file each. Needs neither torch nor transformers."""
+
+from pliant.architecture.spec import (
+    Architecture,
+    AxisSpec,
+    BlockSpec,
+    Part,
+    architecture_of,
+    catalogue,
+    families,
+    parse,
+)
+
+__all__ = [
+    "Architecture",
+    "AxisSpec",
+    "BlockSpec",
+    "Part",
+    "architecture_of",
+    "catalogue",
+    "families",
+    "parse",
+]

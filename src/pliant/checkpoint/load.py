@@ -1,0 +1,133 @@
+"""Load a model, dense or cut, from a folder, a GGUF file or a hub id, and refuse anything that is not whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from pliant.errors import ArtefactError
+
+
+def load(source: str | Path, *, dtype: Any = "auto", **options: Any) -> Any:
+    """A causal language model as an ordinary transformers model, in evaluation mode.
+
+    Arguments:
+        source: a folder, a ``.gguf`` file (dequantised; needs the ``gguf`` extra), or the id of a model on a hub.
+        dtype: as in transformers: ``auto`` keeps what is stored.
+        options: passed on to ``from_pretrained``: ``device_map``, ``revision``, ``token``, ``attn_implementation`` …
+
+    Raises:
+        ArtefactError: nothing there, a missing or truncated shard, or weights that the folder lacks.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if "torch_dtype" in options:
+        warnings.warn("torch_dtype is now called dtype", FutureWarning, stacklevel=2)
+        dtype = options.pop("torch_dtype")
+    path = Path(source)
+    if path.suffix == ".gguf":
+        from transformers import GgufConfig
+
+        if not path.is_file():
+            raise ArtefactError(f"there is no file {str(source)!r}")
+        options |= {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
+        path = path.parent
+    elif path.is_dir():
+        check_folder(path)
+    elif path.is_file() or path.is_absolute() or str(source).startswith("."):
+        raise ArtefactError(f"{str(source)!r} is no model folder: give a folder with a config.json, or a .gguf file")
+    try:
+        model, told = AutoModelForCausalLM.from_pretrained(
+            str(path if path.is_dir() else source), dtype=dtype, output_loading_info=True, **options
+        )
+    except OSError as error:
+        raise ArtefactError(f"cannot load {str(source)!r}: {error}") from error
+    except (RuntimeError, ValueError) as error:
+        raise ArtefactError(f"cannot load {str(source)!r}: {str(error).splitlines()[0]}") from error
+    if told["missing_keys"]:
+        missing = sorted(told["missing_keys"])
+        raise ArtefactError(
+            f"{str(source)!r} lacks {len(missing)} tensor(s), {missing[0]!r} among them; they would have been random"
+        )
+    return model.eval()
+
+
+def check_folder(folder: Path) -> None:
+    """Look at config and weight files without reading the weights.
+
+    Raises:
+        ArtefactError: no or unreadable config.json, no weights, a shard that is missing or shorter than its header says.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except FileNotFoundError:
+        raise ArtefactError(f"{str(folder)!r} has no config.json: it is not a model folder") from None
+    except ValueError as error:
+        raise ArtefactError(f"{str(folder / 'config.json')!r} is not JSON: {error}") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ArtefactError(f"{str(folder / 'config.json')!r} names no model_type")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            raise ArtefactError(f"{str(index)!r} is not the index of a sharded model") from None
+    elif (folder / "model.safetensors").exists():
+        names = ["model.safetensors"]
+    elif any(folder.glob("*.bin")):
+        return  # transformers checks those itself
+    else:
+        raise ArtefactError(f"{str(folder)!r} has no model.safetensors")
+    for name in names:
+        _check_safetensors(folder / name)
+
+
+def _check_safetensors(path: Path) -> None:
+    """A safetensors file is 8 bytes with the length of a JSON header, the header, and the data it speaks of."""
+    if not path.exists():
+        raise ArtefactError(f"the shard {str(path)!r} is missing")
+    found = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length)) if 0 < length <= found else None
+            ends = [entry["data_offsets"][1] for name, entry in (header or {}).items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+            header = None
+            ends = []
+    if header is None:
+        raise ArtefactError(f"{str(path)!r} is damaged: it has no safetensors header")
+    expected = 8 + length + max(ends, default=0)
+    if found != expected:
+        raise ArtefactError(f"{str(path)!r} is truncated or damaged: {found} bytes, its header speaks of {expected}")
+
+
+def tokenizer_of(model: Any, source: str | Path | None = None) -> Any:
+    """The tokenizer that belongs to a model: from ``source``, or from where the model was loaded.
+
+    Raises:
+        ArtefactError: when there is none.
+    """
+    from transformers import AutoTokenizer
+
+    where = str(source or getattr(model, "name_or_path", "") or "")
+    if not where:
+        raise ArtefactError("this model was not loaded from anywhere; pass tokenizer=")
+    try:
+        return AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(
+            f"there is no tokenizer with {where!r} ({str(error).splitlines()[0]}); pass tokenizer="
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Push a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

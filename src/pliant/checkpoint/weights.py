@@ -1,0 +1,35 @@
+"""Look at all weights of a model: are they numbers, and which model is it?"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from pliant.errors import WeightError
+
+SAMPLE = 4096  # elements looked at per tensor when a model is told from another
+
+
+@torch.no_grad()
+def check_finite(model: nn.Module) -> None:
+    """Raises:
+    WeightError: naming the first tensor that holds NaN or infinity.
+    """
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter.sum()) and not torch.isfinite(parameter).all():
+            bad = int((~torch.isfinite(parameter)).sum())
+            raise WeightError(f"{name} holds {bad} value(s) that are not finite; the model is broken")
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """A hash of every tensor's name, shape, dtype and up to 4096 evenly spaced elements."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.reshape(-1)
+        step = max(1, flat.numel() // SAMPLE)
+        digest.update(flat[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,5 @@
+"""The command line: ``pliant VERB``."""
+
+from pliant.cli.main import main
+
+__all__ = ["main"]

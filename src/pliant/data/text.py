@@ -1,0 +1,148 @@
+"""Text for calibration and perplexity: rows from a file, tokenised once, cut into windows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pliant.errors import DataError
+
+
+@dataclass(frozen=True)
+class Text:
+    """Rows of text and where they came from. Made by :func:`text`."""
+
+    rows: tuple[str, ...]
+    source: str
+
+    @property
+    def digest(self) -> str:
+        """Hash of the rows, for recipes."""
+        return hashlib.blake2b("\0".join(self.rows).encode(), digest_size=16).hexdigest()
+
+    def sample(self, count: int, seed: int) -> Text:
+        """``count`` rows drawn without replacement, or all of them in a drawn order when there are fewer."""
+        drawn = random.Random(seed).sample(range(len(self.rows)), min(count, len(self.rows)))
+        return Text(tuple(self.rows[i] for i in drawn), self.source)
+
+    def split(self, share: float) -> tuple[Text, Text]:
+        """These rows and a share of them held out: every n-th row, so that both have the same mix."""
+        every = max(2, round(1 / share))
+        if len(self.rows) < every:
+            raise DataError(f"{self.source} has {len(self.rows)} row(s): too few to hold some out for measuring")
+        kept = tuple(row for i, row in enumerate(self.rows) if i % every)
+        return Text(kept, self.source), Text(self.rows[::every], f"{self.source} (held out)")
+
+    def windows(self, tokenizer: Any, seqlen: int, limit: int | None = None) -> torch.Tensor:
+        """The rows joined by an empty line, tokenised once, cut into windows that do not overlap; the tail is dropped.
+
+        Arguments:
+            tokenizer: a transformers tokenizer; it adds its special tokens once, at the start.
+            seqlen: tokens in a window.
+            limit: windows at most.
+
+        Returns:
+            Token ids, shape ``(windows, seqlen)``.
+
+        Raises:
+            DataError: when the text is shorter than one window.
+        """
+        if seqlen < 2:
+            raise DataError(f"a window needs at least 2 tokens to predict one from another, not {seqlen}")
+        joined = "\n\n".join(self.rows)
+        ids = tokenizer(joined, return_tensors="pt", verbose=False)["input_ids"][0]
+        count = len(ids) // seqlen
+        if limit is not None:
+            count = min(count, limit)
+        if count == 0:
+            raise DataError(
+                f"{self.source}: {len(self.rows)} row(s) give {len(ids)} tokens, one window needs {seqlen}; give more text "
+                "or a smaller seqlen"
+            )
+        return ids[: count * seqlen].view(count, seqlen)
+
+
+def text(source: str | Path | Iterable[str], *, column: str = "text") -> Text:
+    """Text from a file or a list.
+
+    Arguments:
+        source: a ``.txt`` file (rows are paragraphs, separated by empty lines), a ``.jsonl`` or ``.json`` file (rows are
+            objects), or an iterable of strings.
+        column: for JSON rows, the key that holds the text; rows of ``instruction``/``input``/``output`` are joined.
+
+    Raises:
+        DataError: missing file, wrong form, or no text in it.
+    """
+    if not isinstance(source, str | Path):
+        rows, name = list(source), "a list"
+    else:
+        path = Path(source)
+        name = path.name
+        raw = read(path)
+        rows = _json_rows(raw, path, column) if path.suffix in (".json", ".jsonl") else re.split(r"\n\s*\n", raw)
+    if any(not isinstance(row, str) for row in rows):
+        raise DataError(f"{name}: every row must be a string")
+    rows = [row.strip() for row in rows]
+    kept = tuple(row for row in rows if row)
+    if not kept:
+        raise DataError(f"{name} holds no text")
+    return Text(kept, name)
+
+
+def read(path: Path) -> str:
+    """A text file as a string, with the usual faults named."""
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        raise DataError(f"there is no file {str(path)!r}") from None
+    except IsADirectoryError:
+        raise DataError(f"{str(path)!r} is a folder; give a .txt, .jsonl or .json file in it") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{str(path)!r} is not UTF-8 text: {error}") from None
+
+
+def json_objects(raw: str, path: Path) -> list[dict[str, Any]]:
+    """The objects of a ``.jsonl`` file (one a line) or a ``.json`` file (a list)."""
+    objects: list[Any] = []
+    if path.suffix == ".json":
+        try:
+            whole = json.loads(raw)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{str(path)!r} is not JSON: {error}") from None
+        objects = whole if isinstance(whole, list) else [whole]
+    else:
+        for number, line in enumerate(raw.splitlines(), 1):
+            if line.strip():
+                try:
+                    objects.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{str(path)!r}, line {number}: not JSON: {error.msg}") from None
+    for number, item in enumerate(objects, 1):
+        if not isinstance(item, dict):
+            raise DataError(f"{str(path)!r}, row {number}: an object is expected, not {type(item).__name__}")
+    if not objects:
+        raise DataError(f"{str(path)!r} holds no rows")
+    return objects
+
+
+def _json_rows(raw: str, path: Path, column: str) -> list[str]:
+    rows = []
+    for number, item in enumerate(json_objects(raw, path), 1):
+        if column in item:
+            rows.append(item[column])
+        elif "instruction" in item and "output" in item:
+            parts: Sequence[str] = (item["instruction"], item.get("input", ""), item["output"])
+            rows.append("\n".join(part for part in parts if part))
+        else:
+            raise DataError(
+                f"{str(path)!r}, row {number}: no key {column!r}; it has {', '.join(item)}. Name the right one with column="
+            )
+    return rows

@@ -1,0 +1,71 @@
+"""What a model is made of and what can be cut from it, as a table of plain data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pliant.anatomy import anatomy_of
+from pliant.checkpoint.load import load
+from pliant.elastic import Subnet, cache_bytes, check, macs, parameters, weight_bytes
+from pliant.measure.walk import store_bytes
+
+
+def inspect(model: Any, *, self_check: bool = True) -> dict[str, Any]:
+    """Describe a model.
+
+    Arguments:
+        model: a transformers model, or what :func:`pliant.load` takes.
+        self_check: also prove on a few tokens that the description is true; see :func:`pliant.check`.
+
+    Returns:
+        Plain data: family, depth, parameters, MACs per token, bytes, and for each block its axes and what removing it saves.
+    """
+    if isinstance(model, str | Path):
+        model = load(model)
+    anatomy = anatomy_of(model)
+    if self_check:
+        check(model, anatomy)
+    element = next(model.parameters()).element_size()
+    whole = parameters(anatomy)
+    blocks = []
+    for block in anatomy.blocks.values():
+        blocks.append(
+            {
+                "block": block.name,
+                "parameters": block.parameters({}),
+                "share": block.parameters({}) / whole,
+                "axes": {
+                    axis.name.rpartition(".")[2]: {
+                        "units": axis.size,
+                        "width": axis.unit,
+                        "parameters_per_unit": (block.parameters({}) - block.parameters({axis.leader: axis.size - 1}))
+                        if axis.size > 1
+                        else None,
+                    }
+                    for axis in block.leaders
+                },
+            }
+        )
+    removed = sorted(
+        f"layers.{layer}.{spec.kind}"
+        for layer in range(anatomy.depth)
+        for spec in anatomy.architecture.blocks
+        if f"layers.{layer}.{spec.kind}" not in anatomy.blocks
+    )
+    return {
+        "model": getattr(model, "name_or_path", "") or type(model).__name__,
+        "model_type": model.config.model_type,
+        "architecture": anatomy.architecture.name,
+        "self_check": "passed" if self_check else "not run",
+        "depth": anatomy.depth,
+        "parameters": whole,
+        "outside_blocks": anatomy.rest,
+        "macs_per_token": macs(anatomy, Subnet(), tokens=1, context=0),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "weight_bytes": weight_bytes(anatomy, element=element),
+        "cache_bytes_per_token": cache_bytes(anatomy, element=element),
+        "search_bytes_per_1000_tokens": store_bytes(model, anatomy, 1000),
+        "blocks": blocks,
+        "removed": removed,
+    }

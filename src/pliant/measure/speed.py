@@ -1,0 +1,88 @@
+"""How fast a model is here and now: prefill and decode, next to another model in the same minutes."""
+
+from __future__ import annotations
+
+import gc
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from pliant.progress import peak_memory
+
+
+def bench(
+    model: Any,
+    against: Any = None,
+    *,
+    prompt: int = 256,
+    tokens: int = 32,
+    batch: int = 1,
+    repeats: int = 5,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Time prefill and decode on random tokens; with ``against``, both models in turn, A B A B …
+
+    Arguments:
+        prompt: tokens in the prompt.
+        tokens: tokens decoded after it, one at a time, with the key-value cache.
+        batch: sequences at once.
+        repeats: timed rounds, after one that is not timed.
+
+    Returns:
+        For ``model`` (and ``against``): ``prefill`` and ``decode`` in tokens per second as ``median``, ``p10``, ``p90``;
+        ``speedup`` as the median over rounds of model/against; ``peak_memory`` of the process in bytes.
+    """
+    models = {"model": model, **({"against": against} if against is not None else {})}
+    rates: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
+    generator = torch.Generator().manual_seed(seed)
+    for one in models.values():
+        one.eval()
+    for round_ in range(repeats + 1):
+        for name, one in models.items():
+            ids = torch.randint(
+                one.config.get_text_config(decoder=True).vocab_size, (batch, prompt), generator=generator
+            )
+            prefill, decode = _once(one, ids.to(one.device), tokens)
+            if round_:
+                rates[name]["prefill"].append(batch * prompt / prefill)
+                rates[name]["decode"].append(batch * tokens / decode)
+    result: dict[str, Any] = {name: {k: _spread(v) for k, v in pair.items()} for name, pair in rates.items()}
+    if against is not None:
+        result["speedup"] = {
+            kind: _spread([a / b for a, b in zip(rates["model"][kind], rates["against"][kind], strict=True)])
+            for kind in ("prefill", "decode")
+        }
+    result["settings"] = {"prompt": prompt, "tokens": tokens, "batch": batch, "repeats": repeats}
+    result["threads"] = torch.get_num_threads()
+    result["peak_memory"] = peak_memory()
+    return result
+
+
+@torch.inference_mode()
+def _once(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float]:
+    """Seconds of one prefill and of ``tokens`` decoding steps after it."""
+    from transformers import DynamicCache
+
+    gc.collect()
+    cache = DynamicCache(config=model.config)
+    _wait(model)
+    began = time.perf_counter()
+    out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    _wait(model)
+    middle = time.perf_counter()
+    for _ in range(tokens):
+        out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=cache, use_cache=True)
+    _wait(model)
+    return middle - began, time.perf_counter() - middle
+
+
+def _wait(model: Any) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    low, median, high = np.percentile(values, [10, 50, 90])
+    return {"median": float(median), "p10": float(low), "p90": float(high)}

@@ -1,0 +1,189 @@
+"""Score sub-networks of one model on fixed text, re-using what they have in common.
+
+Sub-networks that agree on their first layers compute the same hidden states there. A ``Walk`` remembers the hidden state
+at every layer boundary of a base sub-network; a candidate starts from the boundary before the first layer in which it
+differs. The model's own forward does everything else (masks, positions, final norm, head), so nothing about a family is
+known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from pliant.anatomy import Anatomy
+from pliant.elastic import Elastic, Subnet
+from pliant.errors import DataError
+from pliant.measure.score import METRICS, kl, nll
+
+TOKENS_AT_ONCE = 512
+
+
+class Walk:
+    """Scores sub-networks on token windows.
+
+    Arguments:
+        model: a causal language model; it is put into evaluation mode.
+        windows: token ids, shape ``(windows, seqlen)``.
+        metric: ``perplexity`` (the score is the log of it) or ``kl`` (to the dense model).
+        reuse: False runs every layer for every score, as a reference.
+        memory: bytes that hidden states may take; with less, every k-th boundary is kept and the rest recomputed.
+
+    Attributes:
+        evaluations: scores computed so far.
+        block_forwards: residual blocks run so far, in passes over all windows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        windows: torch.Tensor,
+        *,
+        metric: str = "perplexity",
+        reuse: bool = True,
+        memory: int | None = None,
+    ):
+        if metric not in METRICS:
+            raise DataError(f"there is no metric {metric!r}; there are {', '.join(METRICS)}")
+        self.model, self.anatomy, self.metric, self.reuse = model.eval(), anatomy, metric, reuse
+        device = next(model.parameters()).device
+        self.batches = list(windows.to(device).split(max(1, TOKENS_AT_ONCE // windows.shape[1])))
+        self.evaluations = 0
+        self.block_forwards = 0.0
+        self.elastic = Elastic(model, anatomy)
+        self._base = Subnet()
+        self._known = 0  # boundaries 1 … _known of the base are remembered
+        self._hidden: list[dict[int, torch.Tensor]] = [{} for _ in self.batches]
+        self._stride = 1
+        whole = store_bytes(model, anatomy, windows.numel())
+        while memory is not None and whole / self._stride > memory and self._stride < anatomy.depth:
+            self._stride += 1
+        self._dense = self._dense_ends() if metric == "kl" else []
+
+    def rebase(self, subnet: Subnet) -> None:
+        """Make ``subnet`` the one whose prefix is remembered; what it shares with the base so far stays known."""
+        self._forget_after(self._divergence(subnet))
+        self._base = subnet
+
+    @torch.inference_mode()
+    def score(self, subnet: Subnet) -> float:
+        """Mean loss in nats per token of ``subnet``; NaN where the model gives no number."""
+        start = 0
+        if self.reuse:
+            start = self._divergence(subnet) // self._stride * self._stride
+            self._extend(start)
+        self.elastic.activate(subnet)
+        total, count = 0.0, 0
+        for number, ids in enumerate(self.batches):
+            logits = self._logits(ids, start, self._hidden[number].get(start))
+            if self.metric == "kl":
+                reference = self._logits(ids, self.anatomy.depth, self._dense[number])
+                losses = kl(logits, reference)
+            else:
+                losses = nll(logits, ids)
+            total, count = total + losses.sum().item(), count + len(losses)
+        self._count(subnet, start, self.anatomy.depth)
+        self.evaluations += 1
+        return total / count
+
+    def close(self) -> None:
+        """Put the model back as it was and forget the hidden states."""
+        self.elastic.activate(Subnet())
+        self._forget_after(0)
+
+    def _divergence(self, subnet: Subnet) -> int:
+        """The first layer in which ``subnet`` differs from the base; the depth when it does not."""
+        names = {
+            *(subnet.skip ^ self._base.skip),
+            *(n.rpartition(".")[0] for n, _ in {*subnet.keep} ^ {*self._base.keep}),
+        }
+        return min((self.anatomy.blocks[name].layer for name in names), default=self.anatomy.depth)
+
+    def _extend(self, boundary: int) -> None:
+        """Run the base from what is known to ``boundary``."""
+        if boundary <= self._known:
+            return
+        self.elastic.activate(self._base)
+        for number, ids in enumerate(self.batches):
+            outputs = self._run(
+                self.model.base_model, ids, self._known, boundary, self._hidden[number].get(self._known)
+            )  # type: ignore[arg-type]
+            self._hidden[number].update({b: h for b, h in outputs.items() if b % self._stride == 0})
+        self._count(self._base, self._known, boundary)
+        self._known = boundary
+
+    def _forget_after(self, boundary: int) -> None:
+        self._known = min(self._known, boundary // self._stride * self._stride)
+        for hidden in self._hidden:
+            for later in [b for b in hidden if b > self._known]:
+                del hidden[later]
+
+    def _count(self, subnet: Subnet, start: int, end: int) -> None:
+        self.block_forwards += sum(
+            start <= block.layer < end and block.name not in subnet.skip for block in self.anatomy.blocks.values()
+        )
+
+    @torch.inference_mode()
+    def _dense_ends(self) -> list[torch.Tensor]:
+        """The hidden state after the last layer of the dense model, for every batch."""
+        depth = self.anatomy.depth
+        return [self._run(self.model.base_model, ids, 0, depth, None)[depth] for ids in self.batches]  # type: ignore[arg-type]
+
+    def _logits(self, ids: torch.Tensor, start: int, hidden: torch.Tensor | None) -> torch.Tensor:
+        with self._entered(start, self.anatomy.depth, hidden):
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    def _run(
+        self, model: nn.Module, ids: torch.Tensor, start: int, end: int, hidden: torch.Tensor | None
+    ) -> dict[int, torch.Tensor]:
+        """Hidden states at the boundaries ``start + 1 … end``."""
+        outputs: dict[int, torch.Tensor] = {}
+
+        def record(boundary: int):
+            def hook(_module: nn.Module, _args: tuple, output: torch.Tensor) -> None:
+                outputs[boundary] = output
+
+            return hook
+
+        handles = [self.elastic.layers[i].register_forward_hook(record(i + 1)) for i in range(start, end)]
+        try:
+            with self._entered(start, end, hidden):
+                model(input_ids=ids, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return outputs
+
+    @contextmanager
+    def _entered(self, start: int, end: int, hidden: torch.Tensor | None) -> Iterator[None]:
+        """While inside, the model runs only layers ``start … end - 1``, from the given hidden state."""
+        layers = self.elastic.layers
+        aside = {i: layers[i] for i in range(len(layers)) if i < start or i >= end}
+        try:
+            for i in aside:
+                layers[i] = _Enter(hidden if i == start - 1 else None)
+            yield
+        finally:
+            for i, layer in aside.items():
+                layers[i] = layer
+
+
+class _Enter(nn.Module):
+    """Stands for a layer that is not run: passes on its input, or what it was given instead."""
+
+    def __init__(self, hidden: torch.Tensor | None):
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:  # noqa: ARG002
+        return hidden_states if self.hidden is None else self.hidden
+
+
+def store_bytes(model: nn.Module, anatomy: Anatomy, tokens: int) -> int:
+    """Bytes of the hidden states of ``tokens`` tokens at every layer boundary."""
+    hidden = model.config.get_text_config(decoder=True).hidden_size  # type: ignore[operator, union-attr]
+    return tokens * hidden * next(model.parameters()).element_size() * anatomy.depth

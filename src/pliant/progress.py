@@ -1,0 +1,115 @@
+"""What long work shows while it runs: lines with an ETA and the peak memory; a bar on a terminal."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def duration(seconds: float) -> str:
+    """``95.2`` -> ``1m35s``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f}s" if seconds < 10 else f"{whole}s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def size(count: float) -> str:
+    """``538060032`` bytes -> ``513 MiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+class Progress:
+    """Where long work reports to. The base class is silent.
+
+    A stage has a share done between 0 and 1; the ETA is the time so far, scaled.
+    """
+
+    def __init__(self) -> None:
+        self._name, self._start, self._done = "", 0.0, 0.0
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Progress]:
+        """A named stretch of work."""
+        self._name, self._start, self._done = name, time.monotonic(), 0.0
+        self.note(name)
+        yield self
+        self.emit("stage", name=name, seconds=time.monotonic() - self._start, peak_memory=peak_memory())
+
+    def step(self, done: float, text: str) -> None:
+        """Work has come to share ``done`` of the stage."""
+        self._done = max(self._done, min(1.0, done))
+        elapsed = time.monotonic() - self._start
+        eta = elapsed * (1 - self._done) / self._done if self._done > 0.02 else None
+        self.emit("step", name=self._name, done=self._done, seconds=elapsed, eta=eta, text=text)
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+        self.emit("note", text=text)
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """One event; subclasses show it."""
+
+
+class Events(Progress):
+    """One JSON object a line, for programs."""
+
+    def __init__(self, write: Callable[[str], Any] | None = None):
+        super().__init__()
+        self._write = write or (lambda line: print(line, file=sys.stderr, flush=True))  # noqa: T201
+
+    def emit(self, event: str, **fields: Any) -> None:
+        self._write(json.dumps({"event": event, **fields}))
+
+
+class Console(Progress):
+    """For people: a live line on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, every: float = 15.0):
+        super().__init__()
+        from rich.console import Console as Rich
+
+        self._rich = Rich(stderr=True, highlight=False)
+        self._every, self._last = every, 0.0
+        self._live = None
+
+    def emit(self, event: str, **fields: Any) -> None:
+        if event == "step":
+            eta = "" if fields["eta"] is None else f", about {duration(fields['eta'])} left"
+            line = (
+                f"{fields['name']} {fields['done']:4.0%} | {fields['text']} | {duration(fields['seconds'])}{eta}"
+                f" | peak {size(peak_memory())}"
+            )
+            if self._rich.is_terminal:
+                if self._live is None:
+                    self._live = self._rich.status(line)
+                    self._live.start()
+                self._live.update(line)
+            elif time.monotonic() - self._last >= self._every:
+                self._last = time.monotonic()
+                self._rich.print(line, markup=False, soft_wrap=True)
+            return
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        if event == "note":
+            self._rich.print(fields["text"], markup=False, soft_wrap=True)
+        else:
+            peak = size(fields["peak_memory"])
+            self._rich.print(f"{fields['name']}: {duration(fields['seconds'])}, peak {peak}", markup=False)

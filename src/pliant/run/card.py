@@ -1,0 +1,89 @@
+"""The model card, and the versions that every artefact names."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+import transformers
+import yaml
+
+import pliant
+
+
+def versions() -> dict[str, Any]:
+    """Versions of what made an artefact."""
+    return {
+        "versions": {
+            "pliant": pliant.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        }
+    }
+
+
+def card(model: Any, history: list[dict[str, Any]], report: dict[str, Any] | None) -> str:
+    """README.md of an artefact: metadata for hubs, what was done, what it cost, how to load it."""
+    base = str(model.name_or_path)
+    metadata = {"base_model": base, "library_name": "transformers", "tags": ["pliant", "pruned"]}
+    lines = [
+        "---",
+        yaml.safe_dump(metadata, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {base.rpartition('/')[2]}, cut by pliant",
+        "",
+    ]
+    for step in history:
+        settings = ", ".join(f"{k}={v}" for k, v in step["settings"].items() if k != "step")
+        lines.append(f"- {step['settings']['step']} ({settings})")
+        lines.append(
+            f"  {step['parameters_before']:,} to {step['parameters_after']:,} parameters in {step['seconds']:.0f} s"
+        )
+    if report is not None:
+        lines += ["", "| | before | after |", "|---|---|---|"]
+        lines += [f"| {name} | {before} | {after} |" for name, before, after in table(report)]
+        lines += ["", f"Measured on {report['machine']['cpu']}, {report['machine']['threads']} threads."]
+    lines += [
+        "",
+        "## Load it",
+        "",
+        "```python",
+        "import pliant  # teaches transformers the per-layer shapes of this model",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def table(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The before/after table: rows of (name, before, after)."""
+    before, after = report["before"], report["after"]
+    rows = [
+        ("parameters", f"{before['parameters']:,}", f"{after['parameters']:,} (-{report['ratio']:.1%})"),
+        ("weights", _megabytes(before["weight_bytes"]), _megabytes(after["weight_bytes"])),
+        ("KV cache per token", f"{before['cache_bytes_per_token']:,} B", f"{after['cache_bytes_per_token']:,} B"),
+    ]
+    for name, old in before.get("quality", {}).get("perplexity", {}).items():
+        new = after["quality"]["perplexity"][name]
+        rows.append((f"perplexity, {name}", f"{old['perplexity']:.2f}", f"{new['perplexity']:.2f}"))
+    for name, old in before.get("quality", {}).get("tasks", {}).items():
+        new = after["quality"]["tasks"][name]
+        for metric in ("acc", "acc_norm"):
+            rows.append((f"{name} {metric}", f"{old[metric]:.1%}", f"{new[metric]:.1%}"))
+    speed = report.get("speed")
+    if speed:
+        for kind in ("prefill", "decode"):
+            old, new, gain = speed["against"][kind], speed["model"][kind], speed["speedup"][kind]
+            rows.append((f"{kind}, tokens/s", f"{old['median']:.1f}", f"{new['median']:.1f} ({gain['median']:.2f}x)"))
+    return rows
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"

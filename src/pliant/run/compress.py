@@ -1,0 +1,193 @@
+"""The main job, end to end: load, measure, apply, measure again, write the artefact."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from pliant.anatomy import anatomy_of
+from pliant.checkpoint.load import load, tokenizer_of
+from pliant.data import Text, text
+from pliant.elastic import Subnet, cache_bytes, macs, parameters, streamed_bytes, weight_bytes
+from pliant.errors import BusyError
+from pliant.measure.evaluate import evaluate
+from pliant.measure.speed import bench
+from pliant.progress import Console, Progress
+from pliant.run.apply import apply
+from pliant.run.card import versions
+from pliant.run.save import check_target, save
+from pliant.search import ArchiveError
+from pliant.step import Step
+
+ARCHIVE = "search.jsonl"
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What to measure before and after.
+
+    Attributes:
+        perplexity: held-out texts; when empty, rows of the calibration text that the step does not see.
+        tasks: question files.
+        seqlen, windows, limit: as in :func:`pliant.evaluate`.
+        speed: time prefill and decode of both models, in turn.
+    """
+
+    perplexity: Sequence[str | Path | Text] = ()
+    tasks: Sequence[str | Path] = ()
+    seqlen: int = 512
+    windows: int | None = 32
+    limit: int | None = 200
+    speed: bool = True
+
+
+def compress(
+    source: str | Path,
+    step: Step | Sequence[Step],
+    data: Text | str | Path,
+    out: str | Path,
+    *,
+    measuring: Measuring = Measuring(),
+    overwrite: bool = False,
+    dtype: Any = "auto",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compress a model into the folder ``out`` and return the report.
+
+    While it runs, evaluations are kept in ``out`` + ``.work``: after a crash or Ctrl-C the same call goes on from there.
+    Afterwards the archive is part of the artefact, and a run with ``overwrite`` and the same settings starts from it.
+
+    Raises:
+        BusyError: another run is writing to ``out``.
+    """
+    progress = progress or Console()
+    out = Path(out)
+    check_target(out, overwrite)
+    calibration = data if isinstance(data, Text) else text(data)
+    held_out: list[str | Path | Text] = list(measuring.perplexity)
+    if not held_out:
+        calibration, rest = calibration.split(0.1)
+        held_out = [rest]
+    work = out.with_name(out.name + ".work")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(work / "lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BusyError(f"another run is writing to {str(out)!r}; wait for it, or name another folder") from None
+    try:
+        earlier = (out / ARCHIVE).exists() and not (work / ARCHIVE).exists()
+        if earlier:
+            shutil.copyfile(out / ARCHIVE, work / ARCHIVE)
+        try:
+            report = _compress(source, step, calibration, held_out, out, work, measuring, overwrite, dtype, progress)
+        except ArchiveError:
+            if not earlier:
+                raise
+            (work / ARCHIVE).unlink()  # what is about to be overwritten came from other settings
+            report = _compress(source, step, calibration, held_out, out, work, measuring, overwrite, dtype, progress)
+    except BaseException:
+        lock.release()
+        if not (work / ARCHIVE).exists():
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    lock.release()
+    shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def _compress(
+    source: str | Path,
+    step: Step | Sequence[Step],
+    calibration: Text,
+    held_out: list[str | Path | Text],
+    out: Path,
+    work: Path,
+    measuring: Measuring,
+    overwrite: bool,
+    dtype: Any,
+    progress: Progress,
+) -> dict[str, Any]:
+    with progress.stage(f"loading {source}"):
+        model = load(source, dtype=dtype)
+        tokenizer = tokenizer_of(model)
+    check_target(out, overwrite, need=sum(p.numel() * p.element_size() for p in model.parameters()))
+
+    def quality(of: Any, name: str) -> dict[str, Any]:
+        with progress.stage(f"measuring the {name} model"):
+            return evaluate(
+                of,
+                perplexity=held_out,
+                tasks=measuring.tasks,
+                tokenizer=tokenizer,
+                seqlen=measuring.seqlen,
+                windows=measuring.windows,
+                limit=measuring.limit,
+            )
+
+    before = {**_costs(model), "quality": quality(model, "dense")}
+    dense = copy.deepcopy(model) if measuring.speed else None
+    apply(model, step, calibration, tokenizer=tokenizer, work=work, progress=progress)
+    after = {**_costs(model), "quality": quality(model, "cut")}
+    report = {
+        "schema": 1,
+        "model": str(source),
+        "ratio": 1 - after["parameters"] / before["parameters"],
+        "before": before,
+        "after": after,
+        "layers": _layers(before["axes"], after["axes"]),
+        "steps": model.pliant_history,
+        "machine": machine(),
+        **versions(),
+    }
+    if dense is not None:
+        with progress.stage("timing both models in turn"):
+            report["speed"] = bench(model, dense)
+        report["predicted"] = {
+            "prefill": before["macs_per_token"] / after["macs_per_token"],
+            "decode": before["streamed_bytes"] / after["streamed_bytes"],
+        }
+    del before["axes"], after["axes"]
+    archive = {ARCHIVE: work / ARCHIVE} if (work / ARCHIVE).exists() else {}
+    with progress.stage(f"writing {out}"):
+        save(model, out, report=report, extra=archive, overwrite=overwrite)
+    return report
+
+
+def _costs(model: Any) -> dict[str, Any]:
+    anatomy = anatomy_of(model)
+    element = next(model.parameters()).element_size()
+    return {
+        "parameters": parameters(anatomy),
+        "macs_per_token": macs(anatomy, Subnet(), tokens=1, context=256),
+        "weight_bytes": weight_bytes(anatomy, element=element),
+        "streamed_bytes": streamed_bytes(anatomy, element=element),
+        "cache_bytes_per_token": cache_bytes(anatomy, element=element),
+        "axes": {axis.name: axis.size for axis in anatomy.axes.values()},
+    }
+
+
+def _layers(before: dict[str, int], after: dict[str, int]) -> dict[str, float]:
+    """Share kept of every axis: 0 where its block is gone."""
+    return {name: after.get(name, 0) / size for name, size in before.items()}
+
+
+def machine() -> dict[str, Any]:
+    """The machine that figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system()}

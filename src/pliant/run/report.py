@@ -1,0 +1,175 @@
+"""report.html: one self-contained page that shows the trade."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from pliant.progress import duration, size
+
+STYLE = """
+:root{--ink:#1c2024;--dim:#60646c;--line:#d9dce0;--paper:#fff;--fill:#2a7d6f;--gone:#e7e9ec;--mark:#c2502e}
+@media(prefers-color-scheme:dark){:root{--ink:#edeef0;--dim:#a0a5ad;--line:#3a3f46;--paper:#16181b;--fill:#4fb3a1;--gone:#2a2e33;
+--mark:#e88a68}}
+body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:54rem;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.5rem;margin-bottom:.2rem}h2{font-size:1.1rem;margin-top:2rem}p{color:var(--dim)}
+table{border-collapse:collapse;width:100%}td,th{text-align:right;padding:.3rem .6rem;border-bottom:1px solid var(--line)}
+td:first-child,th:first-child{text-align:left}td{font-variant-numeric:tabular-nums}th{font-weight:600;color:var(--dim)}
+svg{width:100%;height:auto}svg text{fill:var(--dim);font:11px system-ui,sans-serif}
+.axis{stroke:var(--line)}.curve{stroke:var(--fill);fill:none;stroke-width:2}.dot{fill:var(--fill)}.first{fill:var(--mark)}
+.kept{fill:var(--fill)}.gone{fill:var(--gone)}code{font-size:.9em}details{margin-top:1rem}
+"""
+
+
+def page(report: dict[str, Any]) -> str:
+    """The report as HTML; no script, nothing fetched.
+
+    Arguments:
+        report: as :func:`pliant.run.compress.compress` returns it.
+    """
+    from pliant.run.card import table
+
+    model = escape(str(report["model"]))
+    rows = [f"<tr><td>{escape(n)}</td><td>{escape(b)}</td><td>{escape(a)}</td></tr>" for n, b, a in table(report)]
+    steps = "".join(_step(step) for step in report["steps"])
+    where = report["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>pliant: {model}</title><style>{STYLE}</style></head><body>
+<h1>{model}</h1>
+<p>{report["ratio"]:.1%} of the parameters removed. Measured on {escape(str(where["cpu"]))}, {where["threads"]} threads; {escape(versions)}.</p>
+<h2>Before and after</h2>
+<table><tr><th></th><th>before</th><th>after</th></tr>{"".join(rows)}</table>
+{_predicted(report)}
+<h2>What is kept</h2>
+<p>Share of each block that is kept, layer by layer. An empty bar is a block that was removed.</p>
+{_picture(report["layers"])}
+{steps}
+</body></html>
+"""
+
+
+def _predicted(report: dict[str, Any]) -> str:
+    """Speed-up counted from what was removed, beside the one measured."""
+    speed = report.get("speed")
+    if not speed:
+        return ""
+    rows = []
+    for kind, of in (("prefill", "multiply-accumulates"), ("decode", "bytes of weights read")):
+        gain = speed["speedup"][kind]
+        rows.append(
+            f"<tr><td>{kind}, from {of}</td><td>{report['predicted'][kind]:.2f}x</td><td>{gain['median']:.2f}x</td>"
+            f"<td>{gain['p10']:.2f} to {gain['p90']:.2f}</td></tr>"
+        )
+    settings = speed["settings"]
+    return (
+        "<h2>Speed-up, predicted and measured</h2><table><tr><th></th><th>predicted</th><th>measured</th><th>p10 to p90</th></tr>"
+        f"{''.join(rows)}</table><p>Both models in turn, {settings['repeats']} rounds: prompt of {settings['prompt']} tokens, "
+        f"{settings['tokens']} decoded, batch {settings['batch']}.</p>"
+    )
+
+
+def _step(step: dict[str, Any]) -> str:
+    settings = ", ".join(f"{k}={v}" for k, v in step["settings"].items() if k != "step")
+    costs = "".join(
+        f"<tr><td>{escape(name)}</td><td>{c['steps']}</td><td>{c['evaluations']}</td><td>{c['replayed']}</td>"
+        f"<td>{c['block_forwards']:,.0f}</td><td>{duration(c['seconds'])}</td></tr>"
+        for name, c in step.get("counters", {}).items()
+    )
+    counted = (
+        "<table><tr><th>stage</th><th>removals</th><th>evaluations</th><th>from the archive</th><th>block forwards</th>"
+        f"<th>time</th></tr>{costs}</table>"
+        if costs
+        else ""
+    )
+    return (
+        f"<h2>{escape(step['settings']['step'])}</h2><p><code>{escape(settings)}</code></p>{_curve(step.get('points', []))}"
+        f"{counted}<p>{duration(step['seconds'])} in all, peak memory {size(step['peak_memory'])}.</p>"
+        f"{_moves(step.get('points', []))}"
+    )
+
+
+def _moves(points: list[dict[str, Any]]) -> str:
+    if not points:
+        return ""
+    rows = "".join(
+        f"<tr><td>{i}. {escape(p['unit'])}</td><td>{p['ratio']:.2%}</td><td>{_value(p):.3f}</td></tr>"
+        for i, p in enumerate(points, 1)
+    )
+    return (
+        f"<details><summary>All {len(points)} removals</summary><table><tr><th>removed</th><th>ratio</th><th>{_label(points)}</th>"
+        f"</tr>{rows}</table></details>"
+    )
+
+
+def _value(point: dict[str, Any]) -> float:
+    return point["loss"] if point["perplexity"] is None else point["perplexity"]
+
+
+def _label(points: list[dict[str, Any]]) -> str:
+    return "KL to dense" if points[0]["perplexity"] is None else "calibration perplexity"
+
+
+def _curve(points: list[dict[str, Any]]) -> str:
+    """Score against ratio, a dot for every removal, marked where a stage begins."""
+    if len(points) < 2:
+        return ""
+    width, height, left, bottom = 640, 260, 48, 30
+    xs, ys = [p["ratio"] for p in points], [_value(p) for p in points]
+    top_x, low, high = max(xs), min(ys), max(ys)
+    span = (high - low) or 1.0
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return left + x / top_x * (width - left - 16), 14 + (high - y) / span * (height - bottom - 14)
+
+    path = " ".join(f"{'M' if i == 0 else 'L'}{x:.1f},{y:.1f}" for i, (x, y) in enumerate(map(place, xs, ys)))
+    dots = []
+    for i, point in enumerate(points):
+        x, y = place(xs[i], ys[i])
+        first = i == 0 or points[i - 1]["stage"] != point["stage"]
+        dots.append(
+            f'<circle class="{"first" if first else "dot"}" cx="{x:.1f}" cy="{y:.1f}" r="{4 if first else 2.5}">'
+            f"<title>{escape(point['unit'])}: {ys[i]:.2f} at {xs[i]:.2%}</title></circle>"
+        )
+        if first:
+            dots.append(f'<text x="{x + 6:.1f}" y="{y + 14:.1f}">{escape(point["stage"])}</text>')
+    ticks = "".join(
+        f'<text x="{place(t * top_x, low)[0] - 10:.0f}" y="{height - 8}">{t * top_x:.1%}</text>'
+        for t in (0, 0.25, 0.5, 0.75, 1)
+    ) + "".join(
+        f'<text x="4" y="{place(0, low + t * span)[1] + 4:.0f}">{low + t * span:.4g}</text>' for t in (0, 0.5, 1)
+    )
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_label(points)} against ratio removed">'
+        f'<line class="axis" x1="{left}" y1="{height - bottom + 4}" x2="{width - 8}" y2="{height - bottom + 4}"/>'
+        f'<path class="curve" d="{path}"/>{"".join(dots)}{ticks}</svg><p>{_label(points)} against the share of parameters removed.</p>'
+    )
+
+
+def _picture(layers: dict[str, float]) -> str:
+    """For every layer a bar for each axis, filled by the share kept."""
+    kinds = list(dict.fromkeys(name.split(".", 2)[2] for name in layers))
+    depth = 1 + max(int(name.split(".")[1]) for name in layers)
+    left, row, gap = 110, 46, 14
+    bar = min(24.0, (640 - left) / depth)
+    height = len(kinds) * (row + gap) + 18
+    parts = []
+    for place, kind in enumerate(kinds):
+        top = place * (row + gap)
+        parts.append(f'<text x="0" y="{top + row / 2 + 4}">{escape(kind)}</text>')
+        for layer in range(depth):
+            kept = layers.get(f"layers.{layer}.{kind}", 0.0)
+            x = left + layer * bar
+            parts.append(
+                f'<rect class="gone" x="{x:.1f}" y="{top}" width="{bar - 2:.1f}" height="{row}" rx="2">'
+                f"<title>layer {layer}, {escape(kind)}: {kept:.0%} kept</title></rect>"
+            )
+            if kept:
+                parts.append(
+                    f'<rect class="kept" x="{x:.1f}" y="{top + row * (1 - kept):.1f}" width="{bar - 2:.1f}" '
+                    f'height="{row * kept:.1f}" rx="2" pointer-events="none"/>'
+                )
+    for layer in range(0, depth, max(1, depth // 10)):
+        parts.append(f'<text x="{left + layer * bar:.1f}" y="{height - 4}">{layer}</text>')
+    return f'<svg viewBox="0 0 640 {height}" role="img" aria-label="share kept of every block">{"".join(parts)}</svg>'

@@ -1,0 +1,142 @@
+"""Write the whole artefact: weights, tokenizer, recipe, report and card. It appears complete, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pliant.checkpoint.load import sync, tokenizer_of
+from pliant.checkpoint.schema import write
+from pliant.errors import ArtefactError
+from pliant.run.card import card, versions
+from pliant.run.report import page
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+
+def save(
+    model: Any,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    report: dict[str, Any] | None = None,
+    extra: dict[str, Path] | None = None,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Save a model with everything that belongs to it.
+
+    Arguments:
+        folder: must not exist yet, unless ``overwrite``.
+        tokenizer: written beside the model; when left out, the files of the source folder are copied unchanged.
+        report: what ``pliant compress`` measured; written as ``report.json`` and ``report.html``.
+        extra: files to put in, by name.
+
+    Raises:
+        ArtefactError: the folder exists, cannot be written, or the disk is full. Nothing is left behind then.
+    """
+    target = Path(folder)
+    check_target(target, overwrite, need=sum(p.numel() * p.element_size() for p in model.parameters()))
+    write(model)
+    history = getattr(model, "pliant_history", [])
+    with written_aside(target) as aside:
+        model.save_pretrained(aside, max_shard_size=max_shard_size)
+        _save_tokenizer(model, tokenizer, aside)
+        recipe = {
+            "recipe": 1,
+            "base_model": model.name_or_path,
+            "steps": [_short(step) for step in history],
+            **versions(),
+        }
+        (aside / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), "utf-8")
+        (aside / "README.md").write_text(card(model, history, report), "utf-8")
+        if report is not None:
+            (aside / "report.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+            (aside / "report.html").write_text(page(report), "utf-8")
+        for name, path in (extra or {}).items():
+            shutil.copyfile(path, aside / name)
+    return target
+
+
+def check_target(target: Path, overwrite: bool, need: int = 0) -> None:
+    """Can ``target`` be written? Asked before hours of work, too.
+
+    Raises:
+        ArtefactError: saying why not.
+    """
+    if target.exists() and not target.is_dir():
+        raise ArtefactError(f"{str(target)!r} is a file; give a folder")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise ArtefactError(
+            f"{str(target)!r} exists and is not empty; pass overwrite (--overwrite) or name another folder"
+        )
+    parent = target.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise ArtefactError(f"cannot write into {str(parent)!r}: {error.strerror or error}") from error
+    free = shutil.disk_usage(parent).free
+    if free < need * 1.05:
+        raise ArtefactError(f"{str(parent)!r} has {free / 1e9:.2f} GB free, the model needs {need / 1e9:.2f} GB")
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """A new folder beside ``target`` that takes its place when the block ends well and vanishes when it does not."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
+    old = aside.with_name(aside.name + ".old")
+    try:
+        aside.chmod(0o755)
+        yield aside
+        for file in aside.iterdir():
+            sync(file)
+        sync(aside)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(aside, target)
+        sync(target.absolute().parent)
+    except OSError as error:
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
+        raise ArtefactError(f"cannot write {str(target)!r}: {reason}; nothing was written") from error
+    finally:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _save_tokenizer(model: Any, tokenizer: Any, aside: Path) -> None:
+    source = Path(str(model.name_or_path))
+    if tokenizer is None and source.is_dir():
+        for name in TOKENIZER_FILES:
+            if (source / name).exists():
+                shutil.copyfile(source / name, aside / name)
+    else:
+        (tokenizer or tokenizer_of(model)).save_pretrained(aside)
+
+
+def _short(step: dict[str, Any]) -> dict[str, Any]:
+    """What a recipe needs of a step's record: enough to repeat it, and what came out."""
+    keys = ("settings", "data", "parameters_before", "parameters_after", "ratio")
+    return {key: step[key] for key in keys if key in step}

@@ -1,0 +1,95 @@
+"""Every evaluation of a search, on disk as it is made. Resuming is asking the archive first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TextIO
+
+from pliant.elastic import Subnet
+from pliant.errors import ArtefactError, PliantError
+
+VERSION = 1
+
+
+class ArchiveError(PliantError, ValueError):
+    """An archive was made for another search."""
+
+
+class Archive:
+    """Scores by (pool, sub-network), appended to a JSONL file; without a path, kept in memory only.
+
+    The first line says what the scores belong to. A line cut short by a crash is dropped, with whatever follows it.
+
+    Arguments:
+        path: the file; made when missing.
+        belongs_to: model, data and settings that the scores depend on, JSON-ready.
+
+    Raises:
+        ArchiveError: when the file belongs to something else; the message names what differs.
+    """
+
+    def __init__(self, path: Path | None, belongs_to: dict[str, Any]):
+        self.path = path
+        self.replayed = 0
+        self._scores: dict[tuple[str, Subnet], float] = {}
+        self._file: TextIO | None = None
+        if path is not None:
+            header = {"archive": VERSION, **belongs_to}
+            try:
+                good = self._read(path, header) if path.exists() else 0
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = path.open("a", encoding="utf-8")
+                self._file.truncate(good)
+                if good == 0:
+                    self._line(header)
+            except OSError as error:
+                raise ArtefactError(f"cannot write the search archive {str(path)!r}: {error}") from error
+
+    def get(self, pool: str, subnet: Subnet) -> float | None:
+        """The score, or None when it is not known yet."""
+        score = self._scores.get((pool, subnet))
+        self.replayed += score is not None
+        return score
+
+    def put(self, pool: str, subnet: Subnet, score: float, seconds: float) -> None:
+        """Remember a score; it is on its way to the disk when this returns."""
+        self._scores[pool, subnet] = score
+        self._line({"pool": pool, "score": score, "seconds": round(seconds, 3), **subnet.to_dict()})
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __len__(self) -> int:
+        return len(self._scores)
+
+    def _line(self, content: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(content, separators=(",", ":")) + "\n")
+            self._file.flush()
+
+    def _read(self, path: Path, header: dict[str, Any]) -> int:
+        """Load what is on disk; returns how many bytes of it are whole lines."""
+        good = 0
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True)):
+            try:
+                content = json.loads(line)
+                if not line.endswith(b"\n") or not isinstance(content, dict):
+                    break
+            except ValueError:
+                break
+            if number == 0:
+                differing = sorted(k for k in {*header, *content} if header.get(k) != content.get(k))
+                if differing:
+                    told = "; ".join(f"{k}: {content.get(k)!r} there, {header.get(k)!r} now" for k in differing[:4])
+                    raise ArchiveError(
+                        f"{str(path)!r} belongs to another search ({told}). Delete it, or write to another folder"
+                    )
+            else:
+                subnet = Subnet.from_dict({"skip": content["skip"], "keep": content["keep"]})
+                self._scores[content["pool"], subnet] = content["score"]
+            good += len(line)
+        return good

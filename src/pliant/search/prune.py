@@ -1,0 +1,263 @@
+"""Structured pruning by greedy search: the loop that BlockPruner and MultiPruner are made of."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pliant.anatomy import Anatomy, anatomy_of
+from pliant.checkpoint.weights import check_finite, fingerprint
+from pliant.elastic import Elastic, Subnet, extract, macs, parameters, ratio
+from pliant.errors import DataError, RatioError, SubnetError
+from pliant.measure.score import METRICS
+from pliant.measure.walk import Walk
+from pliant.measure.windows import windows_for
+from pliant.search.archive import Archive
+from pliant.search.greedy import Greedy, Move
+from pliant.step import Job, Step, StepError
+
+Moves = Callable[[Subnet], Sequence[Move]]
+
+
+def block_moves(anatomy: Anatomy, kinds: Sequence[str] = ("attention", "mlp")) -> Moves:
+    """Remove a whole block. The last attention of each type is never offered."""
+
+    def moves(subnet: Subnet) -> list[Move]:
+        alive = [b for b in anatomy.blocks.values() if b.name not in subnet.skip]
+        left = [anatomy.layer_types[b.layer] for b in alive if b.spec.slot]
+        return [
+            Move(b.name, subnet.without(b.name))
+            for b in alive
+            if b.kind in kinds and not (b.spec.slot and left.count(anatomy.layer_types[b.layer]) == 1)
+        ]
+
+    return moves
+
+
+def width_moves(anatomy: Anatomy, kind: str, group: int) -> Moves:
+    """Take ``group`` units off the end of an axis of a block of one kind; something always stays."""
+    axes = [axis for block in anatomy.blocks.values() if block.kind == kind for axis in block.leaders]
+
+    def moves(subnet: Subnet) -> list[Move]:
+        kept = dict(subnet.keep)
+        found = []
+        for axis in axes:
+            left = kept.get(axis.name, axis.size) - group
+            if axis.name.rpartition(".")[0] not in subnet.skip and left > 0:
+                found.append(Move(axis.name, subnet.keeping(axis.name, left)))
+        return found
+
+    return moves
+
+
+def reach(anatomy: Anatomy, stages: Sequence[Moves]) -> float:
+    """The largest ratio that these stages can come to."""
+    subnet = Subnet()
+    for moves in stages:
+        while offered := moves(subnet):
+            subnet = offered[0].subnet
+    return ratio(anatomy, subnet)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GreedyPruner(Step):
+    """Settings shared by every system that removes units greedily."""
+
+    ratio: float
+    """Share of all parameters to remove, embeddings included: 0.2 makes the model a fifth smaller."""
+
+    samples: int = 256
+    """Rows of calibration text for choosing blocks."""
+
+    seqlen: int = 2048
+    """Tokens in a calibration window."""
+
+    metric: str = "perplexity"
+    """What a removal must not hurt: perplexity, or kl (divergence from the dense model's predictions)."""
+
+    search: str = "lazy"
+    """lazy scores only what may be best; exact scores everything at every step; naive also recomputes every layer."""
+
+    slack: float = 0.0
+    """lazy: nats per token that a unit may hurt less than when last looked at and still be found."""
+
+    refresh: int = 16
+    """lazy: look at everything again every so many steps; 0 never does."""
+
+    seed: int = 42
+    """Seed of the draw of calibration rows."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio < 1:
+            raise RatioError(
+                f"ratio is the share of parameters to remove, between 0 and 1 without either; not {self.ratio!r}"
+            )
+        for name, least in (("samples", 1), ("seqlen", 2)):
+            if getattr(self, name) < least:
+                raise StepError(f"{name} must be at least {least}, it is {getattr(self, name)}")
+        if self.metric not in METRICS:
+            raise StepError(f"there is no metric {self.metric!r}; there are {', '.join(METRICS)}")
+        try:
+            self.greedy()
+        except ValueError as error:
+            raise StepError(str(error)) from None
+
+    def greedy(self) -> Greedy:
+        return Greedy(self.search, self.slack, self.refresh)
+
+    def begin(self, job: Job) -> Pruning:
+        """Check the model and the data, and open the archive."""
+        if job.data is None:
+            raise DataError(f"{self.kind} needs calibration text: pass data=pliant.text('some.txt')")
+        check_finite(job.model)
+        belongs_to = {
+            "model": fingerprint(job.model),
+            "data": job.data.digest,
+            "step": {key: value for key, value in self.to_dict().items() if key not in _NOT_IN_SCORES},
+        }
+        return Pruning(job, self.greedy(), self.metric, belongs_to)
+
+    def windows(self, job: Job, samples: int, seed: int) -> torch.Tensor:
+        """Calibration windows from ``samples`` rows."""
+        return windows_for(job.model, job.tokenizer(), job.data.sample(samples, seed), self.seqlen)
+
+    def check_reach(self, anatomy: Anatomy, stages: Sequence[Moves]) -> None:
+        """Refuse a ratio that these stages cannot come to, before any work is done."""
+        most = reach(anatomy, stages)
+        if most < self.ratio:
+            raise RatioError(f"ratio {self.ratio} cannot be reached: removing all that may go comes to {most:.4f}")
+
+
+_NOT_IN_SCORES = ("ratio", "search", "slack", "refresh")  # other searches may use the same scores
+
+
+@dataclass
+class Pruning:
+    """One search over one model, in stages.
+
+    Arguments:
+        job: model, progress and where the archive lives.
+        greedy: how to look.
+        metric: ``perplexity`` or ``kl``.
+        belongs_to: what the scores depend on, for the archive.
+    """
+
+    job: Job
+    greedy: Greedy
+    metric: str
+    belongs_to: dict[str, Any]
+    anatomy: Anatomy = field(init=False)
+    subnet: Subnet = field(init=False, default_factory=Subnet)
+    points: list[dict[str, Any]] = field(init=False, default_factory=list)
+    counters: dict[str, Any] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.anatomy = anatomy_of(self.job.model)
+        path = None if self.job.work is None else self.job.work / "search.jsonl"
+        self.archive = Archive(path, self.belongs_to)
+
+    def stage(self, name: str, moves: Moves, windows: torch.Tensor, until: float) -> None:
+        """Remove units until ``ratio >= until`` or nothing is left to offer."""
+        began = time.monotonic()
+        walk = Walk(self.job.model, self.anatomy, windows, metric=self.metric, reuse=self.greedy.mode != "naive")
+        pool = f"{name}:{self.metric}"
+        seen = made = 0
+        start, first = ratio(self.anatomy, self.subnet), len(moves(self.subnet))
+
+        def score(subnet: Subnet) -> float:
+            nonlocal seen
+            known = self.archive.get(pool, subnet)
+            if known is None:
+                tick = time.monotonic()
+                known = walk.score(subnet)
+                self.archive.put(pool, subnet, known, time.monotonic() - tick)
+            seen += 1
+            self.job.progress.step(*self._share(seen, made, first, start, until))
+            return known
+
+        def committed(move: Move, loss: float) -> None:
+            nonlocal made
+            made += 1
+            self.subnet = move.subnet
+            walk.rebase(move.subnet)
+            self.points.append(
+                {
+                    "stage": name,
+                    "unit": move.unit,
+                    "loss": loss,
+                    "perplexity": math.exp(min(loss, 700)) if self.metric == "perplexity" else None,
+                    "ratio": ratio(self.anatomy, move.subnet),
+                    "parameters": parameters(self.anatomy, move.subnet),
+                    "macs": macs(self.anatomy, move.subnet),
+                }
+            )
+
+        with self.job.progress.stage(name):
+            walk.rebase(self.subnet)
+            try:
+                self.greedy.run(self.subnet, moves, score, lambda s: ratio(self.anatomy, s) < until - 1e-12, committed)
+            finally:
+                walk.close()
+        self.counters[name] = {
+            "steps": made,
+            "scores": seen,
+            "evaluations": walk.evaluations,
+            "replayed": seen - walk.evaluations,
+            "block_forwards": walk.block_forwards,
+            "seconds": time.monotonic() - began,
+            "windows": list(windows.shape),
+        }
+
+    def cut(self, target: float) -> None:
+        """Make the result permanent, after proving that cutting does not change what was scored.
+
+        Raises:
+            RatioError: when the stages ran dry before ``target``.
+        """
+        reached = ratio(self.anatomy, self.subnet)
+        if reached < target - 1e-12:
+            raise RatioError(f"nothing is left to remove at ratio {reached:.4f}; {target} was asked for")
+        cut_exactly(self.job.model, self.anatomy, self.subnet)
+        self.archive.close()
+        self.job.record.update(
+            ratio=reached,
+            subnet=self.subnet.to_dict(),
+            points=self.points,
+            counters=self.counters,
+            evaluations=len(self.archive),
+        )
+
+    def _share(self, seen: int, made: int, first: int, start: float, until: float) -> tuple[float, str]:
+        """How far the stage is, and a line about it. The first step looks at everything, later ones at what is near."""
+        now = ratio(self.anatomy, self.subnet)
+        text = f"ratio {now:.3f} of {until:.3f}, {made} removed, {seen} scored"
+        per_step = first if self.greedy.mode != "lazy" else max(4.0, (seen - first) / made if made else 4.0)
+        gained = (now - start) / made if made else (until - start) / 8
+        steps = max(1.0, (until - now) / max(gained, 1e-9))
+        left = max(0, first - seen) + per_step * (steps - (0 if made else 1))
+        return seen / (seen + left), text
+
+
+@torch.no_grad()
+def cut_exactly(model: Any, anatomy: Anatomy, subnet: Subnet) -> None:
+    """Extract ``subnet`` in place and check on a few tokens that the cut model computes what the activated one did."""
+    elastic = Elastic(model, anatomy)
+    device = next(model.parameters()).device
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = (torch.arange(16, device=device) * 7919 % vocabulary)[None]
+    elastic.activate(subnet)
+    try:
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        elastic.activate(Subnet())
+    extract(model, anatomy, subnet)
+    actual = model(input_ids=ids, use_cache=False).logits.float()
+    coarse = min(100.0, torch.finfo(model.dtype).eps / torch.finfo(torch.float32).eps)
+    bound = 1e-4 * coarse * max(1.0, expected.abs().max().item())
+    if not (actual - expected).abs().max().item() <= bound:
+        raise SubnetError("the cut model does not compute what the search scored; please report this model")

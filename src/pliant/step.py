@@ -1,0 +1,73 @@
+"""Step: one thing that is done to a model, as one config dataclass. A recipe is a list of steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pliant.errors import PliantError
+from pliant.progress import Progress
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """Base of every step. A subclass adds its settings as fields; the docstring under a field is its help text.
+
+    ``pliant.apply(model, step, data)`` calls :meth:`run` with the job at hand.
+    """
+
+    kind: ClassVar[str] = ""
+    """Name of the step in recipes and on the command line."""
+
+    def run(self, job: Job) -> None:
+        """Change ``job.model`` in place."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """The step as plain data, for recipes: its kind and every setting."""
+        return {"step": self.kind, **{f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}}
+
+
+class StepError(PliantError, ValueError):
+    """A setting of a step is outside what it can be."""
+
+
+def help_texts(step: type[Step]) -> dict[str, str]:
+    """The help text of every setting, from the docstring under the field; base classes included."""
+    texts: dict[str, str] = {}
+    for cls in reversed(step.__mro__):
+        if not dataclasses.is_dataclass(cls) or cls is Step:
+            continue
+        source = inspect.cleandoc("\n" + inspect.getsource(cls))
+        for name, text in re.findall(r'^ {4}(\w+): [^\n]+\n {4}"""(.*?)"""', source, flags=re.S | re.M):
+            texts[name] = " ".join(text.split())
+    return texts
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+@dataclasses.dataclass
+class Job:
+    """What a step works on.
+
+    Attributes:
+        model: the model, changed in place.
+        tokenizer: gives the model's tokenizer; asked only by steps that read text.
+        data: calibration text, or None.
+        work: folder where the step keeps what lets it resume, or None to keep nothing.
+        progress: where it reports to.
+        record: what the step wants remembered in the report.
+    """
+
+    model: Any
+    tokenizer: Callable[[], Any]
+    data: Any
+    work: Path | None
+    progress: Progress
+    record: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -1,0 +1,35 @@
+"""BlockPruner: remove whole attention and MLP blocks, the least missed first.
+
+Zhong et al., "BlockPruner: Fine-grained Pruning for Large Language Models", 2024 (arXiv 2406.10594).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pliant.search.prune import GreedyPruner, block_moves
+from pliant.step import Job, StepError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPruner(GreedyPruner):
+    """Algorithm 1 of the paper: mask each remaining block in turn, remove the one with the lowest perplexity, repeat."""
+
+    kind: ClassVar[str] = "blockpruner"
+
+    blocks: str = "mix"
+    """Which blocks may go: mix, attention or mlp."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.blocks not in ("mix", "attention", "mlp"):
+            raise StepError(f"blocks is mix, attention or mlp, not {self.blocks!r}")
+
+    def run(self, job: Job) -> None:
+        kinds = ("attention", "mlp") if self.blocks == "mix" else (self.blocks,)
+        pruning = self.begin(job)
+        moves = block_moves(pruning.anatomy, kinds)
+        self.check_reach(pruning.anatomy, [moves])
+        pruning.stage("blocks", moves, self.windows(job, self.samples, self.seed), self.ratio)
+        pruning.cut(self.ratio)

@@ -1,0 +1,137 @@
+"""MultiPruner: remove blocks, then MLP channels, then attention heads, each up to its share of the ratio.
+
+Muñoz et al., "MultiPruner: Balanced Structure Removal in Foundation Models", 2025 (arXiv 2501.09949).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pliant.anatomy import Anatomy
+from pliant.elastic import Subnet, reorder
+from pliant.errors import DataError
+from pliant.importance import l1_orders
+from pliant.search.prune import GreedyPruner, block_moves, width_moves
+from pliant.step import Job, StepError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiPruner(GreedyPruner):
+    """Three greedy stages from coarse to fine. Units are put in order of their L1 norm first, so that a stage always takes
+    the least important ones left."""
+
+    kind: ClassVar[str] = "multipruner"
+
+    split: str = "44:52:4"
+    """How the ratio is shared among blocks, MLP channels and attention heads (paper, table 7)."""
+
+    mlp_group: int | None = None
+    """MLP channels removed in one move; a quarter of the hidden size when left out."""
+
+    head_group: int = 1
+    """Key-value groups removed in one move, each with all query heads that share it."""
+
+    width_samples: int = 128
+    """Rows of calibration text for the two width stages."""
+
+    reorder: bool = True
+    """Sort channels and heads by importance before cutting; without it the last ones go."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.shares()
+        for name in ("mlp_group", "head_group", "width_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise StepError(f"{name} must be at least 1, it is {value}")
+
+    def shares(self) -> tuple[float, float, float]:
+        """The split as three shares that sum to 1.
+
+        Raises:
+            StepError: unless it is three numbers, none negative, not all zero.
+        """
+        try:
+            blocks, channels, heads = (float(part) for part in self.split.split(":"))
+        except ValueError:
+            raise StepError(f"split is blocks:channels:heads, e.g. 44:52:4, not {self.split!r}") from None
+        total = blocks + channels + heads
+        if min(blocks, channels, heads) < 0 or not 0 < total < float("inf"):
+            raise StepError(f"the shares in split cannot be negative or all zero, they are {self.split!r}")
+        return blocks / total, channels / total, heads / total
+
+    def run(self, job: Job) -> None:
+        pruning = self.begin(job)
+        anatomy = pruning.anatomy
+        blocks, channels, heads = self.shares()
+        group = self.mlp_group or max(1, job.model.config.get_text_config(decoder=True).hidden_size // 4)
+        stages = [
+            ("blocks", blocks, block_moves(anatomy)),
+            ("mlp channels", channels, width_moves(anatomy, "mlp", group)),
+            ("attention heads", heads, width_moves(anatomy, "attention", self.head_group)),
+        ]
+        wanted = [(name, share, moves) for name, share, moves in stages if share > 0]
+        self.check_reach(anatomy, [moves for _, _, moves in wanted])
+        # the paper draws the sample for the widths first
+        for_widths = self.windows(job, self.width_samples, self.seed)
+        for_blocks = self.windows(job, self.samples, self.seed + 1)
+        if self.reorder:
+            reorder(job.model, anatomy, l1_orders(job.model, anatomy))
+        until = 0.0
+        for name, share, moves in wanted:
+            until += self.ratio * share
+            last = name == wanted[-1][0]
+            pruning.stage(name, moves, for_blocks if name == "blocks" else for_widths, self.ratio if last else until)
+        pruning.cut(self.ratio)
+
+
+def read_config(path: str | Path, anatomy: Anatomy) -> Subnet:
+    """A sub-network that the original MultiPruner or BlockPruner code found.
+
+    Understands ``pruning_config.json`` of MultiPruner (``pruned_attn_idx``, ``pruned_mlp_idx``, ``pruned_attn_width``,
+    ``pruned_mlp_width``) and the removal lists of BlockPruner (``{"1": [["mha", 25]], "2": …}``: the longest is taken).
+    MultiPruner's widths count channels after reordering by L1 norm: reorder the model first.
+
+    Raises:
+        DataError: neither form, or a width that is no whole number of units.
+    """
+    path = Path(path)
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {str(path)!r}: {error}") from None
+    if not isinstance(raw, dict):
+        raise DataError(f"{str(path)!r} is no pruning configuration: an object is expected")
+    return parse_config(raw, anatomy, str(path))
+
+
+def parse_config(raw: Mapping[str, Any], anatomy: Anatomy, where: str = "the configuration") -> Subnet:
+    """:func:`read_config` for what is already read."""
+    if raw and all(key.isdigit() for key in raw):
+        kinds = {"mha": "attention", "mlp": "mlp"}
+        longest = raw[max(raw, key=int)]
+        return Subnet(frozenset(f"layers.{int(layer)}.{kinds[kind]}" for kind, layer in longest))
+    keys = {"pruned_attn_idx", "pruned_mlp_idx", "pruned_attn_width", "pruned_mlp_width"}
+    if not keys & set(raw):
+        raise DataError(f"{where} is no pruning configuration; expected are {', '.join(sorted(keys))}")
+    subnet = Subnet()
+    for kind, index in (("attention", "pruned_attn_idx"), ("mlp", "pruned_mlp_idx")):
+        for layer in raw.get(index) or ():
+            subnet = subnet.without(f"layers.{int(layer)}.{kind}")
+    for kind, widths in (("attention", "pruned_attn_width"), ("mlp", "pruned_mlp_width")):
+        for layer, width in (raw.get(widths) or {}).items():
+            block = anatomy.blocks.get(f"layers.{int(layer)}.{kind}")
+            if block is None:
+                raise DataError(f"{where} narrows {kind} of layer {layer}, which this model does not have")
+            (leader,) = block.leaders
+            widest = max(axis.ratio * axis.unit for axis in block.axes.values() if axis.leader == leader.leader)
+            units, left = divmod(int(width), widest)
+            if left:
+                raise DataError(f"{where}: width {width} of {block.name} is no multiple of {widest}")
+            if block.name not in subnet.skip and units != leader.size:
+                subnet = subnet.keeping(leader.name, units)
+    return subnet
