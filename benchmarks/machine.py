@@ -35,7 +35,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "isa": [flag for flag in flags if flag in ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile")],
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "pliant": pliant.__version__,
         "commit": git("rev-parse", "--short", "HEAD"),

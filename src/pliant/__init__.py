@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from pliant.checkpoint.hook import install as _install
+from pliant.compat.layers import install as _install
 
 if TYPE_CHECKING:
     from pliant.anatomy import anatomy_of as anatomy_of
@@ -50,7 +50,7 @@ _PUBLIC = {
     "text": "pliant.data",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -49,7 +49,11 @@ class Progress:
         """A named stretch of work."""
         self._name, self._start, self._done = name, time.monotonic(), 0.0
         self.note(name)
-        yield self
+        try:
+            yield self
+        except BaseException:
+            self.emit("failed", name=name, seconds=time.monotonic() - self._start)
+            raise
         self.emit("stage", name=name, seconds=time.monotonic() - self._start, peak_memory=peak_memory())
 
     def step(self, done: float, text: str) -> None:
@@ -85,7 +89,7 @@ class Console(Progress):
         super().__init__()
         from rich.console import Console as Rich
 
-        self._rich = Rich(stderr=True, highlight=False)
+        self._rich = Rich(stderr=True, highlight=False, emoji=False, markup=False)
         self._every, self._last = every, 0.0
         self._live = None
 
@@ -97,19 +101,21 @@ class Console(Progress):
                 f" | peak {size(peak_memory())}"
             )
             if self._rich.is_terminal:
+                from rich.text import Text
+
                 if self._live is None:
-                    self._live = self._rich.status(line)
+                    self._live = self._rich.status(Text(line))
                     self._live.start()
-                self._live.update(line)
+                self._live.update(Text(line))
             elif time.monotonic() - self._last >= self._every:
                 self._last = time.monotonic()
-                self._rich.print(line, markup=False, soft_wrap=True)
+                self._rich.print(line, soft_wrap=True)
             return
         if self._live is not None:
             self._live.stop()
             self._live = None
         if event == "note":
-            self._rich.print(fields["text"], markup=False, soft_wrap=True)
-        else:
+            self._rich.print(fields["text"], soft_wrap=True)
+        elif event == "stage":
             peak = size(fields["peak_memory"])
-            self._rich.print(f"{fields['name']}: {duration(fields['seconds'])}, peak {peak}", markup=False)
+            self._rich.print(f"{fields['name']}: {duration(fields['seconds'])}, peak {peak}", soft_wrap=True)

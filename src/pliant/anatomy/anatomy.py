@@ -191,13 +191,13 @@ def _term(config: Any, text: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def anatomy_of(model: nn.Module) -> Anatomy:
+def anatomy_of(model: Any) -> Anatomy:
     """Read the anatomy of a transformers model, dense or already pruned, and check it against the tensors.
 
     Raises:
         ArchitectureError: unknown architecture, or a tensor whose shape or presence the file does not explain.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", None) is None:
         raise ArchitectureError(
             f"{type(model).__name__} is not a transformers model: it has no config with a model_type"

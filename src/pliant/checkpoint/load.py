@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 from pliant.errors import ArtefactError
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(?<!\.)")  # a name, or owner/name
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 def load(source: str | Path, *, dtype: Any = "auto", **options: Any) -> Any:
@@ -27,6 +31,8 @@ def load(source: str | Path, *, dtype: Any = "auto", **options: Any) -> Any:
     if "torch_dtype" in options:
         warnings.warn("torch_dtype is now called dtype", FutureWarning, stacklevel=2)
         dtype = options.pop("torch_dtype")
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise ArtefactError(f"there is no dtype {dtype!r}; there are {', '.join(DTYPES)}")
     path = Path(source)
     if path.suffix == ".gguf":
         from transformers import GgufConfig
@@ -37,16 +43,20 @@ def load(source: str | Path, *, dtype: Any = "auto", **options: Any) -> Any:
         path = path.parent
     elif path.is_dir():
         check_folder(path)
-    elif path.is_file() or path.is_absolute() or str(source).startswith("."):
-        raise ArtefactError(f"{str(source)!r} is no model folder: give a folder with a config.json, or a .gguf file")
+    elif not _HUB_ID.fullmatch(str(source)) or path.exists():
+        raise ArtefactError(
+            f"{str(source)!r} is no model folder: give a folder with a config.json, a .gguf file, or the id of a model on a hub "
+            "(owner/name)"
+        )
     try:
-        model, told = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(path if path.is_dir() else source), dtype=dtype, output_loading_info=True, **options
         )
     except OSError as error:
         raise ArtefactError(f"cannot load {str(source)!r}: {error}") from error
     except (RuntimeError, ValueError) as error:
         raise ArtefactError(f"cannot load {str(source)!r}: {str(error).splitlines()[0]}") from error
+    model, told = loaded
     if told["missing_keys"]:
         missing = sorted(told["missing_keys"])
         raise ArtefactError(

@@ -38,10 +38,10 @@ def describe(anatomy: Anatomy, config: Any) -> dict[int, dict[str, Any]]:
     return overrides
 
 
-def write(model: nn.Module) -> None:
+def write(model: Any) -> None:
     """Make a model's config say what its tensors are, so that ``save_pretrained`` writes a folder that reloads."""
     anatomy = anatomy_of(model)
-    config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+    config = model.config.get_text_config(decoder=True)
     overrides = describe(anatomy, config)
     config.per_layer_config = overrides or None
     # families whose config validates its head count can only be read back with leave to look at the global value;

@@ -13,6 +13,8 @@ import typer
 from pliant import __version__
 from pliant.errors import BusyError, PliantError
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="pliant",
     help="The smallest, fastest version of a pre-trained model that still does the job.",
@@ -33,12 +35,16 @@ def main() -> None:
     """Entry point. Exit codes: 0 done, 1 refused with a reason, 2 wrong usage, 3 busy, 130 interrupted."""
     try:
         app()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer turns Ctrl-C into this before it gets here
+            print(
+                "pliant: interrupted; what was evaluated is kept, the same command goes on from there", file=sys.stderr
+            )  # noqa: T201
+        raise
     except BusyError as error:
         _fail(str(error), 3)
     except PliantError as error:
         _fail(str(error), 1)
-    except KeyboardInterrupt:
-        _fail("interrupted; what was evaluated is kept, the same command goes on from there", 130)
 
 
 def _fail(message: str, code: int) -> None:
@@ -86,12 +92,12 @@ def doctor(as_json: Json = False) -> None:
         _print(f"{name:14} {value}")
 
 
-@app.command(epilog="Example: pliant ls systems")
+@app.command(epilog="Example: pliant ls systems; pliant ls multipruner")
 def ls(
-    what: Annotated[str, typer.Argument(help="systems or architectures; both when left out.")] = "",
+    what: Annotated[str, typer.Argument(help="systems, architectures, or a system to list its settings.")] = "",
     as_json: Json = False,
 ) -> None:
-    """List what there is: published systems, model families."""
+    """List what there is: published systems and their settings, model families."""
     from pliant.architecture import families
     from pliant.systems import SYSTEMS
 
@@ -99,9 +105,14 @@ def ls(
         "systems": {name: text for name, (_, _, text) in SYSTEMS.items()},
         "architectures": families(),
     }
-    if what and what not in listed:
-        raise PliantError(f"there is no list of {what!r}; there are {', '.join(listed)}")
-    shown = {what: listed[what]} if what else listed
+    if what in SYSTEMS:
+        from pliant.cli.settings import settings_of
+
+        shown = {what: settings_of(what)}
+    elif what and what not in listed:
+        raise PliantError(f"there is no list of {what!r}; there are {', '.join([*listed, *SYSTEMS])}")
+    else:
+        shown = {what: listed[what]} if what else listed
     if as_json:
         _print(json.dumps(shown, indent=1))
         return
@@ -136,7 +147,9 @@ def compress(
     system: Annotated[str, typer.Option(help="Which published system; see 'pliant ls systems'.")] = "multipruner",
     setting: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Any setting of the system as name=value; repeatable. --settings lists them."),
+        typer.Option(
+            "--set", help="Any setting of the system as name=value; repeatable. 'pliant ls multipruner' lists them."
+        ),
     ] = None,
     column: Annotated[str, typer.Option(help="Key of the text in JSON rows.")] = "text",
     perplexity: Annotated[
@@ -250,6 +263,10 @@ def generate(
     loaded = load(model, dtype=dtype)
     tokenizer = tokenizer_of(loaded)
     torch.manual_seed(seed)
+    if chat and not tokenizer.chat_template:
+        raise PliantError(f"{model} has no chat template; leave --chat out")
+    if not prompt:
+        raise PliantError("the prompt is empty; give the model something to continue")
     if chat:
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True

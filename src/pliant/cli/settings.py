@@ -23,6 +23,17 @@ def step_class(system: str) -> type[Step]:
     return getattr(importlib.import_module(module), name)
 
 
+def settings_of(system: str) -> dict[str, str]:
+    """name -> help text with the default, of every setting of a system."""
+    cls = step_class(system)
+    texts = help_texts(cls)
+    return {
+        field.name: texts.get(field.name, "")
+        + ("" if field.default is dataclasses.MISSING else f" Default: {field.default}.")
+        for field in dataclasses.fields(cls)
+    }
+
+
 def build(system: str, given: dict[str, str], pairs: list[str]) -> Step:
     """A step from ``name=value`` pairs.
 
@@ -38,10 +49,9 @@ def build(system: str, given: dict[str, str], pairs: list[str]) -> Step:
         if not equals:
             raise StepError(f"--set takes name=value, not {pair!r}")
         values[name.strip().replace("-", "_")] = value.strip()
-    texts = help_texts(cls)
     for name in values:
         if name not in known:
-            listed = "\n".join(f"  {setting:14} {texts.get(setting, '')}" for setting in known)
+            listed = "\n".join(f"  {setting:14} {help_}" for setting, help_ in settings_of(system).items())
             raise StepError(f"{system} has no setting {name!r}; it has\n{listed}")
     return cls(**{name: _convert(name, value, known[name]) for name, value in values.items()})
 
@@ -58,4 +68,5 @@ def _convert(name: str, value: str, kind: object) -> object:
     try:
         return kind(value)  # type: ignore[operator]
     except ValueError:
-        raise StepError(f"{name} is a {getattr(kind, '__name__', kind)}, not {value!r}") from None
+        wanted = {int: "a whole number", float: "a number"}.get(kind, str(kind))  # type: ignore[call-overload]
+        raise StepError(f"{name} is {wanted}, not {value!r}") from None

@@ -100,4 +100,4 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def _print(what: object) -> None:
-    Console(highlight=False).print(what, soft_wrap=isinstance(what, str), markup=False)
+    Console(highlight=False, emoji=False, markup=False).print(what, soft_wrap=isinstance(what, str))

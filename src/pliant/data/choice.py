@@ -31,6 +31,8 @@ def questions(path: str | Path, limit: int | None = None) -> list[Question]:
         DataError: missing file, missing key, fewer than two choices, or an answer that is no choice; with the row.
     """
     path = Path(path)
+    if limit is not None and limit < 1:
+        raise DataError(f"a limit of {limit} questions leaves nothing to measure; it must be at least 1")
     rows = json_objects(read(path), path)[:limit]
     return [_question(row, f"{str(path)!r}, row {number}") for number, row in enumerate(rows, 1)]
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,9 @@ class Text:
 
     def split(self, share: float) -> tuple[Text, Text]:
         """These rows and a share of them held out: every n-th row, so that both have the same mix."""
-        every = max(2, round(1 / share))
+        if not 0 < share <= 0.5:
+            raise DataError(f"the share held out must be above 0 and at most 0.5, it is {share}")
+        every = round(1 / share)
         if len(self.rows) < every:
             raise DataError(f"{self.source} has {len(self.rows)} row(s): too few to hold some out for measuring")
         kept = tuple(row for i, row in enumerate(self.rows) if i % every)
@@ -57,6 +59,8 @@ class Text:
         """
         if seqlen < 2:
             raise DataError(f"a window needs at least 2 tokens to predict one from another, not {seqlen}")
+        if limit is not None and limit < 1:
+            raise DataError(f"a limit of {limit} windows leaves nothing to measure; it must be at least 1")
         joined = "\n\n".join(self.rows)
         ids = tokenizer(joined, return_tensors="pt", verbose=False)["input_ids"][0]
         count = len(ids) // seqlen
@@ -87,9 +91,12 @@ def text(source: str | Path | Iterable[str], *, column: str = "text") -> Text:
         path = Path(source)
         name = path.name
         raw = read(path)
-        rows = _json_rows(raw, path, column) if path.suffix in (".json", ".jsonl") else re.split(r"\n\s*\n", raw)
-    if any(not isinstance(row, str) for row in rows):
-        raise DataError(f"{name}: every row must be a string")
+        rows = (
+            _json_rows(raw, path, column) if path.suffix.lower() in (".json", ".jsonl") else re.split(r"\n\s*\n", raw)
+        )
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, str):
+            raise DataError(f"{name}, row {number}: every row must be a string, not {type(row).__name__}")
     rows = [row.strip() for row in rows]
     kept = tuple(row for row in rows if row)
     if not kept:
@@ -100,26 +107,28 @@ def text(source: str | Path | Iterable[str], *, column: str = "text") -> Text:
 def read(path: Path) -> str:
     """A text file as a string, with the usual faults named."""
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"there is no file {str(path)!r}") from None
     except IsADirectoryError:
         raise DataError(f"{str(path)!r} is a folder; give a .txt, .jsonl or .json file in it") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{str(path)!r} is not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise DataError(f"cannot read {str(path)[:80]!r}: {error.strerror or error}") from None
 
 
 def json_objects(raw: str, path: Path) -> list[dict[str, Any]]:
     """The objects of a ``.jsonl`` file (one a line) or a ``.json`` file (a list)."""
     objects: list[Any] = []
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         try:
             whole = json.loads(raw)
         except json.JSONDecodeError as error:
             raise DataError(f"{str(path)!r} is not JSON: {error}") from None
         objects = whole if isinstance(whole, list) else [whole]
     else:
-        for number, line in enumerate(raw.splitlines(), 1):
+        for number, line in enumerate(raw.split("\n"), 1):  # not splitlines: U+2028 is legal inside a JSON string
             if line.strip():
                 try:
                     objects.append(json.loads(line))
@@ -139,8 +148,9 @@ def _json_rows(raw: str, path: Path, column: str) -> list[str]:
         if column in item:
             rows.append(item[column])
         elif "instruction" in item and "output" in item:
-            parts: Sequence[str] = (item["instruction"], item.get("input", ""), item["output"])
-            rows.append("\n".join(part for part in parts if part))
+            parts = [item["instruction"], item.get("input") or "", item["output"]]
+            strings = all(isinstance(part, str) for part in parts)
+            rows.append("\n".join(part for part in parts if part) if strings else parts)
         else:
             raise DataError(
                 f"{str(path)!r}, row {number}: no key {column!r}; it has {', '.join(item)}. Name the right one with column="

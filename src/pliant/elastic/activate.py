@@ -44,18 +44,15 @@ def narrow(tensor: torch.Tensor, block: Block, weight: Weight, kept: Mapping[str
 def follow(layer: nn.Module, block: Block, kept: Mapping[str, int]) -> None:
     """Set the plain attributes of a block's modules (``out_features``, ``num_heads`` …) to what ``kept`` makes them."""
     for attribute in block.attributes:
-        module = layer.get_submodule(attribute.path)
+        module: Any = layer.get_submodule(attribute.path)
         measure = block.units if attribute.in_units else block.width
         value = sum(measure(part, kept) for part in attribute.parts)
         key = attribute.name.removeprefix("config.")
         if key == attribute.name:
             setattr(module, key, value)
         else:
-            base, values = (
-                (module.config._config, module.config._values)
-                if isinstance(module.config, Follower)
-                else (module.config, {})
-            )
+            seen: Any = module.config
+            base, values = (seen._config, seen._values) if isinstance(seen, Follower) else (seen, {})
             full = all(kept.get(axis.leader, axis.size) == axis.size for axis in block.leaders)
             module.config = base if full else Follower(base, {**values, key: value})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,25 +49,41 @@ def evaluate(
         DataError: nothing to measure, or text or questions that cannot be used.
     """
     texts = [perplexity] if isinstance(perplexity, str | Path | Text) else list(perplexity)
-    asked = dict(tasks) if isinstance(tasks, Mapping) else {Path(t).stem: questions(t, limit) for t in tasks}
+    asked: dict[str, Sequence[Question]] = dict(tasks) if isinstance(tasks, Mapping) else {}
+    if not isinstance(tasks, Mapping):
+        for path in tasks:
+            asked[_unused(Path(path).stem, asked)] = questions(path, limit)
     if not texts and not asked:
         raise DataError("nothing to evaluate: give perplexity= some text or tasks= some question files")
     tokenizer = tokenizer or tokenizer_of(model)
     config = model.config.get_text_config(decoder=True)
     seqlen = min(seqlen, getattr(config, "max_position_embeddings", None) or seqlen)
-    was_training = model.training
-    model.eval()
+    measured = [model] if reference is None else [model, reference]
+    was_training = [one.training for one in measured]
+    for one in measured:
+        one.eval()
     try:
         found: dict[str, Any] = {"perplexity": {}, "tasks": {}}
         for source in texts:
             rows = source if isinstance(source, Text) else text(source)
             ids = windows_for(model, tokenizer, rows, seqlen, windows)
-            found["perplexity"][rows.source] = _predict(model, ids, reference)
+            if reference is not None:
+                check_ids(reference, ids)
+            found["perplexity"][_unused(rows.source, found["perplexity"])] = _predict(model, ids, reference)
         for name, items in asked.items():
-            found["tasks"][name] = _choose(model, tokenizer, list(items)[:limit])
+            found["tasks"][name] = _choose(model, tokenizer, name, list(items)[:limit])
         return found
     finally:
-        model.train(was_training)
+        for one, training in zip(measured, was_training, strict=True):
+            one.train(training)
+
+
+def _unused(name: str, taken: Container[str]) -> str:
+    """``name``, or ``name (2)`` when two files are called the same."""
+    number = 1
+    while (numbered := name if number == 1 else f"{name} ({number})") in taken:
+        number += 1
+    return numbered
 
 
 @torch.inference_mode()
@@ -77,7 +93,13 @@ def _predict(model: Any, ids: torch.Tensor, reference: Any) -> dict[str, Any]:
         logits = model(input_ids=batch, use_cache=False).logits
         losses.append(nll(logits, batch))
         if reference is not None:
-            divergences.append(kl(logits, reference(input_ids=batch.to(reference.device), use_cache=False).logits))
+            theirs = reference(input_ids=batch.to(reference.device), use_cache=False).logits.to(logits.device)
+            if theirs.shape != logits.shape:
+                raise DataError(
+                    f"the reference has a vocabulary of {theirs.shape[-1]}, the model one of {logits.shape[-1]}; divergence "
+                    "is defined only between models with the same vocabulary"
+                )
+            divergences.append(kl(logits, theirs))
     loss = torch.cat(losses)
     result = {
         "perplexity": math.exp(min(loss.mean().item(), 700)),
@@ -92,12 +114,18 @@ def _predict(model: Any, ids: torch.Tensor, reference: Any) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _choose(model: Any, tokenizer: Any, items: list[Question]) -> dict[str, Any]:
+def _choose(model: Any, tokenizer: Any, name: str, items: list[Question]) -> dict[str, Any]:
     """Accuracy by log-likelihood: ``acc`` picks the likeliest continuation, ``acc_norm`` the likeliest per byte."""
+    if not items:
+        raise DataError(f"task {name!r} has no questions")
     sequences: list[tuple[int, int, list[int], int]] = []  # question, choice, ids, tokens of the continuation
     for number, item in enumerate(items):
         for place, choice in enumerate(item.choices):
             context = tokenizer(item.context)["input_ids"]
+            if not context:
+                raise DataError(
+                    f"task {name!r}, question {number + 1}: the context gives no token to predict a choice from"
+                )
             whole = tokenizer(item.context + choice)["input_ids"]
             # a tokenizer may end a sequence with a special token; what follows the context is what counts
             sequences.append((number, place, whole, max(1, len(whole) - len(context))))

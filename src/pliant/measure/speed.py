@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pliant.errors import DataError
 from pliant.progress import peak_memory
 
 
@@ -33,7 +34,13 @@ def bench(
     Returns:
         For ``model`` (and ``against``): ``prefill`` and ``decode`` in tokens per second as ``median``, ``p10``, ``p90``;
         ``speedup`` as the median over rounds of model/against; ``peak_memory`` of the process in bytes.
+
+    Raises:
+        DataError: a setting below 1, or more tokens than a model has positions for.
     """
+    for name, value in {"prompt": prompt, "tokens": tokens, "batch": batch, "repeats": repeats}.items():
+        if value < 1:
+            raise DataError(f"{name} must be at least 1, it is {value}")
     models = {"model": model, **({"against": against} if against is not None else {})}
     rates: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
     generator = torch.Generator().manual_seed(seed)

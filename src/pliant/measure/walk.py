@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +40,7 @@ class Walk:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         anatomy: Anatomy,
         windows: torch.Tensor,
         *,
@@ -111,7 +112,7 @@ class Walk:
         for number, ids in enumerate(self.batches):
             outputs = self._run(
                 self.model.base_model, ids, self._known, boundary, self._hidden[number].get(self._known)
-            )  # type: ignore[arg-type]
+            )
             self._hidden[number].update({b: h for b, h in outputs.items() if b % self._stride == 0})
         self._count(self._base, self._known, boundary)
         self._known = boundary
@@ -131,7 +132,7 @@ class Walk:
     def _dense_ends(self) -> list[torch.Tensor]:
         """The hidden state after the last layer of the dense model, for every batch."""
         depth = self.anatomy.depth
-        return [self._run(self.model.base_model, ids, 0, depth, None)[depth] for ids in self.batches]  # type: ignore[arg-type]
+        return [self._run(self.model.base_model, ids, 0, depth, None)[depth] for ids in self.batches]
 
     def _logits(self, ids: torch.Tensor, start: int, hidden: torch.Tensor | None) -> torch.Tensor:
         with self._entered(start, self.anatomy.depth, hidden):
@@ -183,7 +184,7 @@ class _Enter(nn.Module):
         return hidden_states if self.hidden is None else self.hidden
 
 
-def store_bytes(model: nn.Module, anatomy: Anatomy, tokens: int) -> int:
+def store_bytes(model: Any, anatomy: Anatomy, tokens: int) -> int:
     """Bytes of the hidden states of ``tokens`` tokens at every layer boundary."""
-    hidden = model.config.get_text_config(decoder=True).hidden_size  # type: ignore[operator, union-attr]
+    hidden = model.config.get_text_config(decoder=True).hidden_size
     return tokens * hidden * next(model.parameters()).element_size() * anatomy.depth

@@ -5,19 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from pliant.data import Text
 from pliant.errors import DataError
 
 
-def windows_for(model: nn.Module, tokenizer: Any, text: Text, seqlen: int, limit: int | None = None) -> torch.Tensor:
+def windows_for(model: Any, tokenizer: Any, text: Text, seqlen: int, limit: int | None = None) -> torch.Tensor:
     """``text`` as windows of ``seqlen`` tokens, shape ``(windows, seqlen)``.
 
     Raises:
         DataError: too little text, windows longer than the model reads, or a tokenizer made for another model.
     """
-    config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+    config = model.config.get_text_config(decoder=True)
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and seqlen > longest:
         raise DataError(f"windows of {seqlen} tokens are longer than the {longest} positions of this model")
@@ -26,9 +25,9 @@ def windows_for(model: nn.Module, tokenizer: Any, text: Text, seqlen: int, limit
     return ids
 
 
-def check_ids(model: nn.Module, ids: torch.Tensor) -> None:
+def check_ids(model: Any, ids: torch.Tensor) -> None:
     """Refuse token ids that the model has no embedding for."""
-    rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    rows = model.get_input_embeddings().num_embeddings
     if ids.numel() and int(ids.max()) >= rows:
         raise DataError(
             f"the tokenizer gives token id {int(ids.max())}, the model knows only {rows}: this is the tokenizer of another model"

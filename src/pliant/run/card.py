@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import platform
+from importlib import metadata
 from typing import Any
 
 import torch
 import transformers
 import yaml
 
-import pliant
-
 
 def versions() -> dict[str, Any]:
     """Versions of what made an artefact."""
     return {
         "versions": {
-            "pliant": pliant.__version__,
-            "torch": torch.__version__,
+            "pliant": metadata.version("pliant"),
+            "torch": str(torch.__version__),
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         }
@@ -26,7 +25,7 @@ def versions() -> dict[str, Any]:
 
 def card(model: Any, history: list[dict[str, Any]], report: dict[str, Any] | None) -> str:
     """README.md of an artefact: metadata for hubs, what was done, what it cost, how to load it."""
-    base = str(model.name_or_path)
+    base = str(model.name_or_path).rstrip("/")
     metadata = {"base_model": base, "library_name": "transformers", "tags": ["pliant", "pruned"]}
     lines = [
         "---",
@@ -44,7 +43,7 @@ def card(model: Any, history: list[dict[str, Any]], report: dict[str, Any] | Non
         )
     if report is not None:
         lines += ["", "| | before | after |", "|---|---|---|"]
-        lines += [f"| {name} | {before} | {after} |" for name, before, after in table(report)]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table(report)]
         lines += ["", f"Measured on {report['machine']['cpu']}, {report['machine']['threads']} threads."]
     lines += [
         "",

@@ -151,7 +151,9 @@ def _compress(
     }
     if dense is not None:
         with progress.stage("timing both models in turn"):
-            report["speed"] = bench(model, dense)
+            longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**31
+            tokens = min(32, longest // 4)
+            report["speed"] = bench(model, dense, prompt=min(256, longest - tokens), tokens=tokens)
         report["predicted"] = {
             "prefill": before["macs_per_token"] / after["macs_per_token"],
             "decode": before["streamed_bytes"] / after["streamed_bytes"],

@@ -43,7 +43,7 @@ class Greedy:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"there is no search mode {self.mode!r}; there are {', '.join(MODES)}")
-        if self.slack < 0 or self.refresh < 0:
+        if not (self.slack >= 0 and self.refresh >= 0):
             raise ValueError(f"slack and refresh cannot be negative, they are {self.slack} and {self.refresh}")
 
     def run(

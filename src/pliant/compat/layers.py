@@ -1,0 +1,98 @@
+"""``import pliant`` is all it takes for ``AutoModelForCausalLM.from_pretrained`` to rebuild per-layer shapes.
+
+transformers reads ``per_layer_config`` into its configs since 5.14 and builds no model from it (checked: 5.14 to 5.23): it
+refuses such a config. Until it does, the constructor of a family's layer class is wrapped when its modeling file is
+imported. For any other config the wrapper only calls the original. The official registry of stand-in classes
+(``transformers.monkey_patching``) would do as well, but with anything registered each load of any model walks every name
+of the package first: 0.8 s here.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+_PACKAGE = "transformers.models."
+_MARK = "_pliant_shapes_layers"
+
+
+def install() -> None:
+    """Arrange for every family's layers to be wrapped when (or because already) its modeling file is imported."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+    for name, module in list(sys.modules.items()):
+        if _is_modeling(name):
+            wrap_layers(module)
+
+
+def wrap_layers(module: ModuleType) -> None:
+    """Wrap the constructors of the layer classes that a modeling file defines, if pliant knows the family."""
+    from pliant.architecture import catalogue
+
+    if module.__name__.split(".")[-2] not in catalogue():
+        return
+    for name, layer_class in list(vars(module).items()):
+        own = isinstance(layer_class, type) and layer_class.__module__ == module.__name__
+        if own and name.endswith(("DecoderLayer", "Block")) and not hasattr(layer_class.__init__, _MARK):
+            layer_class.__init__ = _shaping(layer_class.__init__)  # type: ignore[misc]
+
+
+def _shaping(original: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that cuts what ``original`` built to the shapes its config asks for."""
+
+    @functools.wraps(original)
+    def construct(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        if not getattr(config, "is_heterogeneous", False):
+            return original(self, config, *args, **kwargs)
+        from pliant.anatomy import plain_config
+        from pliant.architecture import architecture_of
+        from pliant.checkpoint.schema import shape_layer
+
+        plain = plain_config(config)
+        original(self, plain, *args, **kwargs)
+        for module in self.modules():
+            if getattr(module, "config", None) is plain:
+                module.config = config  # later changes of the model's config must reach its layers
+        index = kwargs["layer_idx"] if "layer_idx" in kwargs else args[0]
+        return shape_layer(self, index, config, architecture_of(config.model_type))
+
+    setattr(construct, _MARK, True)
+    return construct
+
+
+def _is_modeling(name: str) -> bool:
+    return name.startswith(_PACKAGE) and name.rpartition(".")[2].startswith("modeling_")
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds transformers' modeling files the usual way and has ``wrap_layers`` called once they are executed."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if not _is_modeling(fullname):
+            return None
+        for finder in sys.meta_path:
+            if finder is not self and (spec := finder.find_spec(fullname, path, target)) is not None:
+                if spec.loader is not None:
+                    spec.loader = _Loader(spec.loader)
+                return spec
+        return None
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, loader: Any):
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        wrap_layers(module)
+
+    def __getattr__(self, name: str) -> Any:  # get_source, get_data …: inspect and the debugger ask for them
+        return getattr(self._loader, name)

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import transformers
+
+import pico
+import pliant  # noqa: F401 - registers the per-layer shapes, as any user's program would
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)  # tiny tensors; more threads only wait for each other
+
+
+@pytest.fixture
+def model():
+    return pico.pico("llama")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return pico.tokenizer()
+
+
+@pytest.fixture
+def folder(tmp_path, model, tokenizer):
+    """A model folder in the layout of a hub."""
+    place = tmp_path / "pico-llama"
+    model.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="session")
+def prose(tmp_path_factory):
+    """A text file of 200 short paragraphs."""
+    words = [
+        "a",
+        "small",
+        "river",
+        "runs",
+        "past",
+        "the",
+        "old",
+        "mill",
+        "and",
+        "turns",
+        "its",
+        "wheel",
+        "while",
+        "birds",
+        "sing",
+        "in",
+        "tall",
+        "green",
+        "trees",
+    ]
+    drawn = random.Random(0)
+    rows = [" ".join(drawn.choices(words, k=14)).capitalize() + "." for _ in range(200)]
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    path.write_text("\n\n".join(rows), "utf-8")
+    return path

@@ -1,0 +1,401 @@
+import dataclasses
+import inspect
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+import typer
+from filelock import FileLock
+from typer.testing import CliRunner
+
+import pliant
+from pliant.cli import main
+from pliant.cli.doctor import diagnose
+from pliant.cli.main import app
+from pliant.cli.settings import build, step_class
+from pliant.errors import ArtefactError, DataError, PliantError, RatioError
+from pliant.step import StepError, help_texts
+from pliant.systems import SYSTEMS
+
+VERBS = typer.main.get_command(app).commands
+
+
+def run(*words):
+    """One verb in this process; whatever it raises is raised."""
+    plain = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    return CliRunner(env=plain).invoke(app, [str(word) for word in words], catch_exceptions=False)
+
+
+@pytest.fixture
+def entry(monkeypatch, capsys):
+    """The program as a shell sees it: exit code, stdout and stderr."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["pliant", *map(str, words)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        shown = capsys.readouterr()
+        return exit_.value.code or 0, shown.out, shown.err
+
+    return call
+
+
+@pytest.fixture
+def task(tmp_path):
+    rows = [{"context": f"{i}", "choices": ["yes", "no, not ever"], "answer": i % 2} for i in range(6)]
+    path = tmp_path / "yes-no.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    return path
+
+
+# what is light stays light
+
+LIGHT = """
+import sys
+try:
+    from pliant.cli import main
+    main()
+finally:
+    heavy = {"torch", "transformers", "numpy", "safetensors"} & set(sys.modules)
+    assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--help",
+        "--version",
+        "ls",
+        "ls architectures --json",
+        "doctor",
+        "doctor --json",
+        "compress --help",
+        "ls nonsense",
+        "evaluate",
+    ],
+)
+def test_verbs_that_need_no_model_import_nothing_heavy(words):
+    command = [sys.executable, "-W", "error", "-c", LIGHT, *words.split()]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert "AssertionError" not in outcome.stderr
+    assert outcome.returncode == {"ls nonsense": 1, "evaluate": 2}.get(words, 0)
+    assert "Traceback" not in outcome.stderr.replace("SystemExit", "")
+
+
+# what is told
+
+
+def test_the_version_is_that_of_the_package():
+    assert run("--version").stdout == f"pliant {pliant.__version__}\n"
+    assert pliant.__version__ == metadata.version("pliant")
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_lists_every_verb(flag):
+    shown = run(flag)
+    assert shown.exit_code == 0
+    assert all(verb in shown.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_and_every_option(verb):
+    shown = run(verb, "--help")
+    assert shown.exit_code == 0
+    assert f"Example: pliant {verb}" in " ".join(shown.stdout.split())
+    for parameter in VERBS[verb].params:
+        assert parameter.name == "help" or len(parameter.help) > 10
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_example_of_every_verb_can_be_typed(verb):
+    program, name, *words = shlex.split(VERBS[verb].epilog.removeprefix("Example: "))
+    assert (program, name) == ("pliant", verb)
+    VERBS[verb].make_context(verb, words)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_help_speaks_of_an_option_that_is_not_there(verb):
+    options = {o for parameter in VERBS[verb].params for o in (*parameter.opts, *parameter.secondary_opts)}
+    told = " ".join([VERBS[verb].help, VERBS[verb].epilog, *(p.help or "" for p in VERBS[verb].params)])
+    assert set(re.findall(r"--\w[\w-]*", told)) <= options | {"--help"}
+
+
+def test_ls_lists_systems_and_architectures():
+    shown = run("ls").stdout
+    for name, (_, _, text) in SYSTEMS.items():
+        assert re.search(rf"^  {name} +{re.escape(text)}$", shown, re.M)
+    assert re.search(r"^  llama ", shown, re.M)
+    assert "architectures" not in run("ls", "systems").stdout
+    assert set(json.loads(run("ls", "--json").stdout)) == {"systems", "architectures"}
+    assert set(json.loads(run("ls", "systems", "--json").stdout)["systems"]) == set(SYSTEMS)
+
+
+def test_ls_of_something_else_is_refused_with_what_there_is():
+    with pytest.raises(PliantError, match="no list of 'models'; there are systems, architectures"):
+        run("ls", "models")
+
+
+def test_doctor_tells_the_same_to_people_and_programs():
+    found = json.loads(run("doctor", "--json").stdout)
+    assert set(found) == set(diagnose())
+    assert found["torch"] == metadata.version("torch")
+    assert found["cores"] == os.cpu_count()
+    shown = run("doctor").stdout
+    assert all(re.search(rf"^{re.escape(name)} ", shown, re.M) for name in found)
+
+
+# settings
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_setting_of_every_system_has_a_help_text(system):
+    step = step_class(system)
+    texts = help_texts(step)
+    assert set(texts) == {field.name for field in dataclasses.fields(step)}
+    assert all(len(text) > 10 for text in texts.values())
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_table_of_systems_is_true(system):
+    assert step_class(system).kind == system
+    assert inspect.getdoc(step_class(system))
+
+
+def test_settings_become_what_their_fields_are():
+    pairs = ["samples=8", "slack=0.5", "reorder=False", "mlp_group=4", "split= 1:1:1 ", "head-group=2"]
+    step = build("multipruner", {"ratio": "0.1"}, pairs)
+    assert step == pliant.MultiPruner(
+        ratio=0.1, samples=8, slack=0.5, reorder=False, mlp_group=4, split="1:1:1", head_group=2
+    )
+    assert build("multipruner", {"ratio": "0.1"}, ["mlp_group=none"]).mlp_group is None
+
+
+def test_an_unknown_system_is_refused_with_those_there_are():
+    with pytest.raises(StepError, match="no system 'wanda'; there are blockpruner, multipruner"):
+        build("wanda", {"ratio": "0.1"}, [])
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_an_unknown_setting_is_refused_with_every_setting_and_its_help(system):
+    with pytest.raises(StepError, match=f"{system} has no setting 'colour'") as refusal:
+        build(system, {"ratio": "0.1"}, ["colour=red"])
+    told = str(refusal.value)
+    for name, text in help_texts(step_class(system)).items():
+        assert re.search(rf"^  {name} +{re.escape(text)}$", told, re.M)
+
+
+@pytest.mark.parametrize(
+    ("pair", "told"),
+    [
+        ("samples", "--set takes name=value, not 'samples'"),
+        ("samples=many", "samples .*'many'"),
+        ("samples=1.5", "samples .*'1.5'"),
+        ("slack=some", "slack .*'some'"),
+        ("reorder=maybe", "reorder is true or false, not 'maybe'"),
+        ("mlp_group=few", "mlp_group .*'few'"),
+        ("samples=0", "samples must be at least 1"),
+        ("slack=nan", "slack"),
+        ("metric=taste", "no metric 'taste'; there are perplexity, kl"),
+        ("search=guess", "no search mode 'guess'"),
+        ("split=1:2", "split is blocks:channels:heads"),
+    ],
+)
+def test_a_faulty_setting_is_refused_by_name(pair, told):
+    with pytest.raises(StepError, match=told):
+        build("multipruner", {"ratio": "0.1"}, [pair])
+
+
+@pytest.mark.parametrize("ratio", ["0", "1", "-0.1", "20", "nan"])
+def test_a_ratio_that_means_nothing_is_refused(ratio):
+    with pytest.raises(RatioError, match="between 0 and 1"):
+        build("multipruner", {"ratio": ratio}, [])
+
+
+# exit codes
+
+
+def test_success_is_0(entry):
+    code, out, err = entry("ls", "systems")
+    assert (code, err) == (0, "")
+    assert "multipruner" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["ls", "models"], "no list of 'models'"),
+        (["inspect", "./gone"], "'./gone' is no model folder"),
+        (["evaluate", "FOLDER"], "nothing to evaluate"),
+        (["evaluate", "FOLDER", "--perplexity", "gone.txt"], "there is no file 'gone.txt'"),
+        (["evaluate", "FOLDER", "--tasks", "gone.jsonl"], "there is no file 'gone.jsonl'"),
+        (["bench", "FOLDER", "--tokens", "0"], "tokens"),
+        (["inspect", "FOLDER", "--dtype", "float31"], "float31"),
+        (["generate", "FOLDER", "Hello", "--chat"], "chat template"),
+        (["generate", "FOLDER", ""], "prompt"),
+        (["export", "FOLDER", "--to", "onnx", "--out", "x"], "no export 'onnx'"),
+        (["compress", "FOLDER", "--ratio", "2", "--data", "PROSE", "--out", "x"], "between 0 and 1"),
+        (["compress", "FOLDER", "--ratio", "0.1", "--data", "gone.txt", "--out", "x"], "there is no file"),
+        (["compress", "FOLDER", "--ratio", "0.1", "--data", "PROSE", "--out", "FOLDER"], "--overwrite"),
+        (
+            ["compress", "FOLDER", "--ratio", "0.1", "--data", "PROSE", "--out", "x", "--set", "colour=red"],
+            "Rows of calibration text for choosing blocks.",
+        ),
+    ],
+)
+def test_a_refusal_is_1_with_the_reason_on_stderr(entry, folder, prose, tmp_path, monkeypatch, words, told):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = entry(*({"FOLDER": folder, "PROSE": prose}.get(word, word) for word in words))
+    assert code == 1
+    assert out == ""
+    assert err.startswith("pliant: ")
+    assert told in err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("words", [["fly"], ["ls", "--fast"], ["compress", "m"], ["bench", "m", "--prompt", "x"]])
+def test_wrong_usage_is_2(entry, words):
+    code, out, err = entry(*words)
+    assert (code, out) == (2, "")
+    assert "Usage" in err
+
+
+def test_busy_is_3(entry, folder, prose, tmp_path):
+    work = tmp_path / "small.work"
+    work.mkdir()
+    with FileLock(work / "lock"):
+        code, out, err = entry("compress", folder, "--ratio", "0.1", "--data", prose, "--out", tmp_path / "small")
+    assert (code, out) == (3, "")
+    assert err.startswith("pliant: another run is writing to")
+
+
+def test_interrupted_is_130_and_says_what_is_kept(entry, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pliant.cli.doctor.diagnose", interrupt)
+    code, out, err = entry("doctor")
+    assert (code, out) == (130, "")
+    assert "interrupted" in err
+
+
+# verbs on a model
+
+
+def test_inspect_shows_blocks_and_sizes(folder, model):
+    count = sum(parameter.numel() for parameter in model.parameters())
+    shown = run("inspect", folder).stdout
+    assert "self-check passed" in shown
+    assert f"{count:,} parameters in 4 layers" in shown
+    assert re.search(r"attention.*0-3", shown)
+    assert re.search(r"mlp.*0-3.*channels: 48 x 1", shown)
+    found = json.loads(run("inspect", folder, "--no-check", "--json").stdout)
+    assert found["self_check"] == "not run"
+    assert found["parameters"] == count
+    assert [block["block"] for block in found["blocks"]] == [
+        f"layers.{layer}.{kind}" for layer in range(4) for kind in ("attention", "mlp")
+    ]
+    assert found["dtype"] == "float32"
+
+
+def test_inspect_reads_in_another_type_when_asked(folder):
+    assert json.loads(run("inspect", folder, "--dtype", "bfloat16", "--json").stdout)["dtype"] == "bfloat16"
+
+
+def test_evaluate_prints_what_the_library_finds(folder, prose, task):
+    words = ["evaluate", folder, "--perplexity", prose, "--tasks", task, "--seqlen", 32, "--windows", 4, "--limit", 5]
+    expected = pliant.evaluate(pliant.load(folder), perplexity=prose, tasks=[task], seqlen=32, windows=4, limit=5)
+    assert json.loads(run(*words, "--json").stdout) == expected
+    shown = run(*words).stdout
+    assert f"{expected['perplexity']['prose.txt']['perplexity']:.3f}" in shown
+    assert re.search(r"perplexity, prose\.txt.*4 x 32 tokens", shown)
+    assert re.search(rf"yes-no acc .*{expected['tasks']['yes-no']['acc']:.1%}.*5 questions", shown)
+    assert "KL" not in shown
+
+
+def test_evaluate_against_a_reference_prints_the_divergence(folder, prose):
+    words = ["evaluate", folder, "--perplexity", prose, "--reference", folder, "--seqlen", 32, "--windows", 2]
+    assert json.loads(run(*words, "--json").stdout)["perplexity"]["prose.txt"]["kl"] == 0
+    assert re.search(r"KL, prose\.txt.*0\.0000", run(*words).stdout)
+
+
+def test_bench_prints_rates_and_speedup(folder):
+    words = ["bench", folder, "--prompt", 8, "--tokens", 2, "--repeats", 2]
+    found = json.loads(run(*words, "--against", folder, "--json").stdout)
+    assert found["settings"] == {"prompt": 8, "tokens": 2, "batch": 1, "repeats": 2}
+    assert found["speedup"]["decode"]["median"] > 0
+    shown = run(*words).stdout
+    assert "decode, tokens/s" in shown
+    assert "peak memory" in shown
+    assert "speed-up" not in shown
+    assert "speed-up" in run(*words, "--against", folder).stdout
+
+
+def test_generate_continues_the_prompt(folder, model, tokenizer):
+    ids = tokenizer("Once upon", return_tensors="pt")["input_ids"]
+    out = model.generate(input_ids=ids, attention_mask=ids**0, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    expected = tokenizer.decode(out[0], skip_special_tokens=True)
+    shown = run("generate", folder, "Once upon", "--tokens", 6).stdout
+    assert shown == expected + "\n"
+    assert shown.startswith("Once upon")
+    assert len(shown) > len("Once upon\n")
+
+
+def test_generate_draws_by_its_seed(folder):
+    drawn = [run("generate", folder, "Once", "--sample", "--seed", seed, "--tokens", 12).stdout for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_generate_chats_with_the_template_of_the_model(folder):
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}:")
+    answer = run("generate", folder, "Hello", "--chat", "--tokens", 5).stdout
+    assert run("generate", folder, "[Hello]:", "--tokens", 5).stdout == "[Hello]:" + answer
+
+
+def test_compress_prints_json_on_stdout_and_events_on_stderr(folder, prose, tmp_path):
+    out = tmp_path / "small"
+    words = [
+        "compress",
+        folder,
+        "--ratio",
+        "0.1",
+        "--data",
+        prose,
+        "--out",
+        out,
+        "--no-speed",
+        "--windows",
+        "2",
+        "--json",
+    ]
+    words += [f"--set={pair}" for pair in ("seqlen=32", "samples=8", "width_samples=8")]
+    command = [sys.executable, "-W", "error", "-c", "from pliant.cli import main; main()", *map(str, words)]
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1"}
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=quiet)
+    assert outcome.returncode == 0, outcome.stderr
+    report = json.loads(outcome.stdout)
+    assert report["ratio"] >= 0.1
+    assert report == json.loads((out / "report.json").read_text("utf-8"))
+    events = [json.loads(line) for line in outcome.stderr.splitlines()]
+    assert {event["event"] for event in events} == {"note", "stage", "step"}
+
+
+def test_compress_shows_people_a_table_and_where_it_wrote(folder, prose, tmp_path):
+    out = tmp_path / "small"
+    words = ["compress", folder, "--ratio", "0.1", "--data", prose, "--out", out, "--no-speed", "--windows", "2"]
+    words += [f"--set={pair}" for pair in ("seqlen=32", "samples=8", "width_samples=8", "head_group=1")]
+    shown = run(*words).stdout
+    report = json.loads((out / "report.json").read_text("utf-8"))
+    assert f"{report['after']['parameters']:,} (-{report['ratio']:.1%})" in shown
+    assert f"wrote {out} (report: {out / 'report.html'})" in shown
+
+
+def test_errors_are_also_the_builtin_ones_a_caller_expects():
+    assert issubclass(DataError, ValueError)
+    assert issubclass(StepError, ValueError)
+    assert issubclass(ArtefactError, OSError)

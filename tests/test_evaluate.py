@@ -1,0 +1,347 @@
+import copy
+import json
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pliant
+from pico import VOCABULARY, pico
+from pliant.data import Question
+from pliant.errors import DataError, PliantError
+from pliant.measure.score import kl, nll
+
+
+def _logits(seed, *shape, scale=3.0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def _softmax(row):
+    top = max(row)
+    parts = [math.exp(value - top) for value in row]
+    return [part / sum(parts) for part in parts]
+
+
+# the formulas
+
+
+def test_nll_is_the_mean_over_the_tokens_that_have_one_before_them():
+    logits, ids = _logits(0, 3, 5, 7), torch.arange(15).view(3, 5) % 7
+    by_hand = [
+        sum(-math.log(_softmax(window[i])[row[i + 1]]) for i in range(4)) / 4
+        for window, row in zip(logits.tolist(), ids.tolist(), strict=True)
+    ]
+    found = nll(logits, ids)
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_kl_is_the_mean_divergence_from_the_reference_over_every_token():
+    ours, theirs = _logits(0, 2, 4, 6), _logits(1, 2, 4, 6)
+    by_hand = []
+    for a, b in zip(ours.tolist(), theirs.tolist(), strict=True):
+        each = [
+            sum(q * math.log(q / p) for p, q in zip(_softmax(x), _softmax(y), strict=True))
+            for x, y in zip(a, b, strict=True)
+        ]
+        by_hand.append(sum(each) / 4)
+    found = kl(ours, theirs)
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx(by_hand, rel=1e-5)
+    assert kl(theirs, ours).tolist() != pytest.approx(by_hand, rel=1e-2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.floats(-50, 50), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_kl_is_never_negative_and_zero_for_the_same_distribution(seed, shift, dtype):
+    logits = _logits(seed, 2, 3, 11).to(dtype)
+    assert kl(logits, logits).tolist() == [0.0, 0.0]
+    assert kl(logits.float() + shift, logits).tolist() == pytest.approx([0.0, 0.0], abs=1e-4)
+    assert (kl(logits, _logits(seed + 1, 2, 3, 11)) > 0).all()
+
+
+# perplexity
+
+
+def test_a_model_that_knows_nothing_has_the_vocabulary_size_as_perplexity(model, tokenizer, prose):
+    torch.nn.init.zeros_(model.lm_head.weight)
+    found = pliant.evaluate(model, perplexity=prose, tokenizer=tokenizer, seqlen=32, windows=8)
+    row = found["perplexity"]["prose.txt"]
+    assert row["perplexity"] == pytest.approx(VOCABULARY, rel=1e-5)
+    assert row["loss"] == pytest.approx(math.log(VOCABULARY), rel=1e-6)
+    assert row["stderr"] == pytest.approx(0, abs=1e-6)
+    assert (row["windows"], row["seqlen"]) == (8, 32)
+    assert found["tasks"] == {}
+
+
+def test_perplexity_is_that_of_one_window_at_a_time(model, tokenizer, prose):
+    # 40 windows of 32 tokens do not fit one batch
+    row = pliant.evaluate(model, perplexity=str(prose), tokenizer=tokenizer, seqlen=32, windows=40)
+    row = row["perplexity"]["prose.txt"]
+    with torch.no_grad():
+        losses = [
+            model(input_ids=ids[None], labels=ids[None]).loss.item()
+            for ids in pliant.text(prose).windows(tokenizer, 32, 40)
+        ]
+    mean = sum(losses) / 40
+    spread = math.sqrt(sum((loss - mean) ** 2 for loss in losses) / 39)
+    assert row["loss"] == pytest.approx(mean, rel=1e-5)
+    assert row["perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)
+    assert row["stderr"] == pytest.approx(spread / math.sqrt(40), rel=1e-3)
+
+
+def test_a_single_window_has_no_standard_error(model, tokenizer, prose):
+    row = pliant.evaluate(model, perplexity=pliant.text(prose), tokenizer=tokenizer, seqlen=16, windows=1)
+    assert row["perplexity"]["prose.txt"]["stderr"] is None
+
+
+def test_several_texts_have_a_figure_each(model, tokenizer, prose):
+    texts = [prose, pliant.text(["another text " * 9])]
+    found = pliant.evaluate(model, perplexity=texts, tokenizer=tokenizer, seqlen=16, windows=2)["perplexity"]
+    assert list(found) == ["prose.txt", "a list"]
+    assert found["prose.txt"]["loss"] != found["a list"]["loss"]
+
+
+def test_texts_of_the_same_name_have_a_figure_each_too(model, tokenizer):
+    texts = [pliant.text(["one text " * 9]), pliant.text(["another text " * 9])]
+    found = pliant.evaluate(model, perplexity=texts, tokenizer=tokenizer, seqlen=16, windows=2)["perplexity"]
+    assert len(found) == 2
+
+
+def test_windows_are_shortened_to_what_the_model_reads(model, tokenizer, prose):
+    row = pliant.evaluate(model, perplexity=prose, tokenizer=tokenizer, windows=2)["perplexity"]["prose.txt"]
+    assert (row["windows"], row["seqlen"]) == (2, 256)
+
+
+def test_the_tokenizer_is_that_of_the_folder_when_left_out(folder, tokenizer, prose):
+    model = pliant.load(folder)
+    found = pliant.evaluate(model, perplexity=prose, seqlen=16, windows=2)
+    assert found == pliant.evaluate(model, perplexity=prose, tokenizer=tokenizer, seqlen=16, windows=2)
+
+
+def test_a_model_from_nowhere_needs_a_tokenizer(model, prose):
+    with pytest.raises(PliantError, match="pass tokenizer="):
+        pliant.evaluate(model, perplexity=prose)
+
+
+# divergence from a reference
+
+
+def test_kl_against_a_reference_is_that_of_whole_distributions(model, tokenizer, prose):
+    other = pico("llama", seed=1)
+    ids = pliant.text(prose).windows(tokenizer, 32, 20)
+    with torch.no_grad():
+        ours = model(input_ids=ids).logits.double().log_softmax(-1)
+        theirs = other(input_ids=ids).logits.double().log_softmax(-1)
+    expected = torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="sum").item() / ids.numel()
+    found = pliant.evaluate(model, perplexity=prose, reference=other, tokenizer=tokenizer, seqlen=32, windows=20)
+    assert found["perplexity"]["prose.txt"]["kl"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_model_does_not_diverge_from_itself(model, tokenizer, prose):
+    found = pliant.evaluate(
+        model, perplexity=prose, reference=copy.deepcopy(model), tokenizer=tokenizer, seqlen=32, windows=4
+    )
+    assert found["perplexity"]["prose.txt"]["kl"] == 0
+
+
+def test_the_reference_is_measured_in_evaluation_mode_and_put_back(tokenizer, prose):
+    model = pico("gpt2")
+    reference = copy.deepcopy(model).train()  # gpt2 drops out while it trains
+    found = pliant.evaluate(model, perplexity=prose, reference=reference, tokenizer=tokenizer, seqlen=32, windows=4)
+    assert found["perplexity"]["prose.txt"]["kl"] == 0
+    assert reference.training
+
+
+def test_a_reference_with_another_vocabulary_is_refused(model, tokenizer, prose):
+    other = pico("llama", vocab_size=VOCABULARY + 20)
+    with pytest.raises(DataError, match="vocabular"):
+        pliant.evaluate(model, perplexity=prose, reference=other, tokenizer=tokenizer, seqlen=32, windows=2)
+
+
+# questions
+
+
+def _questions(count):
+    drawn = random.Random(0)
+    words = ["sun", "moon", "river", "mountain", "of", "the", "and", "a", "green", "é", "雪", "walks", "slowly"]
+
+    def some(least, most):
+        return " ".join(drawn.choices(words, k=drawn.randint(least, most)))
+
+    return [Question(some(1, 12), tuple(" " + some(1, 6) for _ in range(drawn.randint(2, 4))), 0) for _ in range(count)]
+
+
+@torch.no_grad()
+def _log_likelihood(model, tokenizer, context, choice):
+    """One sequence at a time, one token at a time."""
+    known, whole = tokenizer(context)["input_ids"], tokenizer(context + choice)["input_ids"]
+    logits = model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
+    return sum(logits[i - 1, whole[i]].item() for i in range(len(known), len(whole)))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_choices_are_those_of_an_unbatched_computation(name, tokenizer):
+    model = pico(name)
+    model.get_output_embeddings().weight.data *= 20  # sure of itself, so that length alone does not decide
+    items = _questions(20)
+    scores = [[_log_likelihood(model, tokenizer, q.context, c) for c in q.choices] for q in items]
+    likeliest = [row.index(max(row)) for row in scores]
+    per_byte = []
+    for question, row in zip(items, scores, strict=True):
+        shares = [s / len(c.strip().encode()) for s, c in zip(row, question.choices, strict=True)]
+        per_byte.append(shares.index(max(shares)))
+    assert likeliest != per_byte
+    assert len({*likeliest}) > 1
+
+    for picked, metric in ((likeliest, "acc"), (per_byte, "acc_norm")):
+        right = [Question(q.context, q.choices, p) for q, p in zip(items, picked, strict=True)]
+        wrong = [Question(q.context, q.choices, (p + 1) % len(q.choices)) for q, p in zip(items, picked, strict=True)]
+        mixed = right[:14] + wrong[14:]
+        tasks = {"right": right, "wrong": wrong, "mixed": mixed}
+        found = pliant.evaluate(model, tasks=tasks, tokenizer=tokenizer)["tasks"]
+        assert [found[task][metric] for task in tasks] == pytest.approx([1.0, 0.0, 0.7])
+        if metric == "acc":
+            assert found["mixed"]["stderr"] == pytest.approx(math.sqrt(0.7 * 0.3 / 20))
+        assert found["mixed"]["questions"] == 20
+
+
+def test_a_context_longer_than_the_model_reads_loses_its_beginning(model, tokenizer):
+    tail = "the moon walks slowly " * 11  # 242 of the 256 positions
+    choices = (" a river", " green")
+    short = [_log_likelihood(model, tokenizer, ("x " * 50 + tail)[-(256 - len(c)) :], c) for c in choices]
+    answer = short.index(max(short))
+    items = [Question("y " * 300 + "x " * 50 + tail, choices, answer)]
+    assert pliant.evaluate(model, tasks={"long": items}, tokenizer=tokenizer)["tasks"]["long"]["acc"] == 1
+
+
+def test_a_choice_after_an_empty_context_is_not_free(model, tokenizer):
+    # without a context the first token of a choice has nothing to be predicted from
+    items = [Question("", ("the green river", "a"), 1)]
+    with pytest.raises(DataError, match="context"):
+        pliant.evaluate(model, tasks={"empty": items}, tokenizer=tokenizer)
+
+
+def test_tasks_are_read_from_files_and_named_after_them(folder, tmp_path):
+    rows = [{"context": f"{i}", "choices": ["yes", "no, not ever"], "answer": i % 2} for i in range(6)]
+    path = tmp_path / "yes-no.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    found = pliant.evaluate(pliant.load(folder), tasks=[path], limit=4)
+    assert found["perplexity"] == {}
+    assert found["tasks"]["yes-no"]["questions"] == 4
+
+
+def test_the_limit_holds_for_questions_given_by_name(model, tokenizer):
+    found = pliant.evaluate(model, tasks={"some": _questions(5)}, limit=3, tokenizer=tokenizer)
+    assert found["tasks"]["some"]["questions"] == 3
+
+
+# what cannot be measured
+
+
+@pytest.mark.parametrize("tasks", [(), {}])
+def test_nothing_to_measure_is_refused(model, tokenizer, tasks):
+    with pytest.raises(DataError, match="nothing to evaluate"):
+        pliant.evaluate(model, tasks=tasks, tokenizer=tokenizer)
+
+
+def test_a_task_without_questions_is_refused_by_name(model, tokenizer):
+    with pytest.raises(DataError, match="arc"):
+        pliant.evaluate(model, tasks={"arc": []}, tokenizer=tokenizer)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer, prose):
+    small = pico("llama", vocab_size=40)
+    with pytest.raises(DataError, match="the model knows only 40: this is the tokenizer of another model"):
+        pliant.evaluate(small, perplexity=prose, tokenizer=tokenizer, seqlen=16)
+    with pytest.raises(DataError, match="the model knows only 40: this is the tokenizer of another model"):
+        pliant.evaluate(small, tasks={"some": _questions(2)}, tokenizer=tokenizer)
+
+
+def test_too_little_text_is_refused(model, tokenizer):
+    with pytest.raises(DataError, match="one window needs 256"):
+        pliant.evaluate(model, perplexity=pliant.text(["short"]), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_training_mode_is_put_back(model, tokenizer, prose, training):
+    model.train(training)
+    pliant.evaluate(model, perplexity=prose, tokenizer=tokenizer, seqlen=16, windows=1)
+    assert model.training is training
+    with pytest.raises(DataError):
+        pliant.evaluate(model, perplexity=pliant.text(["short"]), tokenizer=tokenizer)
+    assert model.training is training
+
+
+def test_a_model_is_measured_in_evaluation_mode(tokenizer, prose):
+    model = pico("gpt2")
+    expected = pliant.evaluate(model, perplexity=prose, tokenizer=tokenizer, seqlen=32, windows=2)
+    found = pliant.evaluate(model.train(), perplexity=prose, tokenizer=tokenizer, seqlen=32, windows=2)
+    assert found == expected
+
+
+# speed
+
+
+def _ordered(row):
+    assert set(row) == {"median", "p10", "p90"}
+    return 0 < row["p10"] <= row["median"] <= row["p90"]
+
+
+def test_bench_gives_rates_of_one_model(model):
+    found = pliant.bench(model, prompt=8, tokens=2, repeats=3)
+    assert set(found) == {"model", "settings", "threads", "peak_memory"}
+    assert set(found["model"]) == {"prefill", "decode"}
+    assert all(_ordered(row) for row in found["model"].values())
+    assert found["settings"] == {"prompt": 8, "tokens": 2, "batch": 1, "repeats": 3}
+    assert found["threads"] == torch.get_num_threads()
+    assert found["peak_memory"] > 2**20
+
+
+def test_bench_times_two_models_in_turn(model):
+    other = pico("llama", num_hidden_layers=8)
+    calls = []
+    for name, one in (("A", model), ("B", other)):
+        one.register_forward_hook(lambda *_, name=name: calls.append(name))
+    found = pliant.bench(model, other, prompt=8, tokens=2, repeats=2)
+    assert calls == (["A"] * 3 + ["B"] * 3) * 3  # a prefill and two tokens each, one round to warm up, two timed
+    assert set(found) == {"model", "against", "speedup", "settings", "threads", "peak_memory"}
+    for part in ("model", "against", "speedup"):
+        assert set(found[part]) == {"prefill", "decode"}
+        assert all(_ordered(row) for row in found[part].values())
+
+
+def test_the_speedup_is_that_of_the_model_over_the_other(model):
+    found = pliant.bench(model, pico("llama", num_hidden_layers=16), prompt=4, tokens=2, repeats=3)
+    assert found["speedup"]["prefill"]["median"] > 1.5
+    assert found["speedup"]["decode"]["median"] > 1.5
+
+
+def test_every_model_of_a_batch_reads_and_decodes_what_was_asked(model):
+    shapes = []
+
+    def record(_module, _args, kwargs):
+        shapes.append(tuple(kwargs["input_ids"].shape))
+
+    model.register_forward_pre_hook(record, with_kwargs=True)
+    pliant.bench(model, prompt=8, tokens=2, batch=3, repeats=1)
+    assert shapes == [(3, 8), (3, 1), (3, 1)] * 2
+
+
+def test_bench_puts_the_training_mode_back(model):
+    pliant.bench(model.train(), prompt=4, tokens=1, repeats=1)
+    assert model.training
+
+
+def test_bench_refuses_more_tokens_than_the_model_has_positions():
+    with pytest.raises(PliantError, match="256"):
+        pliant.bench(pico("gpt2"), prompt=250, tokens=10, repeats=1)
+
+
+@pytest.mark.parametrize("wrong", [{"repeats": 0}, {"prompt": 0}, {"tokens": 0}, {"batch": 0}])
+def test_bench_refuses_to_time_nothing(model, wrong):
+    with pytest.raises(PliantError, match=next(iter(wrong))):
+        pliant.bench(model, model, **{"prompt": 4, "tokens": 1, "repeats": 1} | wrong)
