@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 import transformers
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from pliant.elastic import Subnet
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt2")
 VOCABULARY = 300
@@ -70,3 +73,17 @@ def tokenizer():
 def leader(name: str) -> str:
     """The axis that attention heads are chosen by."""
     return "heads" if name == "gpt2" else "kv"
+
+
+@st.composite
+def subnets(draw, anatomy):
+    """Any sub-network of a model of four layers that keeps one attention of each type."""
+    subnet = Subnet()
+    for block in anatomy.blocks.values():
+        attention_stays = block.layer >= 2 and block.kind == "attention"
+        if draw(st.booleans()) and not attention_stays:
+            subnet = subnet.without(block.name)
+        else:
+            for axis in block.leaders:
+                subnet = subnet.keeping(axis.name, draw(st.integers(1, axis.size)))
+    return subnet

@@ -187,7 +187,7 @@ def test_an_unknown_setting_is_refused_with_every_setting_and_its_help(system):
         build(system, {"ratio": "0.1"}, ["colour=red"])
     told = str(refusal.value)
     for name, text in help_texts(step_class(system)).items():
-        assert re.search(rf"^  {name} +{re.escape(text)}$", told, re.M)
+        assert re.search(rf"^  {name} +{re.escape(text)}( Default: .+)?$", told, re.M)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 
 from pliant.errors import ArtefactError
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(?<!\.)")  # a name, or owner/name
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name, or owner/name
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 

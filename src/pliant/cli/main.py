@@ -37,9 +37,7 @@ def main() -> None:
         app()
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer turns Ctrl-C into this before it gets here
-            print(
-                "pliant: interrupted; what was evaluated is kept, the same command goes on from there", file=sys.stderr
-            )  # noqa: T201
+            _say("interrupted; what was evaluated is kept, the same command goes on from there")
         raise
     except BusyError as error:
         _fail(str(error), 3)
@@ -48,8 +46,12 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"pliant: {message}", file=sys.stderr)  # noqa: T201
+    _say(message)
     raise SystemExit(code)
+
+
+def _say(message: str) -> None:
+    print(f"pliant: {message}", file=sys.stderr)  # noqa: T201
 
 
 def _print(text: str) -> None:
@@ -92,7 +94,7 @@ def doctor(as_json: Json = False) -> None:
         _print(f"{name:14} {value}")
 
 
-@app.command(epilog="Example: pliant ls systems; pliant ls multipruner")
+@app.command(epilog="Example: pliant ls multipruner")
 def ls(
     what: Annotated[str, typer.Argument(help="systems, architectures, or a system to list its settings.")] = "",
     as_json: Json = False,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pliant.anatomy import Anatomy, Block, Null, Weight, anatomy_of, layers_of
+from pliant.anatomy import Anatomy, Block, Null, Weight, anatomy_of, layers_of, plain_config
 from pliant.elastic.subnet import Subnet, validate
 
 
@@ -53,8 +53,9 @@ def follow(layer: nn.Module, block: Block, kept: Mapping[str, int]) -> None:
         else:
             seen: Any = module.config
             base, values = (seen._config, seen._values) if isinstance(seen, Follower) else (seen, {})
-            full = all(kept.get(axis.leader, axis.size) == axis.size for axis in block.leaders)
-            module.config = base if full else Follower(base, {**values, key: value})
+            values, plain = {**values, key: value}, plain_config(base)
+            same = all(getattr(plain, known) == own for known, own in values.items())
+            module.config = base if same else Follower(base, values)
 
 
 def slot(index: int, alive: Collection[int], layer_types: Sequence[str]) -> int:

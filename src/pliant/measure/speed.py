@@ -44,17 +44,23 @@ def bench(
     models = {"model": model, **({"against": against} if against is not None else {})}
     rates: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
     generator = torch.Generator().manual_seed(seed)
-    for one in models.values():
-        one.eval()
-    for round_ in range(repeats + 1):
+    configs = {name: one.config.get_text_config(decoder=True) for name, one in models.items()}
+    for name, config in configs.items():
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None and prompt + tokens > longest:
+            raise DataError(f"{prompt} + {tokens} tokens are more than the {longest} positions of {name}")
+    was_training = {name: one.training for name, one in models.items()}
+    try:
+        for round_ in range(repeats + 1):
+            for name, one in models.items():
+                ids = torch.randint(configs[name].vocab_size, (batch, prompt), generator=generator)
+                prefill, decode = _once(one.eval(), ids.to(one.device), tokens)
+                if round_:
+                    rates[name]["prefill"].append(batch * prompt / prefill)
+                    rates[name]["decode"].append(batch * tokens / decode)
+    finally:
         for name, one in models.items():
-            ids = torch.randint(
-                one.config.get_text_config(decoder=True).vocab_size, (batch, prompt), generator=generator
-            )
-            prefill, decode = _once(one, ids.to(one.device), tokens)
-            if round_:
-                rates[name]["prefill"].append(batch * prompt / prefill)
-                rates[name]["decode"].append(batch * tokens / decode)
+            one.train(was_training[name])
     result: dict[str, Any] = {name: {k: _spread(v) for k, v in pair.items()} for name, pair in rates.items()}
     if against is not None:
         result["speedup"] = {

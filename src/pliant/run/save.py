@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from pliant.checkpoint.load import sync, tokenizer_of
 from pliant.checkpoint.schema import write
@@ -116,8 +117,9 @@ def written_aside(target: Path) -> Iterator[Path]:
             os.replace(target, old)
         os.replace(aside, target)
         sync(target.absolute().parent)
-    except OSError as error:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
+    except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None)
+        reason = "the disk is full" if number in (errno.ENOSPC, errno.EDQUOT) else str(error)
         raise ArtefactError(f"cannot write {str(target)!r}: {reason}; nothing was written") from error
     finally:
         if old.exists() and not target.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from pliant.elastic import Subnet
 from pliant.errors import ArtefactError, PliantError
@@ -32,19 +32,14 @@ class Archive:
     def __init__(self, path: Path | None, belongs_to: dict[str, Any]):
         self.path = path
         self.replayed = 0
+        self._header = {"archive": VERSION, **belongs_to}
         self._scores: dict[tuple[str, Subnet], float] = {}
-        self._file: TextIO | None = None
-        if path is not None:
-            header = {"archive": VERSION, **belongs_to}
+        self._good = 0  # bytes of the file that are whole lines
+        if path is not None and path.exists():
             try:
-                good = self._read(path, header) if path.exists() else 0
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = path.open("a", encoding="utf-8")
-                self._file.truncate(good)
-                if good == 0:
-                    self._line(header)
+                self._good = self._read(path)
             except OSError as error:
-                raise ArtefactError(f"cannot write the search archive {str(path)!r}: {error}") from error
+                raise ArtefactError(f"cannot read the search archive {str(path)!r}: {error}") from error
 
     def get(self, pool: str, subnet: Subnet) -> float | None:
         """The score, or None when it is not known yet."""
@@ -57,21 +52,24 @@ class Archive:
         self._scores[pool, subnet] = score
         self._line({"pool": pool, "score": score, "seconds": round(seconds, 3), **subnet.to_dict()})
 
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
     def __len__(self) -> int:
         return len(self._scores)
 
     def _line(self, content: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(content, separators=(",", ":")) + "\n")
-            self._file.flush()
+        if self.path is None:
+            return
+        lines = [content] if self._good else [self._header, content]
+        written = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines).encode()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.truncate(self._good)
+                file.write(written)
+        except OSError as error:
+            raise ArtefactError(f"cannot write the search archive {str(self.path)!r}: {error}") from error
+        self._good += len(written)
 
-    def _read(self, path: Path, header: dict[str, Any]) -> int:
+    def _read(self, path: Path) -> int:
         """Load what is on disk; returns how many bytes of it are whole lines."""
         good = 0
         for number, line in enumerate(path.read_bytes().splitlines(keepends=True)):
@@ -82,9 +80,11 @@ class Archive:
             except ValueError:
                 break
             if number == 0:
-                differing = sorted(k for k in {*header, *content} if header.get(k) != content.get(k))
+                differing = sorted(k for k in {*self._header, *content} if self._header.get(k) != content.get(k))
                 if differing:
-                    told = "; ".join(f"{k}: {content.get(k)!r} there, {header.get(k)!r} now" for k in differing[:4])
+                    told = "; ".join(
+                        f"{k}: {content.get(k)!r} there, {self._header.get(k)!r} now" for k in differing[:4]
+                    )
                     raise ArchiveError(
                         f"{str(path)!r} belongs to another search ({told}). Delete it, or write to another folder"
                     )

@@ -223,7 +223,6 @@ class Pruning:
         if reached < target - 1e-12:
             raise RatioError(f"nothing is left to remove at ratio {reached:.4f}; {target} was asked for")
         cut_exactly(self.job.model, self.anatomy, self.subnet)
-        self.archive.close()
         self.job.record.update(
             ratio=reached,
             subnet=self.subnet.to_dict(),

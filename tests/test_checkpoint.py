@@ -1,0 +1,302 @@
+"""What is written reloads with plain transformers, and fails loudly where it cannot."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+import pliant
+from pico import ARCHITECTURES, leader, pico, tokenizer
+from pliant.anatomy import anatomy_of
+from pliant.checkpoint.schema import write
+from pliant.checkpoint.weights import check_finite, fingerprint
+from pliant.elastic import Subnet, extract
+from pliant.errors import ArtefactError, WeightError
+from pliant.export.homogeneous import homogeneous
+
+IDS = torch.tensor([[5, 17, 101, 3, 77, 250, 9, 41, 12]])
+CUTS = {
+    "one attention": lambda _: Subnet().without("layers.0.attention"),
+    "one MLP": lambda _: Subnet().without("layers.2.mlp"),
+    "a layer": lambda _: Subnet().without("layers.3.attention").without("layers.3.mlp"),
+    "channels": lambda _: Subnet().keeping("layers.1.mlp.channels", 17),
+    "heads": lambda head: Subnet().keeping(f"layers.1.attention.{head}", 1),
+    "all of it": lambda head: (
+        Subnet()
+        .without("layers.0.attention")
+        .without("layers.2.mlp")
+        .keeping("layers.1.mlp.channels", 9)
+        .keeping(f"layers.1.attention.{head}", 1)
+    ),
+}
+
+
+def cut(name, kind):
+    model = pico(name)
+    extract(model, anatomy_of(model), CUTS[kind](leader(name)))
+    write(model)
+    return model
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model.eval()(input_ids=IDS, use_cache=False).logits
+
+
+def in_a_process_without_pliant(code):
+    """Run code where pliant cannot be imported; returns the completed process."""
+    program = "import sys; sys.modules['pliant'] = None\n" + textwrap.dedent(code)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+
+def test_transformers_alone_refuses_every_cut_model(tmp_path):
+    """Random weights in place of what was removed would be the worst outcome of all."""
+    for name in ARCHITECTURES:
+        for kind in CUTS:
+            cut(name, kind).save_pretrained(tmp_path / f"{name} {kind}")
+    outcome = in_a_process_without_pliant(f"""
+        import pathlib, transformers
+        transformers.logging.set_verbosity_error()
+        for folder in sorted(pathlib.Path({str(tmp_path)!r}).iterdir()):
+            try:
+                transformers.AutoModelForCausalLM.from_pretrained(folder)
+            except Exception as error:
+                print("refused", type(error).__name__)
+            else:
+                print("LOADED", folder.name)
+    """)
+    told = outcome.stdout.splitlines()
+    assert len(told) == len(ARCHITECTURES) * len(CUTS), outcome.stderr
+    assert [line for line in told if not line.startswith("refused")] == []
+
+
+def test_pliant_may_be_imported_after_transformers_has_loaded_the_family(tmp_path):
+    model = cut("llama", "all of it")
+    model.save_pretrained(tmp_path / "cut")
+    program = textwrap.dedent(f"""
+        import torch, transformers
+        from transformers import AutoModelForCausalLM, LlamaForCausalLM
+        from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+        import pliant
+        model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "cut")!r})
+        assert type(model.model.layers[0]) is LlamaDecoderLayer
+        print(model(torch.tensor({IDS.tolist()}), use_cache=False).logits.sum().item())
+    """)
+    outcome = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(outcome.stdout) == pytest.approx(logits(model).sum().item(), abs=1e-3)
+
+
+def test_importing_pliant_imports_neither_torch_nor_transformers():
+    code = "import sys, pliant; assert not {'torch', 'transformers'} & set(sys.modules), 'heavy'"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_wrapped_constructor_is_needed_by_this_transformers(tmp_path):
+    """When transformers builds such models itself, pliant.compat.layers has to step aside: this test tells."""
+    cut("llama", "channels").save_pretrained(tmp_path / "cut")
+    outcome = in_a_process_without_pliant(f"""
+        from transformers import AutoModelForCausalLM
+        AutoModelForCausalLM.from_pretrained({str(tmp_path / "cut")!r})
+    """)
+    assert outcome.returncode != 0, f"transformers {transformers.__version__} reads per_layer_config by itself"
+    assert "per-layer attribute" in outcome.stderr
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_saving_a_reloaded_model_again_writes_the_same_config(name, tmp_path):
+    cut(name, "all of it").save_pretrained(tmp_path / "once")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "once").save_pretrained(tmp_path / "twice")
+    once, twice = (json.loads((tmp_path / place / "config.json").read_text()) for place in ("once", "twice"))
+    assert once == twice
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_reloaded_model_can_be_cut_further(name, tmp_path):
+    cut(name, "all of it").save_pretrained(tmp_path / "once")
+    model = pliant.load(tmp_path / "once")
+    left = extract(model, anatomy_of(model), Subnet().keeping("layers.1.mlp.channels", 4).without("layers.3.mlp"))
+    write(model)
+    model.save_pretrained(tmp_path / "twice")
+    again = pliant.load(tmp_path / "twice")
+    assert torch.allclose(logits(again), logits(model), atol=5e-6)
+    assert set(anatomy_of(again).blocks) == set(left.blocks)
+
+
+def test_the_config_speaks_the_vocabulary_of_transformers(tmp_path):
+    cut("llama", "all of it").save_pretrained(tmp_path / "cut")
+    config = json.loads((tmp_path / "cut" / "config.json").read_text())
+    assert config["per_layer_config"] == {
+        "0": {"num_key_value_heads": 0, "skip": ["attention"]},
+        "1": {"intermediate_size": 9, "num_attention_heads": 2, "num_key_value_heads": 1},
+        "2": {"intermediate_size": 0, "skip": ["mlp"]},
+    }
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_hidden_states_and_attention_choice_work_on_a_reloaded_model(name, tmp_path):
+    model = cut(name, "all of it")
+    model.save_pretrained(tmp_path / "cut")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
+    assert len(again(IDS, output_hidden_states=True).hidden_states) == 5
+    again.set_attn_implementation("eager")
+    assert torch.allclose(logits(again), logits(model), atol=1e-4)
+
+
+def test_a_sharded_model_reloads(tmp_path):
+    model = cut("llama", "all of it")
+    model.save_pretrained(tmp_path / "cut", max_shard_size="20KB")
+    assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 2
+    assert torch.allclose(logits(pliant.load(tmp_path / "cut")), logits(model), atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_dtype_is_kept(dtype, tmp_path):
+    model = cut("llama", "channels").to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "cut")
+    assert pliant.load(tmp_path / "cut").dtype == getattr(torch, dtype)
+
+
+def test_gradients_and_peft_like_replacement_work_on_a_cut_model():
+    model = cut("llama", "all of it").train()
+    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+# --- damaged and missing folders ---------------------------------------------------------------------------------------
+
+
+def damaged(folder, change):
+    change(folder)
+    with pytest.raises(ArtefactError) as refusal:
+        pliant.load(folder)
+    return str(refusal.value)
+
+
+def test_a_truncated_file_is_refused(folder):
+    weights = folder / "model.safetensors"
+    told = damaged(folder, lambda _: weights.write_bytes(weights.read_bytes()[:-100]))
+    assert "truncated" in told
+    assert "model.safetensors" in told
+
+
+def test_a_file_without_a_header_is_refused(folder):
+    assert "header" in damaged(folder, lambda f: (f / "model.safetensors").write_bytes(b"nothing of the kind"))
+    assert "header" in damaged(folder, lambda f: (f / "model.safetensors").write_bytes(b""))
+
+
+def test_a_missing_shard_is_refused(folder, model):
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    assert shard.name in damaged(folder, lambda _: shard.unlink())
+
+
+def test_a_folder_that_is_no_model_is_refused(folder, tmp_path):
+    assert "no config.json" in damaged(tmp_path, lambda _: None)
+    assert "no model.safetensors" in damaged(folder, lambda f: (f / "model.safetensors").unlink())
+    assert "not JSON" in damaged(folder, lambda f: (f / "config.json").write_text("{"))
+
+
+def test_a_path_that_is_not_there_is_refused_without_asking_a_hub(tmp_path):
+    with pytest.raises(ArtefactError, match="no model folder"):
+        pliant.load(tmp_path / "gone")
+    with pytest.raises(ArtefactError, match="no file"):
+        pliant.load(tmp_path / "gone.gguf")
+
+
+def test_weights_that_would_be_random_are_refused(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    told = damaged(folder, lambda f: save_file(tensors, f / "model.safetensors", metadata={"format": "pt"}))
+    assert "model.layers.1.mlp.up_proj.weight" in told
+
+
+def test_torch_dtype_is_taken_with_a_warning(folder):
+    with pytest.warns(FutureWarning, match="dtype"):
+        assert pliant.load(folder, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_values_that_are_not_finite_are_found(model):
+    check_finite(model)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[3, 4] = float("nan")
+    with pytest.raises(WeightError, match=r"layers\.2\.mlp\.up_proj\.weight holds 1 value"):
+        check_finite(model)
+
+
+def test_a_fingerprint_tells_models_apart():
+    assert fingerprint(pico("llama")) == fingerprint(pico("llama"))
+    assert fingerprint(pico("llama")) != fingerprint(pico("llama", seed=1))
+    assert fingerprint(pico("llama")) != fingerprint(cut("llama", "channels"))
+
+
+# --- homogeneous export ------------------------------------------------------------------------------------------------
+
+
+def without_layers(name, *layers):
+    model = pico(name)
+    subnet = Subnet()
+    for layer in layers:
+        subnet = subnet.without(f"layers.{layer}.attention").without(f"layers.{layer}.mlp")
+    extract(model, anatomy_of(model), subnet)
+    write(model)
+    return model
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_whole_layers_are_dropped_and_transformers_alone_loads_the_rest(name, tmp_path):
+    model = without_layers(name, 0, 2) if name != "gemma2" else without_layers(name, 0, 3)
+    plain = homogeneous(model)
+    assert torch.allclose(logits(plain), logits(model), atol=5e-6)
+    plain.save_pretrained(tmp_path / "plain")
+    outcome = in_a_process_without_pliant(f"""
+        import torch
+        from transformers import AutoModelForCausalLM
+        model, told = AutoModelForCausalLM.from_pretrained({str(tmp_path / "plain")!r}, output_loading_info=True)
+        assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+        ids = torch.tensor({IDS.tolist()})
+        print(model.config.num_hidden_layers, model.eval()(ids, use_cache=False).logits.double().sum().item())
+    """)
+    assert outcome.returncode == 0, outcome.stderr
+    depth, total = outcome.stdout.split()
+    assert depth == "2"
+    assert float(total) == pytest.approx(logits(model).double().sum().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+def test_one_width_for_all_layers_goes_into_the_ordinary_keys(name):
+    model = pico(name)
+    subnet = Subnet()
+    for layer in range(4):
+        subnet = subnet.keeping(f"layers.{layer}.mlp.channels", 20).keeping(f"layers.{layer}.attention.kv", 2)
+    extract(model, anatomy_of(model), subnet)
+    write(model)
+    plain = homogeneous(model)
+    assert plain.config.intermediate_size == 20
+    assert (plain.config.num_key_value_heads, plain.config.num_attention_heads) == (2, 4)
+    assert torch.allclose(logits(plain), logits(model), atol=5e-6)
+
+
+def test_what_an_ordinary_config_cannot_say_is_refused():
+    with pytest.raises(ArtefactError, match="layers 0 have lost one block"):
+        homogeneous(cut("llama", "one attention"))
+    with pytest.raises(ArtefactError, match="intermediate_size differs"):
+        homogeneous(cut("llama", "channels"))
+    model = pico("gpt2")
+    subnet = Subnet()
+    for layer in range(4):
+        subnet = subnet.keeping(f"layers.{layer}.attention.heads", 2)
+    extract(model, anatomy_of(model), subnet)
+    with pytest.raises(ArtefactError, match="cannot say"):
+        homogeneous(model)
+
+
+def test_the_tokenizer_of_the_tests_is_what_it_says():
+    assert max(tokenizer()("the quick brown fox")["input_ids"]) < 300

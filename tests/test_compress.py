@@ -1,0 +1,305 @@
+"""The main job through the front door: interrupted, resumed, refused, and never half-written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import pliant
+from pico import pico
+from pliant.errors import ArtefactError, BusyError, DataError, RatioError, WeightError
+from pliant.progress import Progress
+from pliant.run.compress import Measuring, compress
+
+FEW = {"samples": 40, "width_samples": 40, "seqlen": 32}
+QUICK = Measuring(seqlen=32, windows=4, speed=False)
+PROGRAM = [sys.executable, "-c", "from pliant.cli import main; main()"]
+
+
+def words(folder, prose, out, *more):
+    settings = [word for key, value in FEW.items() for word in ("--set", f"{key}={value}")]
+    return [
+        "compress",
+        str(folder),
+        "--ratio",
+        "0.3",
+        "--data",
+        str(prose),
+        "--out",
+        str(out),
+        "--no-speed",
+        *settings,
+        *more,
+    ]
+
+
+def artefacts(place):
+    """Everything in a folder but the times it took."""
+    return sorted(path.name for path in place.iterdir())
+
+
+def test_the_artefact_is_complete_and_reloads(folder, prose, tmp_path):
+    out = tmp_path / "small"
+    report = compress(folder, pliant.MultiPruner(ratio=0.3, **FEW), prose, out, measuring=QUICK, progress=Progress())
+    assert artefacts(out) == [
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "recipe.yaml",
+        "report.html",
+        "report.json",
+        "search.jsonl",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert artefacts(tmp_path) == ["pico-llama", "small"]
+    assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    small = pliant.load(out)
+    assert sum(p.numel() for p in small.parameters()) == report["after"]["parameters"]
+    assert json.loads((out / "report.json").read_text())["ratio"] == report["ratio"] >= 0.3
+    (name,) = report["after"]["quality"]["perplexity"]
+    again = pliant.evaluate(small, perplexity=pliant.text(prose).split(0.1)[1], seqlen=32, windows=4)
+    assert again["perplexity"][name]["loss"] == pytest.approx(
+        report["after"]["quality"]["perplexity"][name]["loss"], abs=1e-5
+    )
+
+
+def test_a_killed_run_resumes_to_the_identical_result(folder, prose, tmp_path):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    subprocess.run([*PROGRAM, *words(folder, prose, straight)], check=True, capture_output=True)
+    archive = broken.with_name("broken.work") / "search.jsonl"
+    process = subprocess.Popen([*PROGRAM, *words(folder, prose, broken)], stderr=subprocess.DEVNULL)
+    while process.poll() is None and (not archive.exists() or archive.read_bytes().count(b"\n") < 12):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not broken.exists()
+    kept = archive.read_bytes().count(b"\n") - 1
+    outcome = subprocess.run(
+        [*PROGRAM, *words(folder, prose, broken, "--json")], check=True, capture_output=True, text=True
+    )
+    (step,) = json.loads(outcome.stdout)["steps"]
+    assert sum(counters["replayed"] for counters in step["counters"].values()) >= kept
+    assert (broken / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+    assert (broken / "config.json").read_bytes() == (straight / "config.json").read_bytes()
+    assert artefacts(broken) == artefacts(straight)
+    assert not archive.parent.exists()
+
+
+@pytest.mark.parametrize(
+    "stage", ["loading", "measuring the dense", "blocks", "mlp channels", "measuring the cut", "writing"]
+)
+def test_ctrl_c_at_any_stage_leaves_nothing_half_written(folder, prose, tmp_path, stage):
+    out = tmp_path / "small"
+
+    class Interrupting(Progress):
+        def emit(self, event, **fields):
+            if event == "note" and fields["text"].startswith(stage):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    step = pliant.MultiPruner(ratio=0.3, **FEW)
+    with pytest.raises(KeyboardInterrupt):
+        compress(folder, step, prose, out, measuring=QUICK, progress=Interrupting())
+    assert not out.exists()
+    assert set(artefacts(tmp_path)) <= {"pico-llama", "small.work"}
+    compress(folder, step, prose, out, measuring=QUICK, progress=Progress())
+    assert artefacts(tmp_path) == ["pico-llama", "small"]
+
+
+def test_ctrl_c_on_the_command_line_is_130_with_a_word(folder, prose, tmp_path):
+    process = subprocess.Popen([*PROGRAM, *words(folder, prose, tmp_path / "small")], stderr=subprocess.PIPE, text=True)
+    archive = tmp_path / "small.work" / "search.jsonl"
+    while process.poll() is None and not archive.exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate()
+    assert process.returncode == 130
+    assert "goes on from there" in told
+    assert "Traceback" not in told
+
+
+def test_overwriting_with_the_same_settings_starts_from_the_archive(folder, prose, tmp_path):
+    step = pliant.MultiPruner(ratio=0.3, **FEW)
+    first = compress(folder, step, prose, tmp_path / "small", measuring=QUICK, progress=Progress())
+    before = (tmp_path / "small" / "model.safetensors").read_bytes()
+    second = compress(folder, step, prose, tmp_path / "small", measuring=QUICK, progress=Progress(), overwrite=True)
+    assert sum(c["evaluations"] for c in first["steps"][0]["counters"].values()) > 0
+    assert sum(c["evaluations"] for c in second["steps"][0]["counters"].values()) == 0
+    assert (tmp_path / "small" / "model.safetensors").read_bytes() == before
+
+
+def test_overwriting_with_other_settings_starts_anew(folder, prose, tmp_path):
+    compress(
+        folder,
+        pliant.BlockPruner(ratio=0.2, samples=40, seqlen=32),
+        prose,
+        tmp_path / "small",
+        measuring=QUICK,
+        progress=Progress(),
+    )
+    report = compress(
+        folder,
+        pliant.MultiPruner(ratio=0.2, **FEW),
+        prose,
+        tmp_path / "small",
+        measuring=QUICK,
+        progress=Progress(),
+        overwrite=True,
+    )
+    assert report["steps"][0]["settings"]["step"] == "multipruner"
+
+
+def test_work_left_by_other_settings_is_not_mixed_in(folder, prose, tmp_path):
+    process = subprocess.Popen([*PROGRAM, *words(folder, prose, tmp_path / "small")], stderr=subprocess.DEVNULL)
+    archive = tmp_path / "small.work" / "search.jsonl"
+    while process.poll() is None and not archive.exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    with pytest.raises(ValueError, match="belongs to another search"):
+        compress(
+            folder,
+            pliant.MultiPruner(ratio=0.3, **FEW | {"seqlen": 16}),
+            prose,
+            tmp_path / "small",
+            measuring=QUICK,
+            progress=Progress(),
+        )
+
+
+def test_two_runs_into_one_folder_do_not_mix(folder, prose, tmp_path):
+    process = subprocess.Popen([*PROGRAM, *words(folder, prose, tmp_path / "small")], stderr=subprocess.DEVNULL)
+    lock = tmp_path / "small.work" / "search.jsonl"
+    while process.poll() is None and not lock.exists():
+        time.sleep(0.01)
+    try:
+        with pytest.raises(BusyError, match="another run"):
+            compress(
+                folder,
+                pliant.MultiPruner(ratio=0.3, **FEW),
+                prose,
+                tmp_path / "small",
+                measuring=QUICK,
+                progress=Progress(),
+            )
+    finally:
+        assert process.wait() == 0
+    assert (tmp_path / "small" / "model.safetensors").exists()
+
+
+def refused(error, told, source, step, data, out):
+    with pytest.raises(error, match=told):
+        compress(source, step, data, out, measuring=QUICK, progress=Progress())
+
+
+def test_bad_input_is_refused_and_nothing_is_left(folder, prose, tmp_path):
+    step, out = pliant.MultiPruner(ratio=0.3, **FEW), tmp_path / "small"
+    empty, short = tmp_path / "empty.txt", tmp_path / "short.txt"
+    empty.write_text("\n\n")
+    short.write_text("\n\n".join("abcdefghijklmn"))
+    refused(DataError, "holds no text", folder, step, empty, out)
+    refused(DataError, "one window needs 32", folder, step, short, out)
+    refused(DataError, "no file", folder, step, tmp_path / "gone.txt", out)
+    refused(RatioError, "cannot be reached", folder, pliant.MultiPruner(ratio=0.95, **FEW), prose, out)
+    refused(ArtefactError, "no model folder", tmp_path / "gone", step, prose, out)
+    assert sorted(artefacts(tmp_path)) == ["empty.txt", "pico-llama", "short.txt"]
+
+
+def test_a_broken_model_and_a_wrong_tokenizer_are_refused(prose, tmp_path, tokenizer):
+    step, out = pliant.MultiPruner(ratio=0.3, **FEW), tmp_path / "small"
+    model = pico()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[0, 0] = float("inf")
+    model.save_pretrained(tmp_path / "broken")
+    tokenizer.save_pretrained(tmp_path / "broken")
+    refused(WeightError, "q_proj", tmp_path / "broken", step, prose, out)
+    pico(vocab_size=50).save_pretrained(tmp_path / "narrow")
+    tokenizer.save_pretrained(tmp_path / "narrow")
+    refused(DataError, "tokenizer of another model", tmp_path / "narrow", step, prose, out)
+    pico().save_pretrained(tmp_path / "mute")
+    refused(ArtefactError, "no tokenizer", tmp_path / "mute", step, prose, out)
+    assert not out.exists()
+    assert not (tmp_path / "small.work").exists()
+
+
+def test_a_folder_that_is_in_use_or_a_file_is_refused_at_once(folder, prose, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    step = pliant.MultiPruner(ratio=0.3, **FEW)
+    refused(ArtefactError, "not empty", folder, step, prose, tmp_path / "full")
+    refused(ArtefactError, "is a file", folder, step, prose, tmp_path / "file")
+    refused(ArtefactError, "cannot write", folder, step, prose, "/proc/nowhere/small")
+    assert (tmp_path / "full" / "precious.txt").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_nothing(folder, tmp_path):
+    # a limit on the size of a file fails in the same place as a disk without room
+    code = f"""
+import resource, signal, pliant
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+model = pliant.load({str(folder)!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    pliant.save(model, {str(tmp_path / "small")!r})
+except pliant.PliantError as error:
+    print(type(error).__name__, error)
+"""
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert outcome.stdout.startswith("ArtefactError cannot write")
+    assert "nothing was written" in outcome.stdout
+    assert artefacts(tmp_path) == ["pico-llama"]
+
+
+def test_a_failed_overwrite_keeps_what_was_there(folder, tmp_path):
+    pliant.save(pliant.load(folder), tmp_path / "small")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "small").iterdir()}
+    code = f"""
+import resource, signal, pliant
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+model = pliant.load({str(folder)!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    pliant.save(model, {str(tmp_path / "small")!r}, overwrite=True)
+except pliant.PliantError:
+    print("refused")
+"""
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert outcome.stdout.strip() == "refused"
+    assert {path.name: path.read_bytes() for path in (tmp_path / "small").iterdir()} == before
+    assert artefacts(tmp_path) == ["pico-llama", "small"]
+
+
+def test_the_command_line_makes_shows_and_exports(folder, prose, tmp_path):
+    runner = CliRunner()
+    from pliant.cli.main import app
+
+    out = tmp_path / "small"
+    made = runner.invoke(app, words(folder, prose, out, "--set", "split=1:0:0"))
+    assert made.exit_code == 0, made.output
+    assert "perplexity, prose.txt (held out)" in made.output
+    shown = runner.invoke(app, ["inspect", str(out)])
+    assert "self-check passed" in shown.output
+    assert "removed: layers." in shown.output
+    plain = runner.invoke(app, ["export", str(out), "--out", str(tmp_path / "plain")])
+    removed = json.loads((out / "report.json").read_text())["steps"][0]["subnet"]["skip"]
+    whole = {layer for layer in range(4) if {f"layers.{layer}.mlp", f"layers.{layer}.attention"} <= set(removed)}
+    assert (plain.exit_code == 0) == (len(removed) == 2 * len(whole))
+
+
+def test_python_and_command_line_make_the_same_model(folder, prose, tmp_path):
+    subprocess.run([*PROGRAM, *words(folder, prose, tmp_path / "small")], check=True, capture_output=True)
+    calibration, _ = pliant.text(prose).split(0.1)
+    model = pliant.apply(pliant.load(folder), pliant.MultiPruner(ratio=0.3, **FEW), calibration, progress=False)
+    model.save_pretrained(tmp_path / "mine")
+    again = pliant.load(tmp_path / "mine")
+    theirs = pliant.load(tmp_path / "small").state_dict()
+    assert {key: value.shape for key, value in again.state_dict().items()} == {k: v.shape for k, v in theirs.items()}
+    assert all(value.equal(theirs[key]) for key, value in again.state_dict().items())

@@ -1,0 +1,252 @@
+"""The greedy loop alone, on made-up scores."""
+
+import math
+from zlib import crc32
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pliant.elastic import Subnet
+from pliant.errors import WeightError
+from pliant.search import Greedy, Move
+
+
+def block_moves(names):
+    """Offer every name that is still there, in the order given."""
+    return lambda subnet: [Move(name, subnet.without(name)) for name in names if name not in subnet.skip]
+
+
+class Search:
+    """One run, remembering what was looked at and what was committed."""
+
+    def __init__(self, greedy, moves, score, more=lambda _: True, start=Subnet()):
+        self.looked, self.units, self.losses, self.per_step = [], [], [], [0]
+
+        def counted(subnet):
+            self.looked.append(subnet)
+            self.per_step[-1] += 1
+            return score(subnet)
+
+        def committed(move, loss):
+            self.units.append(move.unit)
+            self.losses.append(loss)
+            self.per_step.append(0)
+
+        self.result = greedy.run(start, moves, counted, more, committed)
+
+
+def removing(count):
+    return lambda subnet: len(subnet.skip) < count
+
+
+def additive(damage):
+    return lambda subnet: 1.0 + sum(damage[name] for name in subnet.skip)
+
+
+EXACT, NAIVE = Greedy("exact"), Greedy("naive")
+
+NAMES = [f"layers.{layer}.{kind}" for layer in range(20) for kind in ("attention", "mlp")]
+
+
+def test_on_additive_damage_lazy_removes_the_same_as_exact_with_far_fewer_scores():
+    damage = {name: (i * 17 % 40 + 1) / 64 for i, name in enumerate(NAMES)}  # sums of these are exact
+    lazy, exact = (
+        Search(greedy, block_moves(NAMES), additive(damage), removing(15))
+        for greedy in (Greedy("lazy", refresh=0), EXACT)
+    )
+    assert lazy.units == exact.units == sorted(NAMES, key=damage.get)[:15]
+    assert lazy.losses == exact.losses
+    assert lazy.result == exact.result
+    assert len(exact.looked) == 1 + sum(range(40, 25, -1))
+    assert len(lazy.looked) == 1 + 40 + 14  # everything once, then only the next best
+
+
+@given(damage=st.lists(st.integers(-8, 8), min_size=1, max_size=8), refresh=st.integers(0, 3))
+def test_on_any_additive_damage_lazy_equals_exact_ties_and_gains_included(damage, refresh):
+    by_name = dict(zip(NAMES, damage, strict=False))
+    names = list(by_name)
+    lazy = Search(Greedy("lazy", refresh=refresh), block_moves(names), additive(by_name))
+    exact = Search(EXACT, block_moves(names), additive(by_name))
+    assert lazy.units == exact.units
+    assert lazy.losses == exact.losses
+
+
+@pytest.mark.parametrize("mode", ["lazy", "exact", "naive"])
+def test_of_equal_scores_the_earliest_offered_goes(mode):
+    names = ["c", "a", "b", "d"]
+    damage = {"c": 2, "a": 1, "b": 1, "d": 1}
+    search = Search(Greedy(mode), block_moves(names), additive(damage))
+    assert search.units == ["a", "b", "d", "c"]
+
+
+def tabled(values):
+    """A score that draws a value from a fixed table for every sub-network: no structure at all."""
+    return lambda subnet: 0.5 if not subnet.skip else values[crc32(str(subnet).encode()) % len(values)]
+
+
+numbers = st.floats(0, 100, allow_nan=False)
+anything = st.one_of(numbers, st.sampled_from([math.nan, math.inf, -math.inf]))
+
+
+def outcome(greedy, moves, score):
+    """What was committed and what came of it, an error included."""
+    committed = []
+    try:
+        greedy.run(Subnet(), moves, score, lambda _: True, lambda move, loss: committed.append((move.unit, loss)))
+    except WeightError as error:
+        return committed, str(error)
+    return committed, None
+
+
+@given(
+    values=st.lists(numbers, min_size=2, max_size=40), size=st.integers(1, 6), slack=st.sampled_from([201, math.inf])
+)
+def test_with_slack_enough_lazy_equals_exact_whatever_the_scores(values, size, slack):
+    moves = block_moves(NAMES[:size])
+    assert outcome(Greedy("lazy", slack, refresh=0), moves, tabled(values)) == outcome(EXACT, moves, tabled(values))
+
+
+@given(values=st.lists(anything, min_size=2, max_size=40), size=st.integers(1, 6))
+def test_with_no_limit_on_slack_that_holds_for_scores_that_are_no_numbers_too(values, size):
+    moves = block_moves(NAMES[:size])
+    assert outcome(Greedy("lazy", math.inf, 0), moves, tabled(values)) == outcome(EXACT, moves, tabled(values))
+
+
+@given(values=st.lists(anything, min_size=2, max_size=40), size=st.integers(1, 6))
+def test_refreshing_at_every_step_equals_exact_whatever_the_scores(values, size):
+    moves = block_moves(NAMES[:size])
+    assert outcome(Greedy("lazy", 0.0, 1), moves, tabled(values)) == outcome(EXACT, moves, tabled(values))
+
+
+@given(values=st.lists(anything, min_size=2, max_size=40), size=st.integers(1, 6))
+@settings(max_examples=50)
+def test_naive_and_exact_look_at_the_same_and_decide_the_same(values, size):
+    moves = block_moves(NAMES[:size])
+    looked = {"naive": [], "exact": []}
+    outcomes = []
+    for greedy in (NAIVE, EXACT):
+        score = tabled(values)
+        outcomes.append(outcome(greedy, moves, lambda s, seen=looked[greedy.mode], f=score: seen.append(s) or f(s)))
+    assert outcomes[0] == outcomes[1]
+    assert looked["naive"] == looked["exact"]
+
+
+def shrinking(subnet):
+    """``b`` hurts most at first and least once ``a`` is gone: what lazy cannot foresee."""
+    after_a = {"b": 0.25, "c": 1, "d": 2, "e": 3}
+    first = {"a": 0.5, "b": 1.5, "c": 1, "d": 2, "e": 3}
+    damage = after_a if "a" in subnet.skip else first
+    return 1 + (0.5 if "a" in subnet.skip else 0) + sum(damage[name] for name in subnet.skip if name in damage)
+
+
+def test_slack_widens_what_is_looked_at_to_units_that_hurt_less_than_before():
+    moves = block_moves("abcde")
+    assert Search(EXACT, moves, shrinking, removing(2)).units == ["a", "b"]
+    strict = Search(Greedy("lazy"), moves, shrinking, removing(2))
+    assert strict.units == ["a", "c"]
+    assert strict.per_step == [6, 1, 0]
+    loose = Search(Greedy("lazy", slack=0.5), moves, shrinking, removing(2))
+    assert loose.units == ["a", "b"]
+    assert loose.per_step == [6, 2, 0]
+    assert Search(Greedy("lazy", slack=0.4), moves, shrinking, removing(2)).units == ["a", "c"]
+
+
+def test_refresh_scores_everything_again_at_that_step_only():
+    damage = {name: float(i) for i, name in enumerate(NAMES[:12])}
+    search = Search(Greedy("lazy", refresh=4), block_moves(NAMES[:12]), additive(damage), removing(10))
+    assert search.per_step == [1 + 12, 1, 1, 1, 8, 1, 1, 1, 4, 1, 0]
+    search = Search(Greedy("lazy", refresh=0), block_moves(NAMES[:12]), additive(damage), removing(10))
+    assert search.per_step == [1 + 12, *[1] * 9, 0]
+
+
+def test_refresh_finds_what_lazy_lost_sight_of():
+    moves = block_moves("abcde")
+    assert Search(Greedy("lazy", refresh=1), moves, shrinking, removing(2)).units == ["a", "b"]
+
+
+@pytest.mark.parametrize("mode", ["lazy", "exact", "naive"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_no_number_never_wins(mode, bad):
+    damage = {"a": 3, "b": 2, "c": 1}
+
+    def score(subnet):
+        return bad if "c" in subnet.skip and len(subnet.skip) < 3 else additive(damage)(subnet)
+
+    assert Search(Greedy(mode), block_moves("cab"), score).units == ["b", "a", "c"]
+
+
+@pytest.mark.parametrize("mode", ["lazy", "exact", "naive"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_without_any_finite_score_the_search_says_so(mode, bad):
+    def score(subnet):
+        return bad if len(subnet.skip) == 2 else 1.0
+
+    committed = []
+    with pytest.raises(WeightError, match="no removal leaves a finite loss"):
+        Greedy(mode).run(
+            Subnet(), block_moves("abc"), score, lambda _: True, lambda move, _: committed.append(move.unit)
+        )
+    assert committed == ["a"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_start_without_a_finite_loss_is_refused(bad):
+    with pytest.raises(WeightError, match=f"loss on the calibration text is {bad}"):
+        Search(Greedy(), block_moves("abc"), lambda _: bad)
+
+
+def width_moves(size, group):
+    """Offer the next group of every axis, as long as something stays."""
+
+    def moves(subnet):
+        kept = {name: size for name in ("layers.0.mlp.channels", "layers.1.mlp.channels")} | dict(subnet.keep)
+        return [Move(axis, subnet.keeping(axis, n - group)) for axis, n in kept.items() if n > group]
+
+    return moves
+
+
+@pytest.mark.parametrize("mode", ["lazy", "exact", "naive"])
+def test_a_unit_is_offered_again_for_its_next_group_and_looked_at_afresh(mode):
+    rising = {"layers.0.mlp.channels": [0, 1, 2, 9], "layers.1.mlp.channels": [0, 4, 5, 6]}  # by groups gone
+
+    def score(subnet):
+        return sum(rising[axis][(12 - kept) // 4] for axis, kept in subnet.keep) if subnet.keep else 0.0
+
+    search = Search(Greedy(mode), width_moves(12, 4), score)
+    first, second = rising
+    assert search.units == [first, first, second, second]
+    assert search.losses == [1, 2, 6, 7]
+    assert search.result == Subnet().keeping(first, 4).keeping(second, 4)
+
+
+def test_the_search_stops_when_nothing_is_offered():
+    search = Search(Greedy(), block_moves("ab"), additive({"a": 1, "b": 2}))
+    assert search.units == ["a", "b"]
+    assert search.result.skip == {"a", "b"}
+    assert Search(Greedy(), lambda _: [], lambda _: 1.0).result == Subnet()
+
+
+def test_the_search_stops_when_no_more_is_wanted_and_looks_at_nothing_else():
+    search = Search(EXACT, block_moves("abc"), additive({"a": 1, "b": 2, "c": 3}), lambda _: False)
+    assert search.units == []
+    assert search.looked == [Subnet()]
+    start = Subnet().without("b")
+    search = Search(EXACT, block_moves("abc"), additive({"a": 1, "b": 2, "c": 3}), removing(2), start)
+    assert search.units == ["a"]
+    assert search.result.skip == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"mode": "random"}, "no search mode 'random'; there are lazy, exact, naive"),
+        ({"mode": None}, "no search mode None"),
+        ({"slack": -0.1}, "cannot be negative"),
+        ({"slack": math.nan}, "cannot be negative"),
+        ({"refresh": -1}, "cannot be negative"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, told):
+    with pytest.raises(ValueError, match=told):
+        Greedy(**settings)
