@@ -97,10 +97,10 @@ def main() -> None:
         num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=512,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(shape)
-    results.append(compare("random 48 layers, width 256", model, torch.randint(2048, (2, 256)), 8))
+    results.append(compare("random 48 layers, width 256", model, torch.randint(2048, (1, 128)), 8))
     tokenizer = AutoTokenizer.from_pretrained(arguments.smollm2)
     model = AutoModelForCausalLM.from_pretrained(arguments.smollm2)
-    windows = windows_for(model, tokenizer, text.sample(16, 0), 256, limit=2)
+    windows = windows_for(model, tokenizer, text.sample(16, 0), 128, limit=2)
     results.append(compare("SmolLM2-135M", model, windows, 8))
     print(json.dumps([{k: v for k, v in r.items() if k != "modes"} for r in results], indent=1))
     save("search_cost", {"results": results})

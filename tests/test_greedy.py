@@ -200,7 +200,7 @@ def width_moves(size, group):
     """Offer the next group of every axis, as long as something stays."""
 
     def moves(subnet):
-        kept = {name: size for name in ("layers.0.mlp.channels", "layers.1.mlp.channels")} | dict(subnet.keep)
+        kept = dict.fromkeys(("layers.0.mlp.channels", "layers.1.mlp.channels"), size) | dict(subnet.keep)
         return [Move(axis, subnet.keeping(axis, n - group)) for axis, n in kept.items() if n > group]
 
     return moves

@@ -15,10 +15,11 @@ from pliant.checkpoint.weights import check_finite, fingerprint
 from pliant.elastic import Elastic, Subnet, extract, macs, parameters, ratio
 from pliant.errors import DataError, RatioError, SubnetError
 from pliant.measure.score import METRICS
-from pliant.measure.walk import Walk
+from pliant.measure.walk import TOKENS_AT_ONCE, Walk, store_bytes
 from pliant.measure.windows import windows_for
 from pliant.search.archive import Archive
 from pliant.search.greedy import Greedy, Move
+from pliant.progress import duration, size
 from pliant.step import Job, Step, StepError
 
 Moves = Callable[[Subnet], Sequence[Move]]
@@ -175,7 +176,10 @@ class Pruning:
             if known is None:
                 tick = time.monotonic()
                 known = walk.score(subnet)
-                self.archive.put(pool, subnet, known, time.monotonic() - tick)
+                spent = time.monotonic() - tick
+                self.archive.put(pool, subnet, known, spent)
+                if seen == 0:  # the whole model has just been run once: now the cost can be told
+                    self._tell_cost(spent, first, start, until)
             seen += 1
             self.job.progress.step(*self._share(seen, made, first, start, until))
             return known
@@ -198,6 +202,7 @@ class Pruning:
             )
 
         with self.job.progress.stage(name):
+            self._tell_memory(windows, first)
             walk.rebase(self.subnet)
             try:
                 self.greedy.run(self.subnet, moves, score, lambda s: ratio(self.anatomy, s) < until - 1e-12, committed)
@@ -230,6 +235,24 @@ class Pruning:
             counters=self.counters,
             evaluations=len(self.archive),
         )
+
+    def _tell_memory(self, windows: torch.Tensor, first: int) -> None:
+        model = self.job.model
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        hidden = store_bytes(model, self.anatomy, windows.numel())
+        logits = 8 * TOKENS_AT_ONCE * model.get_input_embeddings().num_embeddings
+        self.job.progress.note(
+            f"  {first} candidates, {windows.shape[0]} windows of {windows.shape[1]} tokens; needs about "
+            f"{size(weights + hidden + logits)} of memory: weights {size(weights)}, hidden states {size(hidden)}, logits "
+            f"{size(logits)}"
+        )
+
+    def _tell_cost(self, whole: float, first: int, start: float, until: float) -> None:
+        done, _ = self._share(1, 0, first, start, until)
+        scores = 1 / done
+        # with prefixes re-used a score takes the layers behind the candidate, half of them on average, and the head
+        each = whole * (1.0 if self.greedy.mode == "naive" else 0.6)
+        self.job.progress.note(f"  the model takes {duration(whole)} on them; about {scores:.0f} scores, {duration(scores * each)}")
 
     def _share(self, seen: int, made: int, first: int, start: float, until: float) -> tuple[float, str]:
         """How far the stage is, and a line about it. The first step looks at everything, later ones at what is near."""

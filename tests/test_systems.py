@@ -1,0 +1,716 @@
+"""BlockPruner and MultiPruner from end to end, on models of every architecture, and the published parameter counts."""
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+
+import pliant
+from pico import ARCHITECTURES, leader, pico
+from pliant.anatomy import anatomy_of
+from pliant.elastic import Subnet, parameters, ratio
+from pliant.errors import DataError, PliantError, RatioError, WeightError
+from pliant.progress import Progress
+from pliant.step import StepError
+from pliant.systems.multipruner import parse_config, read_config
+
+SMALL = {"samples": 4, "seqlen": 24, "seed": 3}
+WIDTHS = {"width_samples": 3, "mlp_group": 12}
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def prune(prose, tokenizer):
+    """Apply a step to a model and return it."""
+
+    def applied(model, step, **options):
+        return pliant.apply(model, step, pliant.text(prose), tokenizer=tokenizer, progress=False, **options)
+
+    return applied
+
+
+def multi(ratio=0.35, **settings):
+    return pliant.MultiPruner(ratio=ratio, **SMALL | WIDTHS | settings)
+
+
+def blocks(ratio=0.25, **settings):
+    return pliant.BlockPruner(ratio=ratio, **SMALL | settings)
+
+
+def told(model):
+    return model.pliant_history[0]
+
+
+def units(model, stage=None):
+    return [point["unit"] for point in told(model)["points"] if stage in (None, point["stage"])]
+
+
+def ratios(model, stage):
+    return [point["ratio"] for point in told(model)["points"] if point["stage"] == stage]
+
+
+def frozen(model):
+    """Everything about a model that an applied step changes."""
+    return {key: tensor.clone() for key, tensor in model.state_dict().items()}, model.config.to_dict()
+
+
+def unchanged(model, before):
+    tensors, config = before
+    now = model.state_dict()
+    return (
+        now.keys() == tensors.keys()
+        and all(torch.equal(now[key], tensor) for key, tensor in tensors.items())
+        and model.config.to_dict() == config
+        and not hasattr(model, "pliant_history")
+    )
+
+
+def identical(one, other):
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def loss_on(model, prose, tokenizer, samples, seed):
+    windows = pliant.text(prose).sample(samples, seed).windows(tokenizer, SMALL["seqlen"])
+    with torch.inference_mode():
+        predicted = model(input_ids=windows, use_cache=False).logits[:, :-1].double().log_softmax(-1)
+    return -predicted.gather(-1, windows[:, 1:, None]).mean().item()
+
+
+# What comes out
+
+
+def test_multipruner_stops_each_stage_at_the_first_ratio_of_its_share(name, prune):
+    model = pico(name)
+    dense = sum(p.numel() for p in model.parameters())
+    anatomy = anatomy_of(model)
+    step = multi(split="44:46:10")
+    prune(model, step)
+    reached = 0.0
+    for stage, until in (("blocks", 0.35 * 0.44), ("mlp channels", 0.35 * 0.9), ("attention heads", 0.35)):
+        after = ratios(model, stage)
+        assert after, stage
+        assert all(r < until for r in [reached, *after[:-1]])
+        reached = after[-1]
+        assert reached >= until
+    unit = {kept: parameters(anatomy, Subnet().keeping(f"layers.3.attention.{leader(name)}", kept)) for kept in (1, 2)}
+    assert 0.35 <= reached < 0.35 + (unit[2] - unit[1]) / dense
+    assert 1 - sum(p.numel() for p in model.parameters()) / dense == pytest.approx(reached, abs=1e-12)
+    assert reached == told(model)["ratio"]
+    assert told(model)["parameters_after"] == sum(p.numel() for p in model.parameters())
+    assert ratio(anatomy, Subnet.from_dict(told(model)["subnet"])) == reached
+
+
+@pytest.mark.parametrize(
+    ("split", "stages"), [("0:1:0", {"mlp channels"}), ("1:0:0", {"blocks"}), ("30:70:0", {"blocks", "mlp channels"})]
+)
+def test_a_stage_without_a_share_is_left_out(split, stages, prune, model):
+    prune(model, multi(0.2, split=split))
+    assert {point["stage"] for point in told(model)["points"]} == stages == set(told(model)["counters"])
+    assert told(model)["ratio"] >= 0.2
+    assert told(model)["points"][-2]["ratio"] < 0.2
+
+
+def test_blockpruner_stops_at_the_first_ratio_that_is_enough(name, prune):
+    model = pico(name)
+    prune(model, blocks(0.25))
+    after = ratios(model, "blocks")
+    assert after[-1] >= 0.25
+    assert all(r < 0.25 for r in after[:-1])
+    assert {*units(model)} == {*told(model)["subnet"]["skip"]}
+    assert told(model)["subnet"]["keep"] == {}
+
+
+def test_a_larger_ratio_of_blockpruner_removes_the_same_blocks_first(name, prune):
+    small, large = pico(name), pico(name)
+    prune(small, blocks(0.15, search="exact"))
+    prune(large, blocks(0.4, search="exact"))
+    assert len(units(large)) > len(units(small)) >= 1
+    assert units(large)[: len(units(small))] == units(small)
+
+
+def test_naive_and_exact_search_decide_the_same_in_all_three_stages(name, prune):
+    naive, exact = pico(name), pico(name)
+    for model, search in ((naive, "naive"), (exact, "exact")):
+        prune(model, multi(split="44:46:10", search=search))
+    assert units(naive) == units(exact)
+    assert {point["stage"] for point in told(exact)["points"]} == {"blocks", "mlp channels", "attention heads"}
+    for a, b in zip(told(naive)["points"], told(exact)["points"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
+    assert identical(naive, exact)
+    for stage, counters in told(exact)["counters"].items():
+        assert counters["evaluations"] == told(naive)["counters"][stage]["evaluations"]
+        assert counters["block_forwards"] < told(naive)["counters"][stage]["block_forwards"]
+
+
+def test_the_lazy_search_evaluates_less(name, prune):
+    lazy, exact = pico(name), pico(name)
+    prune(lazy, multi(search="lazy"))
+    prune(exact, multi(search="exact"))
+    assert told(lazy)["evaluations"] < told(exact)["evaluations"]
+    assert told(lazy)["ratio"] >= 0.35
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "phi3"])
+def test_the_head_stage_removes_whole_key_value_groups(name, prune):
+    model = pico(name)
+    prune(model, multi(0.12, split="0:0:1", head_group=1))
+    narrowed = set(units(model))
+    assert len(narrowed) > 1
+    for i, layer in enumerate(model.model.layers):
+        kept = told(model)["subnet"]["keep"].get(f"layers.{i}.attention.kv", 3)
+        attention = layer.self_attn
+        if name == "phi3":
+            assert attention.qkv_proj.weight.shape[0] == kept * (2 + 1 + 1) * 8
+        else:
+            assert attention.q_proj.weight.shape[0] == kept * 2 * 8
+            assert attention.k_proj.weight.shape[0] == attention.v_proj.weight.shape[0] == kept * 8
+        assert attention.o_proj.weight.shape[1] == kept * 2 * 8
+        assert (kept < 3) == (f"layers.{i}.attention.kv" in narrowed)
+
+
+@pytest.mark.parametrize(("kind", "other"), [("attention", "mlp"), ("mlp", "attention")])
+def test_blocks_of_one_kind_leave_the_other_kind_alone(kind, other, name, prune):
+    model = pico(name)
+    before = frozen(model)[0]
+    prune(model, blocks(0.1, blocks=kind))
+    assert units(model)
+    assert all(unit.endswith(kind) for unit in units(model))
+    after = model.state_dict()
+    module = {"attention": "attn.", "mlp": "mlp."}[other]
+    kept = [key for key in before if module in key]
+    assert kept
+    assert all(torch.equal(after[key], before[key]) for key in kept)
+
+
+def test_multipruner_leaves_the_least_important_units_out(name, prune):
+    """With one stage, what is kept of a block are its units of largest norm."""
+    from pliant.importance import l1_orders
+
+    model, dense = pico(name), pico(name)
+    orders = l1_orders(dense, anatomy_of(dense))
+    prune(model, multi(0.1, split="0:1:0"))
+    keep = told(model)["subnet"]["keep"]
+    assert keep
+    for axis, count in keep.items():
+        layer = int(axis.split(".")[1])
+        old, new = (m.get_submodule(anatomy_of(dense).architecture.layers)[layer].mlp for m in (dense, model))
+        before = old.c_proj.weight if name == "gpt2" else old.down_proj.weight.T
+        after = new.c_proj.weight if name == "gpt2" else new.down_proj.weight.T
+        assert torch.equal(after, before[orders[axis][:count]])
+
+
+def test_without_reordering_the_last_channels_go(name, prune):
+    model, dense = pico(name), pico(name)
+    prune(model, multi(0.1, split="0:1:0", reorder=False))
+    keep = told(model)["subnet"]["keep"]
+    assert keep
+    for axis, count in keep.items():
+        layer = int(axis.split(".")[1])
+        old, new = (m.get_submodule(anatomy_of(dense).architecture.layers)[layer].mlp for m in (dense, model))
+        before = old.c_proj.weight if name == "gpt2" else old.down_proj.weight.T
+        after = new.c_proj.weight if name == "gpt2" else new.down_proj.weight.T
+        assert torch.equal(after, before[:count])
+
+
+def test_the_last_loss_scored_is_that_of_the_cut_model(name, prune, prose, tokenizer):
+    model = pico(name)
+    prune(model, multi())
+    assert told(model)["points"][-1]["stage"] == "attention heads"
+    assert loss_on(model, prose, tokenizer, 3, 3) == pytest.approx(told(model)["points"][-1]["loss"], abs=1e-5)
+    assert told(model)["points"][-1]["perplexity"] == pytest.approx(math.exp(told(model)["points"][-1]["loss"]))
+    model = pico(name)
+    prune(model, blocks())
+    assert loss_on(model, prose, tokenizer, 4, 3) == pytest.approx(told(model)["points"][-1]["loss"], abs=1e-5)
+
+
+def test_the_widths_sample_is_drawn_first_and_the_blocks_sample_after_it(prune, prose, tokenizer, model):
+    prune(model, multi(0.1, split="1:0:0"))
+    assert loss_on(model, prose, tokenizer, 4, 4) == pytest.approx(told(model)["points"][-1]["loss"], abs=1e-5)
+
+
+def test_the_divergence_from_the_dense_model_can_choose_too(name, prune):
+    model = pico(name)
+    prune(model, multi(metric="kl"))
+    points = told(model)["points"]
+    assert points[-1]["ratio"] >= 0.35
+    assert all(point["loss"] > 0 for point in points)
+    assert all(point["perplexity"] is None for point in points)
+
+
+@pytest.mark.parametrize("step", [multi, blocks])
+def test_the_same_seed_gives_the_same_model_twice(step, name, prune):
+    one, other = pico(name), pico(name)
+    prune(one, step())
+    prune(other, step())
+    assert identical(one, other)
+    assert told(one)["points"] == told(other)["points"]
+
+
+def test_another_seed_draws_other_text(prune):
+    one, other = pico(), pico()
+    prune(one, blocks())
+    prune(other, blocks(seed=4))
+    assert told(one)["points"][0]["loss"] != told(other)["points"][0]["loss"]
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("step", [multi, blocks])
+@pytest.mark.parametrize("metric", ["perplexity", "kl"])
+def test_the_same_run_again_evaluates_nothing_and_gives_the_same_model(step, metric, prune, tmp_path):
+    first, second = pico(), pico()
+    prune(first, step(metric=metric), work=tmp_path / "work")
+    prune(second, step(metric=metric), work=tmp_path / "work")
+    assert all(stage["evaluations"] > 0 for stage in told(first)["counters"].values())
+    for stage, counters in told(second)["counters"].items():
+        assert counters["evaluations"] == 0
+        assert counters["replayed"] == counters["scores"] == told(first)["counters"][stage]["scores"]
+    assert told(first)["points"] == told(second)["points"]
+    assert identical(first, second)
+
+
+def test_a_larger_ratio_goes_on_from_the_scores_of_a_smaller_one(prune, tmp_path):
+    prune(pico(), blocks(0.15), work=tmp_path)
+    model, alone = pico(), pico()
+    prune(model, blocks(0.3), work=tmp_path)
+    prune(alone, blocks(0.3))
+    counters = told(model)["counters"]["blocks"]
+    assert 0 < counters["evaluations"] < told(alone)["counters"]["blocks"]["evaluations"]
+    assert counters["replayed"] > 8
+    assert identical(model, alone)
+
+
+def test_scores_of_another_model_are_refused_and_the_model_is_left_alone(prune, tmp_path):
+    prune(pico(), blocks(), work=tmp_path)
+    other = pico(seed=1)
+    before = frozen(other)
+    with pytest.raises(PliantError, match=r"belongs to another search.*model: "):
+        prune(other, blocks(), work=tmp_path)
+    assert unchanged(other, before)
+
+
+class Stopped(Progress):
+    """Presses Ctrl-C after so many scores."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.left = after
+
+    def emit(self, event, **_):
+        self.left -= event == "step"
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("after", [3, 20])
+def test_an_interrupted_run_leaves_the_model_as_it_was_and_goes_on_with_it(after, prune, tmp_path, prose, tokenizer):
+    model, straight = pico(), pico()
+    before = frozen(model)
+    with pytest.raises(KeyboardInterrupt):
+        pliant.apply(model, multi(), pliant.text(prose), tokenizer=tokenizer, work=tmp_path, progress=Stopped(after))
+    assert unchanged(model, before)
+    prune(model, multi(), work=tmp_path)
+    prune(straight, multi())
+    assert identical(model, straight)
+    assert sum(c["replayed"] for c in told(model)["counters"].values()) > after
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("step", [pliant.MultiPruner, pliant.BlockPruner])
+@pytest.mark.parametrize("wrong", [0, -0.1, 1, 1.5, math.nan, math.inf, True, "0.2", None])
+def test_a_ratio_that_means_nothing_is_refused(step, wrong):
+    with pytest.raises(RatioError, match="between 0 and 1"):
+        step(ratio=wrong)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        multi(0.9),
+        multi(0.9, split="0:1:0"),
+        multi(0.5, split="0:0:1"),
+        multi(0.5, split="0:1:0", mlp_group=47),
+        multi(0.9, reorder=False),
+        blocks(0.9),
+        blocks(0.3, blocks="attention"),
+    ],
+    ids=lambda step: f"{step.kind}-{step.ratio}",
+)
+@pytest.mark.parametrize("keep", [True, False], ids=["work", "no work"])
+def test_a_ratio_that_cannot_be_reached_is_refused_before_anything_is_done(step, keep, prune, model, tmp_path):
+    before = frozen(model)
+    with pytest.raises(RatioError, match="cannot be reached"):
+        prune(model, step, **({"work": tmp_path / "work"} if keep else {}))
+    assert unchanged(model, before)
+    assert not (tmp_path / "work").exists()
+
+
+def test_stages_that_run_dry_before_the_ratio_leave_the_model_as_it_was(prune, model):
+    """Blocks could reach the ratio alone, but their share is small, and the widths after them have not enough."""
+    before = frozen(model)
+    with pytest.raises(RatioError, match=r"reached|nothing is left"):
+        prune(model, multi(0.6, split="5:90:5"))
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    "split", ["", "44:56", "44:52:4:0", "a:b:c", "44;52;4", "-1:50:51", "0:0:0", "nan:1:1", "inf:1:1", None, 44]
+)
+def test_a_split_that_is_no_three_shares_is_refused(split):
+    with pytest.raises(StepError, match="split"):
+        multi(split=split)
+
+
+@pytest.mark.parametrize(
+    ("step", "setting", "told"),
+    [
+        (multi, {"mlp_group": 0}, "mlp_group must be at least 1"),
+        (multi, {"head_group": 0}, "head_group must be at least 1"),
+        (multi, {"width_samples": 0}, "width_samples must be at least 1"),
+        (multi, {"samples": 0}, "samples must be at least 1"),
+        (multi, {"seqlen": 1}, "seqlen must be at least 2"),
+        (multi, {"metric": "accuracy"}, "no metric 'accuracy'"),
+        (multi, {"search": "random"}, "no search mode 'random'"),
+        (multi, {"slack": -1.0}, "cannot be negative"),
+        (multi, {"refresh": -1}, "cannot be negative"),
+        (blocks, {"blocks": "layers"}, "blocks is mix, attention or mlp, not 'layers'"),
+    ],
+)
+def test_a_setting_outside_what_it_can_be_is_refused(step, setting, told):
+    with pytest.raises(StepError, match=told):
+        step(**setting)
+
+
+@pytest.mark.parametrize("step", [multi(), blocks()], ids=lambda step: step.kind)
+def test_without_calibration_text_the_model_is_left_alone(step, model, tokenizer):
+    before = frozen(model)
+    with pytest.raises(DataError, match="needs calibration text"):
+        pliant.apply(model, step, tokenizer=tokenizer, progress=False)
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("step", [multi(), blocks()], ids=lambda step: step.kind)
+@pytest.mark.parametrize("text", [["too short"], ["a" * 80]])
+def test_text_shorter_than_a_window_is_refused_and_the_model_left_alone(step, text, model, tokenizer):
+    step = type(step)(**{k: v for k, v in step.to_dict().items() if k != "step"} | {"seqlen": 100})
+    before = frozen(model)
+    with pytest.raises(DataError, match="one window needs 100"):
+        pliant.apply(model, step, pliant.text(text), tokenizer=tokenizer, progress=False)
+    assert unchanged(model, before)
+
+
+def test_windows_longer_than_the_model_reads_are_refused(prune, model):
+    before = frozen(model)
+    with pytest.raises(DataError, match="longer than the 256 positions"):
+        prune(model, multi(seqlen=257))
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("step", [multi(), blocks()], ids=lambda step: step.kind)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_broken_weight_is_named_and_nothing_is_done(step, bad, name, prune):
+    model = pico(name)
+    tensor = next(key for key, _ in model.named_parameters() if ".2." in key and "mlp" in key)
+    with torch.no_grad():
+        model.get_parameter(tensor).view(-1)[5] = bad
+    before = frozen(model)
+    with pytest.raises(WeightError, match=rf"{tensor} holds 1 value"):
+        prune(model, step)
+    assert all(torch.equal(now, before[0][key]) or key == tensor for key, now in model.state_dict().items())
+    assert model.config.to_dict() == before[1]
+
+
+@pytest.mark.parametrize("step", [multi(), blocks()], ids=lambda step: step.kind)
+def test_weights_that_are_finite_but_give_no_finite_loss_leave_the_model_as_it_was(step, prune, model):
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e37)
+        model.model.norm.weight.mul_(1e10)
+    before = frozen(model)
+    with pytest.raises(WeightError, match="loss"):
+        prune(model, step)
+    assert unchanged(model, before)
+
+
+# The published counts
+
+UNPRUNED = {
+    "Llama-2-7B": (
+        transformers.LlamaConfig,
+        {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+        },
+        6_738_415_616,
+    ),
+    "Llama-3.1-8B": (
+        transformers.LlamaConfig,
+        {
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+        8_030_261_248,
+    ),
+    "Llama-3.2-3B": (
+        transformers.LlamaConfig,
+        {
+            "vocab_size": 128256,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "tie_word_embeddings": True,
+        },
+        3_212_749_824,
+    ),
+    "Qwen2.5-7B": (
+        transformers.Qwen2Config,
+        {
+            "vocab_size": 152064,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": False,
+        },
+        7_615_616_512,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def real():
+    """The anatomy of a published model, from its shapes alone."""
+    known = {}
+
+    def anatomy(name):
+        if name not in known:
+            config, shape, _ = UNPRUNED[name]
+            with torch.device("meta"):
+                known[name] = anatomy_of(transformers.AutoModelForCausalLM.from_config(config(**shape)))
+        return known[name]
+
+    return anatomy
+
+
+def upstream_count(anatomy, subnet):
+    """Parameters as the original code counts them: it keeps the norms of removed blocks."""
+    return parameters(anatomy, subnet) + sum(anatomy.blocks[name].norm_parameters for name in subnet.skip)
+
+
+@pytest.mark.parametrize("name", UNPRUNED)
+def test_the_published_models_have_their_published_size(name, real):
+    assert parameters(real(name)) == UNPRUNED[name][2]
+
+
+LISTED = {
+    "Llama-2-7B": (
+        5_258_874_880,
+        {
+            "pruned_attn_idx": [25, 27, 24, 23, 21, 29, 28, 18, 8],
+            "pruned_mlp_idx": [8],
+            "pruned_mlp_width": {
+                "2": 5888,
+                "7": 6912,
+                "12": 5888,
+                "17": 3840,
+                "23": 1792,
+                "25": 1792,
+                "26": 3840,
+                "27": 1792,
+            },
+            "pruned_attn_width": {
+                "1": 3328,
+                "2": 3328,
+                "5": 3968,
+                "16": 3968,
+                "17": 3584,
+                "19": 3840,
+                "20": 3968,
+                "22": 3968,
+                "30": 3968,
+            },
+        },
+    ),
+    "Llama-3.1-8B": (
+        6_423_842_816,
+        {
+            "pruned_attn_idx": [25, 26, 20, 24, 23, 21, 27, 19],
+            "pruned_mlp_idx": [25],
+            "pruned_mlp_width": {
+                "7": 5120,
+                "10": 12288,
+                "11": 1024,
+                "15": 4096,
+                "18": 1024,
+                "19": 3072,
+                "20": 8192,
+                "23": 3072,
+                "24": 2048,
+            },
+            "pruned_attn_width": {},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_published_configurations_give_the_published_parameter_counts(name, real, tmp_path):
+    total, raw = LISTED[name]
+    anatomy = real(name)
+    (tmp_path / "pruning_config.json").write_text(json.dumps(raw))
+    subnet = read_config(tmp_path / "pruning_config.json", anatomy)
+    assert subnet == parse_config(raw, anatomy)
+    assert upstream_count(anatomy, subnet) == total
+    assert len(subnet.skip) == len(raw["pruned_attn_idx"]) + len(raw["pruned_mlp_idx"])
+    assert len(subnet.keep) == len(raw["pruned_attn_width"]) + len(raw["pruned_mlp_width"])
+    channels = anatomy.axes["layers.0.mlp.channels"].size
+    full = dict.fromkeys(map(str, range(anatomy.depth)), channels)  # upstream may list full widths too
+    assert parse_config(raw | {"pruned_mlp_width": full | raw["pruned_mlp_width"]}, anatomy) == subnet
+
+
+# The specification gives only the totals of these three; their configurations are not in it. The steps of each stage and
+# the group sizes are published (sections 3.2 and 3.9), so the one unknown left is how many of the removed blocks were
+# attention. That number was solved for from the published total, and the test shows that there is exactly one.
+SOLVED = {
+    # model: (total, blocks, of them attention, MLP groups, of so many channels, heads)
+    "Llama-2-7B": (6_063_132_672, 5, 5, 25, 1024, 12),
+    "Llama-3.2-3B": (2_921_769_984, 2, 2, 34, 768, 0),
+    "Qwen2.5-7B": (6_090_697_216, 9, 6, 67, 1024, 0),
+}
+
+
+@pytest.mark.parametrize("name", SOLVED)
+def test_published_totals_are_those_of_exactly_one_mixture_of_removed_units(name, real):
+    total, removed, attention, groups, group, heads = SOLVED[name]
+    anatomy = real(name)
+    counts = [
+        upstream_count(anatomy, mixture(anatomy, n, removed - n, groups, group, heads)) for n in range(removed + 1)
+    ]
+    found = [n for n, count in enumerate(counts) if count == total]
+    assert found == [attention]
+
+
+def mixture(anatomy, attention, mlps, groups, group, heads):
+    """So many units gone, wherever there is room: the last layers lose blocks, the first ones width."""
+    last = anatomy.depth - 1
+    subnet = Subnet()
+    for i in range(attention):
+        subnet = subnet.without(f"layers.{last - i}.attention")
+    for i in range(mlps):
+        subnet = subnet.without(f"layers.{last - i}.mlp")
+    channels = anatomy.axes["layers.0.mlp.channels"].size
+    most = (channels - 1) // group  # something always stays
+    for layer in range(anatomy.depth):
+        gone, groups = min(most, groups), groups - min(most, groups)
+        if gone:
+            subnet = subnet.keeping(f"layers.{layer}.mlp.channels", channels - gone * group)
+        if layer < heads:
+            axis = anatomy.axes[f"layers.{layer}.attention.kv"]
+            subnet = subnet.keeping(axis.name, axis.size - 1)
+    assert not groups
+    return subnet
+
+
+# Configurations of the original code
+
+
+def test_a_removal_list_of_blockpruner_is_read_by_its_longest_entry(tmp_path):
+    anatomy = anatomy_of(pico())
+    order = {"1": [["mha", 3]], "2": [["mha", 3], ["mlp", 2]], "10": [["mha", 0], ["mha", 3], ["mlp", 2]]}
+    path = tmp_path / "del_order.json"
+    path.write_text(json.dumps(order))
+    expected = Subnet(frozenset({"layers.0.attention", "layers.3.attention", "layers.2.mlp"}))
+    assert read_config(path, anatomy) == expected
+    assert read_config(str(path), anatomy) == expected
+
+
+def test_a_configuration_of_multipruner_is_read_in_channels(name):
+    model = pico(name)
+    anatomy = anatomy_of(model)
+    group = anatomy.axes[f"layers.0.attention.{leader(name)}"]
+    wide = 8 if name == "gpt2" else 16  # query channels of one key-value group
+    raw = {
+        "pruned_attn_idx": [1],
+        "pruned_mlp_idx": [2, 0],
+        "pruned_attn_width": {"0": 2 * wide, "1": wide, "3": group.size * wide},
+        "pruned_mlp_width": {"1": 20, "2": 7},
+    }
+    expected = Subnet(frozenset({"layers.1.attention", "layers.2.mlp", "layers.0.mlp"}))
+    expected = expected.keeping(group.name, 2).keeping("layers.1.mlp.channels", 20)
+    assert parse_config(raw, anatomy) == expected
+    with pliant.activate(model, expected):
+        assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("missing", ["pruned_attn_idx", "pruned_mlp_idx", "pruned_attn_width", "pruned_mlp_width"])
+def test_any_part_of_a_configuration_may_be_missing_or_null(missing):
+    anatomy = anatomy_of(pico())
+    raw = {"pruned_attn_idx": [1], "pruned_mlp_idx": [2], "pruned_attn_width": {"0": 16}, "pruned_mlp_width": {"1": 7}}
+    without = parse_config({key: value for key, value in raw.items() if key != missing}, anatomy)
+    assert without == parse_config(raw | {missing: None}, anatomy)
+    assert len(without.skip) + len(without.keep) == 3
+
+
+MALFORMED = {
+    "not JSON": "{",
+    "no text at all": "",
+    "a list": "[1, 2]",
+    "a number": "3",
+    "an empty object": "{}",
+    "other keys": '{"layers": [1]}',
+    "blocks of an unknown kind": '{"1": [["ssm", 3]]}',
+    "a block without a layer": '{"1": [["mha"]]}',
+    "a number for a list of blocks": '{"1": 5}',
+    "a block the model does not have": '{"1": [["mha", 99]]}',
+    "a layer that is no number": '{"1": [["mha", "first"]]}',
+    "an attention the model does not have": '{"pruned_attn_idx": [99]}',
+    "an MLP the model does not have": '{"pruned_mlp_idx": [-1]}',
+    "indices that are no list": '{"pruned_attn_idx": 3}',
+    "indices that are no numbers": '{"pruned_mlp_idx": ["first"]}',
+    "widths that are no object": '{"pruned_mlp_width": [20]}',
+    "widths of a layer the model does not have": '{"pruned_mlp_width": {"99": 20}}',
+    "widths of a layer that is no number": '{"pruned_mlp_width": {"first": 20}}',
+    "a width that is no number": '{"pruned_mlp_width": {"1": "wide"}}',
+    "a width of part of a group": '{"pruned_attn_width": {"1": 24}}',
+    "a width of nothing": '{"pruned_mlp_width": {"1": 0}}',
+    "a negative width": '{"pruned_attn_width": {"1": -16}}',
+    "a width beyond the dense one": '{"pruned_mlp_width": {"1": 49}}',
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_a_malformed_configuration_is_refused(kind, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(MALFORMED[kind])
+    with pytest.raises(DataError):
+        read_config(path, anatomy_of(pico()))
+
+
+def test_a_configuration_that_cannot_be_read_is_refused_naming_the_file(tmp_path):
+    for path in (tmp_path / "missing.json", tmp_path):
+        with pytest.raises(DataError, match=path.name):
+            read_config(path, anatomy_of(pico()))
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match=r"binary\.json"):
+        read_config(tmp_path / "binary.json", anatomy_of(pico()))
