@@ -1,6 +1,6 @@
 """What one registered stand-in class costs every `from_pretrained`, against a wrapped constructor.
 
-    python benchmarks/load_tax.py
+python benchmarks/load_tax.py
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import time
 
 import numpy as np
 import transformers
-from machine import save
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
+
+from machine import save
 
 
 class StandIn(LlamaDecoderLayer):

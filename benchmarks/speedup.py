@@ -13,10 +13,10 @@ import argparse
 import copy
 
 import torch
-from machine import save
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import pliant
+from machine import save
 from pliant.anatomy import anatomy_of
 from pliant.elastic import Subnet, extract, macs, ratio, streamed_bytes
 

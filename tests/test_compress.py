@@ -303,3 +303,39 @@ def test_python_and_command_line_make_the_same_model(folder, prose, tmp_path):
     theirs = pliant.load(tmp_path / "small").state_dict()
     assert {key: value.shape for key, value in again.state_dict().items()} == {k: v.shape for k, v in theirs.items()}
     assert all(value.equal(theirs[key]) for key, value in again.state_dict().items())
+
+
+def test_a_known_subnet_is_cut_without_a_search(folder, tmp_path):
+    from typer.testing import CliRunner
+
+    from pliant.cli.main import app
+
+    config = {"pruned_attn_idx": [3], "pruned_mlp_idx": [], "pruned_attn_width": {}, "pruned_mlp_width": {"1": 30}}
+    (tmp_path / "pruning_config.json").write_text(json.dumps(config))
+    words = [
+        "compress",
+        str(folder),
+        "--subnet",
+        str(tmp_path / "pruning_config.json"),
+        "--out",
+        str(tmp_path / "small"),
+    ]
+    made = CliRunner().invoke(app, [*words, "--no-speed"])
+    assert made.exit_code == 0, made.output
+    small = pliant.load(tmp_path / "small")
+    assert small.model.layers[1].mlp.down_proj.in_features == 30
+    mine = pliant.load(folder)
+    subnet = pliant.read_config(tmp_path / "pruning_config.json", pliant.anatomy_of(mine))
+    pliant.apply(mine, pliant.Cut(subnet=subnet), progress=False)
+    assert all(value.equal(small.state_dict()[key]) for key, value in mine.state_dict().items())
+
+
+def test_compress_without_ratio_or_data_says_what_is_needed(folder, tmp_path):
+    outcome = subprocess.run(
+        [*PROGRAM, "compress", str(folder), "--out", str(tmp_path / "small")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert outcome.returncode == 1
+    assert "--ratio and --data" in outcome.stderr

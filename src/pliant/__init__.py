@@ -26,12 +26,15 @@ if TYPE_CHECKING:
     from pliant.measure.speed import bench as bench
     from pliant.run.apply import apply as apply
     from pliant.run.save import save as save
+    from pliant.search.cut import Cut as Cut
     from pliant.systems.blockpruner import BlockPruner as BlockPruner
     from pliant.systems.multipruner import MultiPruner as MultiPruner
+    from pliant.systems.multipruner import read_config as read_config
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Cut": "pliant.search.cut",
     "BlockPruner": "pliant.systems.blockpruner",
     "MultiPruner": "pliant.systems.multipruner",
     "PliantError": "pliant.errors",
@@ -45,6 +48,7 @@ _PUBLIC = {
     "homogeneous": "pliant.export.homogeneous",
     "inspect": "pliant.measure.inspect",
     "load": "pliant.checkpoint.load",
+    "read_config": "pliant.systems.multipruner",
     "questions": "pliant.data",
     "save": "pliant.run.save",
     "text": "pliant.data",

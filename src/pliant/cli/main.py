@@ -143,9 +143,15 @@ def inspect(
 @app.command(epilog="Example: pliant compress ./smollm2 --ratio 0.2 --data notes.txt --out small")
 def compress(
     model: Model,
-    ratio: Annotated[float, typer.Option(help="Share of all parameters to remove, between 0 and 1.")],
-    data: Annotated[Path, typer.Option(help="Calibration text: .txt, .jsonl or .json.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    ratio: Annotated[float | None, typer.Option(help="Share of all parameters to remove, between 0 and 1.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Calibration text: .txt, .jsonl or .json.")] = None,
+    subnet: Annotated[
+        Path | None,
+        typer.Option(
+            help="Cut to what this file says instead of searching: ours, or a pruning_config.json of MultiPruner."
+        ),
+    ] = None,
     system: Annotated[str, typer.Option(help="Which published system; see 'pliant ls systems'.")] = "multipruner",
     setting: Annotated[
         list[str] | None,
@@ -170,18 +176,24 @@ def compress(
 
     Interrupted work is kept beside the output folder; the same command goes on from there.
     """
-    from pliant.cli.settings import build
+    from pliant.cli.settings import build, known_subnet
     from pliant.cli.show import show_report
     from pliant.data import text
     from pliant.progress import Console, Events
     from pliant.run.compress import Measuring
     from pliant.run.compress import compress as run
 
-    step = build(system, {"ratio": str(ratio)}, setting or [])
+    calibration = None if data is None else text(data, column=column)
+    if subnet is not None:
+        step = known_subnet(subnet, model, reorder=system == "multipruner")
+    elif ratio is None or calibration is None:
+        raise PliantError("a search needs --ratio and --data; to cut without a search, give --subnet")
+    else:
+        step = build(system, {"ratio": str(ratio)}, setting or [])
     report = run(
         model,
         step,
-        text(data, column=column),
+        calibration,
         out,
         measuring=Measuring(perplexity or (), tasks or (), windows=windows, limit=limit, speed=speed),
         overwrite=overwrite,

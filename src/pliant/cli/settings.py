@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import types
 import typing
+from pathlib import Path
 
 from pliant.step import Step, StepError, help_texts
 from pliant.systems import SYSTEMS
@@ -54,6 +55,16 @@ def build(system: str, given: dict[str, str], pairs: list[str]) -> Step:
             listed = "\n".join(f"  {setting:14} {help_}" for setting, help_ in settings_of(system).items())
             raise StepError(f"{system} has no setting {name!r}; it has\n{listed}")
     return cls(**{name: _convert(name, value, known[name]) for name, value in values.items()})
+
+
+def known_subnet(path: Path, model: str, *, reorder: bool) -> Step:
+    """The step that cuts a model to the sub-network in a file."""
+    from pliant.anatomy import anatomy_of
+    from pliant.checkpoint.load import load
+    from pliant.search import Cut
+    from pliant.systems.multipruner import read_config
+
+    return Cut(subnet=read_config(path, anatomy_of(load(model))), reorder=reorder)
 
 
 def _convert(name: str, value: str, kind: object) -> object:

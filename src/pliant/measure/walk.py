@@ -63,7 +63,7 @@ class Walk:
         whole = store_bytes(model, anatomy, windows.numel())
         while memory is not None and whole / self._stride > memory and self._stride < anatomy.depth:
             self._stride += 1
-        self._dense = self._dense_ends() if metric == "kl" else []
+        self._dense: list[torch.Tensor] = []
 
     def rebase(self, subnet: Subnet) -> None:
         """Make ``subnet`` the one whose prefix is remembered; what it shares with the base so far stays known."""
@@ -73,6 +73,8 @@ class Walk:
     @torch.inference_mode()
     def score(self, subnet: Subnet) -> float:
         """Mean loss in nats per token of ``subnet``; NaN where the model gives no number."""
+        if self.metric == "kl" and not self._dense:
+            self._dense = self._dense_ends()
         start = 0
         if self.reuse:
             start = self._divergence(subnet) // self._stride * self._stride
@@ -132,6 +134,8 @@ class Walk:
     def _dense_ends(self) -> list[torch.Tensor]:
         """The hidden state after the last layer of the dense model, for every batch."""
         depth = self.anatomy.depth
+        self.elastic.activate(Subnet())
+        self._count(Subnet(), 0, depth)
         return [self._run(self.model.base_model, ids, 0, depth, None)[depth] for ids in self.batches]
 
     def _logits(self, ids: torch.Tensor, start: int, hidden: torch.Tensor | None) -> torch.Tensor:

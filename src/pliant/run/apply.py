@@ -54,7 +54,11 @@ def apply(
             progress=shown,
         )
         began = time.monotonic()
-        one.run(job)
+        was_training = model.training
+        try:
+            one.run(job)
+        finally:
+            model.train(was_training)
         write(model)
         history = [*getattr(model, "pliant_history", [])]
         history.append(

@@ -53,7 +53,7 @@ class Measuring:
 def compress(
     source: str | Path,
     step: Step | Sequence[Step],
-    data: Text | str | Path,
+    data: Text | str | Path | None,
     out: str | Path,
     *,
     measuring: Measuring = Measuring(),
@@ -62,6 +62,9 @@ def compress(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compress a model into the folder ``out`` and return the report.
+
+    Arguments:
+        data: calibration text; None for a step that needs none.
 
     While it runs, evaluations are kept in ``out`` + ``.work``: after a crash or Ctrl-C the same call goes on from there.
     Afterwards the archive is part of the artefact, and a run with ``overwrite`` and the same settings starts from it.
@@ -72,9 +75,9 @@ def compress(
     progress = progress or Console()
     out = Path(out)
     check_target(out, overwrite)
-    calibration = data if isinstance(data, Text) else text(data)
+    calibration = text(data) if isinstance(data, str | Path) else data
     held_out: list[str | Path | Text] = list(measuring.perplexity)
-    if not held_out:
+    if not held_out and calibration is not None:
         calibration, rest = calibration.split(0.1)
         held_out = [rest]
     work = out.with_name(out.name + ".work")
@@ -108,7 +111,7 @@ def compress(
 def _compress(
     source: str | Path,
     step: Step | Sequence[Step],
-    calibration: Text,
+    calibration: Text | None,
     held_out: list[str | Path | Text],
     out: Path,
     work: Path,
@@ -123,6 +126,8 @@ def _compress(
     check_target(out, overwrite, need=sum(p.numel() * p.element_size() for p in model.parameters()))
 
     def quality(of: Any, name: str) -> dict[str, Any]:
+        if not held_out and not measuring.tasks:
+            return {"perplexity": {}, "tasks": {}}
         with progress.stage(f"measuring the {name} model"):
             return evaluate(
                 of,

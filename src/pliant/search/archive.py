@@ -82,14 +82,24 @@ class Archive:
             if number == 0:
                 differing = sorted(k for k in {*self._header, *content} if self._header.get(k) != content.get(k))
                 if differing:
-                    told = "; ".join(
-                        f"{k}: {content.get(k)!r} there, {self._header.get(k)!r} now" for k in differing[:4]
-                    )
+                    there, now = content, self._header
+                    told = "; ".join(f"{k}: {there.get(k)!r} there, {now.get(k)!r} now" for k in differing[:4])
                     raise ArchiveError(
                         f"{str(path)!r} belongs to another search ({told}). Delete it, or write to another folder"
                     )
-            else:
-                subnet = Subnet.from_dict({"skip": content["skip"], "keep": content["keep"]})
-                self._scores[content["pool"], subnet] = content["score"]
+            elif not self._take(content):
+                break
             good += len(line)
         return good
+
+    def _take(self, content: dict[str, Any]) -> bool:
+        """Remember what a line says; False when it is no score."""
+        pool, score = content.get("pool"), content.get("score")
+        if not isinstance(pool, str) or isinstance(score, bool) or not isinstance(score, int | float):
+            return False
+        try:
+            subnet = Subnet.from_dict({"skip": content["skip"], "keep": content["keep"]})
+        except (KeyError, TypeError, ValueError):
+            return False
+        self._scores[pool, subnet] = float(score)
+        return True

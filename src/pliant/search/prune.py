@@ -12,14 +12,15 @@ import torch
 
 from pliant.anatomy import Anatomy, anatomy_of
 from pliant.checkpoint.weights import check_finite, fingerprint
-from pliant.elastic import Elastic, Subnet, extract, macs, parameters, ratio
-from pliant.errors import DataError, RatioError, SubnetError
+from pliant.elastic import Subnet, macs, parameters, ratio
+from pliant.errors import DataError, RatioError
 from pliant.measure.score import METRICS
 from pliant.measure.walk import TOKENS_AT_ONCE, Walk, store_bytes
 from pliant.measure.windows import windows_for
-from pliant.search.archive import Archive
-from pliant.search.greedy import Greedy, Move
 from pliant.progress import duration, size
+from pliant.search.archive import Archive
+from pliant.search.cut import cut_exactly
+from pliant.search.greedy import Greedy, Move
 from pliant.step import Job, Step, StepError
 
 Moves = Callable[[Subnet], Sequence[Move]]
@@ -57,11 +58,11 @@ def width_moves(anatomy: Anatomy, kind: str, group: int) -> Moves:
 
 
 def reach(anatomy: Anatomy, stages: Sequence[Moves]) -> float:
-    """The largest ratio that these stages can come to."""
+    """The largest ratio that these stages can come to, whatever their order and shares."""
     subnet = Subnet()
     for moves in stages:
         while offered := moves(subnet):
-            subnet = offered[0].subnet
+            subnet = offered[-1].subnet
     return ratio(anatomy, subnet)
 
 
@@ -98,9 +99,7 @@ class GreedyPruner(Step):
             raise RatioError(
                 f"ratio is the share of parameters to remove, between 0 and 1 without either; not {self.ratio!r}"
             )
-        for name, least in (("samples", 1), ("seqlen", 2)):
-            if getattr(self, name) < least:
-                raise StepError(f"{name} must be at least {least}, it is {getattr(self, name)}")
+        self._check_counts(samples=1, seqlen=2, refresh=0)
         if self.metric not in METRICS:
             raise StepError(f"there is no metric {self.metric!r}; there are {', '.join(METRICS)}")
         try:
@@ -108,7 +107,15 @@ class GreedyPruner(Step):
         except ValueError as error:
             raise StepError(str(error)) from None
 
+    def _check_counts(self, **least: int) -> None:
+        """Refuse a setting that is no whole number of at least so much; None is for settings that may be left out."""
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < smallest):
+                raise StepError(f"{name} is a whole number of at least {smallest}, not {value!r}")
+
     def greedy(self) -> Greedy:
+        """How to look, from the settings."""
         return Greedy(self.search, self.slack, self.refresh)
 
     def begin(self, job: Job) -> Pruning:
@@ -128,13 +135,14 @@ class GreedyPruner(Step):
         return windows_for(job.model, job.tokenizer(), job.data.sample(samples, seed), self.seqlen)
 
     def check_reach(self, anatomy: Anatomy, stages: Sequence[Moves]) -> None:
-        """Refuse a ratio that these stages cannot come to, before any work is done."""
+        """Refuse a ratio that these stages cannot come to even together, before any work is done."""
         most = reach(anatomy, stages)
         if most < self.ratio:
             raise RatioError(f"ratio {self.ratio} cannot be reached: removing all that may go comes to {most:.4f}")
 
 
-_NOT_IN_SCORES = ("ratio", "search", "slack", "refresh")  # other searches may use the same scores
+# what a score does not depend on: a search that differs only in these goes on with the same archive
+_NOT_IN_SCORES = ("ratio", "search", "slack", "refresh", "split", "mlp_group", "head_group", "blocks")
 
 
 @dataclass
@@ -218,18 +226,19 @@ class Pruning:
             "windows": list(windows.shape),
         }
 
-    def cut(self, target: float) -> None:
-        """Make the result permanent, after proving that cutting does not change what was scored.
-
-        Raises:
-            RatioError: when the stages ran dry before ``target``.
+    def require(self, target: float) -> None:
+        """Raises:
+        RatioError: when the stages ran dry before ``target``.
         """
         reached = ratio(self.anatomy, self.subnet)
         if reached < target - 1e-12:
             raise RatioError(f"nothing is left to remove at ratio {reached:.4f}; {target} was asked for")
+
+    def cut(self) -> None:
+        """Make the result permanent, after proving that cutting does not change what was scored."""
         cut_exactly(self.job.model, self.anatomy, self.subnet)
         self.job.record.update(
-            ratio=reached,
+            ratio=ratio(self.anatomy, self.subnet),
             subnet=self.subnet.to_dict(),
             points=self.points,
             counters=self.counters,
@@ -252,7 +261,9 @@ class Pruning:
         scores = 1 / done
         # with prefixes re-used a score takes the layers behind the candidate, half of them on average, and the head
         each = whole * (1.0 if self.greedy.mode == "naive" else 0.6)
-        self.job.progress.note(f"  the model takes {duration(whole)} on them; about {scores:.0f} scores, {duration(scores * each)}")
+        self.job.progress.note(
+            f"  the model takes {duration(whole)} on them; about {scores:.0f} scores, {duration(scores * each)}"
+        )
 
     def _share(self, seen: int, made: int, first: int, start: float, until: float) -> tuple[float, str]:
         """How far the stage is, and a line about it. The first step looks at everything, later ones at what is near."""
@@ -263,23 +274,3 @@ class Pruning:
         steps = max(1.0, (until - now) / max(gained, 1e-9))
         left = max(0, first - seen) + per_step * (steps - (0 if made else 1))
         return seen / (seen + left), text
-
-
-@torch.no_grad()
-def cut_exactly(model: Any, anatomy: Anatomy, subnet: Subnet) -> None:
-    """Extract ``subnet`` in place and check on a few tokens that the cut model computes what the activated one did."""
-    elastic = Elastic(model, anatomy)
-    device = next(model.parameters()).device
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = (torch.arange(16, device=device) * 7919 % vocabulary)[None]
-    elastic.activate(subnet)
-    try:
-        expected = model(input_ids=ids, use_cache=False).logits.float()
-    finally:
-        elastic.activate(Subnet())
-    extract(model, anatomy, subnet)
-    actual = model(input_ids=ids, use_cache=False).logits.float()
-    coarse = min(100.0, torch.finfo(model.dtype).eps / torch.finfo(torch.float32).eps)
-    bound = 1e-4 * coarse * max(1.0, expected.abs().max().item())
-    if not (actual - expected).abs().max().item() <= bound:
-        raise SubnetError("the cut model does not compute what the search scored; please report this model")

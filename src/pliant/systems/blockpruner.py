@@ -32,4 +32,5 @@ class BlockPruner(GreedyPruner):
         moves = block_moves(pruning.anatomy, kinds)
         self.check_reach(pruning.anatomy, [moves])
         pruning.stage("blocks", moves, self.windows(job, self.samples, self.seed), self.ratio)
-        pruning.cut(self.ratio)
+        pruning.require(self.ratio)
+        pruning.cut()

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from pliant.anatomy import Anatomy
-from pliant.elastic import Subnet, reorder
-from pliant.errors import DataError
+from pliant.elastic import Subnet, reorder, validate
+from pliant.errors import DataError, SubnetError
 from pliant.importance import l1_orders
 from pliant.search.prune import GreedyPruner, block_moves, width_moves
 from pliant.step import Job, StepError
@@ -44,10 +46,7 @@ class MultiPruner(GreedyPruner):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.shares()
-        for name in ("mlp_group", "head_group", "width_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise StepError(f"{name} must be at least 1, it is {value}")
+        self._check_counts(mlp_group=1, head_group=1, width_samples=1)
 
     def shares(self) -> tuple[float, float, float]:
         """The split as three shares that sum to 1.
@@ -57,7 +56,7 @@ class MultiPruner(GreedyPruner):
         """
         try:
             blocks, channels, heads = (float(part) for part in self.split.split(":"))
-        except ValueError:
+        except (AttributeError, ValueError):
             raise StepError(f"split is blocks:channels:heads, e.g. 44:52:4, not {self.split!r}") from None
         total = blocks + channels + heads
         if min(blocks, channels, heads) < 0 or not 0 < total < float("inf"):
@@ -79,20 +78,28 @@ class MultiPruner(GreedyPruner):
         # the paper draws the sample for the widths first
         for_widths = self.windows(job, self.width_samples, self.seed)
         for_blocks = self.windows(job, self.samples, self.seed + 1)
-        if self.reorder:
-            reorder(job.model, anatomy, l1_orders(job.model, anatomy))
-        until = 0.0
-        for name, share, moves in wanted:
-            until += self.ratio * share
-            last = name == wanted[-1][0]
-            pruning.stage(name, moves, for_blocks if name == "blocks" else for_widths, self.ratio if last else until)
-        pruning.cut(self.ratio)
+        orders = l1_orders(job.model, anatomy) if self.reorder else {}
+        reorder(job.model, anatomy, orders)
+        try:
+            until = 0.0
+            for name, share, moves in wanted:
+                until += self.ratio * share
+                last = name == wanted[-1][0]
+                pruning.stage(
+                    name, moves, for_blocks if name == "blocks" else for_widths, self.ratio if last else until
+                )
+            pruning.require(self.ratio)
+        except BaseException:  # Ctrl-C, too: a model that was not cut is as it was given
+            reorder(job.model, anatomy, {axis: torch.argsort(order) for axis, order in orders.items()})
+            raise
+        pruning.cut()
 
 
 def read_config(path: str | Path, anatomy: Anatomy) -> Subnet:
-    """A sub-network that the original MultiPruner or BlockPruner code found.
+    """A sub-network from a file: ours (``{"skip": [...], "keep": {...}}``), or what the original MultiPruner or BlockPruner
+    code found.
 
-    Understands ``pruning_config.json`` of MultiPruner (``pruned_attn_idx``, ``pruned_mlp_idx``, ``pruned_attn_width``,
+    Of those it understands ``pruning_config.json`` of MultiPruner (``pruned_attn_idx``, ``pruned_mlp_idx``, ``pruned_attn_width``,
     ``pruned_mlp_width``) and the removal lists of BlockPruner (``{"1": [["mha", 25]], "2": …}``: the longest is taken).
     MultiPruner's widths count channels after reordering by L1 norm: reorder the model first.
 
@@ -111,13 +118,32 @@ def read_config(path: str | Path, anatomy: Anatomy) -> Subnet:
 
 def parse_config(raw: Mapping[str, Any], anatomy: Anatomy, where: str = "the configuration") -> Subnet:
     """:func:`read_config` for what is already read."""
-    if raw and all(key.isdigit() for key in raw):
-        kinds = {"mha": "attention", "mlp": "mlp"}
-        longest = raw[max(raw, key=int)]
-        return Subnet(frozenset(f"layers.{int(layer)}.{kinds[kind]}" for kind, layer in longest))
+    try:
+        digits = bool(raw) and all(key.isdigit() for key in raw)
+        if {"skip", "keep"} & set(raw):
+            subnet = Subnet.from_dict(raw)
+        else:
+            subnet = _removals(raw) if digits else _widths(raw, anatomy)
+        validate(subnet, anatomy)
+    except SubnetError as error:
+        raise DataError(f"{where} does not fit this model: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{where} is no pruning configuration: {type(error).__name__} {error}") from None
+    return subnet
+
+
+def _removals(raw: Mapping[str, Any]) -> Subnet:
+    """BlockPruner: removals by their number; sets are nested, so the longest is the whole run."""
+    kinds = {"mha": "attention", "mlp": "mlp"}
+    longest = raw[max(raw, key=int)]
+    return Subnet(frozenset(f"layers.{int(layer)}.{kinds[kind]}" for kind, layer in longest))
+
+
+def _widths(raw: Mapping[str, Any], anatomy: Anatomy) -> Subnet:
+    """MultiPruner: removed layers of each kind, and widths in channels of those that stay."""
     keys = {"pruned_attn_idx", "pruned_mlp_idx", "pruned_attn_width", "pruned_mlp_width"}
     if not keys & set(raw):
-        raise DataError(f"{where} is no pruning configuration; expected are {', '.join(sorted(keys))}")
+        raise ValueError(f"expected are {', '.join(sorted(keys))}")
     subnet = Subnet()
     for kind, index in (("attention", "pruned_attn_idx"), ("mlp", "pruned_mlp_idx")):
         for layer in raw.get(index) or ():
@@ -126,12 +152,12 @@ def parse_config(raw: Mapping[str, Any], anatomy: Anatomy, where: str = "the con
         for layer, width in (raw.get(widths) or {}).items():
             block = anatomy.blocks.get(f"layers.{int(layer)}.{kind}")
             if block is None:
-                raise DataError(f"{where} narrows {kind} of layer {layer}, which this model does not have")
+                raise SubnetError(f"it narrows {kind} of layer {layer}, which is not there")
             (leader,) = block.leaders
             widest = max(axis.ratio * axis.unit for axis in block.axes.values() if axis.leader == leader.leader)
             units, left = divmod(int(width), widest)
             if left:
-                raise DataError(f"{where}: width {width} of {block.name} is no multiple of {widest}")
+                raise SubnetError(f"width {width} of {block.name} is no multiple of {widest}")
             if block.name not in subnet.skip and units != leader.size:
                 subnet = subnet.keeping(leader.name, units)
     return subnet

@@ -1,0 +1,39 @@
+import json
+
+import pytest
+
+from pico import pico
+from pliant.errors import ArtefactError
+from pliant.progress import Progress
+from pliant.run.demo import fetch, run
+
+
+@pytest.fixture
+def parts(tmp_path, prose, tokenizer):
+    """The demo's folder with everything fetched already, but tiny."""
+    place = tmp_path / "parts"
+    pico("llama", max_position_embeddings=512).save_pretrained(place / "smollm2-135m")
+    tokenizer.save_pretrained(place / "smollm2-135m")
+    rows = [json.dumps({"text": row}) for row in prose.read_text().split("\n\n")]
+    (place / "calibration.jsonl").write_text("\n".join(rows[:150]))
+    (place / "held-out.jsonl").write_text("\n".join(rows[150:]))
+    return tmp_path
+
+
+def test_a_second_demo_evaluates_nothing_anew_and_gives_the_same_model(parts):
+    first = run(parts, Progress())
+    weights = (parts / "small" / "model.safetensors").read_bytes()
+    second = run(parts, Progress())
+    assert sum(c["evaluations"] for c in first["steps"][0]["counters"].values()) > 10
+    assert sum(c["evaluations"] for c in second["steps"][0]["counters"].values()) == 0
+    assert (parts / "small" / "model.safetensors").read_bytes() == weights
+    assert first["ratio"] >= 0.1
+    assert (parts / "small" / "report.html").exists()
+
+
+def test_what_pip_cannot_fetch_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(ArtefactError, match="pip could not fetch"):
+        fetch(tmp_path / "parts")
+    assert not list((tmp_path / "parts").glob("*.jsonl"))
