@@ -52,7 +52,7 @@ def load(source: str | Path, *, dtype: Any = "auto", **options: Any) -> Any:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(path if path.is_dir() else source), dtype=dtype, output_loading_info=True, **options
         )
-    except OSError as error:
+    except (OSError, ImportError) as error:
         raise ArtefactError(f"cannot load {str(source)!r}: {error}") from error
     except (RuntimeError, ValueError) as error:
         raise ArtefactError(f"cannot load {str(source)!r}: {str(error).splitlines()[0]}") from error
