@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -176,7 +177,9 @@ class Pruning:
         walk = Walk(self.job.model, self.anatomy, windows, metric=self.metric, reuse=self.greedy.mode != "naive")
         pool = f"{name}:{self.metric}"
         seen = made = 0
-        start, first = ratio(self.anatomy, self.subnet), len(moves(self.subnet))
+        start, offered = ratio(self.anatomy, self.subnet), moves(self.subnet)
+        first = len(offered)
+        typical = statistics.median([ratio(self.anatomy, move.subnet) - start for move in offered] or [1.0])
 
         def score(subnet: Subnet) -> float:
             nonlocal seen
@@ -187,9 +190,11 @@ class Pruning:
                 spent = time.monotonic() - tick
                 self.archive.put(pool, subnet, known, spent)
                 if seen == 0:  # the whole model has just been run once: now the cost can be told
-                    self._tell_cost(spent, first, start, until)
+                    self._tell_cost(spent, self._scores_left(0, 0, first, start, until, typical))
             seen += 1
-            self.job.progress.step(*self._share(seen, made, first, start, until))
+            left = self._scores_left(seen, made, first, start, until, typical)
+            text = f"ratio {ratio(self.anatomy, self.subnet):.3f} of {until:.3f}, {made} removed, {seen} scored"
+            self.job.progress.step(seen / (seen + left), text)
             return known
 
         def committed(move: Move, loss: float) -> None:
@@ -256,21 +261,23 @@ class Pruning:
             f"{size(logits)}"
         )
 
-    def _tell_cost(self, whole: float, first: int, start: float, until: float) -> None:
-        done, _ = self._share(1, 0, first, start, until)
-        scores = 1 / done
+    def _tell_cost(self, whole: float, scores: float) -> None:
         # with prefixes re-used a score takes the layers behind the candidate, half of them on average, and the head
         each = whole * (1.0 if self.greedy.mode == "naive" else 0.6)
         self.job.progress.note(
             f"  the model takes {duration(whole)} on them; about {scores:.0f} scores, {duration(scores * each)}"
         )
 
-    def _share(self, seen: int, made: int, first: int, start: float, until: float) -> tuple[float, str]:
-        """How far the stage is, and a line about it. The first step looks at everything, later ones at what is near."""
+    def _scores_left(self, seen: int, made: int, first: int, start: float, until: float, typical: float) -> float:
+        """Scores still to come: the first step looks at everything, a lazy one after it at what is near.
+
+        Arguments:
+            typical: ratio that one removal gains, before any was made.
+        """
         now = ratio(self.anatomy, self.subnet)
-        text = f"ratio {now:.3f} of {until:.3f}, {made} removed, {seen} scored"
-        per_step = first if self.greedy.mode != "lazy" else max(4.0, (seen - first) / made if made else 4.0)
-        gained = (now - start) / made if made else (until - start) / 8
-        steps = max(1.0, (until - now) / max(gained, 1e-9))
-        left = max(0, first - seen) + per_step * (steps - (0 if made else 1))
-        return seen / (seen + left), text
+        steps = max(0.0, until - now) / ((now - start) / made if made else typical)
+        if self.greedy.mode != "lazy":
+            return max(0, first - seen) + first * max(0.0, steps - (0 if made else 1))
+        per_step = max(1.0, (seen - first) / made) if made else 3.0
+        again = steps // self.greedy.refresh * first if self.greedy.refresh else 0
+        return max(0, first - seen) + per_step * steps + again
