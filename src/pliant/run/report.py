@@ -135,15 +135,15 @@ def _curve(points: list[dict[str, Any]]) -> str:
         if first:
             dots.append(f'<text x="{x + 6:.1f}" y="{y + 14:.1f}">{escape(point["stage"])}</text>')
     ticks = "".join(
-        f'<text x="{place(t * top_x, low)[0] - 10:.0f}" y="{height - 8}">{t * top_x:.1%}</text>'
-        for t in (0, 0.25, 0.5, 0.75, 1)
+        f'<text x="{place(t * top_x, low)[0]:.0f}" text-anchor="{anchor}" y="{height - 8}">{t * top_x:.1%}</text>'
+        for t, anchor in ((0, "middle"), (0.25, "middle"), (0.5, "middle"), (0.75, "middle"), (1, "end"))
     ) + "".join(
         f'<text x="4" y="{place(0, low + t * span)[1] + 4:.0f}">{low + t * span:.4g}</text>' for t in (0, 0.5, 1)
     )
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_label(points)} against ratio removed">'
         f'<line class="axis" x1="{left}" y1="{height - bottom + 4}" x2="{width - 8}" y2="{height - bottom + 4}"/>'
-        f'<path class="curve" d="{path}"/>{"".join(dots)}{ticks}</svg><p>{_label(points)} against the share of parameters removed.</p>'
+        f'<path class="curve" d="{path}"/>{"".join(dots)}{ticks}</svg><p>{_label(points)} against the share of parameters removed. Each stage scores on its own sample.</p>'
     )
 
 
