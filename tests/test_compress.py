@@ -51,6 +51,7 @@ def test_the_artefact_is_complete_and_reloads(folder, prose, tmp_path):
         "README.md",
         "config.json",
         "generation_config.json",
+        "measured.json",
         "model.safetensors",
         "recipe.yaml",
         "report.html",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ from filelock import FileLock, Timeout
 
 from pliant.anatomy import anatomy_of
 from pliant.checkpoint.load import load, tokenizer_of
+from pliant.checkpoint.weights import fingerprint
 from pliant.data import Text, text
 from pliant.elastic import Subnet, cache_bytes, macs, parameters, streamed_bytes, weight_bytes
-from pliant.errors import BusyError
+from pliant.errors import BusyError, PliantError
 from pliant.measure.evaluate import evaluate
 from pliant.measure.speed import bench
 from pliant.progress import Console, Progress
@@ -29,6 +32,7 @@ from pliant.search import ArchiveError
 from pliant.step import Step
 
 ARCHIVE = "search.jsonl"
+MEASURED = "measured.json"
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,13 @@ def compress(
 ) -> dict[str, Any]:
     """Compress a model into the folder ``out`` and return the report.
 
-    Arguments:
-        data: calibration text; None for a step that needs none.
-
     While it runs, evaluations are kept in ``out`` + ``.work``: after a crash or Ctrl-C the same call goes on from there.
     Afterwards the archive is part of the artefact, and a run with ``overwrite`` and the same settings starts from it.
+
+    Arguments:
+        data: calibration text; None for a step that needs none.
+        measuring: what to measure before and after.
+        overwrite: replace what is in ``out``.
 
     Raises:
         BusyError: another run is writing to ``out``.
@@ -76,7 +82,7 @@ def compress(
     out = Path(out)
     check_target(out, overwrite)
     calibration = text(data) if isinstance(data, str | Path) else data
-    held_out: list[str | Path | Text] = list(measuring.perplexity)
+    held_out = [one if isinstance(one, Text) else text(one) for one in measuring.perplexity]
     if not held_out and calibration is not None:
         calibration, rest = calibration.split(0.1)
         held_out = [rest]
@@ -89,8 +95,9 @@ def compress(
         raise BusyError(f"another run is writing to {str(out)!r}; wait for it, or name another folder") from None
     try:
         earlier = (out / ARCHIVE).exists() and not (work / ARCHIVE).exists()
-        if earlier:
-            shutil.copyfile(out / ARCHIVE, work / ARCHIVE)
+        for name in (ARCHIVE, MEASURED):
+            if (out / name).exists() and not (work / name).exists():
+                shutil.copyfile(out / name, work / name)
         try:
             report = _compress(source, step, calibration, held_out, out, work, measuring, overwrite, dtype, progress)
         except ArchiveError:
@@ -98,9 +105,10 @@ def compress(
                 raise
             (work / ARCHIVE).unlink()  # what is about to be overwritten came from other settings
             report = _compress(source, step, calibration, held_out, out, work, measuring, overwrite, dtype, progress)
-    except BaseException:
+    except BaseException as error:
         lock.release()
-        if not (work / ARCHIVE).exists():
+        refused = isinstance(error, PliantError)  # then there is nothing to go on from
+        if not (work / ARCHIVE).exists() and (refused or not (work / MEASURED).exists()):
             shutil.rmtree(work, ignore_errors=True)
         raise
     lock.release()
@@ -112,7 +120,7 @@ def _compress(
     source: str | Path,
     step: Step | Sequence[Step],
     calibration: Text | None,
-    held_out: list[str | Path | Text],
+    held_out: list[Text],
     out: Path,
     work: Path,
     measuring: Measuring,
@@ -128,16 +136,11 @@ def _compress(
     def quality(of: Any, name: str) -> dict[str, Any]:
         if not held_out and not measuring.tasks:
             return {"perplexity": {}, "tasks": {}}
-        with progress.stage(f"measuring the {name} model"):
-            return evaluate(
-                of,
-                perplexity=held_out,
-                tasks=measuring.tasks,
-                tokenizer=tokenizer,
-                seqlen=measuring.seqlen,
-                windows=measuring.windows,
-                limit=measuring.limit,
-            )
+        return _remembered(
+            work / MEASURED,
+            _key(of, held_out, measuring),
+            lambda: _measure(of, name, held_out, tokenizer, measuring, progress),
+        )
 
     before = {**_costs(model), "quality": quality(model, "dense")}
     dense = copy.deepcopy(model) if measuring.speed else None
@@ -164,10 +167,51 @@ def _compress(
             "decode": before["streamed_bytes"] / after["streamed_bytes"],
         }
     del before["axes"], after["axes"]
-    archive = {ARCHIVE: work / ARCHIVE} if (work / ARCHIVE).exists() else {}
+    archive = {name: work / name for name in (ARCHIVE, MEASURED) if (work / name).exists()}
     with progress.stage(f"writing {out}"):
         save(model, out, report=report, extra=archive, overwrite=overwrite)
     return report
+
+
+def _measure(
+    model: Any, name: str, held_out: list[Text], tokenizer: Any, measuring: Measuring, progress: Progress
+) -> dict[str, Any]:
+    with progress.stage(f"measuring the {name} model"):
+        return evaluate(
+            model,
+            perplexity=held_out,
+            tasks=measuring.tasks,
+            tokenizer=tokenizer,
+            seqlen=measuring.seqlen,
+            windows=measuring.windows,
+            limit=measuring.limit,
+        )
+
+
+def _key(model: Any, held_out: list[Text], measuring: Measuring) -> str:
+    """What a quality depends on, as a hash."""
+    digest = hashlib.blake2b(digest_size=16)
+    tasks = [
+        hashlib.blake2b(Path(task).read_bytes()).hexdigest() if Path(task).is_file() else "" for task in measuring.tasks
+    ]
+    settings = (measuring.seqlen, measuring.windows, measuring.limit, [str(task) for task in measuring.tasks], tasks)
+    texts = [(source.source, source.digest) for source in held_out]
+    digest.update(json.dumps([fingerprint(model), texts, settings]).encode())
+    return digest.hexdigest()
+
+
+def _remembered(path: Path, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was measured under ``key`` before, or is measured now and kept in ``path``."""
+    try:
+        known = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if not isinstance(known, dict) or key not in known:
+        known = {**(known if isinstance(known, dict) else {}), key: measure()}
+        aside = path.with_suffix(".part")
+        aside.write_text(json.dumps(known) + "\n", "utf-8")
+        os.replace(aside, path)
+    return known[key]
 
 
 def _costs(model: Any) -> dict[str, Any]:

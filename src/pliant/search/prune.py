@@ -100,7 +100,7 @@ class GreedyPruner(Step):
             raise RatioError(
                 f"ratio is the share of parameters to remove, between 0 and 1 without either; not {self.ratio!r}"
             )
-        self._check_counts(samples=1, seqlen=2, refresh=0)
+        self._check_counts(samples=1, seqlen=2)
         if self.metric not in METRICS:
             raise StepError(f"there is no metric {self.metric!r}; there are {', '.join(METRICS)}")
         try:
@@ -112,8 +112,12 @@ class GreedyPruner(Step):
         """Refuse a setting that is no whole number of at least so much; None is for settings that may be left out."""
         for name, smallest in least.items():
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < smallest):
-                raise StepError(f"{name} is a whole number of at least {smallest}, not {value!r}")
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise StepError(f"{name} is a whole number, not {value!r}")
+            if value < smallest:
+                raise StepError(f"{name} must be at least {smallest}, it is {value}")
 
     def greedy(self) -> Greedy:
         """How to look, from the settings."""
