@@ -63,7 +63,7 @@ def measure(name: str, model, prompt: int, tokens: int, repeats: int) -> list[di
             "prefill": macs(anatomy, tokens=prompt) / macs(anatomy, subnet, tokens=prompt),
             "decode": streamed_bytes(anatomy, element=element) / streamed_bytes(anatomy, subnet, element=element),
         }
-        row = {"model": name, "case": case, "ratio": ratio(anatomy, subnet), "predicted": predicted, **speed}
+        row = {"model": name, "case": case, "ratio": ratio(anatomy, subnet), "predicted": predicted, "speed": speed}
         row["measured_over_predicted"] = {k: speed["speedup"][k]["median"] / predicted[k] for k in predicted}
         rows.append(row)
         shown = {k: f"{predicted[k]:.3f} -> {speed['speedup'][k]['median']:.3f}" for k in predicted}

