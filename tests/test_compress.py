@@ -340,3 +340,16 @@ def test_compress_without_ratio_or_data_says_what_is_needed(folder, tmp_path):
     )
     assert outcome.returncode == 1
     assert "--ratio and --data" in outcome.stderr
+
+
+def test_an_archive_made_with_another_tokenizer_is_not_gone_on_with(folder, prose, tmp_path, tokenizer):
+    import copy
+
+    from tokenizers.normalizers import Lowercase
+
+    calibration, step = pliant.text(prose), pliant.BlockPruner(ratio=0.2, samples=40, seqlen=32)
+    pliant.apply(pliant.load(folder), step, calibration, work=tmp_path / "work", progress=False)
+    other = copy.deepcopy(tokenizer)
+    other.backend_tokenizer.normalizer = Lowercase()
+    with pytest.raises(ValueError, match=r"belongs to another search \(tokens"):
+        pliant.apply(pliant.load(folder), step, calibration, tokenizer=other, work=tmp_path / "work", progress=False)

@@ -28,6 +28,11 @@ class Text:
         """Hash of the rows, for recipes."""
         return hashlib.blake2b("\0".join(self.rows).encode(), digest_size=16).hexdigest()
 
+    def token_digest(self, tokenizer: Any) -> str:
+        """Hash of the first rows as token ids: tells tokenizers apart where it matters."""
+        ids = [list(tokenizer(row, verbose=False)["input_ids"]) for row in self.rows[:32]]
+        return hashlib.blake2b(json.dumps(ids).encode(), digest_size=16).hexdigest()
+
     def sample(self, count: int, seed: int) -> Text:
         """``count`` rows drawn without replacement, or all of them in a drawn order when there are fewer."""
         drawn = random.Random(seed).sample(range(len(self.rows)), min(count, len(self.rows)))

@@ -138,7 +138,7 @@ def _compress(
             return {"perplexity": {}, "tasks": {}}
         return _remembered(
             work / MEASURED,
-            _key(of, held_out, measuring),
+            _key(of, tokenizer, held_out, measuring),
             lambda: _measure(of, name, held_out, tokenizer, measuring, progress),
         )
 
@@ -188,14 +188,14 @@ def _measure(
         )
 
 
-def _key(model: Any, held_out: list[Text], measuring: Measuring) -> str:
+def _key(model: Any, tokenizer: Any, held_out: list[Text], measuring: Measuring) -> str:
     """What a quality depends on, as a hash."""
     digest = hashlib.blake2b(digest_size=16)
     tasks = [
         hashlib.blake2b(Path(task).read_bytes()).hexdigest() if Path(task).is_file() else "" for task in measuring.tasks
     ]
     settings = (measuring.seqlen, measuring.windows, measuring.limit, [str(task) for task in measuring.tasks], tasks)
-    texts = [(source.source, source.digest) for source in held_out]
+    texts = [(source.source, source.digest, source.token_digest(tokenizer)) for source in held_out]
     digest.update(json.dumps([fingerprint(model), texts, settings]).encode())
     return digest.hexdigest()
 

@@ -131,6 +131,7 @@ class GreedyPruner(Step):
         belongs_to = {
             "model": fingerprint(job.model),
             "data": job.data.digest,
+            "tokens": job.data.token_digest(job.tokenizer()),
             "step": {key: value for key, value in self.to_dict().items() if key not in _NOT_IN_SCORES},
         }
         return Pruning(job, self.greedy(), self.metric, belongs_to)
