@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import time
@@ -14,6 +13,7 @@ import torch
 import transformers
 
 import pliant
+from pliant import machine as here
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -25,15 +25,8 @@ def machine() -> dict[str, Any]:
         )
         return outcome.stdout.strip()
 
-    cpu = next(
-        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
-    )
-    flags = next((line.split(":")[1].split() for line in _cpuinfo() if line.startswith("flags")), [])
     return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "isa": [flag for flag in flags if flag in ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile")],
+        **here.machine(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
@@ -50,8 +43,3 @@ def save(name: str, content: dict[str, Any]) -> Path:
     path.write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n")
     print(f"wrote {path}")
     return path
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []

@@ -48,7 +48,7 @@ def held(path):
 
 
 @pytest.mark.parametrize("on_disk", [True, False])
-def test_what_is_put_is_got_by_pool_and_subnet_and_counted(path, on_disk):
+def test_what_is_put_is_got_by_pool_and_subnet(path, on_disk):
     archive = Archive(path if on_disk else None, SEARCH)
     assert archive.get("blocks", SUBNETS[1]) is None
     archive.put("blocks", SUBNETS[1], 1.5, 0.1)
@@ -56,7 +56,6 @@ def test_what_is_put_is_got_by_pool_and_subnet_and_counted(path, on_disk):
     assert archive.get("blocks", SUBNETS[1]) == 1.5
     assert archive.get("heads", SUBNETS[1]) == 2.5
     assert archive.get("blocks", SUBNETS[2]) is None
-    assert archive.replayed == 2
     assert len(archive) == 2
     archive.put("blocks", SUBNETS[1], 1.25, 0.1)
     assert archive.get("blocks", SUBNETS[1]) == 1.25
@@ -68,9 +67,7 @@ def test_an_archive_survives_reopening_and_grows_on(path):
     filled(path)
     again = Archive(path, SEARCH)
     assert len(again) == 4
-    assert again.replayed == 0
     assert [again.get("blocks", subnet) for subnet in SUBNETS] == [0.1, 2.5, 3.25, 1 / 3]
-    assert again.replayed == 4
     again.put("heads", SUBNETS[0], 9.0, 0.1)
     third = Archive(path, SEARCH)
     assert len(third) == 5

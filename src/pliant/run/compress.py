@@ -6,14 +6,12 @@ import copy
 import hashlib
 import json
 import os
-import platform
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 
 from pliant.anatomy import anatomy_of
@@ -22,6 +20,7 @@ from pliant.checkpoint.weights import fingerprint
 from pliant.data import Text, text
 from pliant.elastic import Subnet, cache_bytes, macs, parameters, streamed_bytes, weight_bytes
 from pliant.errors import BusyError, PliantError
+from pliant.machine import machine
 from pliant.measure.evaluate import evaluate
 from pliant.measure.speed import bench
 from pliant.progress import Console, Progress
@@ -106,13 +105,13 @@ def compress(
             (work / ARCHIVE).unlink()  # what is about to be overwritten came from other settings
             report = _compress(source, step, calibration, held_out, out, work, measuring, overwrite, dtype, progress)
     except BaseException as error:
-        lock.release()
         refused = isinstance(error, PliantError)  # then there is nothing to go on from
         if not (work / ARCHIVE).exists() and (refused or not (work / MEASURED).exists()):
             shutil.rmtree(work, ignore_errors=True)
+        lock.release()
         raise
+    shutil.rmtree(work, ignore_errors=True)  # while it is still ours: after the release another run may start in it
     lock.release()
-    shutil.rmtree(work, ignore_errors=True)
     return report
 
 
@@ -230,15 +229,3 @@ def _costs(model: Any) -> dict[str, Any]:
 def _layers(before: dict[str, int], after: dict[str, int]) -> dict[str, float]:
     """Share kept of every axis: 0 where its block is gone."""
     return {name: after.get(name, 0) / size for name, size in before.items()}
-
-
-def machine() -> dict[str, Any]:
-    """The machine that figures were measured on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system()}

@@ -9,7 +9,7 @@ from typing import Any
 from pliant.elastic import Subnet
 from pliant.errors import ArtefactError, PliantError
 
-VERSION = 1
+VERSION = 1  # raise it when a score comes to mean something else, so that no older one is mixed in
 
 
 class ArchiveError(PliantError, ValueError):
@@ -31,7 +31,6 @@ class Archive:
 
     def __init__(self, path: Path | None, belongs_to: dict[str, Any]):
         self.path = path
-        self.replayed = 0
         self._header = {"archive": VERSION, **belongs_to}
         self._scores: dict[tuple[str, Subnet], float] = {}
         self._good = 0  # bytes of the file that are whole lines
@@ -43,9 +42,7 @@ class Archive:
 
     def get(self, pool: str, subnet: Subnet) -> float | None:
         """The score, or None when it is not known yet."""
-        score = self._scores.get((pool, subnet))
-        self.replayed += score is not None
-        return score
+        return self._scores.get((pool, subnet))
 
     def put(self, pool: str, subnet: Subnet, score: float, seconds: float) -> None:
         """Remember a score; it is on its way to the disk when this returns."""
