@@ -13,12 +13,15 @@ import time
 import pliant
 from machine import save
 
+WIDTHS = {"samples": 12, "width_samples": 12, "seqlen": 256}
 STEPS = {
     "BlockPruner": lambda ratio: pliant.BlockPruner(ratio=ratio, samples=16, seqlen=256),
-    "MultiPruner 40:60:0": lambda ratio: pliant.MultiPruner(
-        ratio=ratio, split="40:60:0", samples=12, width_samples=12, seqlen=256
+    "BlockPruner, repaired": lambda ratio: pliant.BlockPruner(ratio=ratio, samples=16, seqlen=256, repair=64),
+    "MultiPruner 40:60:0": lambda ratio: pliant.MultiPruner(ratio=ratio, split="40:60:0", **WIDTHS),
+    "MultiPruner 40:60:0, repaired": lambda ratio: pliant.MultiPruner(
+        ratio=ratio, split="40:60:0", repair=64, **WIDTHS
     ),
-    "MultiPruner 44:52:4": lambda ratio: pliant.MultiPruner(ratio=ratio, samples=12, width_samples=12, seqlen=256),
+    "MultiPruner 44:52:4": lambda ratio: pliant.MultiPruner(ratio=ratio, **WIDTHS),
 }
 
 
@@ -43,7 +46,9 @@ def main() -> None:
     for name in arguments.only:
         model = pliant.load(arguments.smollm2)
         began = time.perf_counter()
-        work = f"{arguments.work}/{name.replace(' ', '-').replace(':', '-')}"
+        work = (
+            f"{arguments.work}/{name.partition(',')[0].replace(' ', '-').replace(':', '-')}"  # repair shares the search
+        )
         pliant.apply(model, STEPS[name](arguments.ratio), pliant.text(arguments.calibration), work=work)
         (step,) = model.pliant_history
         rows[name] = {

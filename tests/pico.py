@@ -7,55 +7,103 @@ import transformers
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from pliant.architecture import catalogue
 from pliant.elastic import Subnet
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt2")
+DECODERS = (
+    *("llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt2"),
+    *("mistral", "gemma", "gemma3_text", "granite", "smollm3", "olmo2", "starcoder2", "stablelm", "phi"),
+    *("opt", "gpt_neox", "falcon", "bloom", "mixtral", "qwen3_moe"),
+)
+ENCODERS = ("bert", "roberta", "distilbert", "vit")
+ARCHITECTURES = (*DECODERS, *ENCODERS)
+LAYOUTS = (  # where a run over every family would take too long: every trick that an architecture file can describe
+    *("llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt2"),
+    *("opt", "gpt_neox", "falcon", "mixtral", "gemma3_text"),
+)
 VOCABULARY = 300
+IDS = torch.tensor([[5, 17, 101, 3, 77, 250, 9, 41, 12], [8, 8, 30, 299, 61, 4, 19, 23, 150]])
+
+_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_NO_HEAD_DIM = {"hidden_size": 48, "head_dim": None}  # heads as wide as hidden size and their number make them
+_OWN_HEADS = {**_NO_HEAD_DIM, "num_key_value_heads": None}  # every query head has keys and values of its own
+_SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
+_OWN = {
+    "llama": {"hidden_size": 36},
+    "gemma2": {"hidden_size": 36, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    "gemma3_text": {**_SLIDING, "hidden_size": 36, "query_pre_attn_scalar": 8},
+    "smollm3": {**_NO_HEAD_DIM, "no_rope_layers": [1, 0, 1, 1]},
+    "olmo2": _NO_HEAD_DIM,
+    "starcoder2": _NO_HEAD_DIM,
+    "granite": {**_NO_HEAD_DIM, "residual_multiplier": 0.5},
+    "stablelm": {**_NO_HEAD_DIM, "use_qkv_bias": True},
+    "phi3": _NO_HEAD_DIM,
+    "qwen2": _NO_HEAD_DIM,
+    "phi": _NO_HEAD_DIM,
+    "gpt_neox": {**_OWN_HEADS, "intermediate_size": 80},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    "bert": _OWN_HEADS,
+    "roberta": _OWN_HEADS,
+    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 256},
+    "bloom": {"hidden_size": 48, "n_layer": 4, "n_head": 4},
+    "falcon": {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 6, "num_kv_heads": 3}
+    | {"new_decoder_architecture": True},
+    "opt": {"hidden_size": 48, "ffn_dim": 40, "num_hidden_layers": 4, "num_attention_heads": 6}
+    | {"word_embed_proj_dim": 48, "max_position_embeddings": 256},
+    "distilbert": {"dim": 48, "hidden_dim": 40, "n_layers": 4, "n_heads": 6, "max_position_embeddings": 256},
+    "vit": {**_OWN_HEADS, "image_size": 16, "patch_size": 4, "num_channels": 3},
+}
+_OWN_KEYS_ONLY = ("gpt2", "bloom", "falcon", "opt", "distilbert")
 
 
 def config(name: str = "llama", **overrides):
-    shape = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 3,
-        "head_dim": 8,
-        "max_position_embeddings": 256,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    match name:
-        case "gpt2":
-            gpt2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 256}
-            return transformers.GPT2Config(**gpt2 | {"bos_token_id": 1, "eos_token_id": 2} | overrides)
-        case "gemma2":
-            return transformers.Gemma2Config(
-                **shape | {"hidden_size": 36, "sliding_window": 6, "query_pre_attn_scalar": 8} | overrides
-            )
-        case "phi3":
-            del shape["head_dim"]
-            return transformers.Phi3Config(**shape | {"hidden_size": 48} | overrides)
-        case "llama":
-            return transformers.LlamaConfig(**shape | {"hidden_size": 36} | overrides)
-        case "qwen2":
-            del shape["head_dim"]
-            return transformers.Qwen2Config(**shape | {"hidden_size": 48} | overrides)
-        case "qwen3":
-            return transformers.Qwen3Config(**shape | overrides)
-    raise ValueError(name)
+    """A small config of a family, all sizes different from each other."""
+    special = {key: _SHAPE[key] for key in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
+    shape = special if name in _OWN_KEYS_ONLY else _SHAPE
+    given = shape | _OWN.get(name, {}) | overrides
+    return transformers.AutoConfig.for_model(name, **{key: value for key, value in given.items() if value is not None})
 
 
 def pico(name: str = "llama", seed: int = 0, **overrides):
     """A model whose every weight, biases and norms included, differs from its neighbours."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config(name, **overrides)).eval()
+    model = head_of(name).from_config(config(name, **overrides)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return model
+
+
+def head_of(name: str):
+    """The auto class of a family's models with a head."""
+    if name == "vit":
+        return transformers.AutoModelForImageClassification
+    return transformers.AutoModelForSequenceClassification if name in ENCODERS else transformers.AutoModelForCausalLM
+
+
+def inputs(model, ids=IDS):
+    """What a model reads: token ids; random images where it sees."""
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(len(ids), 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+    return {"input_ids": ids, "use_cache": False} if model.can_generate() else {"input_ids": ids}
+
+
+def logits(model, ids=IDS):
+    with torch.inference_mode():
+        return model(**inputs(model, ids)).logits
 
 
 def tokenizer():
@@ -72,7 +120,37 @@ def tokenizer():
 
 def leader(name: str) -> str:
     """The axis that attention heads are chosen by."""
-    return "heads" if name == "gpt2" else "kv"
+    return next(axis for axis in catalogue()[name].axes if axis in ("kv", "heads"))
+
+
+def cases(cuts, names=ARCHITECTURES):
+    """(family, name of a cut) for each cut of which something is left when it is fitted to the family.
+
+    Arguments:
+        cuts: name -> function of the axis of heads that gives a sub-network.
+    """
+
+    def can(name, axis):
+        known = catalogue()[name].axes
+        return axis in known and known[axis].cut
+
+    return [
+        (name, kind)
+        for name in names
+        for kind, cut in cuts.items()
+        if cut(leader(name)).skip or any(can(name, axis.split(".")[-1]) for axis, _ in cut(leader(name)).keep)
+    ]
+
+
+def fitted(subnet, anatomy):
+    """The same cut as far as a family allows it: axes that it cannot choose stay full, numbers are rounded to allowed ones."""
+    keep = {}
+    for name, units in subnet.keep:
+        if name in anatomy.axes:
+            axis = anatomy.axes[name]
+            allowed = [fewer for fewer in range(1, axis.size) if axis.allows(fewer)]
+            keep |= {name: min(allowed, key=lambda fewer: abs(fewer - units))} if allowed else {}
+    return Subnet(subnet.skip, tuple(sorted(keep.items())))
 
 
 @st.composite
@@ -85,5 +163,6 @@ def subnets(draw, anatomy):
             subnet = subnet.without(block.name)
         else:
             for axis in block.leaders:
-                subnet = subnet.keeping(axis.name, draw(st.integers(1, axis.size)))
+                sizes = [units for units in range(1, axis.size + 1) if axis.allows(units)]
+                subnet = subnet.keeping(axis.name, draw(st.sampled_from(sizes)))
     return subnet

@@ -1,11 +1,19 @@
+import json
+import subprocess
+import sys
+import textwrap
+
 import pytest
+import torch
 import yaml
 
-from pico import ARCHITECTURES, pico
+import pliant
+from pico import ARCHITECTURES, IDS, logits, pico
 from pliant.anatomy import anatomy_of
-from pliant.architecture import catalogue, families, parse
-from pliant.elastic import check
-from pliant.errors import ArchitectureError
+from pliant.architecture import add_architecture, architecture_of, catalogue, families, parse, spec
+from pliant.checkpoint.schema import write
+from pliant.elastic import Subnet, check, extract
+from pliant.errors import ArchitectureError, SubnetError
 
 GOOD = """
 models: [toy]
@@ -34,6 +42,7 @@ def test_every_file_that_ships_is_valid_and_tested():
         ({"blocks": {"mlp": {"weights": {}}}}, "needs 'module'"),
         ({"blocks": {"mlp": {"module": "m", "weights": {"up": ["width", "hidden"]}}}}, "'width' is no axis"),
         ({"blocks": {"mlp": {"module": "m", "output": "list", "weights": {}}}}, "'tensor' or 'tuple'"),
+        ({"output": "list"}, "output of a layer is 'tensor' or 'tuple', not 'list'"),
     ],
 )
 def test_a_faulty_file_is_refused_with_the_fault(change, told):
@@ -43,22 +52,209 @@ def test_a_faulty_file_is_refused_with_the_fault(change, told):
         parse("toy", raw)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("module", [], r"module is a name or a list of names, not \[\]"),
+        ("module", {"up": "down"}, "module is a name or a list of names"),
+        ("norms", "norm", "norms is a list of names, not 'norm'"),
+        ("residual", -1, "residual is the place of an argument, counted from 0; not -1"),
+        ("residual", True, "residual is the place of an argument"),
+        ("residual", "hidden_states", "residual is the place of an argument"),
+        ("guard", 7, "guard is a config key, not 7"),
+        ("scores", "heads", "scores of block 'mlp': 'heads' is no axis"),
+        ("cached", 1, "cached maps config keys to heads, it is 1"),
+        (
+            "weights",
+            {"up": "part"},
+            "weight 'up' of block 'mlp': a list of dimensions or 'whole' is expected, not 'part'",
+        ),
+        ("weights", {"up?": ["wide", "hidden"]}, "weight 'up' of block 'mlp': 'wide' is no axis"),
+        ("weights", {"up": "whole", "down": "whole"}, "needs 'guard': none of its axes has a config key"),
+        ("attributes", {"width": "wide"}, "attribute 'width' of block 'mlp': 'wide' is no axis"),
+        ("norm", ["norm"], "block 'mlp' has the unknown key 'norm'"),
+    ],
+)
+def test_a_faulty_word_about_a_block_is_refused_with_the_fault(key, value, told):
+    raw = yaml.safe_load(GOOD)
+    raw["blocks"]["mlp"][key] = value
+    with pytest.raises(ArchitectureError, match=told):
+        parse("toy", raw)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("cut", "no way", "axis 'channels': cut is true or false, not 'no way'"),
+        ("multiple", 0, "axis 'channels': multiple is a whole number from 1, not 0"),
+        ("multiple", "8", "multiple is a whole number from 1, not '8'"),
+        ("multiple", True, "multiple is a whole number from 1"),
+        ("active", 2, "axis 'channels': active is a config key, not 2"),
+        ("activ", "k", "axis 'channels' has the unknown key 'activ'"),
+        ("size", "4 * hidden_size", "needs 'guard': none of its axes has a config key"),
+    ],
+)
+def test_a_faulty_word_about_an_axis_is_refused_with_the_fault(key, value, told):
+    raw = yaml.safe_load(GOOD)
+    raw["axes"]["channels"][key] = value
+    with pytest.raises(ArchitectureError, match=told):
+        parse("toy", raw)
+
+
+def test_the_words_of_a_file_are_read():
+    raw = yaml.safe_load(GOOD)
+    raw["axes"]["channels"] |= {"cut": False, "multiple": 8, "active": "k"}
+    raw["blocks"]["mlp"] |= {"module": ["up", "down"], "residual": 1, "guard": "eps", "norms": ["a or b"]}
+    raw["blocks"]["mlp"]["weights"] |= {"odd": "whole", "scale?": ["hidden"]}
+    read = parse("toy", raw)
+    axis, (block,) = read.axes["channels"], read.blocks
+    assert (axis.cut, axis.multiple, axis.active) == (False, 8, "k")
+    assert (block.modules, block.module, block.prefix) == (("up", "down"), "down", "")
+    assert (block.residual, block.guard, block.norms) == (1, "eps", ("a or b",))
+    assert block.weights["odd"] is None
+    assert block.optional == {"scale"}
+    assert parse("toy", yaml.safe_load(GOOD)).blocks[0].prefix == "mlp."
+
+
 def test_all_faults_are_told_at_once():
     with pytest.raises(ArchitectureError, match="2 fault"):
         parse("toy", {**yaml.safe_load(GOOD), "colour": 1, "shape": 2})
 
 
-def test_an_unknown_family_is_refused_and_the_known_ones_are_named():
-    from transformers import OPTConfig, OPTForCausalLM
+# A family of our own: nothing that ships describes it
 
-    small = OPTConfig(vocab_size=32, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2)
-    with pytest.raises(ArchitectureError, match=r"'opt'.*gemma2, gpt2, llama"):
-        anatomy_of(OPTForCausalLM(small))
+
+COHERE = """
+models: [cohere]
+layers: model.layers
+fixed: {hidden: hidden_size}
+axes:
+  kv: {size: num_key_value_heads, unit: hidden_size // num_attention_heads}
+  heads: {size: num_attention_heads, unit: hidden_size // num_attention_heads, follows: kv}
+  channels: {size: intermediate_size}
+blocks:
+  attention:
+    module: self_attn
+    norms: [input_layernorm]
+    output: tuple
+    slot: layer_idx
+    scores: heads
+    weights: {q_proj: [heads, hidden], k_proj: [kv, hidden], v_proj: [kv, hidden], o_proj: [hidden, heads]}
+  mlp:
+    module: mlp
+    norms: [input_layernorm]
+    weights: {gate_proj: [channels, hidden], up_proj: [channels, hidden], down_proj: [hidden, channels]}
+"""
+
+
+def cohere():
+    return pico("cohere", hidden_size=48, head_dim=None)
+
+
+@pytest.fixture
+def added(tmp_path, monkeypatch):
+    """The file of a family of our own, made known for one test."""
+    monkeypatch.setattr(spec, "_added", {})
+    file = tmp_path / "ours.yaml"
+    file.write_text(COHERE)
+    return add_architecture(file)
+
+
+def test_an_unknown_family_is_refused_and_the_known_ones_are_named():
+    with pytest.raises(ArchitectureError, match=r"'cohere'.*gemma2, .*gpt2, .*llama.*add_architecture"):
+        anatomy_of(cohere())
+
+
+def test_a_file_of_our_own_makes_a_family_known(added):
+    assert architecture_of("cohere") is added
+    assert added.name == "ours"
+    assert "cohere" in families()
+    model = cohere()
+    check(model)
+    with pytest.raises(SubnetError):
+        extract(model, anatomy_of(model), Subnet().keeping("layers.1.mlp.channels", 0))
+
+
+@pytest.mark.usefixtures("added")
+def test_a_file_of_our_own_goes_before_one_that_ships(tmp_path):
+    raw = yaml.safe_load(COHERE.replace("[cohere]", "[llama]"))
+    raw["blocks"]["mlp"]["norms"] = ["post_attention_layernorm"]
+    raw["axes"]["kv"]["cut"] = False
+    (tmp_path / "llama.yaml").write_text(yaml.safe_dump(raw))
+    add_architecture(tmp_path / "llama.yaml")
+    axes = anatomy_of(pico("llama", hidden_size=48, head_dim=None)).axes
+    assert "layers.1.mlp.channels" in axes
+    assert "layers.1.attention.kv" not in axes
+
+
+@pytest.mark.parametrize(
+    ("content", "told"), [(None, "cannot read"), ("models: [", "cannot read"), ("colour: red", "unknown key 'colour'")]
+)
+def test_a_file_that_is_no_architecture_is_refused_and_nothing_becomes_known(content, told, tmp_path, monkeypatch):
+    monkeypatch.setattr(spec, "_added", {})
+    if content is not None:
+        (tmp_path / "ours.yaml").write_text(content)
+    with pytest.raises(ArchitectureError, match=told):
+        add_architecture(tmp_path / "ours.yaml")
+    assert spec._added == {}
+
+
+@pytest.mark.usefixtures("added")
+def test_a_model_cut_with_a_file_of_our_own_loads_where_that_file_is_not(tmp_path):
+    model = cohere()
+    subnet = Subnet().without("layers.0.attention").without("layers.2.mlp").keeping("layers.1.mlp.channels", 9)
+    extract(model, anatomy_of(model), subnet.keeping("layers.3.attention.kv", 2))
+    write(model)
+    model.save_pretrained(tmp_path / "cut")
+    assert json.loads((tmp_path / "cut" / "config.json").read_text())["pliant_architecture"] == yaml.safe_load(COHERE)
+    program = textwrap.dedent(f"""
+        import torch, transformers, pliant
+        from pliant.architecture import catalogue
+        from pliant.elastic import Subnet, extract
+        from pliant.checkpoint.schema import write
+        assert "cohere" not in catalogue()
+        model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "cut")!r}).eval()
+        torch.save(model(torch.tensor({IDS.tolist()}), use_cache=False).logits.detach(), {str(tmp_path / "found.pt")!r})
+        extract(model, pliant.anatomy_of(model), Subnet().without("layers.1.mlp"))
+        write(model)
+        model.save_pretrained({str(tmp_path / "further")!r})
+        again = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "further")!r}).eval()
+        print(sorted(set(pliant.anatomy_of(again).blocks)))
+    """)
+    outcome = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+    assert (torch.load(tmp_path / "found.pt") - logits(model)).abs().max() < 5e-6
+    gone = {"layers.0.attention", "layers.1.mlp", "layers.2.mlp"}
+    assert outcome.stdout.strip() == str(
+        sorted(f"layers.{i}.{k}" for i in range(4) for k in ("attention", "mlp") if f"layers.{i}.{k}" not in gone)
+    )
+
+
+def test_a_model_of_a_family_that_ships_carries_no_architecture():
+    model = pico("llama")
+    extract(model, anatomy_of(model), Subnet().without("layers.1.mlp"))
+    write(model)
+    assert "pliant_architecture" not in model.config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "told"),
+    [
+        ("gpt2", {"add_cross_attention": True}, r"layer 0 holds 'crossattention\.c_attn\.weight'"),
+        ("bert", {"add_cross_attention": True, "is_decoder": True}, r"layer 0 holds 'crossattention\."),
+        ("roberta", {"add_cross_attention": True, "is_decoder": True}, r"layer 0 holds 'crossattention\."),
+        ("stablelm", {"qk_layernorm": True}, "holds 'self_attn.q_layernorm.norms.0.weight', which stablelm.yaml"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, "layers.1.mlp has no 'gate.weight'"),
+    ],
+)
+def test_a_model_with_more_than_its_file_describes_is_refused_and_what_it_is_is_named(name, overrides, told):
+    model = pico(name, **overrides)
+    for look in (anatomy_of, check, pliant.check):
+        with pytest.raises(ArchitectureError, match=told):
+            look(model)
 
 
 def test_something_that_is_not_a_model_is_refused():
-    import torch
-
     with pytest.raises(ArchitectureError, match="no config"):
         anatomy_of(torch.nn.Linear(2, 2))
 

@@ -8,10 +8,10 @@ import textwrap
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
 
+import pico as tiny
 import pliant
-from pico import ARCHITECTURES, leader, pico, tokenizer
+from pico import ARCHITECTURES, cases, fitted, head_of, inputs, leader, pico, tokenizer
 from pliant.anatomy import anatomy_of
 from pliant.checkpoint.schema import write
 from pliant.checkpoint.weights import check_finite, fingerprint
@@ -26,6 +26,7 @@ CUTS = {
     "a layer": lambda _: Subnet().without("layers.3.attention").without("layers.3.mlp"),
     "channels": lambda _: Subnet().keeping("layers.1.mlp.channels", 17),
     "heads": lambda head: Subnet().keeping(f"layers.1.attention.{head}", 1),
+    "experts": lambda _: Subnet().keeping("layers.1.mlp.experts", 2),
     "all of it": lambda head: (
         Subnet()
         .without("layers.0.attention")
@@ -38,14 +39,14 @@ CUTS = {
 
 def cut(name, kind):
     model = pico(name)
-    extract(model, anatomy_of(model), CUTS[kind](leader(name)))
+    anatomy = anatomy_of(model)
+    extract(model, anatomy, fitted(CUTS[kind](leader(name)), anatomy))
     write(model)
     return model
 
 
 def logits(model):
-    with torch.inference_mode():
-        return model.eval()(input_ids=IDS, use_cache=False).logits
+    return tiny.logits(model.eval(), IDS)
 
 
 def in_a_process_without_pliant(code):
@@ -56,23 +57,28 @@ def in_a_process_without_pliant(code):
 
 def test_transformers_alone_refuses_every_cut_model(tmp_path):
     """Random weights in place of what was removed would be the worst outcome of all."""
-    for name in ARCHITECTURES:
-        for kind in CUTS:
-            cut(name, kind).save_pretrained(tmp_path / f"{name} {kind}")
+    for name, kind in cases(CUTS):
+        cut(name, kind).save_pretrained(tmp_path / f"{head_of(name).__name__} {name} {kind}")
+    for name in ("llama", "gpt_neox"):  # what let the narrower attention load must not let the removed one
+        model = cut(name, "heads")
+        extract(model, anatomy_of(model), Subnet().without("layers.1.attention"))
+        write(model)
+        model.save_pretrained(tmp_path / f"{head_of(name).__name__} {name} heads, then all of the attention")
     outcome = in_a_process_without_pliant(f"""
         import pathlib, transformers
         transformers.logging.set_verbosity_error()
         for folder in sorted(pathlib.Path({str(tmp_path)!r}).iterdir()):
             try:
-                transformers.AutoModelForCausalLM.from_pretrained(folder)
+                getattr(transformers, folder.name.split()[0]).from_pretrained(folder)
             except Exception as error:
                 print("refused", type(error).__name__)
             else:
                 print("LOADED", folder.name)
     """)
     told = outcome.stdout.splitlines()
-    assert len(told) == len(ARCHITECTURES) * len(CUTS), outcome.stderr
+    assert len(told) == len(cases(CUTS)) + 2, outcome.stderr
     assert [line for line in told if not line.startswith("refused")] == []
+    assert {line.split()[1] for line in told} <= {"AmbiguousGlobalPerLayerAttributeError", "RuntimeError"}
 
 
 def test_pliant_may_be_imported_after_transformers_has_loaded_the_family(tmp_path):
@@ -110,7 +116,7 @@ def test_the_wrapped_constructor_is_needed_by_this_transformers(tmp_path):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_saving_a_reloaded_model_again_writes_the_same_config(name, tmp_path):
     cut(name, "all of it").save_pretrained(tmp_path / "once")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "once").save_pretrained(tmp_path / "twice")
+    head_of(name).from_pretrained(tmp_path / "once").save_pretrained(tmp_path / "twice")
     once, twice = (json.loads((tmp_path / place / "config.json").read_text()) for place in ("once", "twice"))
     assert once == twice
 
@@ -118,11 +124,13 @@ def test_saving_a_reloaded_model_again_writes_the_same_config(name, tmp_path):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_reloaded_model_can_be_cut_further(name, tmp_path):
     cut(name, "all of it").save_pretrained(tmp_path / "once")
-    model = pliant.load(tmp_path / "once")
-    left = extract(model, anatomy_of(model), Subnet().keeping("layers.1.mlp.channels", 4).without("layers.3.mlp"))
+    model = head_of(name).from_pretrained(tmp_path / "once")
+    before = anatomy_of(model)
+    further = Subnet().keeping("layers.1.mlp.channels", 4).keeping("layers.1.mlp.experts", 3).without("layers.3.mlp")
+    left = extract(model, before, fitted(further, before))
     write(model)
     model.save_pretrained(tmp_path / "twice")
-    again = pliant.load(tmp_path / "twice")
+    again = head_of(name).from_pretrained(tmp_path / "twice")
     assert torch.allclose(logits(again), logits(model), atol=5e-6)
     assert set(anatomy_of(again).blocks) == set(left.blocks)
 
@@ -141,10 +149,20 @@ def test_the_config_speaks_the_vocabulary_of_transformers(tmp_path):
 def test_hidden_states_and_attention_choice_work_on_a_reloaded_model(name, tmp_path):
     model = cut(name, "all of it")
     model.save_pretrained(tmp_path / "cut")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
-    assert len(again(IDS, output_hidden_states=True).hidden_states) == 5
+    again = head_of(name).from_pretrained(tmp_path / "cut")
+    assert len(again(**inputs(again, IDS), output_hidden_states=True).hidden_states) == 5
     again.set_attn_implementation("eager")
     assert torch.allclose(logits(again), logits(model), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_cut_model_loads_without_its_head_too(name, tmp_path):
+    model = cut(name, "all of it").eval()
+    model.save_pretrained(tmp_path / "cut")
+    bare = transformers.AutoModel.from_pretrained(tmp_path / "cut").eval()
+    with torch.inference_mode():
+        expected, found = (m(**inputs(model, IDS))[0] for m in (model.base_model, bare))
+    assert torch.allclose(found, expected, atol=5e-6)
 
 
 def test_a_sharded_model_reloads(tmp_path):
@@ -251,23 +269,36 @@ def without_layers(name, *layers):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_whole_layers_are_dropped_and_transformers_alone_loads_the_rest(name, tmp_path):
-    model = without_layers(name, 0, 2) if name != "gemma2" else without_layers(name, 0, 3)
+def test_whole_layers_are_dropped_and_the_rest_renumbered(name):
+    model = without_layers(name, 0, 3)  # where attention types take turns, one of each stays
+    dense = pico(name)
     plain = homogeneous(model)
+    assert plain.config.num_hidden_layers == 2
+    assert not torch.allclose(logits(plain), logits(dense), atol=1e-3)
     assert torch.allclose(logits(plain), logits(model), atol=5e-6)
-    plain.save_pretrained(tmp_path / "plain")
+
+
+def test_transformers_alone_loads_what_is_left_of_a_model_without_some_of_its_layers(tmp_path):
+    for name in ARCHITECTURES:
+        plain = homogeneous(without_layers(name, 0, 3))
+        plain.save_pretrained(tmp_path / name)
+        expected = {"head": head_of(name).__name__, "inputs": inputs(plain, IDS), "logits": logits(plain)}
+        torch.save(expected, tmp_path / name / "expected.pt")
     outcome = in_a_process_without_pliant(f"""
-        import torch
-        from transformers import AutoModelForCausalLM
-        model, told = AutoModelForCausalLM.from_pretrained({str(tmp_path / "plain")!r}, output_loading_info=True)
-        assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
-        ids = torch.tensor({IDS.tolist()})
-        print(model.config.num_hidden_layers, model.eval()(ids, use_cache=False).logits.double().sum().item())
+        import pathlib, torch, transformers
+        for folder in sorted(pathlib.Path({str(tmp_path)!r}).iterdir()):
+            expected = torch.load(folder / "expected.pt")
+            head = getattr(transformers, expected["head"])
+            model, told = head.from_pretrained(folder, output_loading_info=True)
+            assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+            with torch.no_grad():
+                found = model.eval()(**expected["inputs"]).logits
+            print(folder.name, len(found), (found - expected["logits"]).abs().max().item())
     """)
     assert outcome.returncode == 0, outcome.stderr
-    depth, total = outcome.stdout.split()
-    assert depth == "2"
-    assert float(total) == pytest.approx(logits(model).double().sum().item(), abs=1e-3)
+    told = [line.split() for line in outcome.stdout.splitlines()]
+    assert [name for name, _, _ in told] == sorted(ARCHITECTURES)
+    assert all(float(difference) < 5e-6 for _, _, difference in told)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
@@ -281,6 +312,20 @@ def test_one_width_for_all_layers_goes_into_the_ordinary_keys(name):
     plain = homogeneous(model)
     assert plain.config.intermediate_size == 20
     assert (plain.config.num_key_value_heads, plain.config.num_attention_heads) == (2, 4)
+    assert torch.allclose(logits(plain), logits(model), atol=5e-6)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_one_number_of_experts_for_all_layers_goes_into_the_ordinary_keys(name):
+    model = pico(name)
+    subnet = Subnet()
+    for layer in range(4):
+        subnet = subnet.keeping(f"layers.{layer}.mlp.channels", 8).keeping(f"layers.{layer}.mlp.experts", 3)
+    extract(model, anatomy_of(model), subnet)
+    write(model)
+    plain = homogeneous(model)
+    assert (plain.model.layers[2].mlp.gate.num_experts, plain.num_experts) == (3, 3)
+    assert not hasattr(plain.config, "_heterogeneity_spec")
     assert torch.allclose(logits(plain), logits(model), atol=5e-6)
 
 

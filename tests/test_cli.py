@@ -14,6 +14,7 @@ from filelock import FileLock
 from typer.testing import CliRunner
 
 import pliant
+from pico import pico
 from pliant.cli import main
 from pliant.cli.doctor import diagnose
 from pliant.cli.main import app
@@ -168,10 +169,10 @@ def test_the_table_of_systems_is_true(system):
 
 
 def test_settings_become_what_their_fields_are():
-    pairs = ["samples=8", "slack=0.5", "reorder=False", "mlp_group=4", "split= 1:1:1 ", "head-group=2"]
+    pairs = ["samples=8", "slack=0.5", "order=stored", "mlp_group=4", "split= 1:1:1 ", "head-group=2"]
     step = build("multipruner", {"ratio": "0.1"}, pairs)
     assert step == pliant.MultiPruner(
-        ratio=0.1, samples=8, slack=0.5, reorder=False, mlp_group=4, split="1:1:1", head_group=2
+        ratio=0.1, samples=8, slack=0.5, order="stored", mlp_group=4, split="1:1:1", head_group=2
     )
     assert build("multipruner", {"ratio": "0.1"}, ["mlp_group=none"]).mlp_group is None
 
@@ -197,7 +198,7 @@ def test_an_unknown_setting_is_refused_with_every_setting_and_its_help(system):
         ("samples=many", "samples .*'many'"),
         ("samples=1.5", "samples .*'1.5'"),
         ("slack=some", "slack .*'some'"),
-        ("reorder=maybe", "reorder is true or false, not 'maybe'"),
+        ("order=maybe", "not by 'maybe'"),
         ("mlp_group=few", "mlp_group .*'few'"),
         ("samples=0", "samples must be at least 1"),
         ("slack=nan", "slack"),
@@ -322,6 +323,40 @@ def test_evaluate_against_a_reference_prints_the_divergence(folder, prose):
     words = ["evaluate", folder, "--perplexity", prose, "--reference", folder, "--seqlen", 32, "--windows", 2]
     assert json.loads(run(*words, "--json").stdout)["perplexity"]["prose.txt"]["kl"] == 0
     assert re.search(r"KL, prose\.txt.*0\.0000", run(*words).stdout)
+
+
+def test_evaluate_against_another_model_prints_both_and_the_difference(folder, prose, task, tokenizer, tmp_path):
+    other = tmp_path / "other"
+    pico("llama", seed=1).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    words = ["evaluate", folder, "--perplexity", prose, "--tasks", task, "--seqlen", 32, "--windows", 4]
+    found = json.loads(run(*words, "--against", other, "--json").stdout)
+    settings = {"perplexity": prose, "tasks": [task], "seqlen": 32, "windows": 4}
+    a, b = (pliant.evaluate(pliant.load(one), **settings, items=True) for one in (folder, other))
+    assert found["comparison"] == pliant.compare(a, b)
+    assert found["against"] == pliant.evaluate(pliant.load(other), **settings)
+    assert found["tasks"] == pliant.evaluate(pliant.load(folder), **settings)["tasks"]
+    assert "items" not in found["perplexity"]["prose.txt"]
+    shown = run(*words, "--against", other).stdout
+    for part in (found, found["against"]):
+        assert f"{part['perplexity']['prose.txt']['perplexity']:.3f}" in shown
+    loss = found["comparison"]["perplexity"]["prose.txt"]["loss"]
+    assert re.search(rf"prose\.txt loss.*{re.escape(format(loss['difference'], '+.4f'))}.* to .*{loss['p']:.4f}", shown)
+
+
+def test_evaluate_prints_matches(folder, tmp_path):
+    path = tmp_path / "sums.jsonl"
+    path.write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}), "utf-8")
+    shown = run("evaluate", folder, "--tasks", path, "--max-new-tokens", 4).stdout
+    assert re.search(r"sums match.*0\.0%.*1 questions", shown)
+    assert "acc" not in shown
+
+
+def test_evaluate_with_the_harness_says_what_is_missing(entry, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    code, out, err = entry("evaluate", folder, "--harness", "arc_easy")
+    assert (code, out) == (1, "")
+    assert "pip install 'pliant[eval]'" in err
 
 
 def test_bench_prints_rates_and_speedup(folder):

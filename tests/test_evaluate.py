@@ -1,4 +1,5 @@
 import copy
+import gzip
 import json
 import math
 import random
@@ -12,6 +13,7 @@ import pliant
 from pico import VOCABULARY, pico
 from pliant.data import Question
 from pliant.errors import DataError, PliantError
+from pliant.measure.choose import log_likelihoods
 from pliant.measure.score import kl, nll
 
 
@@ -190,14 +192,14 @@ def test_choices_are_those_of_an_unbatched_computation(name, tokenizer):
     items = _questions(20)
     scores = [[_log_likelihood(model, tokenizer, q.context, c) for c in q.choices] for q in items]
     likeliest = [row.index(max(row)) for row in scores]
-    per_byte = []
+    per_character = []
     for question, row in zip(items, scores, strict=True):
-        shares = [s / len(c.strip().encode()) for s, c in zip(row, question.choices, strict=True)]
-        per_byte.append(shares.index(max(shares)))
-    assert likeliest != per_byte
+        shares = [s / len(c.strip()) for s, c in zip(row, question.choices, strict=True)]
+        per_character.append(shares.index(max(shares)))
+    assert likeliest != per_character
     assert len({*likeliest}) > 1
 
-    for picked, metric in ((likeliest, "acc"), (per_byte, "acc_norm")):
+    for picked, metric in ((likeliest, "acc"), (per_character, "acc_norm")):
         right = [Question(q.context, q.choices, p) for q, p in zip(items, picked, strict=True)]
         wrong = [Question(q.context, q.choices, (p + 1) % len(q.choices)) for q, p in zip(items, picked, strict=True)]
         mixed = right[:14] + wrong[14:]
@@ -206,6 +208,8 @@ def test_choices_are_those_of_an_unbatched_computation(name, tokenizer):
         assert [found[task][metric] for task in tasks] == pytest.approx([1.0, 0.0, 0.7])
         if metric == "acc":
             assert found["mixed"]["stderr"] == pytest.approx(math.sqrt(0.7 * 0.3 / 20))
+        else:
+            assert found["mixed"]["stderr_norm"] == pytest.approx(math.sqrt(0.7 * 0.3 / 20))
         assert found["mixed"]["questions"] == 20
 
 
@@ -216,6 +220,33 @@ def test_a_context_longer_than_the_model_reads_loses_its_beginning(model, tokeni
     answer = short.index(max(short))
     items = [Question("y " * 300 + "x " * 50 + tail, choices, answer)]
     assert pliant.evaluate(model, tasks={"long": items}, tokenizer=tokenizer)["tasks"]["long"]["acc"] == 1
+
+
+def test_a_sentence_is_scored_after_each_option_put_into_it(model, tokenizer):
+    contexts, rest = ("the moon walks past the sun", "the moon walks past the river"), " and walks slowly"
+    scores = [_log_likelihood(model, tokenizer, context, rest) for context in contexts]
+    answer = scores.index(max(scores))
+    tasks = {
+        "right": [Question(contexts, (rest, rest), answer)],
+        "wrong": [Question(contexts, (rest, rest), 1 - answer)],
+    }
+    found = pliant.evaluate(model, tasks=tasks, tokenizer=tokenizer)["tasks"]
+    assert [found[task][metric] for task in tasks for metric in ("acc", "acc_norm")] == [1, 1, 0, 0]
+
+
+def test_the_space_between_context_and_choice_belongs_to_the_choice(model, tokenizer):
+    same = [Question("the moon", (" walks", " is"), 0), Question("the moon ", ("walks", "is"), 0)]
+    assert log_likelihoods(model, tokenizer, "some", same[:1]) == log_likelihoods(model, tokenizer, "some", same[1:])
+
+
+def test_choices_of_one_token_share_a_row(model, tokenizer):
+    items = [Question(f"{context}:", tuple("abcd"), 0) for context in ("sun", "moon", "river")]
+    expected = [[_log_likelihood(model, tokenizer, q.context, c) for c in q.choices] for q in items]
+    shapes = []
+    model.register_forward_pre_hook(lambda _, __, given: shapes.append(given["input_ids"].shape), with_kwargs=True)
+    for found, by_hand in zip(log_likelihoods(model, tokenizer, "some", items), expected, strict=True):
+        assert found == pytest.approx(by_hand, rel=1e-4)
+    assert shapes == [(3, len("river:"))]
 
 
 def test_a_choice_after_an_empty_context_is_not_free(model, tokenizer):
@@ -232,6 +263,13 @@ def test_tasks_are_read_from_files_and_named_after_them(folder, tmp_path):
     found = pliant.evaluate(pliant.load(folder), tasks=[path], limit=4)
     assert found["perplexity"] == {}
     assert found["tasks"]["yes-no"]["questions"] == 4
+
+
+def test_a_gzipped_task_is_called_what_it_is_without_the_endings(folder, tmp_path):
+    row = {"context": "sun", "choices": ["yes", "no"], "answer": 0}
+    path = tmp_path / "yes-no.v2.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(row).encode()))
+    assert list(pliant.evaluate(pliant.load(folder), tasks=[path])["tasks"]) == ["yes-no.v2"]
 
 
 def test_the_limit_holds_for_questions_given_by_name(model, tokenizer):

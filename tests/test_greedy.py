@@ -240,7 +240,7 @@ def test_the_search_stops_when_no_more_is_wanted_and_looks_at_nothing_else():
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"mode": "random"}, "no search mode 'random'; there are lazy, exact, naive"),
+        ({"mode": "random"}, "no search mode 'random'; there are lazy, racing, exact, naive"),
         ({"mode": None}, "no search mode None"),
         ({"slack": -0.1}, "cannot be negative"),
         ({"slack": math.nan}, "cannot be negative"),

@@ -274,6 +274,12 @@ def test_the_table_sets_before_against_after():
     ]
 
 
+def test_the_table_has_one_row_for_a_task_of_open_questions():
+    quality = {"perplexity": {}, "tasks": {"sums": {"match": 0.25, "stderr": 0.05, "questions": 80}}}
+    report = REPORT | {"before": _costs(2_000_000, quality), "after": _costs(1_600_000, quality)}
+    assert table(report)[3:] == [("sums match", "25.0%", "25.0%")]
+
+
 def test_the_table_does_without_quality():
     report = REPORT | {"before": _costs(2_000_000, {}), "after": _costs(1_600_000, {})}
     assert [name for name, _, _ in table(report)] == ["parameters", "weights", "KV cache per token"]

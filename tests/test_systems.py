@@ -8,8 +8,9 @@ import torch
 import transformers
 
 import pliant
-from pico import ARCHITECTURES, leader, pico
-from pliant.anatomy import anatomy_of
+from pico import LAYOUTS, leader, pico
+from pliant.anatomy import anatomy_of, layers_of
+from pliant.architecture import Part, catalogue
 from pliant.elastic import Subnet, parameters, ratio
 from pliant.errors import DataError, PliantError, RatioError, WeightError
 from pliant.progress import Progress
@@ -20,7 +21,7 @@ SMALL = {"samples": 4, "seqlen": 24, "seed": 3}
 WIDTHS = {"width_samples": 3, "mlp_group": 12}
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=LAYOUTS)
 def name(request):
     return request.param
 
@@ -35,8 +36,28 @@ def prune(prose, tokenizer):
     return applied
 
 
-def multi(ratio=0.35, **settings):
+def multi(ratio=0.35, name="llama", **settings):
+    """The step; where a family's heads cannot be cut, channels have the share of the heads, too."""
+    if not has_heads(name):
+        blocks, channels, heads = map(int, settings.get("split", "44:52:4").split(":"))
+        settings["split"] = f"{blocks}:{channels + heads}:0"
     return pliant.MultiPruner(ratio=ratio, **SMALL | WIDTHS | settings)
+
+
+def has_heads(name):
+    return catalogue()[name].axes[leader(name)].cut
+
+
+def stages(name):
+    return ("blocks", "mlp channels", "attention heads") if has_heads(name) else ("blocks", "mlp channels")
+
+
+def by_channel(model, layer):
+    """The matrix that reads the channels of an MLP, one row a channel; of experts, a stack of such matrices each."""
+    anatomy = anatomy_of(model)
+    weights = anatomy.blocks[f"layers.{layer}.mlp"].weights
+    (down,) = (w for w in weights if w.reads is not None and w.dims[w.reads] == (Part("channels"),))
+    return layers_of(model, anatomy.architecture)[layer].get_parameter(down.path).movedim(down.reads, 0)
 
 
 def blocks(ratio=0.25, **settings):
@@ -90,17 +111,19 @@ def test_multipruner_stops_each_stage_at_the_first_ratio_of_its_share(name, prun
     model = pico(name)
     dense = sum(p.numel() for p in model.parameters())
     anatomy = anatomy_of(model)
-    step = multi(split="44:46:10")
-    prune(model, step)
+    prune(model, multi(name=name, split="44:46:10"))
     reached = 0.0
-    for stage, until in (("blocks", 0.35 * 0.44), ("mlp channels", 0.35 * 0.9), ("attention heads", 0.35)):
+    shares = (0.35 * 0.44, 0.35 * 0.9, 0.35) if has_heads(name) else (0.35 * 0.44, 0.35)
+    for stage, until in zip(stages(name), shares, strict=True):
         after = ratios(model, stage)
         assert after, stage
         assert all(r < until for r in [reached, *after[:-1]])
         reached = after[-1]
         assert reached >= until
-    unit = {kept: parameters(anatomy, Subnet().keeping(f"layers.3.attention.{leader(name)}", kept)) for kept in (1, 2)}
-    assert 0.35 <= reached < 0.35 + (unit[2] - unit[1]) / dense
+    last = anatomy.axes[f"layers.3.attention.{leader(name)}" if has_heads(name) else "layers.3.mlp.channels"]
+    fewer = last.size - (1 if has_heads(name) else WIDTHS["mlp_group"])
+    unit = parameters(anatomy) - parameters(anatomy, Subnet().keeping(last.name, fewer))
+    assert 0.35 <= reached < 0.35 + unit / dense
     assert 1 - sum(p.numel() for p in model.parameters()) / dense == pytest.approx(reached, abs=1e-12)
     assert reached == told(model)["ratio"]
     assert told(model)["parameters_after"] == sum(p.numel() for p in model.parameters())
@@ -138,9 +161,9 @@ def test_a_larger_ratio_of_blockpruner_removes_the_same_blocks_first(name, prune
 def test_naive_and_exact_search_decide_the_same_in_all_three_stages(name, prune):
     naive, exact = pico(name), pico(name)
     for model, search in ((naive, "naive"), (exact, "exact")):
-        prune(model, multi(split="44:46:10", search=search))
+        prune(model, multi(name=name, split="44:46:10", search=search))
     assert units(naive) == units(exact)
-    assert {point["stage"] for point in told(exact)["points"]} == {"blocks", "mlp channels", "attention heads"}
+    assert {point["stage"] for point in told(exact)["points"]} == {*stages(name)}
     for a, b in zip(told(naive)["points"], told(exact)["points"], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
     assert identical(naive, exact)
@@ -151,13 +174,13 @@ def test_naive_and_exact_search_decide_the_same_in_all_three_stages(name, prune)
 
 def test_the_lazy_search_evaluates_less(name, prune):
     lazy, exact = pico(name), pico(name)
-    prune(lazy, multi(search="lazy"))
-    prune(exact, multi(search="exact"))
+    prune(lazy, multi(name=name, search="lazy"))
+    prune(exact, multi(name=name, search="exact"))
     assert told(lazy)["evaluations"] < told(exact)["evaluations"]
     assert told(lazy)["ratio"] >= 0.35
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "phi3", "gemma3_text"])
 def test_the_head_stage_removes_whole_key_value_groups(name, prune):
     model = pico(name)
     prune(model, multi(0.12, split="0:0:1", head_group=1))
@@ -178,15 +201,14 @@ def test_the_head_stage_removes_whole_key_value_groups(name, prune):
 @pytest.mark.parametrize(("kind", "other"), [("attention", "mlp"), ("mlp", "attention")])
 def test_blocks_of_one_kind_leave_the_other_kind_alone(kind, other, name, prune):
     model = pico(name)
-    before = frozen(model)[0]
+    anatomy = anatomy_of(model)
     prune(model, blocks(0.1, blocks=kind))
     assert units(model)
     assert all(unit.endswith(kind) for unit in units(model))
-    after = model.state_dict()
-    module = {"attention": "attn.", "mlp": "mlp."}[other]
-    kept = [key for key in before if module in key]
+    before, after = (layers_of(m, anatomy.architecture) for m in (pico(name), model))
+    kept = [(block.layer, w.path) for block in anatomy.blocks.values() if block.kind == other for w in block.weights]
     assert kept
-    assert all(torch.equal(after[key], before[key]) for key in kept)
+    assert all(torch.equal(after[layer].get_parameter(p), before[layer].get_parameter(p)) for layer, p in kept)
 
 
 def test_multipruner_leaves_the_least_important_units_out(name, prune):
@@ -198,31 +220,29 @@ def test_multipruner_leaves_the_least_important_units_out(name, prune):
     prune(model, multi(0.1, split="0:1:0"))
     keep = told(model)["subnet"]["keep"]
     assert keep
-    for axis, count in keep.items():
-        layer = int(axis.split(".")[1])
-        old, new = (m.get_submodule(anatomy_of(dense).architecture.layers)[layer].mlp for m in (dense, model))
-        before = old.c_proj.weight if name == "gpt2" else old.down_proj.weight.T
-        after = new.c_proj.weight if name == "gpt2" else new.down_proj.weight.T
-        assert torch.equal(after, before[orders[axis][:count]])
+    for layer in range(4):
+        expected = by_channel(dense, layer)
+        for place, short in enumerate(("channels", "experts") if name == "mixtral" else ("channels",)):
+            axis = f"layers.{layer}.mlp.{short}"
+            expected = expected.index_select(place, orders[axis][: keep.get(axis)])
+        assert torch.equal(by_channel(model, layer), expected)
 
 
 def test_without_reordering_the_last_channels_go(name, prune):
     model, dense = pico(name), pico(name)
-    prune(model, multi(0.1, split="0:1:0", reorder=False))
+    prune(model, multi(0.1, split="0:1:0", order="stored"))
     keep = told(model)["subnet"]["keep"]
     assert keep
-    for axis, count in keep.items():
-        layer = int(axis.split(".")[1])
-        old, new = (m.get_submodule(anatomy_of(dense).architecture.layers)[layer].mlp for m in (dense, model))
-        before = old.c_proj.weight if name == "gpt2" else old.down_proj.weight.T
-        after = new.c_proj.weight if name == "gpt2" else new.down_proj.weight.T
-        assert torch.equal(after, before[:count])
+    for layer in range(4):
+        before = by_channel(dense, layer)[: keep.get(f"layers.{layer}.mlp.channels")]
+        expected = before[:, : keep.get(f"layers.{layer}.mlp.experts")] if name == "mixtral" else before
+        assert torch.equal(by_channel(model, layer), expected)
 
 
 def test_the_last_loss_scored_is_that_of_the_cut_model(name, prune, prose, tokenizer):
     model = pico(name)
-    prune(model, multi())
-    assert told(model)["points"][-1]["stage"] == "attention heads"
+    prune(model, multi(name=name))
+    assert told(model)["points"][-1]["stage"] == stages(name)[-1]
     assert loss_on(model, prose, tokenizer, 3, 3) == pytest.approx(told(model)["points"][-1]["loss"], abs=1e-5)
     assert told(model)["points"][-1]["perplexity"] == pytest.approx(math.exp(told(model)["points"][-1]["loss"]))
     model = pico(name)
@@ -237,7 +257,7 @@ def test_the_widths_sample_is_drawn_first_and_the_blocks_sample_after_it(prune, 
 
 def test_the_divergence_from_the_dense_model_can_choose_too(name, prune):
     model = pico(name)
-    prune(model, multi(metric="kl"))
+    prune(model, multi(name=name, metric="kl"))
     points = told(model)["points"]
     assert points[-1]["ratio"] >= 0.35
     assert all(point["loss"] > 0 for point in points)
@@ -247,8 +267,8 @@ def test_the_divergence_from_the_dense_model_can_choose_too(name, prune):
 @pytest.mark.parametrize("step", [multi, blocks])
 def test_the_same_seed_gives_the_same_model_twice(step, name, prune):
     one, other = pico(name), pico(name)
-    prune(one, step())
-    prune(other, step())
+    for model in (one, other):
+        prune(model, multi(name=name) if step is multi else blocks())
     assert identical(one, other)
     assert told(one)["points"] == told(other)["points"]
 
@@ -340,7 +360,7 @@ def test_a_ratio_that_means_nothing_is_refused(step, wrong):
         multi(0.9, split="0:1:0"),
         multi(0.5, split="0:0:1"),
         multi(0.5, split="0:1:0", mlp_group=47),
-        multi(0.9, reorder=False),
+        multi(0.9, order="stored"),
         blocks(0.9),
         blocks(0.3, blocks="attention"),
     ],
@@ -420,7 +440,7 @@ def test_windows_longer_than_the_model_reads_are_refused(prune, model):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_broken_weight_is_named_and_nothing_is_done(step, bad, name, prune):
     model = pico(name)
-    tensor = next(key for key, _ in model.named_parameters() if ".2." in key and "mlp" in key)
+    tensor = next(key for key, value in model.named_parameters() if ".2." in key and value.dim() > 1)
     with torch.no_grad():
         model.get_parameter(tensor).view(-1)[5] = bad
     before = frozen(model)
@@ -645,11 +665,12 @@ def test_a_removal_list_of_blockpruner_is_read_by_its_longest_entry(tmp_path):
     assert read_config(str(path), anatomy) == expected
 
 
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in ("falcon", "mixtral")])
 def test_a_configuration_of_multipruner_is_read_in_channels(name):
     model = pico(name)
     anatomy = anatomy_of(model)
     group = anatomy.axes[f"layers.0.attention.{leader(name)}"]
-    wide = 8 if name == "gpt2" else 16  # query channels of one key-value group
+    wide = 8 if leader(name) == "heads" else 16  # query channels of one key-value group
     raw = {
         "pruned_attn_idx": [1],
         "pruned_mlp_idx": [2, 0],
@@ -661,6 +682,14 @@ def test_a_configuration_of_multipruner_is_read_in_channels(name):
     assert parse_config(raw, anatomy) == expected
     with pliant.activate(model, expected):
         assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "widths"), [("falcon", {"pruned_attn_width": {"0": 16}}), ("mixtral", {"pruned_mlp_width": {"1": 16}})]
+)
+def test_a_configuration_that_narrows_what_this_family_does_not_have_is_refused(name, widths):
+    with pytest.raises(DataError):
+        parse_config(widths, anatomy_of(pico(name)))
 
 
 @pytest.mark.parametrize("missing", ["pruned_attn_idx", "pruned_mlp_idx", "pruned_attn_width", "pruned_mlp_width"])

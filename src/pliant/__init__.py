@@ -13,37 +13,57 @@ from pliant.compat.layers import install as _install
 
 if TYPE_CHECKING:
     from pliant.anatomy import anatomy_of as anatomy_of
+    from pliant.architecture import add_architecture as add_architecture
     from pliant.checkpoint.load import load as load
+    from pliant.data import examples as examples
     from pliant.data import questions as questions
     from pliant.data import text as text
     from pliant.elastic import Subnet as Subnet
     from pliant.elastic import activate as activate
     from pliant.elastic import check as check
+    from pliant.elastic import discover as discover
     from pliant.errors import PliantError as PliantError
     from pliant.export.homogeneous import homogeneous as homogeneous
+    from pliant.measure.compare import compare as compare
     from pliant.measure.evaluate import evaluate as evaluate
     from pliant.measure.inspect import inspect as inspect
     from pliant.measure.speed import bench as bench
     from pliant.run.apply import apply as apply
     from pliant.run.save import save as save
+    from pliant.search.channels import ChannelPruner as ChannelPruner
     from pliant.search.cut import Cut as Cut
+    from pliant.search.knapsack import KnapsackPruner as KnapsackPruner
+    from pliant.search.oneshot import OneShot as OneShot
+    from pliant.search.unified import UnifiedPruner as UnifiedPruner
     from pliant.systems.blockpruner import BlockPruner as BlockPruner
     from pliant.systems.multipruner import MultiPruner as MultiPruner
     from pliant.systems.multipruner import read_config as read_config
+    from pliant.systems.multipruner_evol import MultiPrunerEvol as MultiPrunerEvol
+    from pliant.train import Recover as Recover
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "Cut": "pliant.search.cut",
     "BlockPruner": "pliant.systems.blockpruner",
+    "ChannelPruner": "pliant.search.channels",
+    "KnapsackPruner": "pliant.search.knapsack",
     "MultiPruner": "pliant.systems.multipruner",
+    "MultiPrunerEvol": "pliant.systems.multipruner_evol",
+    "OneShot": "pliant.search.oneshot",
+    "UnifiedPruner": "pliant.search.unified",
     "PliantError": "pliant.errors",
+    "Recover": "pliant.train",
     "Subnet": "pliant.elastic",
     "activate": "pliant.elastic",
+    "add_architecture": "pliant.architecture",
     "anatomy_of": "pliant.anatomy",
     "apply": "pliant.run.apply",
     "bench": "pliant.measure.speed",
     "check": "pliant.elastic",
+    "compare": "pliant.measure.compare",
+    "examples": "pliant.data",
+    "discover": "pliant.elastic",
     "evaluate": "pliant.measure.evaluate",
     "homogeneous": "pliant.export.homogeneous",
     "inspect": "pliant.measure.inspect",

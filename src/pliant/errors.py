@@ -9,6 +9,10 @@ class ArchitectureError(PliantError, ValueError):
     """The model's layout is unknown, or does not agree with the architecture file that describes it."""
 
 
+class UnknownArchitectureError(ArchitectureError):
+    """No architecture file describes this kind of model."""
+
+
 class SubnetError(PliantError, ValueError):
     """A sub-network names blocks or axes the model does not have, or keeps an impossible amount of one."""
 

@@ -59,6 +59,7 @@ class Job:
     Attributes:
         model: the model, changed in place.
         tokenizer: gives the model's tokenizer; asked only by steps that read text.
+        dense: gives the model as it was before anything was done to it; asked only by steps that learn from it.
         data: calibration text, or None.
         work: folder where the step keeps what lets it resume, or None to keep nothing.
         progress: where it reports to.
@@ -67,6 +68,7 @@ class Job:
 
     model: Any
     tokenizer: Callable[[], Any]
+    dense: Callable[[], Any]
     data: Any
     work: Path | None
     progress: Progress

@@ -8,11 +8,13 @@ from pliant.anatomy.anatomy import (
     Weight,
     anatomy_of,
     blocks_of,
+    described_by,
     global_size,
     layers_of,
     plain_config,
 )
 from pliant.anatomy.null import Null
+from pliant.anatomy.probe import answer, evaluating, probe
 
 __all__ = [
     "Anatomy",
@@ -22,8 +24,12 @@ __all__ = [
     "Null",
     "Weight",
     "anatomy_of",
+    "answer",
     "blocks_of",
+    "described_by",
+    "evaluating",
     "global_size",
     "layers_of",
     "plain_config",
+    "probe",
 ]

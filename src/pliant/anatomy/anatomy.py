@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pliant.anatomy.null import Null
-from pliant.architecture import Architecture, BlockSpec, Part, architecture_of
+from pliant.architecture import Architecture, BlockSpec, Part, architecture_of, catalogue, parse
 from pliant.errors import ArchitectureError
 
 
@@ -26,7 +27,11 @@ class Axis:
         unit: elements in one unit (1 for channels, ``head_dim`` for heads).
         leader: short name of the axis that decides; itself unless it follows another.
         ratio: units of this axis for one unit of the leader (query heads per key-value head).
-        config_key: the config.json key that holds the size.
+        config_key: the config.json key that holds the size, if one does.
+        cut: whether a sub-network may choose it.
+        active: units that one token uses, so the fewest that can stay; None when a token uses all there are.
+        multiple: units come and go in such numbers.
+        normed: a norm is taken over all units together, so that to cut one is not to silence it.
     """
 
     name: str
@@ -34,7 +39,20 @@ class Axis:
     unit: int
     leader: str
     ratio: int
-    config_key: str
+    config_key: str | None
+    cut: bool = True
+    active: int | None = None
+    multiple: int = 1
+    normed: bool = False
+
+    def allows(self, units: int) -> bool:
+        """Whether so many units can be kept."""
+        return units == self.size or ((self.active or 1) <= units < self.size and units % self.multiple == 0)
+
+    def less(self, units: int, group: int) -> int | None:
+        """What is left of ``units`` kept units when at least ``group`` go; None when that cannot be."""
+        left = (units - group) // self.multiple * self.multiple
+        return left if self.allows(left) else None
 
 
 @dataclass(frozen=True)
@@ -45,12 +63,20 @@ class Weight:
         path: where it is inside the layer, e.g. ``self_attn.q_proj.weight``.
         dims: for each tensor dimension, the stretches it is made of, in order.
         reads: for the matrix of a linear layer, the tensor dimension that runs over its inputs; None for other tensors.
-            A matrix costs one multiply-accumulate per element and token.
+            A matrix costs one multiply-accumulate per element and token that uses it.
+        uses: how often one token (or image) uses it: a convolution once at every place of its output.
+        buffer: it is no parameter but a buffer, such as the running mean of a batch norm.
     """
 
     path: str
     dims: tuple[tuple[Part, ...], ...]
     reads: int | None = None
+    uses: int = 1
+    buffer: bool = False
+
+    def tensor(self, layer: nn.Module) -> torch.Tensor:
+        """The parameter or buffer itself."""
+        return layer.get_buffer(self.path) if self.buffer else layer.get_parameter(self.path)
 
 
 @dataclass(frozen=True)
@@ -77,7 +103,10 @@ class Block:
         layer: index of the layer it is in.
         axes: its axes by short name; only leaders can be chosen, the others follow.
         fixed: sizes of the dimensions that do not change.
-        norm_parameters: parameters of the norms that disappear with the block.
+        removed: the other modules that disappear with the block: its norms, and what f is made of besides the last.
+        norm_parameters: parameters of those norms.
+        removable: False for what a model cannot do without: a stem, a classifier.
+        cached: heads that one token adds to the cache, where they are not those of its axis.
     """
 
     name: str
@@ -87,7 +116,10 @@ class Block:
     fixed: Mapping[str, int]
     weights: tuple[Weight, ...]
     attributes: tuple[Attribute, ...]
+    removed: tuple[str, ...]
     norm_parameters: int
+    removable: bool = True
+    cached: int | None = None
 
     @property
     def kind(self) -> str:
@@ -96,7 +128,7 @@ class Block:
     @property
     def leaders(self) -> tuple[Axis, ...]:
         """The axes that can be chosen."""
-        return tuple(axis for short, axis in self.axes.items() if axis.leader == short)
+        return tuple(axis for short, axis in self.axes.items() if axis.leader == short and axis.cut)
 
     def units(self, part: Part, kept: Mapping[str, int]) -> int:
         """Units of ``part.axis`` when ``kept[leader]`` units are kept of each leader; leaders left out are full."""
@@ -113,9 +145,18 @@ class Block:
         """Shape of a parameter when ``kept`` units are kept."""
         return tuple(sum(self.width(part, kept) for part in dim) for dim in weight.dims)
 
+    def active(self, weight: Weight, kept: Mapping[str, int]) -> int:
+        """Elements of a parameter that one token uses: all, except in a stack of matrices, one for each expert."""
+        experts = self.axes.get(weight.dims[0][0].axis) if len(weight.dims) == 3 else None
+        if experts is not None and experts.active is not None:
+            return prod(self.shape(weight, kept)[1:]) * experts.active
+        return prod(self.shape(weight, kept))
+
     def parameters(self, kept: Mapping[str, int]) -> int:
         """Parameters of the block and its norms."""
-        return self.norm_parameters + sum(prod(self.shape(weight, kept)) for weight in self.weights)
+        return self.norm_parameters + sum(
+            prod(self.shape(weight, kept)) for weight in self.weights if not weight.buffer
+        )
 
 
 @dataclass(frozen=True)
@@ -139,14 +180,23 @@ class Anatomy:
     head: int
 
     @property
+    def traced(self) -> bool:
+        """Whether it was read from the operations of the model, not with an architecture file."""
+        return self.architecture.layers == "."
+
+    @property
     def axes(self) -> dict[str, Axis]:
-        """Every axis that can be chosen, by full name."""
+        """Every axis that can be chosen, by full name. Several blocks may share one; it is then named within none of them
+        that can be removed."""
         return {axis.name: axis for block in self.blocks.values() for axis in block.leaders}
 
 
 def layers_of(model: nn.Module, architecture: Architecture) -> nn.ModuleList:
-    """The list of layers of a model, with or without a head on top of it."""
-    paths = (architecture.layers, architecture.layers.partition(".")[2])
+    """The list of layers of a model, with or without a head on top of it; ``.`` is the model itself."""
+    if architecture.layers == ".":
+        return nn.ModuleList([model])
+    whole = architecture.layers.split(" or ")
+    paths = [*whole, *(path.partition(".")[2] for path in whole)]
     for path in paths:
         try:
             found = model.get_submodule(path)
@@ -160,9 +210,10 @@ def layers_of(model: nn.Module, architecture: Architecture) -> nn.ModuleList:
 
 
 def plain_config(config: Any) -> Any:
-    """A copy of a config without its per-layer part, so that every key can be read."""
+    """A copy of a config without what says that a model was cut, so that every key can be read."""
     plain = copy.copy(config)
     plain.per_layer_config = None
+    vars(plain).pop("pliant_shapes", None)
     return plain
 
 
@@ -191,19 +242,34 @@ def _term(config: Any, text: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def anatomy_of(model: Any) -> Anatomy:
-    """Read the anatomy of a transformers model, dense or already pruned, and check it against the tensors.
+def anatomy_of(model: Any, *, example: Any = None) -> Anatomy:
+    """Read the anatomy of a model, dense or already pruned, and check it against the tensors.
+
+    A model with an architecture file is read with that. A convolutional network needs none: it is traced.
+
+    Arguments:
+        example: what a model that is traced runs on, if not one image of the size its config names (224 x 224 where it names
+            none): a tensor, a sequence of them, or a mapping from names to them. It is remembered for this model.
 
     Raises:
-        ArchitectureError: unknown architecture, or a tensor whose shape or presence the file does not explain.
+        ArchitectureError: unknown architecture, a tensor whose shape or presence the file does not explain, or a model that
+            cannot be traced.
     """
+    from pliant.anatomy.trace import traceable, traced
+
     config: Any = getattr(model, "config", None)
-    if getattr(config, "model_type", None) is None:
+    model_type = getattr(config, "model_type", None)
+    described = model_type in catalogue() or getattr(config, "pliant_architecture", None)
+    image = getattr(model, "main_input_name", "pixel_values") == "pixel_values"  # plain modules do not say
+    if not described and traceable(model) and (image or example is not None):
+        return traced(model, example)
+    if model_type is None:
         raise ArchitectureError(
-            f"{type(model).__name__} is not a transformers model: it has no config with a model_type"
+            f"{type(model).__name__} is not a transformers model, it has no config with a model_type; nor has it convolutions "
+            "to trace"
         )
     text_config = config.get_text_config(decoder=True)
-    architecture = architecture_of(text_config.model_type)
+    architecture = described_by(text_config)
     plain = plain_config(text_config)
     layers = layers_of(model, architecture)
     blocks = {b.name: b for i, layer in enumerate(layers) for b in blocks_of(layer, i, architecture, plain)}
@@ -220,28 +286,54 @@ def anatomy_of(model: Any) -> Anatomy:
     )
 
 
+def described_by(config: Any) -> Architecture:
+    """The architecture of a model: the one its config carries, else the one known for its ``model_type``.
+
+    Raises:
+        ArchitectureError: when there is neither.
+    """
+    carried = getattr(config, "pliant_architecture", None)
+    return parse(config.model_type, carried) if carried else architecture_of(config.model_type)
+
+
 def blocks_of(layer: nn.Module, index: int, architecture: Architecture, plain: Any) -> list[Block]:
     """The blocks that one layer has.
 
     Arguments:
         plain: the model's config without per-layer part.
     """
+    known = {m for spec in architecture.blocks for n in (*spec.modules, *spec.norms) for m in n.split(" or ")}
+    for path, _ in layer.named_parameters():
+        if not any(path.startswith(f"{module}.") for module in known):
+            raise ArchitectureError(f"layer {index} holds {path!r}, which is in no block of {architecture.name}.yaml")
     blocks = (_read_block(layer, spec, architecture, plain, index) for spec in architecture.blocks)
     return [block for block in blocks if block is not None]
 
 
 def _read_block(layer: nn.Module, spec: BlockSpec, architecture: Architecture, plain: Any, index: int) -> Block | None:
     """One block of one layer, or None when it was removed."""
-    name = f"layers.{index}.{spec.kind}"
-    module = layer.get_submodule(spec.module)
-    if isinstance(module, Null):
+    name, file = f"layers.{index}.{spec.kind}", f"{architecture.name}.yaml"
+    for module in spec.modules:
+        if _find(layer, module) is None:
+            raise ArchitectureError(f"layer {index} has no {module!r}, which {file} lists")
+    if isinstance(layer.get_submodule(spec.module), Null):
         return None
+    fixed = {axis: global_size(plain, key) for axis, key in architecture.fixed.items()}
     weights, attributes = [], []
     for child, dims in spec.weights.items():
-        target = module.get_submodule(child) if _has_module(module, child) else None
+        path = spec.prefix + child
+        target = _find(layer, path)
+        if target is None and child in spec.optional:
+            continue
         if target is None:
-            raise ArchitectureError(f"{name} has no {child!r}, which {architecture.name}.yaml lists")
-        path = f"{spec.module}.{child}"
+            raise ArchitectureError(f"{name} has no {child!r}, which {file} lists")
+        matrix = target if isinstance(target, nn.Parameter) else target.weight
+        if dims is None:  # never cut: its dimensions are what they are
+            fixed |= {f"{child}.{place}": size for place, size in enumerate(matrix.shape)}
+            dims = tuple((Part(f"{child}.{place}"),) for place in range(matrix.dim()))
+        if isinstance(target, nn.Parameter):
+            weights.append(Weight(path, dims, reads=len(dims) - 1 if len(dims) > 1 else None))
+            continue
         if isinstance(target, Conv1D):  # a linear layer that is stored (in, out)
             weights.append(Weight(f"{path}.weight", dims[::-1], reads=0))
             attributes += [Attribute(path, "nf", dims[0]), Attribute(path, "nx", dims[1])]
@@ -254,23 +346,44 @@ def _read_block(layer: nn.Module, spec: BlockSpec, architecture: Architecture, p
             weights.append(Weight(f"{path}.bias", dims[:1]))
     for key, value in (spec.attributes or {}).items():
         axis = value.removesuffix(".width")
-        attributes.append(Attribute(spec.module, key, (Part(axis),), in_units=axis == value))
+        owner, _, attribute = key.rpartition(".") if not key.startswith("config.") else ("", "", key)
+        path = spec.prefix + owner if owner else spec.module
+        attributes.append(Attribute(path, attribute, (Part(axis),), in_units=axis == value))
 
-    fixed = {axis: global_size(plain, key) for axis, key in architecture.fixed.items()}
     axes = _read_axes(layer, spec, architecture, plain, name, weights, fixed)
-    norms = sum(parameter.numel() for norm in spec.norms for parameter in layer.get_submodule(norm).parameters())
-    block = Block(name, index, spec, axes, fixed, tuple(weights), tuple(attributes), norms)
+    listed_by = [_norms(layer, other) for other in architecture.blocks]
+    own = [norm for norm in _norms(layer, spec) if sum(norm in norms for norms in listed_by) == 1]
+    norm_parameters = sum(p.numel() for norm in own for p in layer.get_submodule(norm).parameters())
+    removed = (*spec.modules[:-1], *own)
+    cached = next((global_size(plain, n) for key, n in (spec.cached or {}).items() if getattr(plain, key, None)), None)
+    block = Block(
+        name, index, spec, axes, fixed, tuple(weights), tuple(attributes), removed, norm_parameters, cached=cached
+    )
 
     listed = {weight.path: weight for weight in weights}
-    for path, parameter in module.named_parameters(prefix=spec.module):
-        if path not in listed:
-            raise ArchitectureError(f"{name} holds {path!r}, which {architecture.name}.yaml does not list")
-        expected = block.shape(listed[path], {})
-        if tuple(parameter.shape) != expected:
-            raise ArchitectureError(
-                f"{name}: {path} has shape {tuple(parameter.shape)}, {architecture.name}.yaml gives {expected}"
-            )
+    for module in spec.modules:
+        for path, parameter in layer.get_submodule(module).named_parameters(prefix=module):
+            if path not in listed:
+                raise ArchitectureError(f"{name} holds {path!r}, which {file} does not list")
+            expected = block.shape(listed[path], {})
+            if tuple(parameter.shape) != expected:
+                raise ArchitectureError(f"{name}: {path} has shape {tuple(parameter.shape)}, {file} gives {expected}")
     return block
+
+
+def _norms(layer: nn.Module, spec: BlockSpec) -> list[str]:
+    """The norms of a block that this layer has: the first of each ``a or b``.
+
+    Raises:
+        ArchitectureError: when it has none of them.
+    """
+    found = []
+    for listed in spec.norms:
+        there = [norm for norm in listed.split(" or ") if _find(layer, norm) is not None]
+        if not there:
+            raise ArchitectureError(f"{type(layer).__name__} has no norm {listed!r}, which is listed for {spec.kind}")
+        found.append(there[0])
+    return found
 
 
 def _read_axes(
@@ -295,7 +408,7 @@ def _read_axes(
             for position, dim in enumerate(weight.dims):
                 if all(part.axis in family for part in dim):
                     per_unit = sum(ratios[part.axis] * wide[part.axis] * part.factor for part in dim)
-                    size, left = divmod(layer.get_parameter(weight.path).shape[position], per_unit)
+                    size, left = divmod(weight.tensor(layer).shape[position], per_unit)
                     if left or not size:
                         raise ArchitectureError(
                             f"{name}: dimension {position} of {weight.path} is not a multiple of {per_unit}, the width "
@@ -315,6 +428,9 @@ def _read_axes(
                 leader=leader,
                 ratio=ratios[member],
                 config_key=architecture.axes[member].config_key,
+                cut=architecture.axes[leader].cut,
+                active=_active(plain, architecture.axes[member].active),
+                multiple=architecture.axes[leader].multiple,
             )
     overlap = set(axes) & set(fixed)
     if overlap:
@@ -322,9 +438,14 @@ def _read_axes(
     return axes
 
 
-def _has_module(module: nn.Module, path: str) -> bool:
+def _active(plain: Any, key: str | None) -> int | None:
+    return None if key is None else global_size(plain, key)
+
+
+def _find(layer: nn.Module, path: str) -> Any:
+    """The module or parameter at a path of a layer, None when there is none."""
+    owner, _, name = path.rpartition(".")
     try:
-        module.get_submodule(path)
+        return getattr(layer.get_submodule(owner), name, None)
     except AttributeError:
-        return False
-    return True
+        return None

@@ -5,10 +5,12 @@ from pliant.architecture.spec import (
     AxisSpec,
     BlockSpec,
     Part,
+    add_architecture,
     architecture_of,
     catalogue,
     families,
     parse,
+    shipped,
 )
 
 __all__ = [
@@ -16,8 +18,10 @@ __all__ = [
     "AxisSpec",
     "BlockSpec",
     "Part",
+    "add_architecture",
     "architecture_of",
     "catalogue",
     "families",
     "parse",
+    "shipped",
 ]

@@ -17,7 +17,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 def load(source: str | Path, *, dtype: Any = "auto", **options: Any) -> Any:
-    """A causal language model as an ordinary transformers model, in evaluation mode.
+    """A model as an ordinary transformers model, in evaluation mode: a causal language model, unless its config says that it
+    classifies images or sequences.
 
     Arguments:
         source: a folder, a ``.gguf`` file (dequantised; needs the ``gguf`` extra), or the id of a model on a hub.
@@ -27,8 +28,6 @@ def load(source: str | Path, *, dtype: Any = "auto", **options: Any) -> Any:
     Raises:
         ArtefactError: nothing there, a missing or truncated shard, or weights that the folder lacks.
     """
-    from transformers import AutoModelForCausalLM
-
     if "torch_dtype" in options:
         warnings.warn("torch_dtype is now called dtype", FutureWarning, stacklevel=2)
         dtype = options.pop("torch_dtype")
@@ -52,8 +51,9 @@ def load(source: str | Path, *, dtype: Any = "auto", **options: Any) -> Any:
             "(owner/name)"
         )
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(path if path.is_dir() else source), dtype=dtype, output_loading_info=True, **options
+        where = str(path if path.is_dir() else source)
+        loaded: Any = _auto_class(where, options).from_pretrained(
+            where, dtype=dtype, output_loading_info=True, **options
         )
     except (OSError, ImportError) as error:
         raise ArtefactError(f"cannot load {str(source)!r}: {error}") from error
@@ -66,6 +66,19 @@ def load(source: str | Path, *, dtype: Any = "auto", **options: Any) -> Any:
             f"{str(source)!r} lacks {len(missing)} tensor(s), {missing[0]!r} among them; they would have been random"
         )
     return model.eval()
+
+
+def _auto_class(source: str, options: dict[str, Any]) -> Any:
+    """The class that loads the kind of model that a config names in ``architectures``."""
+    import transformers
+
+    if "gguf_file" not in options:
+        known = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
+        config, _ = transformers.PreTrainedConfig.get_config_dict(source, **known)
+        for kind in ("ImageClassification", "SequenceClassification"):
+            if any(name.endswith(f"For{kind}") for name in config.get("architectures") or ()):
+                return getattr(transformers, f"AutoModelFor{kind}")
+    return transformers.AutoModelForCausalLM
 
 
 def check_folder(folder: Path) -> None:

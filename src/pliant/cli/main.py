@@ -99,7 +99,7 @@ def ls(
     what: Annotated[str, typer.Argument(help="systems, architectures, or a system to list its settings.")] = "",
     as_json: Json = False,
 ) -> None:
-    """List what there is: published systems and their settings, model families."""
+    """List what there is: systems and their settings, model families."""
     from pliant.architecture import families
     from pliant.systems import SYSTEMS
 
@@ -145,18 +145,22 @@ def compress(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     ratio: Annotated[float | None, typer.Option(help="Share of all parameters to remove, between 0 and 1.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Calibration text: .txt, .jsonl or .json.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Text to calibrate and train on: .txt, .jsonl or .json.")] = None,
     subnet: Annotated[
         Path | None,
         typer.Option(
             help="Cut to what this file says instead of searching: ours, or a pruning_config.json of MultiPruner."
         ),
     ] = None,
-    system: Annotated[str, typer.Option(help="Which published system; see 'pliant ls systems'.")] = "multipruner",
+    system: Annotated[
+        list[str] | None,
+        typer.Option(help="What to do, multipruner when left out; repeatable, done in order. See 'pliant ls systems'."),
+    ] = None,
     setting: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="Any setting of the system as name=value; repeatable. 'pliant ls multipruner' lists them."
+            "--set",
+            help="Any setting as name=value, or system.name=value; repeatable. 'pliant ls multipruner' lists them.",
         ),
     ] = None,
     column: Annotated[str, typer.Option(help="Key of the text in JSON rows.")] = "text",
@@ -176,23 +180,26 @@ def compress(
 
     Interrupted work is kept beside the output folder; the same command goes on from there.
     """
-    from pliant.cli.settings import build, known_subnet
+    from pliant.cli.settings import known_subnet, recipe
     from pliant.cli.show import show_report
     from pliant.data import text
     from pliant.progress import Console, Events
     from pliant.run.compress import Measuring
     from pliant.run.compress import compress as run
+    from pliant.systems import PRUNERS, SEARCHES
 
     calibration = None if data is None else text(data, column=column)
+    systems = system or ["multipruner"]
     if subnet is not None:
-        step = known_subnet(subnet, model, reorder=system == "multipruner")
-    elif ratio is None or calibration is None:
+        steps = [known_subnet(subnet, model, reorder=systems == ["multipruner"])]
+        steps += recipe([name for name in systems if name not in PRUNERS], {}, setting or [])
+    elif (ratio is None and set(systems) & PRUNERS) or (calibration is None and set(systems) & SEARCHES):
         raise PliantError("a search needs --ratio and --data; to cut without a search, give --subnet")
     else:
-        step = build(system, {"ratio": str(ratio)}, setting or [])
+        steps = recipe(systems, {} if ratio is None else {"ratio": str(ratio)}, setting or [])
     report = run(
         model,
-        step,
+        steps,
         calibration,
         out,
         measuring=Measuring(perplexity or (), tasks or (), windows=windows, limit=limit, speed=speed),
@@ -203,33 +210,59 @@ def compress(
     _print(json.dumps(report, indent=1)) if as_json else show_report(report, out)
 
 
-@app.command(epilog="Example: pliant evaluate small --perplexity held-out.txt --tasks arc_easy.jsonl")
+@app.command(epilog="Example: pliant evaluate small --against ./smollm2 --tasks arc_easy.jsonl")
 def evaluate(
     model: Model,
     perplexity: Annotated[list[Path] | None, typer.Option(help="Text to predict.")] = None,
-    tasks: Annotated[list[Path] | None, typer.Option(help="Question files.")] = None,
-    reference: Annotated[str, typer.Option(help="Another model: also print the KL divergence from it.")] = "",
+    tasks: Annotated[
+        list[Path] | None, typer.Option(help="Question files, with choices or with answers to be generated.")
+    ] = None,
+    harness: Annotated[list[str] | None, typer.Option(help="Tasks of lm-eval; needs the extra 'eval'.")] = None,
+    against: Annotated[
+        str,
+        typer.Option(
+            "--against",
+            "--reference",
+            help="Another model: measure it too, print the difference and how sure it is, and the KL divergence from it.",
+        ),
+    ] = "",
     seqlen: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     windows: Annotated[int | None, typer.Option(help="Windows of each text at most.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Questions of each file at most.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task at most.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens at most in a generated answer.")] = 256,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity and multiple-choice accuracy."""
+    """Measure perplexity and answers to questions, of one model or of two against each other."""
     from pliant.checkpoint.load import load
-    from pliant.cli.show import show_quality
+    from pliant.cli.show import show_comparison, show_quality
+    from pliant.measure.compare import compare, without_items
     from pliant.measure.evaluate import evaluate as measure
 
-    found = measure(
-        load(model, dtype=dtype),
-        perplexity=perplexity or (),
-        tasks=tasks or (),
-        reference=load(reference, dtype=dtype) if reference else None,
-        seqlen=seqlen,
-        windows=windows,
-        limit=limit,
-    )
-    _print(json.dumps(found, indent=1)) if as_json else show_quality(found)
+    settings: dict[str, Any] = {
+        "perplexity": perplexity or (),
+        "tasks": tasks or (),
+        "harness": harness or (),
+        "seqlen": seqlen,
+        "windows": windows,
+        "limit": limit,
+        "max_new_tokens": max_new_tokens,
+        "items": bool(against),
+    }
+    other = load(against, dtype=dtype) if against else None
+    found = measure(load(model, dtype=dtype), reference=other, **settings)
+    shown = without_items(found)
+    if other is None:
+        _print(json.dumps(shown, indent=1)) if as_json else show_quality(shown)
+        return
+    theirs = measure(other, **settings)
+    comparison = compare(found, theirs)
+    if as_json:
+        _print(json.dumps({**shown, "against": without_items(theirs), "comparison": comparison}, indent=1))
+        return
+    show_quality(shown, title=model)
+    show_quality(theirs, title=against)
+    show_comparison(comparison)
 
 
 @app.command(epilog="Example: pliant bench small --against ./smollm2")

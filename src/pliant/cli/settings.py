@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 
 from pliant.step import Step, StepError, help_texts
@@ -41,20 +42,43 @@ def build(system: str, given: dict[str, str], pairs: list[str]) -> Step:
     Raises:
         StepError: unknown name or a value of the wrong type; the message lists every setting with its help.
     """
-    cls = step_class(system)
-    hints = typing.get_type_hints(cls)
-    known = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-    values = dict(given)
+    (step,) = recipe([system], given, pairs)
+    return step
+
+
+def recipe(systems: Sequence[str], given: dict[str, str], pairs: Sequence[str]) -> list[Step]:
+    """Steps, one after the other, from ``name=value`` or ``system.name=value`` pairs.
+
+    A name alone sets it in every step that has it.
+
+    Arguments:
+        given: settings that have an option of their own; steps without them are left alone.
+
+    Raises:
+        StepError: a name that none of the steps has, or a value of the wrong type.
+    """
+    classes = {system: step_class(system) for system in systems}
+    hints = {system: typing.get_type_hints(cls) for system, cls in classes.items()}
+    known = {system: [field.name for field in dataclasses.fields(cls)] for system, cls in classes.items()}
+    values = {system: {name: value for name, value in given.items() if name in known[system]} for system in systems}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
             raise StepError(f"--set takes name=value, not {pair!r}")
-        values[name.strip().replace("-", "_")] = value.strip()
-    for name in values:
-        if name not in known:
-            listed = "\n".join(f"  {setting:14} {help_}" for setting, help_ in settings_of(system).items())
-            raise StepError(f"{system} has no setting {name!r}; it has\n{listed}")
-    return cls(**{name: _convert(name, value, known[name]) for name, value in values.items()})
+        where, dot, name = name.strip().rpartition(".")
+        name = name.replace("-", "_")
+        takers = [system for system in systems if name in known[system] and where in ("", system)]
+        if not takers or (dot and where not in systems):
+            listed = "\n".join(
+                f"  {setting:14} {help_}" for system in systems for setting, help_ in settings_of(system).items()
+            )
+            raise StepError(f"{where or ' and '.join(systems)} has no setting {name!r}; it has\n{listed}")
+        for system in takers:
+            values[system][name] = value.strip()
+    return [
+        classes[system](**{n: _convert(n, value, hints[system][n]) for n, value in values[system].items()})
+        for system in systems
+    ]
 
 
 def known_subnet(path: Path, model: str, *, reorder: bool) -> Step:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from pliant.progress import size
 
@@ -26,6 +26,9 @@ def show_report(report: dict[str, Any], out: Path) -> None:
 
 def show_inspection(found: dict[str, Any]) -> None:
     """What a model is made of; equal layers in one row."""
+    if "macs_per_image" in found:
+        _show_traced(found)
+        return
     _print(
         f"{found['model']}: {found['model_type']}, read with {found['architecture']}.yaml, self-check {found['self_check']}\n"
         f"{found['parameters']:,} parameters in {found['depth']} layers ({found['outside_blocks']:,} outside the blocks), "
@@ -54,9 +57,35 @@ def show_inspection(found: dict[str, Any]) -> None:
         _print(f"removed: {', '.join(found['removed'])}")
 
 
-def show_quality(found: dict[str, Any]) -> None:
-    """Perplexities and accuracies."""
-    shown = Table("", "score", "standard error", "on")
+def _show_traced(found: dict[str, Any]) -> None:
+    """Blocks that can be removed, and channels that are cut together in all blocks that they run through."""
+    _print(
+        f"{found['model']}: {found['architecture']}, traced, self-check {found['self_check']}\n"
+        f"{found['parameters']:,} parameters, {found['dtype']}, {size(found['weight_bytes'])}; "
+        f"{found['macs_per_image'] / 1e6:,.1f} M multiply-accumulates per image"
+    )
+    blocks = Table(Column("block", overflow="fold"), "parameters", "share", "can be removed")
+    axes: dict[str, dict[str, Any]] = {}
+    for block in found["blocks"]:
+        blocks.add_row(
+            block["block"], f"{block['parameters']:,}", f"{block['share']:.2%}", "yes" if block["removable"] else "no"
+        )
+        for name, axis in block["axes"].items():
+            axes.setdefault(name, {**axis, "in": []})["in"].append(block["block"])
+    _print(blocks)
+    narrowed = Table(Column("can be narrowed", overflow="fold"), "channels", "parameters each", "blocks")
+    for name, axis in axes.items():
+        narrowed.add_row(name, str(axis["units"]), f"{axis['parameters_per_unit'] or 0:,}", str(len(axis["in"])))
+    _print(narrowed)
+    if found["removed"]:
+        _print(f"removed: {', '.join(found['removed'])}")
+
+
+def show_quality(found: dict[str, Any], title: str | None = None) -> None:
+    """Perplexities and shares of right answers."""
+    from pliant.measure.evaluate import SHARES
+
+    shown = Table("", "score", "standard error", "on", title=title, title_justify="left")
     for name, row in found["perplexity"].items():
         error = "" if row["stderr"] is None else f"{row['perplexity'] * row['stderr']:.3f}"
         shown.add_row(
@@ -65,10 +94,28 @@ def show_quality(found: dict[str, Any]) -> None:
         if "kl" in row:
             shown.add_row(f"KL, {name}", f"{row['kl']:.4f}", "", "nats per token")
     for name, row in found["tasks"].items():
-        for metric in ("acc", "acc_norm"):
-            shown.add_row(
-                f"{name} {metric}", f"{row[metric]:.1%}", f"{row['stderr']:.1%}", f"{row['questions']} questions"
-            )
+        for metric, error in SHARES.items():
+            if metric in row:
+                shown.add_row(
+                    f"{name} {metric}", f"{row[metric]:.1%}", f"{row[error]:.1%}", f"{row['questions']} questions"
+                )
+    for name, row in found.get("harness", {}).items():
+        for metric, value in row.items():
+            if metric not in ("questions", "items") and not metric.endswith("_stderr"):
+                error = f"{row[f'{metric}_stderr']:.4f}" if f"{metric}_stderr" in row else ""
+                count = f"{row['questions']} questions" if "questions" in row else ""
+                shown.add_row(f"{name} {metric}", f"{value:.4f}", error, count)
+    _print(shown)
+
+
+def show_comparison(found: dict[str, Any]) -> None:
+    """Differences of the first model from the second, with 95 % intervals."""
+    shown = Table("", "difference", "95 % interval", "p", title="first minus second", title_justify="left")
+    for rows in found.values():
+        for name, metrics in rows.items():
+            for metric, row in metrics.items():
+                certainty = () if row["p"] is None else (f"{row['low']:+.4f} to {row['high']:+.4f}", f"{row['p']:.4f}")
+                shown.add_row(f"{name} {metric}", f"{row['difference']:+.4f}", *certainty)
     _print(shown)
 
 

@@ -1,10 +1,12 @@
 """``import pliant`` is all it takes for ``AutoModelForCausalLM.from_pretrained`` to rebuild per-layer shapes.
 
 transformers reads ``per_layer_config`` into its configs since 5.14 and builds no model from it (checked: 5.14 to 5.23): it
-refuses such a config. Until it does, the constructor of a family's layer class is wrapped when its modeling file is
-imported. For any other config the wrapper only calls the original. The official registry of stand-in classes
-(``transformers.monkey_patching``) would do as well, but with anything registered each load of any model walks every name
-of the package first: 0.6 s, where loading a tiny model takes 0.03 s (``benchmarks/load_tax.py``).
+refuses such a config. Until it does, the constructors of a family's model classes are wrapped when its modeling file is
+imported: the one that makes the list of layers builds it full-size (on no memory at all inside ``from_pretrained``) and
+has it cut. For any other config the wrapper only calls the original. The official registry of stand-in classes
+(``transformers.monkey_patching``) would do for layers that are told their number, but with anything registered each load
+of any model walks every name of the package first: 0.6 s, where loading a tiny model takes 0.03 s
+(``benchmarks/load_tax.py``).
 """
 
 from __future__ import annotations
@@ -22,44 +24,44 @@ _MARK = "_pliant_shapes_layers"
 
 
 def install() -> None:
-    """Arrange for every family's layers to be wrapped when (or because already) its modeling file is imported."""
+    """Arrange for every family's models to be wrapped when (or because already) its modeling file is imported."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     for name, module in list(sys.modules.items()):
         if _is_modeling(name):
-            wrap_layers(module)
+            wrap_models(module)
 
 
-def wrap_layers(module: ModuleType) -> None:
-    """Wrap the constructors of the layer classes that a modeling file defines, if pliant knows the family."""
-    from pliant.architecture import catalogue
-
-    if module.__name__.split(".")[-2] not in catalogue():
-        return
-    for name, layer_class in list(vars(module).items()):
-        own = isinstance(layer_class, type) and layer_class.__module__ == module.__name__
-        if own and name.endswith(("DecoderLayer", "Block")) and not hasattr(layer_class.__init__, _MARK):
-            layer_class.__init__ = _shaping(layer_class.__init__)  # type: ignore[misc]
+def wrap_models(module: ModuleType) -> None:
+    """Wrap the constructors of the model classes that a modeling file defines: those that take a config alone."""
+    for name, model_class in list(vars(module).items()):
+        own = isinstance(model_class, type) and model_class.__module__ == module.__name__
+        whole = name.endswith("Model") or "For" in name
+        if own and whole and "__init__" in vars(model_class) and not hasattr(model_class.__init__, _MARK):
+            model_class.__init__ = _shaping(model_class.__init__, has_layers=name.endswith("Model"))
 
 
-def _shaping(original: Callable[..., None]) -> Callable[..., None]:
-    """A constructor that cuts what ``original`` built to the shapes its config asks for."""
+def _shaping(original: Callable[..., None], has_layers: bool) -> Callable[..., None]:
+    """A constructor that cuts what ``original`` built to the shapes its config asks for.
+
+    A record of shapes counts from the outermost model, so it is the one that first meets the config which sees it.
+    """
 
     @functools.wraps(original)
     def construct(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        if not getattr(config, "is_heterogeneous", False):
+        recorded = getattr(config, "pliant_shapes", None)
+        if not recorded and not (has_layers and getattr(config, "is_heterogeneous", False)):
             return original(self, config, *args, **kwargs)
         from pliant.anatomy import plain_config
-        from pliant.architecture import architecture_of
-        from pliant.checkpoint.schema import shape_layer
+        from pliant.checkpoint.schema import shape_model
 
         plain = plain_config(config)
         original(self, plain, *args, **kwargs)
+        vars(config).update(vars(plain))  # what a constructor settled, such as the attention implementation
         for module in self.modules():
             if getattr(module, "config", None) is plain:
                 module.config = config  # later changes of the model's config must reach its layers
-        index = kwargs["layer_idx"] if "layer_idx" in kwargs else args[0]
-        return shape_layer(self, index, config, architecture_of(config.model_type))
+        return shape_model(self, config)
 
     setattr(construct, _MARK, True)
     return construct
@@ -70,7 +72,7 @@ def _is_modeling(name: str) -> bool:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds transformers' modeling files the usual way and has ``wrap_layers`` called once they are executed."""
+    """Finds transformers' modeling files the usual way and has ``wrap_models`` called once they are executed."""
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if not _is_modeling(fullname):
@@ -92,7 +94,7 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        wrap_layers(module)
+        wrap_models(module)
 
     def __getattr__(self, name: str) -> Any:  # get_source, get_data …: inspect and the debugger ask for them
         return getattr(self._loader, name)

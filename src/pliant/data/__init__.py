@@ -1,6 +1,8 @@
-"""Text and questions from local files."""
+"""Text, questions and training examples."""
 
-from pliant.data.choice import Question, questions
+from pliant.data.choice import questions
+from pliant.data.examples import Examples, examples
+from pliant.data.question import OpenQuestion, Question
 from pliant.data.text import Text, text
 
-__all__ = ["Question", "Text", "questions", "text"]
+__all__ = ["Examples", "OpenQuestion", "Question", "Text", "examples", "questions", "text"]

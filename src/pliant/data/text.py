@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import random
 import re
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +86,7 @@ def text(source: str | Path | Iterable[str], *, column: str = "text") -> Text:
 
     Arguments:
         source: a ``.txt`` file (rows are paragraphs, separated by empty lines), a ``.jsonl`` or ``.json`` file (rows are
-            objects), or an iterable of strings.
+            objects), any of them with ``.gz`` behind it, or an iterable of strings.
         column: for JSON rows, the key that holds the text; rows of ``instruction``/``input``/``output`` are joined.
 
     Raises:
@@ -96,9 +98,8 @@ def text(source: str | Path | Iterable[str], *, column: str = "text") -> Text:
         path = Path(source)
         name = path.name
         raw = read(path)
-        rows = (
-            _json_rows(raw, path, column) if path.suffix.lower() in (".json", ".jsonl") else re.split(r"\n\s*\n", raw)
-        )
+        is_json = unpacked(path).suffix.lower() in (".json", ".jsonl")
+        rows = _json_rows(raw, path, column) if is_json else re.split(r"\n\s*\n", raw)
     for number, row in enumerate(rows, 1):
         if not isinstance(row, str):
             raise DataError(f"{name}, row {number}: every row must be a string, not {type(row).__name__}")
@@ -109,16 +110,24 @@ def text(source: str | Path | Iterable[str], *, column: str = "text") -> Text:
     return Text(kept, name)
 
 
+def unpacked(path: Path) -> Path:
+    """What the file would be called without its ``.gz``; the other ending says what is in it."""
+    return path.with_suffix("") if path.suffix.lower() == ".gz" else path
+
+
 def read(path: Path) -> str:
-    """A text file as a string, with the usual faults named."""
+    """A text file, gzipped when its name ends in ``.gz``, as a string, with the usual faults named."""
     try:
-        return path.read_text("utf-8-sig")
+        with (open if unpacked(path) == path else gzip.open)(path, "rt", encoding="utf-8-sig") as file:
+            return file.read()
     except FileNotFoundError:
         raise DataError(f"there is no file {str(path)!r}") from None
     except IsADirectoryError:
         raise DataError(f"{str(path)!r} is a folder; give a .txt, .jsonl or .json file in it") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{str(path)!r} is not UTF-8 text: {error}") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{str(path)!r} is not a whole gzip file: {error}") from None
     except OSError as error:
         raise DataError(f"cannot read {str(path)[:80]!r}: {error.strerror or error}") from None
 
@@ -126,7 +135,7 @@ def read(path: Path) -> str:
 def json_objects(raw: str, path: Path) -> list[dict[str, Any]]:
     """The objects of a ``.jsonl`` file (one a line) or a ``.json`` file (a list)."""
     objects: list[Any] = []
-    if path.suffix.lower() == ".json":
+    if unpacked(path).suffix.lower() == ".json":
         try:
             whole = json.loads(raw)
         except json.JSONDecodeError as error:

@@ -3,6 +3,7 @@
 from pliant.elastic.activate import Elastic, activate
 from pliant.elastic.check import check
 from pliant.elastic.count import cache_bytes, macs, parameters, ratio, streamed_bytes, weight_bytes
+from pliant.elastic.discover import described, discover
 from pliant.elastic.extract import extract
 from pliant.elastic.reorder import reorder
 from pliant.elastic.subnet import Subnet, validate
@@ -13,6 +14,8 @@ __all__ = [
     "activate",
     "cache_bytes",
     "check",
+    "described",
+    "discover",
     "extract",
     "macs",
     "parameters",

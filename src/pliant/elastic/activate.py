@@ -29,7 +29,8 @@ class Follower:
 def narrow(tensor: torch.Tensor, block: Block, weight: Weight, kept: Mapping[str, int]) -> torch.Tensor:
     """The part of a full tensor that ``kept`` units keep.
 
-    A view wherever each dimension is one stretch; a fused dimension (q, k and v in one matrix) is gathered, i.e. copied.
+    A view wherever each dimension is one stretch; a fused dimension (q, k and v in one matrix, channels that were
+    concatenated) is gathered, i.e. copied.
     """
     for position, dim in enumerate(weight.dims):
         pieces, start = [], 0
@@ -41,6 +42,22 @@ def narrow(tensor: torch.Tensor, block: Block, weight: Weight, kept: Mapping[str
     return tensor
 
 
+@torch.no_grad()
+def give_back(part: torch.Tensor, full: torch.Tensor, block: Block, weight: Weight, kept: Mapping[str, int]) -> None:
+    """Write what became of a gathered buffer into the full one: the statistics that a batch norm took in training.
+
+    Arguments:
+        part: what :func:`narrow` made of ``full``, which has one dimension; a view has nothing to give back.
+    """
+    if part.untyped_storage().data_ptr() == full.untyped_storage().data_ptr():
+        return
+    start = taken = 0
+    for stretch in weight.dims[0]:
+        width = block.width(stretch, kept)
+        full.narrow(0, start, width).copy_(part.narrow(0, taken, width))
+        start, taken = start + block.width(stretch, {}), taken + width
+
+
 def follow(layer: nn.Module, block: Block, kept: Mapping[str, int]) -> None:
     """Set the plain attributes of a block's modules (``out_features``, ``num_heads`` …) to what ``kept`` makes them."""
     for attribute in block.attributes:
@@ -49,13 +66,18 @@ def follow(layer: nn.Module, block: Block, kept: Mapping[str, int]) -> None:
         value = sum(measure(part, kept) for part in attribute.parts)
         key = attribute.name.removeprefix("config.")
         if key == attribute.name:
-            setattr(module, key, value)
+            setattr(module, key, (value,) if isinstance(getattr(module, key, None), tuple) else value)
         else:
             seen: Any = module.config
             base, values = (seen._config, seen._values) if isinstance(seen, Follower) else (seen, {})
             values, plain = {**values, key: value}, plain_config(base)
             same = all(getattr(plain, known) == own for known, own in values.items())
             module.config = base if same else Follower(base, values)
+
+
+def stand_in(block: Block, path: str) -> nn.Module:
+    """What takes the place of a module of a block that is gone."""
+    return Null(block.spec.returns_tuple, block.spec.residual) if path == block.spec.module else nn.Identity()
 
 
 def slot(index: int, alive: Collection[int], layer_types: Sequence[str]) -> int:
@@ -87,25 +109,30 @@ class Elastic:
         self.anatomy = anatomy or anatomy_of(model)
         self.layers = layers_of(model, self.anatomy.architecture)
         self.active = Subnet()
-        self._full: dict[str, dict[str, nn.Parameter]] = {}
+        self._full: dict[str, dict[str, torch.Tensor]] = {}
         self._modules: dict[str, dict[str, nn.Module]] = {}
         for block in self.anatomy.blocks.values():
             layer = self.layers[block.layer]
-            self._full[block.name] = {weight.path: layer.get_parameter(weight.path) for weight in block.weights}
+            self._full[block.name] = {weight.path: weight.tensor(layer) for weight in block.weights}
             self._modules[block.name] = {
-                path: layer.get_submodule(path) for path in (block.spec.module, *block.spec.norms)
+                path: layer.get_submodule(path) for path in (block.spec.module, *block.removed)
             }
 
-    def activate(self, subnet: Subnet) -> None:
-        """Make the model compute as ``subnet`` from now on. Only blocks that differ from the active one are touched."""
+    def activate(self, subnet: Subnet, *, stretch: bool = False) -> None:
+        """Make the model compute as ``subnet`` from now on. Only blocks that differ from the active one are touched.
+
+        Arguments:
+            stretch: only a stretch of layers will run, without a cache: every attention may be gone.
+        """
         if subnet == self.active:
             return
-        validate(subnet, self.anatomy)
+        validate(subnet, self.anatomy, stretch=stretch)
         for block in self.anatomy.blocks.values():
             was, now = block.name in self.active.skip, block.name in subnet.skip
             if was != now:
                 self._set_skipped(block, now)
-            if not now and subnet.kept(block) != self.active.kept(block):
+            held = Subnet() if was else self.active  # what was put aside is full, whatever is kept of a shared axis
+            if not now and subnet.kept(block) != held.kept(block):
                 self._set_kept(block, subnet.kept(block))
         slotted = {block.layer: block for block in self.anatomy.blocks.values() if block.spec.slot}
         if any((block.name in subnet.skip) != (block.name in self.active.skip) for block in slotted.values()):
@@ -120,8 +147,7 @@ class Elastic:
         if skipped:  # what was narrowed comes back whole, so that the modules that are put aside are always full
             self._set_kept(block, {})
         for path, module in self._modules[block.name].items():
-            stand_in = Null(block.spec.returns_tuple) if path == block.spec.module else nn.Identity()
-            layer.set_submodule(path, stand_in if skipped else module)
+            layer.set_submodule(path, stand_in(block, path) if skipped else module)
 
     def _set_kept(self, block: Block, kept: Mapping[str, int]) -> None:
         layer = self.layers[block.layer]
@@ -129,7 +155,10 @@ class Elastic:
             full = self._full[block.name][weight.path]
             path, _, name = weight.path.rpartition(".")
             # nn.Module.__setattr__ takes only Parameters here; a view must stay attached to the tensor it looks at
-            layer.get_submodule(path)._parameters[name] = narrow(full, block, weight, kept)  # type: ignore[assignment]
+            owner: Any = layer.get_submodule(path)
+            if weight.buffer:
+                give_back(owner._buffers[name], full, block, weight, self.active.kept(block))
+            (owner._buffers if weight.buffer else owner._parameters)[name] = narrow(full, block, weight, kept)
         follow(layer, block, kept)
 
 

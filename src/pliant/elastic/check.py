@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pliant.anatomy import Anatomy, anatomy_of, layers_of
+from pliant.anatomy import Anatomy, anatomy_of, answer, evaluating, layers_of, probe
 from pliant.elastic.activate import Elastic
 from pliant.elastic.reorder import reorder
 from pliant.elastic.subnet import Subnet
@@ -28,22 +28,22 @@ def check(model: Any, anatomy: Anatomy | None = None, *, tokens: int = 8, seed: 
     """
     anatomy = anatomy or anatomy_of(model)
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    device = next(model.parameters()).device
-    ids = torch.randint(vocabulary, (1, tokens), generator=generator).to(device)
-    was_training = model.training
-    model.eval()
-    try:
-        dense = _output(model, ids)
-        _check_reorder(model, anatomy, ids, dense, generator)
-        _check_skip(model, anatomy, ids)
-        _check_narrow(model, anatomy, ids, generator)
-    finally:
-        model.train(was_training)
+    inputs = probe(model, tokens=tokens, seed=seed)
+    with evaluating(model):
+        dense = _output(model, inputs)
+        _check_reorder(model, anatomy, inputs, dense, generator)
+        _check_skip(model, anatomy, inputs)
+        _check_narrow(model, anatomy, inputs, generator)
 
 
-def _output(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=ids, use_cache=False)[0].float()
+def _output(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    return answer(model, inputs).float()
+
+
+def _source(anatomy: Anatomy) -> str:
+    """What to blame."""
+    name = anatomy.architecture.name
+    return f"what was traced of {name}" if anatomy.traced else f"{name}.yaml"
 
 
 def _tolerance(reference: torch.Tensor, dtype: torch.dtype) -> float:
@@ -52,23 +52,25 @@ def _tolerance(reference: torch.Tensor, dtype: torch.dtype) -> float:
 
 
 def _check_reorder(
-    model: nn.Module, anatomy: Anatomy, ids: torch.Tensor, dense: torch.Tensor, generator: torch.Generator
+    model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any], dense: torch.Tensor, generator: torch.Generator
 ) -> None:
     orders = {name: torch.randperm(axis.size, generator=generator) for name, axis in anatomy.axes.items()}
     reorder(model, anatomy, orders)
     try:
-        difference = (_output(model, ids) - dense).abs().max().item()
+        difference = (_output(model, inputs) - dense).abs().max().item()
     finally:
         reorder(model, anatomy, {name: torch.argsort(order) for name, order in orders.items()})
     if not difference <= _tolerance(dense, next(model.parameters()).dtype):
         raise ArchitectureError(
-            f"{anatomy.architecture.name}.yaml is wrong for this model: reordering units moved the logits by {difference:.3g}"
+            f"{_source(anatomy)} is wrong for this model: reordering units moved the logits by {difference:.3g}"
         )
 
 
-def _check_skip(model: nn.Module, anatomy: Anatomy, ids: torch.Tensor) -> None:
+def _check_skip(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any]) -> None:
     layers = layers_of(model, anatomy.architecture)
     blocks = [block for block in anatomy.blocks.values() if block.layer == _layer_to_skip(anatomy)]
+    if anatomy.traced:  # what can be removed was found by its being the identity
+        return
     seen: dict[str, torch.Tensor] = {}
 
     def record(_module: nn.Module, args: tuple, kwargs: dict, output) -> None:
@@ -79,7 +81,7 @@ def _check_skip(model: nn.Module, anatomy: Anatomy, ids: torch.Tensor) -> None:
     handle = layers[blocks[0].layer].register_forward_hook(record, with_kwargs=True)
     try:
         elastic.activate(Subnet(frozenset(block.name for block in blocks)))
-        _output(model, ids)
+        _output(model, inputs)
     finally:
         handle.remove()
         elastic.activate(Subnet())
@@ -99,36 +101,56 @@ def _layer_to_skip(anatomy: Anatomy) -> int:
     )
 
 
-def _check_narrow(model: nn.Module, anatomy: Anatomy, ids: torch.Tensor, generator: torch.Generator) -> None:
-    """Silencing dropped units (zeroing the matrix columns that read them) must equal cutting them."""
+def _check_narrow(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any], generator: torch.Generator) -> None:
+    """Silencing dropped units (zeroing the matrix columns that read them) must equal cutting them.
+
+    Experts are left out: what a token would have sent to a dropped one goes to another. Where a norm is taken over units,
+    too: silent ones count in it. There the model only has to run.
+    """
     layers = layers_of(model, anatomy.architecture)
-    subnet = Subnet()
-    for name, axis in anatomy.axes.items():
-        if axis.size > 1:
-            subnet = subnet.keeping(name, int(torch.randint(1, axis.size, (1,), generator=generator)))
+    subnet = everything = Subnet()
+    for block in anatomy.blocks.values():
+        read = {part.axis for w in block.weights if w.reads is not None for part in w.dims[w.reads]}
+        followed = {block.axes[short].leader for short in read if short in block.axes}
+        for axis in block.leaders:
+            narrower = axis.less(axis.size, int(torch.randint(1, axis.size + 1, (1,), generator=generator)))
+            if narrower is not None and axis.leader in followed:
+                everything = everything.keeping(axis.name, narrower)
+                subnet = subnet if axis.normed else subnet.keeping(axis.name, narrower)
     touched = []
     for block in anatomy.blocks.values():
         kept = subnet.kept(block)
         for weight in block.weights:
             if weight.reads is None or all(part.axis in block.fixed for part in weight.dims[weight.reads]):
                 continue
-            parameter = layers[block.layer].get_parameter(weight.path)
+            parameter = weight.tensor(layers[block.layer])
             touched.append((parameter, parameter.detach().clone()))
-            width = sum(block.width(part, kept) for part in weight.dims[weight.reads])
-            parameter.narrow(weight.reads, width, parameter.shape[weight.reads] - width).zero_()
+            start = 0
+            for part in weight.dims[weight.reads]:
+                width, whole = block.width(part, kept), block.width(part, {})
+                parameter.narrow(weight.reads, start + width, whole - width).zero_()
+                start += whole
     try:
-        silenced = _output(model, ids)
+        silenced = _output(model, inputs)
     finally:
         for parameter, saved in touched:
             parameter.copy_(saved)
     elastic = Elastic(model, anatomy)
     try:
         elastic.activate(subnet)
-        difference = (_output(model, ids) - silenced).abs().max().item()
+        difference = (_output(model, inputs) - silenced).abs().max().item()
+        if everything != subnet:
+            elastic.activate(everything)
+            _output(model, inputs)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:  # shapes that do not meet
+        told = str(error).splitlines()[0]
+        raise ArchitectureError(
+            f"{_source(anatomy)} is wrong for this model: with units cut it does not run ({told})"
+        ) from error
     finally:
         elastic.activate(Subnet())
     if not difference <= _tolerance(silenced, next(model.parameters()).dtype):
         raise ArchitectureError(
-            f"{anatomy.architecture.name}.yaml is wrong for this model: cutting units moved the logits by {difference:.3g} "
+            f"{_source(anatomy)} is wrong for this model: cutting units moved the logits by {difference:.3g} "
             "against silencing them"
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
-
 from pliant.anatomy import Anatomy, Block
 from pliant.architecture import Part
 from pliant.elastic.subnet import Subnet
@@ -15,7 +13,7 @@ def parameters(anatomy: Anatomy, subnet: Subnet = Subnet()) -> int:
 
 
 def macs(anatomy: Anatomy, subnet: Subnet = Subnet(), *, tokens: int = 1, context: int | None = None) -> int:
-    """Multiply-accumulates of one forward pass over ``tokens`` tokens, matrix products only.
+    """Multiply-accumulates of one forward pass over ``tokens`` tokens: matrix products in the layers and the output head.
 
     Arguments:
         tokens: tokens in the pass.
@@ -25,7 +23,7 @@ def macs(anatomy: Anatomy, subnet: Subnet = Subnet(), *, tokens: int = 1, contex
     total = anatomy.head
     for block in _alive(anatomy, subnet):
         kept = subnet.kept(block)
-        total += sum(prod(block.shape(weight, kept)) for weight in block.weights if weight.reads is not None)
+        total += sum(weight.uses * block.active(weight, kept) for weight in block.weights if weight.reads is not None)
         if block.spec.scores:
             total += 2 * context * block.width(Part(block.spec.scores), kept)
     return total * tokens
@@ -37,10 +35,13 @@ def weight_bytes(anatomy: Anatomy, subnet: Subnet = Subnet(), *, element: int) -
 
 
 def streamed_bytes(anatomy: Anatomy, subnet: Subnet = Subnet(), *, element: int) -> int:
-    """Bytes of weights that one decoding step reads: every matrix of the blocks, and the output head once."""
+    """Bytes of weights that one decoding step reads: every matrix of the blocks that a token uses, and the output head once."""
     total = anatomy.head
     for block in _alive(anatomy, subnet):
-        total += block.parameters(subnet.kept(block))
+        kept = subnet.kept(block)
+        total += block.norm_parameters + sum(
+            block.active(weight, kept) for weight in block.weights if not weight.buffer
+        )
     return total * element
 
 
@@ -48,9 +49,10 @@ def cache_bytes(anatomy: Anatomy, subnet: Subnet = Subnet(), *, element: int) ->
     """Bytes that one token adds to the key-value cache."""
     total = 0
     for block in _alive(anatomy, subnet):
-        if block.spec.scores:
-            leader = block.axes[block.spec.scores].leader
-            total += 2 * block.width(Part(leader), subnet.kept(block))
+        if block.spec.scores and block.spec.slot:
+            leader = block.axes[block.axes[block.spec.scores].leader]
+            kept = subnet.kept(block).get(leader.leader, leader.size)
+            total += 2 * (block.cached or kept) * leader.unit
     return total * element
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from pliant.anatomy import Anatomy, Block, Null, anatomy_of, layers_of
-from pliant.elastic.activate import follow, narrow, slot
+from pliant.anatomy import Anatomy, Block, anatomy_of, layers_of
+from pliant.elastic.activate import follow, narrow, slot, stand_in
 from pliant.elastic.subnet import Subnet, validate
 
 
@@ -36,18 +36,19 @@ def extract(model: nn.Module, anatomy: Anatomy, subnet: Subnet) -> Anatomy:
 
 def remove(layer: nn.Module, block: Block) -> None:
     """Take a block out of its layer: null module, no norms."""
-    layer.set_submodule(block.spec.module, Null(block.spec.returns_tuple))
-    for norm in block.spec.norms:
-        layer.set_submodule(norm, nn.Identity())
+    for path in (block.spec.module, *block.removed):
+        layer.set_submodule(path, stand_in(block, path))
 
 
 def shrink(layer: nn.Module, block: Block, kept: Mapping[str, int]) -> None:
     """Make the tensors of a block as small as ``kept`` says (their first units stay)."""
     for weight in block.weights:
-        full = layer.get_parameter(weight.path)
+        full = weight.tensor(layer)
         part = narrow(full, block, weight, kept)
         if part is not full:
             path, _, name = weight.path.rpartition(".")
-            own = nn.Parameter(part.clone(memory_format=torch.contiguous_format), requires_grad=full.requires_grad)
+            own = part.clone(memory_format=torch.contiguous_format)
+            if not weight.buffer:
+                own = nn.Parameter(own, requires_grad=full.requires_grad)
             setattr(layer.get_submodule(path), name, own)
     follow(layer, block, kept)

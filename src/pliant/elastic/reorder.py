@@ -34,7 +34,7 @@ def reorder(model: nn.Module, anatomy: Anatomy, orders: Mapping[str, torch.Tenso
         if not chosen:
             continue
         for weight in block.weights:
-            parameter = layers[block.layer].get_parameter(weight.path)
+            parameter = weight.tensor(layers[block.layer])
             for position, dim in enumerate(weight.dims):
                 if any(part.axis in block.axes and block.axes[part.axis].leader in chosen for part in dim):
                     index = _elements(block, dim, chosen).to(parameter.device)

@@ -25,7 +25,7 @@ class Subnet:
 
     def without(self, block: str) -> Subnet:
         """This sub-network with one more block removed; what was kept inside it no longer matters."""
-        keep = tuple((axis, units) for axis, units in self.keep if axis.rpartition(".")[0] != block)
+        keep = tuple((axis, units) for axis, units in self.keep if not axis.startswith(f"{block}."))
         return Subnet(self.skip | {block}, keep)
 
     def keeping(self, axis: str, units: int) -> Subnet:
@@ -57,8 +57,11 @@ class Subnet:
         return json.dumps(self.to_dict(), separators=(",", ":"))
 
 
-def validate(subnet: Subnet, anatomy: Anatomy) -> None:
+def validate(subnet: Subnet, anatomy: Anatomy, *, stretch: bool = False) -> None:
     """Refuse a sub-network that the model cannot take.
+
+    Arguments:
+        stretch: only a stretch of the layers will run, so that there need be no attention left.
 
     Raises:
         SubnetError: unknown names, nothing kept of an axis, or no attention left of a type that a layer uses.
@@ -66,17 +69,23 @@ def validate(subnet: Subnet, anatomy: Anatomy) -> None:
     unknown = sorted(subnet.skip - set(anatomy.blocks))
     if unknown:
         raise SubnetError(f"the model has no block {unknown[0]!r}; its blocks are {_some(anatomy.blocks)}")
+    needed = sorted(name for name in subnet.skip if not anatomy.blocks[name].removable)
+    if needed:
+        raise SubnetError(f"{needed[0]} cannot be removed, only made narrower: the model needs it")
     axes = anatomy.axes
+    there = {axis.name for b in anatomy.blocks.values() if b.name not in subnet.skip for axis in b.leaders}
     for name, units in subnet.keep:
         if name not in axes:
             raise SubnetError(f"the model has no axis {name!r} to choose; its axes are {_some(axes)}")
-        if not 1 <= units <= axes[name].size:
+        axis = axes[name]
+        if not axis.allows(units):
+            some = f" in multiples of {axis.multiple}" if axis.multiple > 1 else ""
             raise SubnetError(
-                f"{name} can keep 1 to {axes[name].size} units, not {units}; to keep none, skip the block"
+                f"{name} can keep {axis.active or 1} to {axis.size} units{some}, not {units}; to keep none, skip the block"
             )
-        if name.rpartition(".")[0] in subnet.skip:
+        if name not in there:
             raise SubnetError(f"{name} is kept at {units} but its block is skipped")
-    if any(block.spec.slot for block in anatomy.blocks.values()):
+    if not stretch and any(block.spec.slot for block in anatomy.blocks.values()):
         alive = {
             anatomy.layer_types[b.layer] for b in anatomy.blocks.values() if b.spec.slot and b.name not in subnet.skip
         }

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from pliant.anatomy import Anatomy, anatomy_of, global_size, plain_config
+from pliant.anatomy import Anatomy, anatomy_of, global_size, layers_of, plain_config
 from pliant.errors import ArtefactError
+
+_BY_LAYER = ("layer_types", "no_rope_layers")  # config keys that list one thing a layer
 
 
 def homogeneous(model: Any) -> Any:
@@ -23,11 +25,13 @@ def homogeneous(model: Any) -> Any:
     anatomy = anatomy_of(model)
     layers = _whole_layers(anatomy)
     config = _uniform_config(model.config, anatomy, len(layers))
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = [anatomy.layer_types[layer] for layer in layers]
+    for key in _BY_LAYER:
+        if getattr(config, key, None) is not None:
+            setattr(config, key, [getattr(config, key)[layer] for layer in layers])
     with torch.device("meta"):
         rebuilt = type(model)(config)
-    prefix = anatomy.architecture.layers + "."
+    held = layers_of(model, anatomy.architecture)
+    prefix = next(path for path, module in model.named_modules() if module is held) + "."
 
     def renamed(name: str) -> str | None:
         if not name.startswith(prefix):
@@ -43,7 +47,8 @@ def homogeneous(model: Any) -> Any:
             module, _, attribute = new.rpartition(".")
             setattr(rebuilt.get_submodule(module), attribute, buffer)
     rebuilt.tie_weights()
-    rebuilt.generation_config = copy.deepcopy(model.generation_config)
+    if model.can_generate():
+        rebuilt.generation_config = copy.deepcopy(model.generation_config)
     rebuilt.name_or_path = model.name_or_path
     return rebuilt.eval()
 
@@ -72,6 +77,8 @@ def _uniform_config(old: Any, anatomy: Anatomy, depth: int) -> Any:
                 "a model loads after 'import pliant'"
             )
         if sizes and sizes[0] != global_size(config, spec.size):
+            if spec.config_key is None:
+                raise ArtefactError(f"a {config.model_type} config cannot say that there are {sizes[0]} {short}")
             setattr(config, spec.config_key, sizes[0])
     for short, axis in axes:
         spec = anatomy.architecture.axes[short]

@@ -8,33 +8,43 @@ from torch import nn
 from pliant.anatomy import Anatomy, layers_of
 
 
-@torch.no_grad()
 def l1_orders(model: nn.Module, anatomy: Anatomy) -> dict[str, torch.Tensor]:
     """Units of every axis by falling L1 norm of the weights that produce them (MultiPruner, section 3; LLM-Adapters' L1).
-
-    A unit's norm is summed over the matrices whose output it is: gate and up projections for a channel; query, key and
-    value rows for a key-value group, where key and value rows count once for every query head that shares them.
 
     Returns:
         axis name -> old index of each new unit, shape ``(units,)``. Equal units keep their order.
     """
+    return {name: torch.argsort(norm, descending=True, stable=True) for name, norm in l1_norms(model, anatomy).items()}
+
+
+@torch.no_grad()
+def l1_norms(model: nn.Module, anatomy: Anatomy) -> dict[str, torch.Tensor]:
+    """How large the weights that produce each unit are.
+
+    A unit's norm is summed over the matrices whose output it is, in every block that its axis runs through: gate and up
+    projections for a channel; query, key and value rows for a key-value group, where key and value rows count once for
+    every query head that shares them; the filters of all convolutions that are added up for a channel of a ResNet.
+
+    Returns:
+        axis name -> L1 norm of each unit, shape ``(units,)``.
+    """
     layers = layers_of(model, anatomy.architecture)
-    orders = {}
+    norms = {name: torch.zeros(axis.size, dtype=torch.float64) for name, axis in anatomy.axes.items()}
     for block in anatomy.blocks.values():
-        for leader in block.leaders:
-            shared = max(axis.ratio for axis in block.axes.values() if axis.leader == leader.leader)
-            norms = torch.zeros(leader.size, dtype=torch.float64)
-            for weight in block.weights:
-                if weight.reads is None:
+        for weight in block.weights:
+            for place, dim in enumerate(weight.dims):
+                if weight.reads in (None, place) or not any(part.axis in block.axes for part in dim):
                     continue
-                output = 1 - weight.reads
+                others = [other for other in range(len(weight.dims)) if other != place]
+                rows = weight.tensor(layers[block.layer]).abs().sum(others, dtype=torch.float64).cpu()
                 start = 0
-                rows = layers[block.layer].get_parameter(weight.path).abs().sum(weight.reads, dtype=torch.float64).cpu()
-                for part in weight.dims[output]:
+                for part in dim:
                     width = block.width(part, {})
                     axis = block.axes.get(part.axis)
-                    if axis is not None and axis.leader == leader.leader:
-                        norms += rows[start : start + width].view(leader.size, -1).sum(1) * (shared // axis.ratio)
+                    leader = None if axis is None else block.axes[axis.leader]
+                    if axis is not None and leader is not None and leader.name in norms:
+                        shared = max(other.ratio for other in block.axes.values() if other.leader == axis.leader)
+                        own = rows[start : start + width].view(leader.size, -1).sum(1)
+                        norms[leader.name] += own * (shared // axis.ratio)
                     start += width
-            orders[leader.name] = torch.argsort(norms, descending=True, stable=True)
-    return orders
+    return norms

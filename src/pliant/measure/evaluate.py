@@ -1,63 +1,82 @@
-"""How good a model is: perplexity, divergence from another model, accuracy on multiple-choice questions."""
+"""How good a model is: perplexity, divergence from another model, questions answered rightly."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from pliant.checkpoint.load import tokenizer_of
-from pliant.data import Question, Text, questions, text
+from pliant.data import OpenQuestion, Question, Text, questions, text
+from pliant.data.question import digest
+from pliant.data.text import unpacked
 from pliant.errors import DataError
+from pliant.measure.answer import answer
+from pliant.measure.choose import choose
+from pliant.measure.harness import harness as run_harness
 from pliant.measure.score import kl, nll
 from pliant.measure.walk import TOKENS_AT_ONCE
-from pliant.measure.windows import check_ids, windows_for
+from pliant.measure.windows import check_ids, longest_of, windows_for
 
 Source = str | Path | Text
+Questions = Sequence[Question] | Sequence[OpenQuestion]
+
+SHARES = {"acc": "stderr", "acc_norm": "stderr_norm", "match": "stderr"}
+"""What a task may be measured by, and the name of the standard error."""
 
 
 def evaluate(
     model: Any,
     *,
     perplexity: Source | Sequence[Source] = (),
-    tasks: Sequence[str | Path] | Mapping[str, Sequence[Question]] = (),
+    tasks: Sequence[str | Path] | Mapping[str, Questions] = (),
+    harness: Sequence[str] = (),
     reference: Any = None,
     tokenizer: Any = None,
     seqlen: int = 2048,
     windows: int | None = None,
     limit: int | None = None,
+    max_new_tokens: int = 256,
+    items: bool = False,
 ) -> dict[str, Any]:
     """Measure a causal language model.
 
     Arguments:
         perplexity: text files (or ``pliant.text``) to predict, one figure each.
-        tasks: question files, or questions by name; see :func:`pliant.questions`.
+        tasks: question files, or questions by name; see :func:`pliant.questions`. Questions with choices are answered by
+            likelihood, open ones by greedy generation.
+        harness: tasks of lm-eval, by name or YAML file; needs ``pip install 'pliant[eval]'``.
         reference: a model to compare next-token distributions with, on the same text.
         seqlen: tokens in a window; shortened to what the model can read.
         windows: windows of each text at most.
         limit: questions of each task at most.
+        max_new_tokens: tokens at most in the answer to an open question.
+        items: keep the figure of every window and question, for :func:`pliant.compare`.
 
     Returns:
         ``{"perplexity": {name: {"perplexity", "loss", "stderr", "windows", "seqlen"[, "kl"]}}, "tasks": {name: {"acc",
-        "acc_norm", "stderr", "questions"}}}``. ``stderr`` is one standard error: of the loss in nats per token, of acc.
+        "acc_norm", "stderr", "stderr_norm", "questions"}}}``; a task of open questions has ``{"match", "stderr",
+        "questions"}``. ``stderr`` is one standard error: of the loss in nats per token, of acc or match. ``"harness"`` is only
+        there when asked for. With ``items`` every text has ``"items": {"digest", "loss"}``, every task ``{"digest"}`` and 0 or
+        1 for each question under its metrics.
 
     Raises:
         DataError: nothing to measure, or text or questions that cannot be used.
+        PliantError: lm-eval is needed and not there, or fails.
     """
     texts = [perplexity] if isinstance(perplexity, str | Path | Text) else list(perplexity)
-    asked: dict[str, Sequence[Question]] = dict(tasks) if isinstance(tasks, Mapping) else {}
+    asked: dict[str, Questions] = dict(tasks) if isinstance(tasks, Mapping) else {}
     if not isinstance(tasks, Mapping):
         for path in tasks:
-            asked[_unused(Path(path).stem, asked)] = questions(path, limit)
-    if not texts and not asked:
+            asked[_unused(unpacked(Path(path)).stem, asked)] = questions(path, limit)
+    if not texts and not asked and not harness:
         raise DataError("nothing to evaluate: give perplexity= some text or tasks= some question files")
     tokenizer = tokenizer or tokenizer_of(model)
-    config = model.config.get_text_config(decoder=True)
-    seqlen = min(seqlen, getattr(config, "max_position_embeddings", None) or seqlen)
+    seqlen = min(seqlen, longest_of(model))
     measured = [model] if reference is None else [model, reference]
     was_training = [one.training for one in measured]
     for one in measured:
@@ -69,9 +88,11 @@ def evaluate(
             ids = windows_for(model, tokenizer, rows, seqlen, windows)
             if reference is not None:
                 check_ids(reference, ids)
-            found["perplexity"][_unused(rows.source, found["perplexity"])] = _predict(model, ids, reference)
-        for name, items in asked.items():
-            found["tasks"][name] = _choose(model, tokenizer, name, list(items)[:limit])
+            found["perplexity"][_unused(rows.source, found["perplexity"])] = _predict(model, ids, reference, items)
+        for name, some in asked.items():
+            found["tasks"][name] = _ask(model, tokenizer, name, list(some)[:limit], max_new_tokens, items)
+        if harness:
+            found["harness"] = run_harness(model, tokenizer, harness, limit=limit, items=items)
         return found
     finally:
         for one, training in zip(measured, was_training, strict=True):
@@ -87,7 +108,7 @@ def _unused(name: str, taken: Container[str]) -> str:
 
 
 @torch.inference_mode()
-def _predict(model: Any, ids: torch.Tensor, reference: Any) -> dict[str, Any]:
+def _predict(model: Any, ids: torch.Tensor, reference: Any, keep: bool) -> dict[str, Any]:
     losses, divergences = [], []
     for batch in ids.to(model.device).split(max(1, TOKENS_AT_ONCE // ids.shape[1])):
         logits = model(input_ids=batch, use_cache=False).logits
@@ -110,59 +131,32 @@ def _predict(model: Any, ids: torch.Tensor, reference: Any) -> dict[str, Any]:
     }
     if divergences:
         result["kl"] = torch.cat(divergences).mean().item()
+    if keep:
+        windows = hashlib.blake2b(ids.numpy().tobytes(), digest_size=16).hexdigest()
+        result["items"] = {"digest": f"{windows}, {ids.shape[1]} tokens each", "loss": loss.tolist()}
     return result
 
 
-@torch.inference_mode()
-def _choose(model: Any, tokenizer: Any, name: str, items: list[Question]) -> dict[str, Any]:
-    """Accuracy by log-likelihood: ``acc`` picks the likeliest continuation, ``acc_norm`` the likeliest per byte."""
+def _ask(
+    model: Any, tokenizer: Any, name: str, items: Sequence[Any], max_new_tokens: int, keep: bool
+) -> dict[str, Any]:
+    """Shares of the questions that are answered rightly, and their standard errors."""
     if not items:
         raise DataError(f"task {name!r} has no questions")
-    sequences: list[tuple[int, int, list[int], int]] = []  # question, choice, ids, tokens of the continuation
-    for number, item in enumerate(items):
-        for place, choice in enumerate(item.choices):
-            context = tokenizer(item.context)["input_ids"]
-            if not context:
-                raise DataError(
-                    f"task {name!r}, question {number + 1}: the context gives no token to predict a choice from"
-                )
-            whole = tokenizer(item.context + choice)["input_ids"]
-            # a tokenizer may end a sequence with a special token; what follows the context is what counts
-            sequences.append((number, place, whole, max(1, len(whole) - len(context))))
-    check_ids(model, torch.tensor([max(max(ids) for _, _, ids, _ in sequences)]))
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**31
-    scores = [[0.0] * len(item.choices) for item in items]
-    sequences.sort(key=lambda entry: len(entry[2]))
-    start = 0
-    while start < len(sequences):
-        width = len(sequences[start][2])
-        count = 1
-        while start + count < len(sequences) and len(sequences[start + count][2]) * (count + 1) <= TOKENS_AT_ONCE:
-            width = len(sequences[start + count][2])
-            count += 1
-        group = sequences[start : start + count]
-        start += count
-        kept = [(number, place, ids[-longest:], tail) for number, place, ids, tail in group]
-        width = max(len(ids) for _, _, ids, _ in kept)
-        # causal attention never looks right, so padding on the right changes nothing
-        padded = torch.tensor([ids + [0] * (width - len(ids)) for _, _, ids, _ in kept], device=model.device)
-        logits = model(input_ids=padded, use_cache=False).logits
-        for row, (number, place, ids, tail) in enumerate(kept):
-            tail = min(tail, len(ids) - 1)
-            predicted = logits[row, len(ids) - tail - 1 : len(ids) - 1].float()
-            target = padded[row, len(ids) - tail : len(ids)]
-            scores[number][place] = -F.cross_entropy(predicted, target, reduction="sum").item()
-    right = right_norm = 0
-    for item, score in zip(items, scores, strict=True):
-        per_byte = [
-            value / max(1, len(choice.strip().encode())) for value, choice in zip(score, item.choices, strict=True)
-        ]
-        right += score.index(max(score)) == item.answer
-        right_norm += per_byte.index(max(per_byte)) == item.answer
-    share = right / len(items)
-    return {
-        "acc": share,
-        "acc_norm": right_norm / len(items),
-        "stderr": (share * (1 - share) / len(items)) ** 0.5,
-        "questions": len(items),
-    }
+    if all(isinstance(item, Question) for item in items):
+        right = choose(model, tokenizer, name, items)
+    elif all(isinstance(item, OpenQuestion) for item in items):
+        right = answer(model, tokenizer, name, items, max_new_tokens)
+    else:
+        raise DataError(
+            f"task {name!r} mixes questions with choices and open questions; give each kind a task of its own"
+        )
+    shares = {metric: sum(each) / len(each) for metric, each in right.items()}
+    errors = {SHARES[metric]: (share * (1 - share) / len(items)) ** 0.5 for metric, share in shares.items()}
+    row = {**shares, **errors, "questions": len(items)}
+    if keep:
+        # how long an answer may get decides what it matches
+        settings = f", {max_new_tokens} new tokens" if "match" in right else ""
+        figures = {metric: [int(one) for one in each] for metric, each in right.items()}
+        row["items"] = {"digest": digest(items) + settings, **figures}
+    return row

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pliant.anatomy import anatomy_of
+from pliant.anatomy import Null
 from pliant.checkpoint.load import load
-from pliant.elastic import Subnet, cache_bytes, check, macs, parameters, weight_bytes
+from pliant.elastic import Subnet, cache_bytes, check, described, macs, parameters, weight_bytes
 from pliant.measure.walk import store_bytes
 
 
@@ -19,11 +19,12 @@ def inspect(model: Any, *, self_check: bool = True) -> dict[str, Any]:
         self_check: also prove on a few tokens that the description is true; see :func:`pliant.check`.
 
     Returns:
-        Plain data: family, depth, parameters, MACs per token, bytes, and for each block its axes and what removing it saves.
+        Plain data: family, depth, parameters, MACs per token, bytes, and for each block its axes and what removing it saves;
+        of a model that was traced MACs per image, and nothing on tokens.
     """
     if isinstance(model, str | Path):
         model = load(model)
-    anatomy = anatomy_of(model)
+    anatomy = described(model)
     if self_check:
         check(model, anatomy)
     element = next(model.parameters()).element_size()
@@ -35,11 +36,13 @@ def inspect(model: Any, *, self_check: bool = True) -> dict[str, Any]:
                 "block": block.name,
                 "parameters": block.parameters({}),
                 "share": block.parameters({}) / whole,
+                "removable": block.removable,
                 "axes": {
-                    axis.name.rpartition(".")[2]: {
+                    axis.leader: {
                         "units": axis.size,
                         "width": axis.unit,
-                        "parameters_per_unit": (block.parameters({}) - block.parameters({axis.leader: axis.size - 1}))
+                        "parameters_per_unit": whole
+                        - parameters(anatomy, Subnet().keeping(axis.name, axis.size - 1))  # in all blocks that share it
                         if axis.size > 1
                         else None,
                     }
@@ -53,19 +56,26 @@ def inspect(model: Any, *, self_check: bool = True) -> dict[str, Any]:
         for spec in anatomy.architecture.blocks
         if f"layers.{layer}.{spec.kind}" not in anatomy.blocks
     )
+    if anatomy.traced:
+        removed = [path for path, module in model.named_modules() if isinstance(module, Null)]
+        costs: dict[str, int] = {"macs_per_image": macs(anatomy)}
+    else:
+        costs = {
+            "macs_per_token": macs(anatomy, Subnet(), tokens=1, context=0),
+            "cache_bytes_per_token": cache_bytes(anatomy, element=element),
+            "search_bytes_per_1000_tokens": store_bytes(model, anatomy, 1000),
+        }
     return {
         "model": getattr(model, "name_or_path", "") or type(model).__name__,
-        "model_type": model.config.model_type,
+        "model_type": getattr(getattr(model, "config", None), "model_type", None),
         "architecture": anatomy.architecture.name,
         "self_check": "passed" if self_check else "not run",
         "depth": anatomy.depth,
         "parameters": whole,
         "outside_blocks": anatomy.rest,
-        "macs_per_token": macs(anatomy, Subnet(), tokens=1, context=0),
+        **costs,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "weight_bytes": weight_bytes(anatomy, element=element),
-        "cache_bytes_per_token": cache_bytes(anatomy, element=element),
-        "search_bytes_per_1000_tokens": store_bytes(model, anatomy, 1000),
         "blocks": blocks,
         "removed": removed,
     }

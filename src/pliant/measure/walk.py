@@ -2,23 +2,21 @@
 
 Sub-networks that agree on their first layers compute the same hidden states there. A ``Walk`` remembers the hidden state
 at every layer boundary of a base sub-network; a candidate starts from the boundary before the first layer in which it
-differs. The model's own forward does everything else (masks, positions, final norm, head), so nothing about a family is
-known here.
+differs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 from typing import Any
 
 import torch
-from torch import nn
 
 from pliant.anatomy import Anatomy
 from pliant.elastic import Elastic, Subnet
 from pliant.errors import DataError
 from pliant.measure.score import METRICS, kl, nll
+from pliant.measure.stream import Stream
 
 TOKENS_AT_ONCE = 512
 
@@ -56,6 +54,7 @@ class Walk:
         self.evaluations = 0
         self.block_forwards = 0.0
         self.elastic = Elastic(model, anatomy)
+        self.stream = Stream(model, anatomy)
         self._base = Subnet()
         self._known = 0  # boundaries 1 … _known of the base are remembered
         self._hidden: list[dict[int, torch.Tensor]] = [{} for _ in self.batches]
@@ -71,8 +70,8 @@ class Walk:
         self._base = subnet
 
     @torch.inference_mode()
-    def score(self, subnet: Subnet) -> float:
-        """Mean loss in nats per token of ``subnet``; NaN where the model gives no number."""
+    def score(self, subnet: Subnet, share: float = 1.0) -> float:
+        """Mean loss in nats per token of ``subnet`` on the first ``share`` of the windows; NaN where there is no number."""
         if self.metric == "kl" and not self._dense:
             self._dense = self._dense_ends()
         start = 0
@@ -81,15 +80,16 @@ class Walk:
             self._extend(start)
         self.elastic.activate(subnet)
         total, count = 0.0, 0
-        for number, ids in enumerate(self.batches):
-            logits = self._logits(ids, start, self._hidden[number].get(start))
+        batches = self.batches[: math.ceil(share * len(self.batches))]
+        for number, ids in enumerate(batches):
+            logits = self.stream.logits(ids, start, self._hidden[number].get(start))
             if self.metric == "kl":
-                reference = self._logits(ids, self.anatomy.depth, self._dense[number])
+                reference = self.stream.logits(ids, self.anatomy.depth, self._dense[number])
                 losses = kl(logits, reference)
             else:
                 losses = nll(logits, ids)
             total, count = total + losses.sum().item(), count + len(losses)
-        self._count(subnet, start, self.anatomy.depth)
+        self._count(subnet, start, self.anatomy.depth, len(batches) / len(self.batches))
         self.evaluations += 1
         return total / count
 
@@ -100,11 +100,14 @@ class Walk:
 
     def _divergence(self, subnet: Subnet) -> int:
         """The first layer in which ``subnet`` differs from the base; the depth when it does not."""
-        names = {
-            *(subnet.skip ^ self._base.skip),
-            *(n.rpartition(".")[0] for n, _ in {*subnet.keep} ^ {*self._base.keep}),
-        }
-        return min((self.anatomy.blocks[name].layer for name in names), default=self.anatomy.depth)
+        skipped = subnet.skip ^ self._base.skip
+        narrowed = {axis for axis, _ in {*subnet.keep} ^ {*self._base.keep}}
+        differ = (
+            block.layer
+            for block in self.anatomy.blocks.values()
+            if block.name in skipped or any(axis.name in narrowed for axis in block.leaders)
+        )
+        return min(differ, default=self.anatomy.depth)
 
     def _extend(self, boundary: int) -> None:
         """Run the base from what is known to ``boundary``."""
@@ -112,9 +115,7 @@ class Walk:
             return
         self.elastic.activate(self._base)
         for number, ids in enumerate(self.batches):
-            outputs = self._run(
-                self.model.base_model, ids, self._known, boundary, self._hidden[number].get(self._known)
-            )
+            outputs = self.stream.run(ids, self._known, boundary, self._hidden[number].get(self._known))
             self._hidden[number].update({b: h for b, h in outputs.items() if b % self._stride == 0})
         self._count(self._base, self._known, boundary)
         self._known = boundary
@@ -125,8 +126,8 @@ class Walk:
             for later in [b for b in hidden if b > self._known]:
                 del hidden[later]
 
-    def _count(self, subnet: Subnet, start: int, end: int) -> None:
-        self.block_forwards += sum(
+    def _count(self, subnet: Subnet, start: int, end: int, share: float = 1.0) -> None:
+        self.block_forwards += share * sum(
             start <= block.layer < end and block.name not in subnet.skip for block in self.anatomy.blocks.values()
         )
 
@@ -136,56 +137,7 @@ class Walk:
         depth = self.anatomy.depth
         self.elastic.activate(Subnet())
         self._count(Subnet(), 0, depth)
-        return [self._run(self.model.base_model, ids, 0, depth, None)[depth] for ids in self.batches]
-
-    def _logits(self, ids: torch.Tensor, start: int, hidden: torch.Tensor | None) -> torch.Tensor:
-        with self._entered(start, self.anatomy.depth, hidden):
-            return self.model(input_ids=ids, use_cache=False).logits
-
-    def _run(
-        self, model: nn.Module, ids: torch.Tensor, start: int, end: int, hidden: torch.Tensor | None
-    ) -> dict[int, torch.Tensor]:
-        """Hidden states at the boundaries ``start + 1 … end``."""
-        outputs: dict[int, torch.Tensor] = {}
-
-        def record(boundary: int):
-            def hook(_module: nn.Module, _args: tuple, output: torch.Tensor) -> None:
-                outputs[boundary] = output
-
-            return hook
-
-        handles = [self.elastic.layers[i].register_forward_hook(record(i + 1)) for i in range(start, end)]
-        try:
-            with self._entered(start, end, hidden):
-                model(input_ids=ids, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return outputs
-
-    @contextmanager
-    def _entered(self, start: int, end: int, hidden: torch.Tensor | None) -> Iterator[None]:
-        """While inside, the model runs only layers ``start … end - 1``, from the given hidden state."""
-        layers = self.elastic.layers
-        aside = {i: layers[i] for i in range(len(layers)) if i < start or i >= end}
-        try:
-            for i in aside:
-                layers[i] = _Enter(hidden if i == start - 1 else None)
-            yield
-        finally:
-            for i, layer in aside.items():
-                layers[i] = layer
-
-
-class _Enter(nn.Module):
-    """Stands for a layer that is not run: passes on its input, or what it was given instead."""
-
-    def __init__(self, hidden: torch.Tensor | None):
-        super().__init__()
-        self.hidden = hidden
-
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:  # noqa: ARG002
-        return hidden_states if self.hidden is None else self.hidden
+        return [self.stream.run(ids, 0, depth)[depth] for ids in self.batches]
 
 
 def store_bytes(model: Any, anatomy: Anatomy, tokens: int) -> int:

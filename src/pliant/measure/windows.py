@@ -16,13 +16,17 @@ def windows_for(model: Any, tokenizer: Any, text: Text, seqlen: int, limit: int 
     Raises:
         DataError: too little text, windows longer than the model reads, or a tokenizer made for another model.
     """
-    config = model.config.get_text_config(decoder=True)
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and seqlen > longest:
+    longest = longest_of(model)
+    if seqlen > longest:
         raise DataError(f"windows of {seqlen} tokens are longer than the {longest} positions of this model")
     ids = text.windows(tokenizer, seqlen, limit)
     check_ids(model, ids)
     return ids
+
+
+def longest_of(model: Any) -> int:
+    """Tokens that a model can read at once; 2**31 when it sets no bound."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**31
 
 
 def check_ids(model: Any, ids: torch.Tensor) -> None:

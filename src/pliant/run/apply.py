@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pliant.anatomy import anatomy_of
-from pliant.checkpoint.load import tokenizer_of
+from pliant.checkpoint.load import load, tokenizer_of
 from pliant.checkpoint.schema import write
-from pliant.data import Text, text
-from pliant.elastic import parameters
+from pliant.data import Examples, Text, text
+from pliant.elastic import described, parameters
 from pliant.progress import Console, Progress, peak_memory
 from pliant.step import Job, Step, StepError
 
@@ -19,9 +19,10 @@ from pliant.step import Job, Step, StepError
 def apply(
     model: Any,
     step: Step | Sequence[Step],
-    data: Text | str | Path | None = None,
+    data: Text | Examples | str | Path | None = None,
     *,
     tokenizer: Any = None,
+    dense: Any = None,
     work: str | Path | None = None,
     progress: Progress | bool = True,
 ) -> Any:
@@ -30,8 +31,10 @@ def apply(
     Arguments:
         model: a transformers model. To keep the dense one, copy it first (``copy.deepcopy``).
         step: e.g. ``pliant.MultiPruner(ratio=0.2)``.
-        data: calibration text: ``pliant.text(path)`` or a path.
+        data: calibration text: ``pliant.text(path)`` or a path. A step that trains also takes ``pliant.examples(path)``.
         tokenizer: the model's tokenizer; when left out, that of where the model was loaded from.
+        dense: the model before it was cut, for steps that learn from it; when left out, it is loaded again from where the
+            model came from.
         work: a folder in which every evaluation is kept; the same call after a crash goes on from there.
         progress: False for silence, or a :class:`pliant.progress.Progress` of your own.
 
@@ -45,10 +48,11 @@ def apply(
     for one in [step] if isinstance(step, Step) else list(step):
         if not isinstance(one, Step):
             raise StepError(f"a step is expected, such as pliant.MultiPruner(ratio=0.2); not {one!r}")
-        before = parameters(anatomy_of(model))
+        before = parameters(described(model))
         job = Job(
             model=model,
             tokenizer=lambda: tokenizer if tokenizer is not None else tokenizer_of(model),
+            dense=lambda: dense if dense is not None else _loaded_again(model),
             data=data,
             work=None if work is None else Path(work),
             progress=shown,
@@ -74,3 +78,11 @@ def apply(
         )
         model.pliant_history = history
     return model
+
+
+def _loaded_again(model: Any) -> Any:
+    if not getattr(model, "name_or_path", ""):
+        raise StepError(
+            "this model was not loaded from anywhere; pass the dense one as dense=, or name it with teacher="
+        )
+    return load(model.name_or_path)

@@ -10,6 +10,8 @@ import torch
 import transformers
 import yaml
 
+from pliant.measure.evaluate import SHARES
+
 
 def versions() -> dict[str, Any]:
     """Versions of what made an artefact."""
@@ -25,14 +27,14 @@ def versions() -> dict[str, Any]:
 
 def card(model: Any, history: list[dict[str, Any]], report: dict[str, Any] | None) -> str:
     """README.md of an artefact: metadata for hubs, what was done, what it cost, how to load it."""
-    base = str(model.name_or_path).rstrip("/")
+    base = str(model.name_or_path)
     metadata = {"base_model": base, "library_name": "transformers", "tags": ["pliant", "pruned"]}
     lines = [
         "---",
         yaml.safe_dump(metadata, sort_keys=False).strip(),
         "---",
         "",
-        f"# {base.rpartition('/')[2]}, cut by pliant",
+        f"# {base.rstrip('/').rpartition('/')[2]}, cut by pliant",
         "",
     ]
     for step in history:
@@ -74,8 +76,7 @@ def table(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.append((f"perplexity, {name}", f"{old['perplexity']:.2f}", f"{new['perplexity']:.2f}"))
     for name, old in before.get("quality", {}).get("tasks", {}).items():
         new = after["quality"]["tasks"][name]
-        for metric in ("acc", "acc_norm"):
-            rows.append((f"{name} {metric}", f"{old[metric]:.1%}", f"{new[metric]:.1%}"))
+        rows += [(f"{name} {metric}", f"{old[metric]:.1%}", f"{new[metric]:.1%}") for metric in SHARES if metric in old]
     speed = report.get("speed")
     if speed:
         for kind in ("prefill", "decode"):

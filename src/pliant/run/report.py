@@ -94,7 +94,7 @@ def _moves(points: list[dict[str, Any]]) -> str:
     if not points:
         return ""
     rows = "".join(
-        f"<tr><td>{i}. {escape(p['unit'])}</td><td>{p['ratio']:.2%}</td><td>{_value(p):.3f}</td></tr>"
+        f"<tr><td>{i}. {escape(p['unit'])}</td><td>{p['ratio']:.2%}</td><td>{_told(p)}</td></tr>"
         for i, p in enumerate(points, 1)
     )
     return (
@@ -103,8 +103,14 @@ def _moves(points: list[dict[str, Any]]) -> str:
     )
 
 
-def _value(point: dict[str, Any]) -> float:
+def _value(point: dict[str, Any]) -> float | None:
+    """What was scored after a removal; None when a ranking chose it and nothing was."""
     return point["loss"] if point["perplexity"] is None else point["perplexity"]
+
+
+def _told(point: dict[str, Any]) -> str:
+    value = _value(point)
+    return "not scored" if value is None else f"{value:.3f}"
 
 
 def _label(points: list[dict[str, Any]]) -> str:
@@ -113,10 +119,11 @@ def _label(points: list[dict[str, Any]]) -> str:
 
 def _curve(points: list[dict[str, Any]]) -> str:
     """Score against ratio, a dot for every removal, marked where a stage begins."""
-    if len(points) < 2:
+    values = [value for point in points if (value := _value(point)) is not None]
+    if len(values) < 2 or len(values) < len(points):
         return ""
     width, height, left, bottom = 640, 260, 48, 30
-    xs, ys = [p["ratio"] for p in points], [_value(p) for p in points]
+    xs, ys = [p["ratio"] for p in points], values
     top_x, low, high = max(xs), min(ys), max(ys)
     span = (high - low) or 1.0
 

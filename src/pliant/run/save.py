@@ -31,6 +31,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
+    "preprocessor_config.json",  # in the place of a tokenizer: how images are scaled
 )
 
 

@@ -3,7 +3,9 @@
 from pliant.search.archive import Archive, ArchiveError
 from pliant.search.cut import Cut
 from pliant.search.greedy import MODES, Greedy, Move
-from pliant.search.prune import Pruning, block_moves, reach, width_moves
+from pliant.search.moves import block_moves, layer_moves, pooled, reach, width_moves
+from pliant.search.pruner import GreedyPruner, Pruner
+from pliant.search.pruning import Pruning
 
 __all__ = [
     "MODES",
@@ -11,9 +13,13 @@ __all__ = [
     "ArchiveError",
     "Cut",
     "Greedy",
+    "GreedyPruner",
     "Move",
+    "Pruner",
     "Pruning",
     "block_moves",
+    "layer_moves",
+    "pooled",
     "reach",
     "width_moves",
 ]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from pliant.anatomy import Anatomy, anatomy_of
+from pliant.anatomy import Anatomy, anatomy_of, answer, evaluating, probe
 from pliant.checkpoint.weights import check_finite
 from pliant.elastic import Elastic, Subnet, extract, ratio, validate
 from pliant.elastic import reorder as put_in_order
@@ -44,18 +44,17 @@ class Cut(Step):
 @torch.no_grad()
 def cut_exactly(model: Any, anatomy: Anatomy, subnet: Subnet) -> None:
     """Extract ``subnet`` in place and check on a few tokens that the cut model computes what the activated one did."""
-    elastic = Elastic(model, anatomy)
-    device = next(model.parameters()).device
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = (torch.arange(16, device=device) * 7919 % vocabulary)[None]
-    elastic.activate(subnet)
-    try:
-        expected = model(input_ids=ids, use_cache=False).logits.float()
-    finally:
-        elastic.activate(Subnet())
-    extract(model, anatomy, subnet)
-    actual = model(input_ids=ids, use_cache=False).logits.float()
-    coarse = min(100.0, torch.finfo(model.dtype).eps / torch.finfo(torch.float32).eps)
+    with evaluating(model):
+        elastic = Elastic(model, anatomy)
+        inputs = probe(model, tokens=16)
+        elastic.activate(subnet)
+        try:
+            expected = answer(model, inputs).float()
+        finally:
+            elastic.activate(Subnet())
+        extract(model, anatomy, subnet)
+        actual = answer(model, inputs).float()
+    coarse = min(100.0, torch.finfo(next(model.parameters()).dtype).eps / torch.finfo(torch.float32).eps)
     bound = 1e-4 * coarse * max(1.0, expected.abs().max().item())
     if not (actual - expected).abs().max().item() <= bound:
         raise SubnetError("the cut model does not compute what the search scored; please report this model")

@@ -1,4 +1,7 @@
-"""The published systems, one file each. This table is read without importing any of them."""
+"""What ``pliant compress --system`` knows, by name. This table is read without importing any of it.
+
+The published systems are here, one file each; baselines and our own searches are in ``pliant.search``.
+"""
 
 SYSTEMS = {
     "blockpruner": ("pliant.systems.blockpruner", "BlockPruner", "remove whole attention and MLP blocks"),
@@ -7,4 +10,20 @@ SYSTEMS = {
         "MultiPruner",
         "remove blocks, then MLP channels, then attention heads",
     ),
+    "multipruner_evol": (
+        "pliant.systems.multipruner_evol",
+        "MultiPrunerEvol",
+        "remove blocks, then evolve all widths together",
+    ),
+    "oneshot": ("pliant.search.oneshot", "OneShot", "rank blocks or layers once and remove the lowest (ShortGPT …)"),
+    "unified": ("pliant.search.unified", "UnifiedPruner", "blocks, channels and heads in one pool, damage per saving"),
+    "knapsack": (
+        "pliant.search.knapsack",
+        "KnapsackPruner",
+        "damage at a few widths, solved as a knapsack, then swaps",
+    ),
+    "channelpruner": ("pliant.search.channels", "ChannelPruner", "narrow every layer by importance; needs no data"),
+    "recover": ("pliant.train.recover", "Recover", "train what was cut for a while, with or without the dense model"),
 }
+PRUNERS = set(SYSTEMS) - {"recover"}  # they need a ratio
+SEARCHES = PRUNERS - {"channelpruner"}  # and these need calibration text

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pliant.search.prune import GreedyPruner, block_moves
+from pliant.search import GreedyPruner, block_moves
 from pliant.step import Job, StepError
 
 
@@ -31,6 +31,5 @@ class BlockPruner(GreedyPruner):
         pruning = self.begin(job)
         moves = block_moves(pruning.anatomy, kinds)
         self.check_reach(pruning.anatomy, [moves])
-        pruning.stage("blocks", moves, self.windows(job, self.samples, self.seed), self.ratio)
-        pruning.require(self.ratio)
-        pruning.cut()
+        self.stage(pruning, "blocks", moves, self.windows(job, self.samples, self.seed), self.ratio)
+        self.finish(pruning, job)

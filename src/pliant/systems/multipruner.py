@@ -11,19 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 from pliant.anatomy import Anatomy
-from pliant.elastic import Subnet, reorder, validate
+from pliant.elastic import Subnet, validate
 from pliant.errors import DataError, SubnetError
-from pliant.importance import l1_orders
-from pliant.search.prune import GreedyPruner, block_moves, width_moves
+from pliant.search import GreedyPruner, block_moves, width_moves
+from pliant.search.moves import head_axes
+from pliant.search.order import check_order, ordered
 from pliant.step import Job, StepError
 
 
 @dataclass(frozen=True, kw_only=True)
 class MultiPruner(GreedyPruner):
-    """Three greedy stages from coarse to fine. Units are put in order of their L1 norm first, so that a stage always takes
+    """Three greedy stages from coarse to fine. Units are put in order of importance first, so that a stage always takes
     the least important ones left."""
 
     kind: ClassVar[str] = "multipruner"
@@ -40,13 +39,15 @@ class MultiPruner(GreedyPruner):
     width_samples: int = 128
     """Rows of calibration text for the two width stages."""
 
-    reorder: bool = True
-    """Sort channels and heads by importance before cutting; without it the last ones go."""
+    order: str = "l1"
+    """Which channels and heads go first: l1 (those with the smallest weights, as in the paper), activation (those that
+    contribute least on calibration text), or stored (the last ones)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.shares()
         self._check_counts(mlp_group=1, head_group=1, width_samples=1)
+        check_order(self.order)
 
     def shares(self) -> tuple[float, float, float]:
         """The split as three shares that sum to 1.
@@ -70,29 +71,25 @@ class MultiPruner(GreedyPruner):
         group = self.mlp_group or max(1, job.model.config.get_text_config(decoder=True).hidden_size // 4)
         stages = [
             ("blocks", blocks, block_moves(anatomy)),
-            ("mlp channels", channels, width_moves(anatomy, "mlp", group)),
-            ("attention heads", heads, width_moves(anatomy, "attention", self.head_group)),
+            ("mlp channels", channels, width_moves(anatomy, {"channels": group, "experts": 1})),
+            ("attention heads", heads, width_moves(anatomy, dict.fromkeys(head_axes(anatomy), self.head_group))),
         ]
-        wanted = [(name, share, moves) for name, share, moves in stages if share > 0]
+        # a layout may forbid a kind altogether; the others then take its share
+        possible = [(name, share, moves) for name, share, moves in stages if share > 0 and moves(Subnet())]
+        shared = sum(share for _, share, _ in possible)
+        wanted = [(name, share / shared, moves) for name, share, moves in possible]
         self.check_reach(anatomy, [moves for _, _, moves in wanted])
         # the paper draws the sample for the widths first
         for_widths = self.windows(job, self.width_samples, self.seed)
         for_blocks = self.windows(job, self.samples, self.seed + 1)
-        orders = l1_orders(job.model, anatomy) if self.reorder else {}
-        reorder(job.model, anatomy, orders)
-        try:
+        with ordered(job.model, anatomy, self.order, for_widths):
             until = 0.0
             for name, share, moves in wanted:
                 until += self.ratio * share
                 last = name == wanted[-1][0]
-                pruning.stage(
-                    name, moves, for_blocks if name == "blocks" else for_widths, self.ratio if last else until
-                )
-            pruning.require(self.ratio)
-        except BaseException:  # Ctrl-C, too: a model that was not cut is as it was given
-            reorder(job.model, anatomy, {axis: torch.argsort(order) for axis, order in orders.items()})
-            raise
-        pruning.cut()
+                windows = for_blocks if name == "blocks" else for_widths
+                self.stage(pruning, name, moves, windows, self.ratio if last else until)
+            self.finish(pruning, job)
 
 
 def read_config(path: str | Path, anatomy: Anatomy) -> Subnet:

@@ -1,0 +1,90 @@
+"""A small input that any model runs on, for checks that compare what it computes with itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from pliant.errors import ArchitectureError
+
+_examples: WeakKeyDictionary[nn.Module, dict[str, torch.Tensor]] = WeakKeyDictionary()
+
+
+def remember(model: nn.Module, example: Any) -> None:
+    """Let :func:`probe` give this example from now on, as long as the model lives.
+
+    Arguments:
+        example: what ``forward`` takes: a tensor, a sequence of tensors, or a mapping from names to tensors.
+    """
+    if isinstance(example, Mapping):
+        named = dict(example)
+    else:
+        given = [example] if isinstance(example, torch.Tensor) else list(example)
+        names = list(inspect.signature(model.forward).parameters)
+        named = dict(zip(names, given, strict=False))
+    _examples[model] = named
+
+
+def probe(model: Any, *, tokens: int = 8, seed: int = 0) -> dict[str, Any]:
+    """Keyword arguments for one forward pass: random tokens, or random pixels for a vision model.
+
+    Arguments:
+        tokens: how many tokens; shape ``(1, tokens)``. Images have the size that the config names, else 224 x 224; a model
+            that was read with an example of its own gets that.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    first = next(model.parameters())
+    config = getattr(model, "config", None)
+    if model in _examples:
+        return {
+            name: one.to(first.device) if isinstance(one, torch.Tensor) else one
+            for name, one in _examples[model].items()
+        }
+    if config is None:
+        name = next(iter(inspect.signature(model.forward).parameters))
+        pixels = torch.randn(1, _colours(model), 224, 224, generator=generator)
+        return {name: pixels.to(first.device, first.dtype)}
+    if model.main_input_name == "pixel_values":
+        size = getattr(config, "image_size", 224)
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        pixels = torch.randn(1, config.num_channels, height, width, generator=generator)
+        return {"pixel_values": pixels.to(first.device, first.dtype)}
+    ids = torch.randint(model.get_input_embeddings().num_embeddings, (1, tokens), generator=generator)
+    inputs = {"input_ids": ids.to(first.device)}
+    return {**inputs, "use_cache": False} if model.can_generate() else inputs
+
+
+def _colours(model: nn.Module) -> int:
+    """Channels of the images that a plain module takes."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+    raise ArchitectureError(
+        f"{type(model).__name__} tells nothing of its input: pass an example, anatomy_of(model, example=…)"
+    )
+
+
+def answer(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """The tensor that a model gives, or the first of those it gives: logits, shape ``(batch, …)``."""
+    given = model(**inputs)
+    if isinstance(given, torch.Tensor):
+        return given
+    return given[0] if isinstance(given, Sequence) else next(iter(given.values()))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; afterwards each module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

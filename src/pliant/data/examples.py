@@ -1,0 +1,188 @@
+"""Examples to train on: plain text, prompts with completions, conversations; from files, a hub or a list."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pliant.data.encode import Encoded, encode
+from pliant.data.text import Text, json_objects, read
+from pliant.errors import DataError
+
+_ALPACA = (
+    "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
+)
+_MORE = ", paired with an input that provides further context"
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name, or owner/name
+_FORMS = "text; prompt and completion; instruction, input and output; messages"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row, in one of three forms; what is not of its form is None.
+
+    Attributes:
+        text: plain text, learned whole; rows of it are packed into windows.
+        prompt: what is given, not learned.
+        completion: what follows the prompt, learned.
+        messages: a conversation as ``{"role", "content"}`` objects; what the assistant says is learned.
+    """
+
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows to train on and where they came from. Made by :func:`examples`."""
+
+    rows: tuple[Example, ...]
+    source: str
+
+    @property
+    def digest(self) -> str:
+        """Hash of the rows, for recipes."""
+        digest = hashlib.blake2b(digest_size=16)
+        for row in self.rows:
+            digest.update(json.dumps([row.text, row.prompt, row.completion, row.messages]).encode())
+        return digest.hexdigest()
+
+    def split(self, share: float) -> tuple[Examples, Examples]:
+        """These rows and a share of them held out: every n-th row, so that both have the same mix.
+
+        Raises:
+            DataError: a share outside 0 to 0.5, or too few rows.
+        """
+        if not 0 < share <= 0.5:
+            raise DataError(f"the share held out must be above 0 and at most 0.5, it is {share}")
+        every = round(1 / share)
+        if len(self.rows) < every:
+            raise DataError(f"{self.source} has {len(self.rows)} row(s): too few to hold {share:.0%} of them out")
+        kept = tuple(row for i, row in enumerate(self.rows) if i % every)
+        return Examples(kept, self.source), Examples(self.rows[::every], f"{self.source} (held out)")
+
+    def encode(self, tokenizer: Any, seqlen: int) -> Encoded:
+        """Token ids and labels. Plain text is packed into windows of ``seqlen`` tokens; any other row is a sequence of its
+        own, cut off after ``seqlen`` tokens.
+
+        Arguments:
+            tokenizer: a fast transformers tokenizer; conversations need its chat template.
+
+        Raises:
+            DataError: too little text for one window, nothing that could be learned, or no way to render a conversation.
+        """
+        return encode(self.rows, self.source, tokenizer, seqlen)
+
+
+def examples(
+    source: str | Path | Text | Iterable[str | Mapping[str, Any]],
+    *,
+    column: str = "text",
+    split: str = "train",
+    limit: int | None = None,
+) -> Examples:
+    """Examples from a file, a data set on a hub, or a list.
+
+    A row is a string or an object with one of these keys: ``text``; ``prompt`` and ``completion`` (or ``response``);
+    ``instruction``, ``output`` and perhaps ``input``, put into the Alpaca template; ``messages``, put into the chat template of
+    the tokenizer. Completions, outputs and what the assistant says are learned, the rest is only read.
+
+    Arguments:
+        source: a ``.txt`` (rows are paragraphs), ``.jsonl`` or ``.json`` file, perhaps with ``.gz`` behind; a folder in the
+            layout of a hub or the id of a data set on one (owner/name; both need the ``train`` extra); ``pliant.text(…)``; or an
+            iterable of rows.
+        column: the key that holds plain text.
+        split: of a data set on a hub, the part to read; ``train[:1000]`` reads its first rows.
+        limit: rows at most.
+
+    Raises:
+        DataError: missing file, wrong form, or no rows in it.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"a limit of {limit} rows leaves nothing to train on; it must be at least 1")
+    if isinstance(source, Text):
+        name, raw = source.source, list(source.rows)
+    elif isinstance(source, str | Path):
+        name, raw = Path(source).name, _stored(source, split)
+    else:
+        name, raw = "a list", list(source)
+    rows = [_example(row, column, f"{name}, row {number}") for number, row in enumerate(raw[:limit], 1)]
+    kept = tuple(row for row in rows if row.text is None or row.text.strip())
+    if not kept:
+        raise DataError(f"{name} holds no rows")
+    return Examples(kept, name)
+
+
+def _stored(source: str | Path, split: str) -> list[Any]:
+    """The rows of a file, a folder or a hub id, as strings and objects."""
+    path = Path(source)
+    plain = Path(str(path).removesuffix(".gz"))  # what the file is once unpacked
+    kind = plain.suffix.lower()
+    if kind in (".json", ".jsonl"):
+        return json_objects(read(path), plain)
+    if kind == ".txt":
+        return re.split(r"\n\s*\n", read(path))
+    if path.is_dir() or (not path.exists() and _HUB_ID.fullmatch(str(source))):
+        return _from_hub(str(source), split)
+    raise DataError(
+        f"{str(source)!r} is no training data: give a .txt, .jsonl or .json file (.gz, too), a folder in hub layout, or the id "
+        "of a data set on a hub (owner/name)"
+    )
+
+
+def _from_hub(source: str, split: str) -> list[Any]:
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"reading {source!r} as a data set needs datasets: pip install 'pliant[train]'") from None
+    try:
+        return list(datasets.load_dataset(source, split=split))
+    except Exception as error:  # it raises many kinds, its own and those of the file formats
+        raise DataError(f"cannot load {source!r}, split {split!r}: {str(error).splitlines()[0]}") from error
+
+
+def _example(row: Any, column: str, where: str) -> Example:
+    if isinstance(row, str):
+        return Example(text=row.strip())
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where}: a string or an object is expected, not {type(row).__name__}")
+    if row.get("messages") is not None:
+        return Example(messages=_messages(row["messages"], where))
+    if row.get(column) is not None:
+        return Example(text=_string(row, column, where).strip())
+    if "instruction" in row and "output" in row:
+        given = _string(row, "input", where) if row.get("input") else ""
+        prompt = _ALPACA.format(
+            more=_MORE if given else "",
+            instruction=_string(row, "instruction", where),
+            input=f"### Input:\n{given}\n\n" if given else "",
+        )
+        return Example(prompt=prompt, completion=_string(row, "output", where))
+    answer = "completion" if "completion" in row else "response"
+    if "prompt" in row and answer in row:
+        return Example(prompt=_string(row, "prompt", where), completion=_string(row, answer, where))
+    raise DataError(
+        f"{where}: it has the keys {', '.join(map(str, row))}; expected are {_FORMS}. Plain text under another name: column="
+    )
+
+
+def _string(row: Mapping[str, Any], key: str, where: str) -> str:
+    if not isinstance(row[key], str):
+        raise DataError(f"{where}: {key} must be a string, not {type(row[key]).__name__}")
+    return row[key]
+
+
+def _messages(given: Any, where: str) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(given, list | tuple) or any(not isinstance(m, Mapping) or "role" not in m for m in given):
+        raise DataError(f'{where}: messages must be a list of objects {{"role": ..., "content": ...}}')
+    if not any(message["role"] == "assistant" for message in given):
+        raise DataError(f"{where}: the assistant says nothing in this conversation, so there is nothing to learn")
+    return tuple(dict(message) for message in given)

@@ -1,0 +1,68 @@
+"""What a model is asked: to choose between continuations, or to answer in its own words."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")  # the minus of 10-3 is no sign
+_LETTER = re.compile(r"\b[A-J]\b")
+_CLOSE = 1e-3  # reference answers are rounded by hand
+
+
+@dataclass(frozen=True)
+class Question:
+    """A context, the continuations to choose from, and which one is right (counted from 0).
+
+    A tuple of contexts has one for every choice: then the choices may all be the same continuation, and the question is
+    after which context it is likeliest.
+    """
+
+    context: str | tuple[str, ...]
+    choices: tuple[str, ...]
+    answer: int
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The context and the continuation of every choice."""
+        contexts = [self.context] * len(self.choices) if isinstance(self.context, str) else self.context
+        return list(zip(contexts, self.choices, strict=True))
+
+
+@dataclass(frozen=True)
+class OpenQuestion:
+    """A prompt and the answer that what the model writes after it must contain: a number, a letter, or else a text."""
+
+    context: str
+    answer: str
+
+    def matches(self, written: str) -> bool:
+        """Whether ``written`` gives the answer.
+
+        An answer that is a number is compared with the last number written, within 0.001; one that is a letter with the last
+        capital A to J that stands alone; any other with the first line, whatever its case, without a full stop at the end.
+        """
+        wanted = self.answer.strip()
+        if _NUMBER.fullmatch(wanted):
+            numbers = _NUMBER.findall(written)
+            return bool(numbers) and abs(_value(numbers[-1]) - _value(wanted)) <= _CLOSE
+        if _LETTER.fullmatch(wanted):
+            return _LETTER.findall(written)[-1:] == [wanted]
+        return _plain(written) == _plain(wanted)
+
+
+def digest(items: Sequence[Question | OpenQuestion]) -> str:
+    """Hash of the questions: two results can be compared when it is the same."""
+    return hashlib.blake2b(json.dumps([astuple(item) for item in items]).encode(), digest_size=16).hexdigest()
+
+
+def _value(number: str) -> float:
+    return float(number.replace(",", ""))
+
+
+def _plain(answer: str) -> str:
+    first, *_ = answer.strip().splitlines() or [""]
+    return first.strip().removesuffix(".").casefold()

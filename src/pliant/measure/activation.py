@@ -1,0 +1,69 @@
+"""Which units matter, read from what flows through them on calibration text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pliant.anatomy import Anatomy, layers_of
+from pliant.measure.walk import TOKENS_AT_ONCE
+
+
+@torch.inference_mode()
+def activation_orders(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Units of every axis by falling size of what they contribute.
+
+    A unit is read by matrices (``down_proj`` reads channels, ``o_proj`` heads). Its size is the root mean square of each
+    of its elements times the norm of the matrix column that reads it, over all its elements and readers. The score of
+    Wanda (Sun et al., 2023), taken over whole columns.
+
+    Arguments:
+        windows: token ids, shape ``(windows, seqlen)``.
+
+    Returns:
+        axis name -> old index of each new unit, shape ``(units,)``; axes that no matrix reads (experts) are left out.
+    """
+    layers = layers_of(model, anatomy.architecture)
+    sizes: dict[str, torch.Tensor] = {}
+    squares: dict[tuple[str, str], torch.Tensor] = {}
+    readers = []
+    for block in anatomy.blocks.values():
+        for weight in block.weights:
+            if weight.reads is not None and len(weight.dims) == 2:
+                leaders = {block.axes[p.axis].leader for p in weight.dims[weight.reads] if p.axis in block.axes}
+                if leaders and all(part.axis in block.axes for part in weight.dims[weight.reads]):
+                    readers.append((block, weight))
+
+    def record(key: tuple[str, str]):
+        def hook(_module: Any, args: tuple) -> None:
+            squared = args[0].flatten(0, -2).double().square().sum(0)
+            squares[key] = squares[key] + squared if key in squares else squared
+
+        return hook
+
+    handles = [
+        layers[block.layer]
+        .get_submodule(weight.path.rpartition(".")[0])
+        .register_forward_pre_hook(record((block.name, weight.path)))
+        for block, weight in readers
+    ]
+    try:
+        for ids in windows.to(next(model.parameters()).device).split(max(1, TOKENS_AT_ONCE // windows.shape[1])):
+            model.base_model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for block, weight in readers:
+        assert weight.reads is not None
+        columns = weight.tensor(layers[block.layer]).double().square().sum(1 - weight.reads)
+        contributed = (squares[block.name, weight.path] * columns).sqrt().cpu()
+        start = 0
+        for part in weight.dims[weight.reads]:
+            width = block.width(part, {})
+            leader = block.axes[block.axes[part.axis].leader]
+            own = contributed[start : start + width].view(leader.size, -1).sum(1)
+            sizes[leader.name] = sizes.get(leader.name, 0) + own
+            start += width
+    chosen = anatomy.axes
+    return {name: torch.argsort(size, descending=True, stable=True) for name, size in sizes.items() if name in chosen}

@@ -1,0 +1,87 @@
+"""Run a stretch of a model's layers on hidden states that are already there.
+
+The model's own forward does everything else (masks, positions, final norm, head), so nothing about a family is known
+here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from pliant.anatomy import Anatomy, layers_of
+
+
+class Stream:
+    """The residual stream of a causal language model, entered and left at layer boundaries.
+
+    Boundary ``i`` is before layer ``i``; the last one, ``depth``, is before the final norm.
+
+    Arguments:
+        model: a causal language model.
+    """
+
+    def __init__(self, model: Any, anatomy: Anatomy):
+        self.model = model
+        self.layers = layers_of(model, anatomy.architecture)
+        self._tuples = anatomy.architecture.returns_tuple
+
+    def logits(self, ids: torch.Tensor, start: int = 0, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits from the hidden state at boundary ``start``, shape ``(batch, seqlen, vocabulary)``.
+
+        Arguments:
+            ids: token ids, shape ``(batch, seqlen)``; positions and masks come from them.
+            hidden: shape ``(batch, seqlen, hidden)``; None at boundary 0, where the embeddings are computed.
+        """
+        with self._entered(start, len(self.layers), hidden):
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    def run(
+        self, ids: torch.Tensor, start: int, end: int, hidden: torch.Tensor | None = None
+    ) -> dict[int, torch.Tensor]:
+        """Hidden states at the boundaries ``start + 1 … end``."""
+        outputs: dict[int, torch.Tensor] = {}
+
+        def record(boundary: int):
+            def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
+                outputs[boundary] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        handles = [self.layers[i].register_forward_hook(record(i + 1)) for i in range(start, end)]
+        try:
+            with self._entered(start, end, hidden):
+                self.model.base_model(input_ids=ids, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return outputs
+
+    @contextmanager
+    def _entered(self, start: int, end: int, hidden: torch.Tensor | None) -> Iterator[None]:
+        """While inside, the model runs only layers ``start … end - 1``, from the given hidden state."""
+        layers = self.layers
+        aside = {i: layers[i] for i in range(len(layers)) if i < start or i >= end}
+        try:
+            for i in aside:
+                layers[i] = _Enter(hidden if i == start - 1 else None, self._tuples)
+            yield
+        finally:
+            for i, layer in aside.items():
+                layers[i] = layer
+
+
+class _Enter(nn.Module):
+    """Stands for a layer that is not run: passes on its input, or what it was given instead."""
+
+    def __init__(self, hidden: torch.Tensor | None, returns_tuple: bool):
+        super().__init__()
+        self.hidden, self.returns_tuple = hidden, returns_tuple
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> Any:  # noqa: ARG002 - takes what any layer takes
+        out = hidden_states if self.hidden is None else self.hidden
+        return (out, None) if self.returns_tuple else out

@@ -1,0 +1,196 @@
+"""Allocation by knapsack: measure what every block costs in loss at a few widths, then solve for the best mix."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from pliant.anatomy import Anatomy, Block
+from pliant.elastic import Subnet, parameters, ratio
+from pliant.errors import RatioError
+from pliant.search.greedy import Move
+from pliant.search.moves import block_moves
+from pliant.search.order import check_order, ordered
+from pliant.search.pruner import Pruner
+from pliant.search.pruning import Pruning, Scorer
+from pliant.step import Job
+
+STEPS = 4000  # the budget is counted in so many parts
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One thing that can be done with a block.
+
+    Attributes:
+        kept: units kept of each axis, by full name; None when the block goes.
+        saved: parameters it saves.
+        damage: nats per token that the loss rises by, with this alone done to the dense model.
+    """
+
+    kept: tuple[tuple[str, int], ...] | None
+    saved: int
+    damage: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnapsackPruner(Pruner):
+    """Every block at a few widths, or gone: a multiple-choice knapsack over damages measured one at a time, then swaps
+    that are scored for real.
+
+    The damages are taken to add up, which is nearly true of widths and less so of whole blocks; the swaps make up for it.
+    """
+
+    kind: ClassVar[str] = "knapsack"
+
+    levels: int = 4
+    """Widths at which the axes of a block are tried, besides whole and gone."""
+
+    swaps: int = 32
+    """Pairs of blocks that trade a step of width, kept when the loss falls."""
+
+    order: str = "activation"
+    """Which channels and heads go first: l1 (those with the smallest weights), activation (those that contribute least on
+    calibration text), or stored (the last ones)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_counts(levels=0, swaps=0)
+        check_order(self.order)
+
+    def run(self, job: Job) -> None:
+        pruning = self.begin(job)
+        windows = self.windows(job, self.samples, self.seed)
+        with ordered(job.model, pruning.anatomy, self.order, windows):
+            with pruning.scoring("knapsack", windows) as score:
+                subnet, loss = self._allocate(pruning, score)
+            pruning.commit("knapsack", Move("all", subnet), loss)
+            self.finish(pruning, job)
+
+    def _allocate(self, pruning: Pruning, score: Scorer) -> tuple[Subnet, float]:
+        dense = score(Subnet())
+        menus = self._menus(pruning)
+        curves = {}
+        for done, (name, menu) in enumerate(menus.items(), 1):
+            curves[name] = [
+                Choice(kept, saved, score(apply_choice(Subnet(), name, kept)) - dense) for kept, saved in menu
+            ]
+            pruning.job.progress.step(done / len(menus), f"{done} of {len(menus)} blocks measured")
+        chosen = solve(list(curves.values()), self.ratio * parameters(pruning.anatomy))
+        if chosen is None:
+            raise RatioError(f"ratio {self.ratio} cannot be reached with every block at its smallest")
+        return self._swap(pruning, curves, dict(zip(curves, chosen, strict=True)), score)
+
+    def _menus(self, pruning: Pruning) -> dict[str, list[tuple[tuple[tuple[str, int], ...] | None, int]]]:
+        """What can be done with each block, and the parameters it saves; the first is nothing."""
+        anatomy = pruning.anatomy
+        free = {move.unit for move in block_moves(anatomy)(Subnet())}
+        stays = _last_of_type(anatomy)
+        menus = {}
+        for block in anatomy.blocks.values():
+            whole = block.parameters({})
+            menu: list[tuple[tuple[tuple[str, int], ...] | None, int]] = [((), 0)]
+            for level in range(1, self.levels + 1):
+                kept = _narrowed(block, level / (self.levels + 1))
+                short = {axis.leader: units for axis in block.leaders for name, units in kept if name == axis.name}
+                saved = whole - block.parameters(short)
+                if kept and saved > menu[-1][1]:
+                    menu.append((kept, saved))
+            if block.name in free and block.name not in stays:
+                menu.append((None, whole))
+            if len(menu) > 1:
+                menus[block.name] = menu
+        return menus
+
+    def _swap(
+        self, pruning: Pruning, curves: dict[str, list[Choice]], picked: dict[str, int], score: Scorer
+    ) -> tuple[Subnet, float]:
+        """Let pairs of blocks trade a step, one narrower and one wider, while the loss falls and the ratio holds."""
+        draw = random.Random(self.seed)
+        best = _subnet(curves, picked)
+        loss = score(best)
+        for done in range(self.swaps):
+            down, up = draw.sample(list(curves), 2)
+            tried = {**picked, down: picked[down] + 1, up: picked[up] - 1}
+            if tried[down] >= len(curves[down]) or tried[up] < 0:
+                continue
+            subnet = _subnet(curves, tried)
+            if ratio(pruning.anatomy, subnet) < self.ratio:
+                continue
+            value = score(subnet)
+            if value < loss:
+                picked, best, loss = tried, subnet, value
+            pruning.job.progress.step((done + 1) / self.swaps, f"swap {done + 1} of {self.swaps}, loss {loss:.4f}")
+        return best, loss
+
+
+def solve(menus: Sequence[Sequence[Choice]], target: float) -> list[int] | None:
+    """The choice of each block with the least total damage that saves at least ``target`` parameters.
+
+    Dynamic programming over savings rounded down to 1/4000 of the target, so that the result always saves enough.
+
+    Returns:
+        The place of the choice in each menu, or None when even the largest savings do not come to the target.
+    """
+    unit = target / STEPS
+    best = np.full(STEPS + 1, np.inf)
+    best[0] = 0.0
+    picks: list[np.ndarray] = []
+    for menu in menus:
+        after = np.full(STEPS + 1, np.inf)
+        pick = np.zeros(STEPS + 1, dtype=np.int32)
+        came = np.zeros(STEPS + 1, dtype=np.int32)
+        for place, choice in enumerate(menu):
+            if not np.isfinite(choice.damage):
+                continue
+            steps = int(choice.saved / unit)
+            reached = np.minimum(np.arange(STEPS + 1) + steps, STEPS)
+            for start in np.flatnonzero(np.isfinite(best)):
+                end = reached[start]
+                if best[start] + choice.damage < after[end]:
+                    after[end], pick[end], came[end] = best[start] + choice.damage, place, start
+        picks.append(np.stack([pick, came]))
+        best = after
+    if not np.isfinite(best[STEPS]):
+        return None
+    chosen, at = [], STEPS
+    for table in reversed(picks):
+        chosen.append(int(table[0, at]))
+        at = int(table[1, at])
+    return chosen[::-1]
+
+
+def apply_choice(subnet: Subnet, block: str, kept: tuple[tuple[str, int], ...] | None) -> Subnet:
+    """``subnet`` with one more choice made."""
+    if kept is None:
+        return subnet.without(block)
+    for axis, units in kept:
+        subnet = subnet.keeping(axis, units)
+    return subnet
+
+
+def _subnet(curves: dict[str, list[Choice]], picked: dict[str, int]) -> Subnet:
+    subnet = Subnet()
+    for block, place in picked.items():
+        subnet = apply_choice(subnet, block, curves[block][place].kept)
+    return subnet
+
+
+def _narrowed(block: Block, gone: float) -> tuple[tuple[str, int], ...]:
+    """A share of every axis of a block gone, as far as its units allow."""
+    kept = []
+    for axis in block.leaders:
+        left = axis.less(axis.size, max(1, round(axis.size * gone)))
+        if left is not None:
+            kept.append((axis.name, left))
+    return tuple(kept)
+
+
+def _last_of_type(anatomy: Anatomy) -> set[str]:
+    """The last attention of each type: it stays, so that no mix of choices removes them all."""
+    last = {anatomy.layer_types[b.layer]: b.name for b in anatomy.blocks.values() if b.spec.slot}
+    return set(last.values())

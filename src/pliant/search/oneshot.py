@@ -1,0 +1,67 @@
+"""One-shot pruning: rank the blocks once, remove from the bottom. The baselines that a search has to beat."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from pliant.anatomy import Anatomy
+from pliant.elastic import ratio
+from pliant.measure.rank import RANKINGS
+from pliant.search.moves import block_moves, layer_moves
+from pliant.search.pruner import Pruner
+from pliant.step import Job, StepError
+
+RANDOM = "random"
+GRANULARITIES = ("block", "layer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneShot(Pruner):
+    """Rank every block (or layer) once on the dense model and remove the lowest until the ratio is met.
+
+    ``by="influence", granularity="layer"`` is ShortGPT.
+    """
+
+    kind: ClassVar[str] = "oneshot"
+
+    by: str = "influence"
+    """What ranks a block: influence (ShortGPT's Block Influence), magnitude (of what it adds, relative to the stream),
+    perplexity (with it alone gone), taylor or fisher (gradient estimates of that), or random."""
+
+    granularity: str = "block"
+    """What goes at a time: block (attention or MLP), or layer (the ranks of its blocks are added up)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.by not in (*RANKINGS, RANDOM):
+            raise StepError(f"blocks are ranked by {', '.join(RANKINGS)} or {RANDOM}, not by {self.by!r}")
+        if self.granularity not in GRANULARITIES:
+            raise StepError(f"granularity is {' or '.join(GRANULARITIES)}, not {self.granularity!r}")
+
+    def run(self, job: Job) -> None:
+        pruning = self.begin(job)
+        anatomy = pruning.anatomy
+        moves = block_moves(anatomy) if self.granularity == "block" else layer_moves(anatomy)
+        self.check_reach(anatomy, [moves])
+        with job.progress.stage(f"ranking by {self.by}"):
+            ranks = self._ranks(job.model, anatomy, self.windows(job, self.samples, self.seed))
+        job.record["ranks"] = ranks
+        while ratio(anatomy, pruning.subnet) < self.ratio - 1e-12:
+            offered = moves(pruning.subnet)
+            if not offered:
+                break
+            lowest = min(offered, key=lambda move: sum(ranks[b] for b in move.subnet.skip - pruning.subnet.skip))
+            pruning.commit("blocks", lowest, None)
+        self.finish(pruning, job)
+
+    def _ranks(self, model: Any, anatomy: Anatomy, windows: torch.Tensor) -> dict[str, float]:
+        if self.by == RANDOM:
+            generator = random.Random(self.seed)
+            return {name: generator.random() for name in anatomy.blocks}
+        ranks = RANKINGS[self.by](model, anatomy, windows)
+        return {name: rank if math.isfinite(rank) else math.inf for name, rank in ranks.items()}

@@ -1,0 +1,44 @@
+"""Put the units of every axis in order of importance before some go: what is kept is always a prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from pliant.anatomy import Anatomy
+from pliant.elastic import reorder
+from pliant.importance import l1_orders
+from pliant.measure.activation import activation_orders
+from pliant.step import StepError
+
+ORDERS = ("l1", "activation", "stored")
+
+
+def check_order(order: str) -> None:
+    """Raises:
+    StepError: when there is no such order.
+    """
+    if order not in ORDERS:
+        raise StepError(f"units are put in order by {', '.join(ORDERS)}; not by {order!r}")
+
+
+@contextmanager
+def ordered(model: Any, anatomy: Anatomy, order: str, windows: torch.Tensor) -> Iterator[None]:
+    """The model with its units in order; back in the old order when what is done meanwhile fails, Ctrl-C included.
+
+    Arguments:
+        order: one of ``ORDERS``.
+        windows: calibration tokens for ``activation``.
+    """
+    orders = {} if order == "stored" else l1_orders(model, anatomy)
+    if order == "activation":
+        orders |= activation_orders(model, anatomy, windows)  # experts, which no matrix reads, keep their L1 order
+    reorder(model, anatomy, orders)
+    try:
+        yield
+    except BaseException:
+        reorder(model, anatomy, {axis: torch.argsort(permutation) for axis, permutation in orders.items()})
+        raise

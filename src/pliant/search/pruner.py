@@ -1,0 +1,144 @@
+"""Settings that structured pruners share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pliant.anatomy import Anatomy
+from pliant.checkpoint.weights import check_finite, fingerprint
+from pliant.data import Text
+from pliant.errors import DataError, RatioError
+from pliant.measure.score import METRICS
+from pliant.measure.windows import windows_for
+from pliant.search.cost import COSTS
+from pliant.search.greedy import Greedy
+from pliant.search.moves import Moves, reach
+from pliant.search.pruning import Pruning
+from pliant.step import Job, Step, StepError
+
+UNIT = "unit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruner(Step):
+    """Settings shared by every pruner that reads calibration text."""
+
+    ratio: float
+    """Share of all parameters to remove, embeddings included: 0.2 makes the model a fifth smaller."""
+
+    samples: int = 256
+    """Rows of calibration text for choosing blocks."""
+
+    seqlen: int = 2048
+    """Tokens in a calibration window."""
+
+    metric: str = "perplexity"
+    """What a removal must not hurt: perplexity, or kl (divergence from the dense model's predictions)."""
+
+    seed: int = 42
+    """Seed of the draw of calibration rows."""
+
+    repair: int = 0
+    """Rows of calibration text for refitting what stays to what the dense model computed; 0 leaves weights as they are."""
+
+    ridge: float = 1.0
+    """How much a refitted weight is held to what it was, as a multiple of the mean square of its inputs; fewer rows need
+    more."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio < 1:
+            raise RatioError(
+                f"ratio is the share of parameters to remove, between 0 and 1 without either; not {self.ratio!r}"
+            )
+        self._check_counts(samples=1, seqlen=2, repair=0)
+        if self.metric not in METRICS:
+            raise StepError(f"there is no metric {self.metric!r}; there are {', '.join(METRICS)}")
+        if isinstance(self.ridge, bool) or not isinstance(self.ridge, int | float) or not self.ridge > 0:
+            raise StepError(f"ridge must be above 0, it is {self.ridge!r}")
+
+    def _check_counts(self, **least: int) -> None:
+        """Refuse a setting that is no whole number of at least so much; None is for settings that may be left out."""
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise StepError(f"{name} is a whole number, not {value!r}")
+            if value < smallest:
+                raise StepError(f"{name} must be at least {smallest}, it is {value}")
+
+    def begin(self, job: Job) -> Pruning:
+        """Check the model and the data, and open the archive."""
+        if not isinstance(job.data, Text):
+            given = "nothing" if job.data is None else f"pliant.{type(job.data).__name__.lower()}"
+            raise DataError(f"{self.kind} needs calibration text, not {given}: pass data=pliant.text('some.txt')")
+        check_finite(job.model)
+        belongs_to = {
+            "model": fingerprint(job.model),
+            "data": job.data.digest,
+            "tokens": job.data.token_digest(job.tokenizer()),
+            "step": {key: value for key, value in self.to_dict().items() if key not in _NOT_IN_SCORES},
+        }
+        return Pruning(job, self.metric, belongs_to)
+
+    def windows(self, job: Job, samples: int, seed: int) -> torch.Tensor:
+        """Calibration windows from ``samples`` rows."""
+        return windows_for(job.model, job.tokenizer(), job.data.sample(samples, seed), self.seqlen)
+
+    def check_reach(self, anatomy: Anatomy, stages: Sequence[Moves]) -> None:
+        """Refuse a ratio that these stages cannot come to even together, before any work is done."""
+        most = reach(anatomy, stages)
+        if most < self.ratio:
+            raise RatioError(f"ratio {self.ratio} cannot be reached: removing all that may go comes to {most:.4f}")
+
+    def finish(self, pruning: Pruning, job: Job) -> None:
+        """Refit if asked to, and make the result permanent."""
+        pruning.require(self.ratio)
+        windows = self.windows(job, self.repair, self.seed + 2) if self.repair else None
+        pruning.cut(windows, self.ridge)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GreedyPruner(Pruner):
+    """Settings shared by every pruner that removes units greedily."""
+
+    search: str = "lazy"
+    """lazy scores only what may be best; racing scores roughly first where lazy would score everything; exact scores
+    everything at every step; naive also recomputes every layer."""
+
+    slack: float = 0.0
+    """lazy, racing: nats per token that a unit may hurt less than when last looked at and still be found."""
+
+    refresh: int = 16
+    """lazy, racing: look at everything again every so many steps; 0 never does."""
+
+    per: str = UNIT
+    """Remove what hurts least per: unit (whatever its size), parameters, macs, bytes (that decoding reads), or prefill or
+    decode (milliseconds, measured on this machine first)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.per != UNIT and self.per not in COSTS:
+            raise StepError(f"damage is weighed per {UNIT}, {', '.join(COSTS)}; not per {self.per!r}")
+        try:
+            self.greedy()
+        except ValueError as error:
+            raise StepError(str(error)) from None
+
+    def greedy(self) -> Greedy:
+        """How to look, from the settings."""
+        return Greedy(self.search, self.slack, self.refresh)
+
+    def stage(self, pruning: Pruning, name: str, moves: Moves, windows: torch.Tensor, until: float) -> None:
+        """Remove units until ``ratio >= until`` or nothing is left to offer."""
+        pruning.stage(name, moves, windows, until, greedy=self.greedy(), per=None if self.per == UNIT else self.per)
+
+
+# what a score does not depend on: a search that differs only in these goes on with the same archive
+_NOT_IN_SCORES = (
+    *("ratio", "search", "slack", "refresh", "per", "split", "mlp_group", "head_group", "blocks", "repair", "ridge"),
+    *("by", "unit"),
+)

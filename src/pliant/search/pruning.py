@@ -1,0 +1,245 @@
+"""One search over one model: archive, trade curve, counters, and the cut at the end."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pliant.anatomy import Anatomy, anatomy_of
+from pliant.elastic import Subnet, macs, parameters, ratio
+from pliant.errors import RatioError
+from pliant.measure.walk import TOKENS_AT_ONCE, Walk, store_bytes
+from pliant.progress import duration, size
+from pliant.search.archive import Archive
+from pliant.search.cost import cost_of
+from pliant.search.cut import cut_exactly
+from pliant.search.greedy import Greedy, Move
+from pliant.search.moves import Moves
+from pliant.search.repair import repair
+from pliant.step import Job
+
+ROUGH = 0.25  # share of the windows that a rough score is taken on
+
+
+class Scorer:
+    """Losses of sub-networks on fixed windows: from the archive where they are known, measured and kept where not.
+
+    Attributes:
+        seen: scores given so far.
+        seconds: what the last measured one took.
+    """
+
+    def __init__(self, archive: Archive, walk: Walk, pool: str, told: Callable[[Scorer], None]):
+        self.archive, self.walk, self.pool, self.told = archive, walk, pool, told
+        self.seen = 0
+        self.seconds = 0.0
+
+    def __call__(self, subnet: Subnet, share: float = 1.0) -> float:
+        """Nats per token, on the first ``share`` of the windows."""
+        pool = self.pool if share == 1 else f"{self.pool}:{share}"
+        known = self.archive.get(pool, subnet)
+        if known is None:
+            tick = time.monotonic()
+            known = self.walk.score(subnet, share)
+            self.seconds = time.monotonic() - tick
+            self.archive.put(pool, subnet, known, self.seconds)
+        self.seen += 1
+        self.told(self)
+        return known
+
+
+@dataclass
+class Pruning:
+    """One search over one model, in stages.
+
+    Arguments:
+        job: model, progress and where the archive lives.
+        metric: ``perplexity`` or ``kl``.
+        belongs_to: what the scores depend on, for the archive.
+    """
+
+    job: Job
+    metric: str
+    belongs_to: dict[str, Any]
+    anatomy: Anatomy = field(init=False)
+    subnet: Subnet = field(init=False, default_factory=Subnet)
+    points: list[dict[str, Any]] = field(init=False, default_factory=list)
+    counters: dict[str, Any] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.anatomy = anatomy_of(self.job.model)
+        path = None if self.job.work is None else self.job.work / "search.jsonl"
+        self.archive = Archive(path, self.belongs_to)
+
+    def stage(
+        self,
+        name: str,
+        moves: Moves,
+        windows: torch.Tensor,
+        until: float,
+        *,
+        greedy: Greedy,
+        per: str | None = None,
+    ) -> None:
+        """Remove units until ``ratio >= until`` or nothing is left to offer.
+
+        Arguments:
+            greedy: how to look.
+            per: the cost by which damage is divided; None to remove what hurts least whatever its size.
+        """
+        cost = None if per is None else cost_of(per, self.job.model, self.anatomy, self.job.work)
+        start, offered = ratio(self.anatomy, self.subnet), moves(self.subnet)
+        first = len(offered)
+        typical = statistics.median([ratio(self.anatomy, move.subnet) - start for move in offered] or [1.0])
+        made = 0
+
+        def told(scorer: Scorer) -> None:
+            left = self._scores_left(greedy, scorer.seen, made, first, start, until, typical)
+            if (
+                scorer.seen == 1 and scorer.walk.evaluations
+            ):  # the whole model has just been run: now the cost can be told
+                self._tell_cost(greedy, scorer.seconds, left)
+            text = f"ratio {ratio(self.anatomy, self.subnet):.3f} of {until:.3f}, {made} removed, {scorer.seen} scored"
+            self.job.progress.step(scorer.seen / (scorer.seen + left), text)
+
+        with self.scoring(name, windows, reuse=greedy.mode != "naive", told=told) as score:
+            self.job.progress.note(f"  {first} candidates")
+
+            def committed(move: Move, loss: float) -> None:
+                nonlocal made
+                made += 1
+                score.walk.rebase(move.subnet)
+                self.commit(name, move, loss)
+
+            greedy.run(
+                self.subnet,
+                moves,
+                score,
+                lambda s: ratio(self.anatomy, s) < until - 1e-12,
+                committed,
+                gain=lambda s, move: 1.0 if cost is None else max(1e-9, cost(s) - cost(move.subnet)),
+                rough=lambda s: score(s, ROUGH),
+            )
+        self.counters[name]["steps"] = made
+
+    @contextmanager
+    def scoring(
+        self,
+        name: str,
+        windows: torch.Tensor,
+        *,
+        reuse: bool = True,
+        told: Callable[[Scorer], None] = lambda _scorer: None,
+    ) -> Iterator[Scorer]:
+        """A stage of scoring sub-networks, the archive asked first; prefixes of the present sub-network are re-used.
+
+        Arguments:
+            told: called after every score.
+        """
+        began = time.monotonic()
+        walk = Walk(self.job.model, self.anatomy, windows, metric=self.metric, reuse=reuse)
+        scorer = Scorer(self.archive, walk, f"{name}:{self.metric}", told)
+        with self.job.progress.stage(name):
+            self._tell_memory(windows)
+            walk.rebase(self.subnet)
+            try:
+                yield scorer
+            finally:
+                walk.close()
+        self.counters[name] = {
+            "steps": 1,
+            "scores": scorer.seen,
+            "evaluations": walk.evaluations,
+            "replayed": scorer.seen - walk.evaluations,
+            "block_forwards": walk.block_forwards,
+            "seconds": time.monotonic() - began,
+            "windows": list(windows.shape),
+        }
+
+    def commit(self, stage: str, move: Move, loss: float | None) -> None:
+        """Take a move, and mark the point it leads to on the trade curve.
+
+        Arguments:
+            loss: nats per token after it, None where it was not measured.
+        """
+        self.subnet = move.subnet
+        perplexity = None if loss is None or self.metric != "perplexity" else math.exp(min(loss, 700))
+        self.points.append(
+            {
+                "stage": stage,
+                "unit": move.unit,
+                "loss": loss,
+                "perplexity": perplexity,
+                "ratio": ratio(self.anatomy, move.subnet),
+                "parameters": parameters(self.anatomy, move.subnet),
+                "macs": macs(self.anatomy, move.subnet),
+            }
+        )
+
+    def require(self, target: float) -> None:
+        """Raises:
+        RatioError: when the stages ran dry before ``target``.
+        """
+        reached = ratio(self.anatomy, self.subnet)
+        if reached < target - 1e-12:
+            raise RatioError(f"nothing is left to remove at ratio {reached:.4f}; {target} was asked for")
+
+    def cut(self, windows: torch.Tensor | None = None, ridge: float = 1.0) -> None:
+        """Make the result permanent, after proving that cutting does not change what was scored.
+
+        Arguments:
+            windows: calibration windows to refit what stays on; None leaves the weights as they are.
+        """
+        if windows is not None:
+            with self.job.progress.stage("repair"):
+                fits = repair(self.job.model, self.anatomy, self.subnet, windows, ridge, self.job.progress)
+                self.job.record["repair"] = fits
+        cut_exactly(self.job.model, self.anatomy, self.subnet)
+        self.job.record.update(
+            ratio=ratio(self.anatomy, self.subnet),
+            subnet=self.subnet.to_dict(),
+            points=self.points,
+            counters=self.counters,
+            evaluations=len(self.archive),
+        )
+
+    def _tell_memory(self, windows: torch.Tensor) -> None:
+        model = self.job.model
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        hidden = store_bytes(model, self.anatomy, windows.numel())
+        logits = 8 * TOKENS_AT_ONCE * model.get_input_embeddings().num_embeddings
+        self.job.progress.note(
+            f"  {windows.shape[0]} windows of {windows.shape[1]} tokens; needs about "
+            f"{size(weights + hidden + logits)} of memory: weights {size(weights)}, hidden states {size(hidden)}, logits "
+            f"{size(logits)}"
+        )
+
+    def _tell_cost(self, greedy: Greedy, whole: float, scores: float) -> None:
+        # with prefixes re-used a score takes the layers behind the candidate, half of them on average, and the head
+        each = whole * (1.0 if greedy.mode == "naive" else 0.6)
+        self.job.progress.note(
+            f"  the model takes {duration(whole)} on them; about {scores:.0f} scores, {duration(scores * each)}"
+        )
+
+    def _scores_left(
+        self, greedy: Greedy, seen: int, made: int, first: int, start: float, until: float, typical: float
+    ) -> float:
+        """Scores still to come: the first step looks at everything, a lazy one after it at what is near.
+
+        Arguments:
+            typical: ratio that one removal gains, before any was made.
+        """
+        now = ratio(self.anatomy, self.subnet)
+        steps = max(0.0, until - now) / ((now - start) / made if made else typical)
+        if greedy.mode in ("exact", "naive"):
+            return max(0, first - seen) + first * max(0.0, steps - (0 if made else 1))
+        per_step = max(1.0, (seen - first) / made) if made else 3.0
+        again = steps // greedy.refresh * first if greedy.refresh else 0
+        return max(0, first - seen) + per_step * steps + again

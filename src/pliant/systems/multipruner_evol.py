@@ -1,0 +1,153 @@
+"""MultiPruner-Evol: remove blocks up to half the ratio, then evolve all widths together.
+
+Muñoz et al., "MultiPruner: Balanced Structure Removal in Foundation Models", 2025 (arXiv 2501.09949), the evolutionary
+variant. The paper gives no population and no number of generations; the defaults here are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from pliant.anatomy import Anatomy, Axis
+from pliant.elastic import Subnet, ratio
+from pliant.errors import PliantError, RatioError
+from pliant.search import GreedyPruner, block_moves, width_moves
+from pliant.search.greedy import Move
+from pliant.search.moves import head_axes
+from pliant.search.order import check_order, ordered
+from pliant.search.pruning import Pruning, Scorer
+from pliant.step import Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiPrunerEvol(GreedyPruner):
+    """BlockPruner up to half the ratio, then NSGA-II over the widths of all MLPs and attentions that are left: the loss
+    against the ratio. Of all that was evaluated at the ratio, the one with the lowest loss is taken."""
+
+    kind: ClassVar[str] = "multipruner_evol"
+
+    mlp_group: int | None = None
+    """MLP channels in one step of width; a quarter of the hidden size when left out."""
+
+    head_group: int = 1
+    """Key-value groups in one step of width, each with all query heads that share it."""
+
+    width_samples: int = 128
+    """Rows of calibration text for the widths."""
+
+    population: int = 24
+    """Sub-networks in a generation."""
+
+    generations: int = 10
+    """Generations, the first random one included."""
+
+    tolerance: float = 0.005
+    """How far above the ratio a result may lie."""
+
+    order: str = "l1"
+    """Which channels and heads go first: l1 (those with the smallest weights, as in the paper), activation (those that
+    contribute least on calibration text), or stored (the last ones)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_counts(mlp_group=1, head_group=1, width_samples=1, population=4, generations=1)
+        check_order(self.order)
+
+    def run(self, job: Job) -> None:
+        pruning = self.begin(job)
+        anatomy = pruning.anatomy
+        group = self.mlp_group or max(1, job.model.config.get_text_config(decoder=True).hidden_size // 4)
+        groups = {"channels": group, **dict.fromkeys(head_axes(anatomy), self.head_group)}
+        self.check_reach(anatomy, [block_moves(anatomy), width_moves(anatomy, groups)])
+        for_widths = self.windows(job, self.width_samples, self.seed)
+        for_blocks = self.windows(job, self.samples, self.seed + 1)
+        with ordered(job.model, anatomy, self.order, for_widths):
+            self.stage(pruning, "blocks", block_moves(anatomy), for_blocks, self.ratio / 2)
+            with pruning.scoring("widths", for_widths) as score:
+                subnet, loss = self._evolve(pruning, score, groups)
+            pruning.commit("widths", Move("all", subnet), loss)
+            self.finish(pruning, job)
+
+    def _evolve(self, pruning: Pruning, score: Scorer, groups: dict[str, int]) -> tuple[Subnet, float]:
+        try:
+            from pymoo.algorithms.moo.nsga2 import NSGA2
+            from pymoo.core.problem import ElementwiseProblem
+            from pymoo.operators.crossover.sbx import SBX
+            from pymoo.operators.mutation.pm import PM
+            from pymoo.operators.repair.rounding import RoundingRepair
+            from pymoo.optimize import minimize
+        except ImportError:
+            raise PliantError("the evolutionary search needs pymoo: pip install 'pliant[search]'") from None
+        base, anatomy = pruning.subnet, pruning.anatomy
+        axes = [
+            (axis, groups[axis.leader])
+            for block in anatomy.blocks.values()
+            for axis in block.leaders
+            if block.name not in base.skip and axis.leader in groups
+        ]
+        steps = [_steps(axis, group) for axis, group in axes]
+        total = self.population * self.generations
+        met: dict[Subnet, float] = {}
+
+        class Widths(ElementwiseProblem):
+            def _evaluate(self, x: np.ndarray, out: dict[str, Any], *_: Any, **__: Any) -> None:
+                subnet = base
+                for (axis, _group), allowed, place in zip(axes, steps, x, strict=True):
+                    if allowed[int(place)] != axis.size:
+                        subnet = subnet.keeping(axis.name, allowed[int(place)])
+                loss = score(subnet)
+                met[subnet] = loss
+                pruning.job.progress.step(len(met) / total, f"{len(met)} of {total} sub-networks, loss {loss:.4f}")
+                out["F"] = [loss if np.isfinite(loss) else 1e9, -ratio(anatomy, subnet)]
+
+        problem = Widths(
+            n_var=len(axes), n_obj=2, xl=0, xu=np.array([len(allowed) - 1 for allowed in steps]), vtype=int
+        )
+        first: Any = self._first(base, anatomy, axes, steps)  # pymoo takes an array, its signature does not say so
+        algorithm = NSGA2(
+            pop_size=self.population,
+            sampling=first,
+            crossover=SBX(prob=0.9, eta=10, repair=RoundingRepair()),
+            mutation=PM(prob=1.0, prob_var=1 / len(axes), eta=3, repair=RoundingRepair()),
+            eliminate_duplicates=True,
+        )
+        minimize(problem, algorithm, ("n_gen", self.generations), seed=self.seed, verbose=False)
+        fitting = {s: loss for s, loss in met.items() if 0 <= ratio(anatomy, s) - self.ratio <= self.tolerance}
+        if not fitting:
+            reached = sorted(ratio(anatomy, subnet) for subnet in met)
+            raise RatioError(
+                f"none of {len(met)} sub-networks came to ratio {self.ratio} within {self.tolerance} (they span {reached[0]:.3f} "
+                f"to {reached[-1]:.3f}); give more generations or a larger tolerance"
+            )
+        best = min(fitting, key=fitting.__getitem__)
+        return best, fitting[best]
+
+    def _first(
+        self, base: Subnet, anatomy: Anatomy, axes: Sequence[tuple[Axis, int]], steps: Sequence[Sequence[int]]
+    ) -> np.ndarray:
+        """The first generation: random steps of random axes taken until about the ratio is met."""
+        draw = np.random.default_rng(self.seed)
+        rows = []
+        for _ in range(self.population):
+            places, subnet = np.zeros(len(axes), dtype=int), base
+            until = self.ratio * draw.uniform(0.8, 1.2)
+            while ratio(anatomy, subnet) < until and (
+                free := [i for i, p in enumerate(places) if p + 1 < len(steps[i])]
+            ):
+                chosen = int(draw.choice(free))
+                places[chosen] += 1
+                subnet = subnet.keeping(axes[chosen][0].name, steps[chosen][places[chosen]])
+            rows.append(places)
+        return np.array(rows)
+
+
+def _steps(axis: Axis, group: int) -> list[int]:
+    """The numbers of units that can be kept, from all of them down."""
+    allowed = [axis.size]
+    while (left := axis.less(allowed[-1], group)) is not None:
+        allowed.append(left)
+    return allowed

@@ -1,0 +1,286 @@
+"""The training loop. Whatever is drawn in a step depends on the seed and the number of that step alone, so a training that
+was stopped and goes on computes the same as one that was not."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pliant.data.encode import IGNORED, Encoded
+from pliant.errors import PliantError
+from pliant.progress import Progress, duration, peak_memory, size
+from pliant.train.draw import seed_of, seeded
+from pliant.train.errors import DivergedError
+from pliant.train.halves import Halves
+from pliant.train.loss import Distillation, backward, held_out_loss
+from pliant.train.state import StateFile
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+}
+"""Share of the learning rate by share done after the warm-up; both end at 0."""
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train; the fields mean what the settings of the same names mean in :class:`pliant.train.recover.Recover`."""
+
+    steps: int
+    batch: int
+    micro_batch: int
+    lr: float
+    warmup: float
+    schedule: str
+    weight_decay: float
+    clip: float
+    every: int
+    seed: int
+    minutes: float | None
+
+    def share(self, step: int, seconds: float) -> float:
+        """How much of the training is over in the middle of a step: of the steps or of the time, whichever is nearer its end."""
+        of_time = 0.0 if self.minutes is None else seconds / (60 * self.minutes)
+        return min(1.0, max((step + 0.5) / self.steps, of_time))
+
+    def rate(self, share: float) -> float:
+        """Learning rate at a share of the training: up in a line, then down by the schedule."""
+        if share < self.warmup:
+            return self.lr * share / self.warmup
+        return self.lr * SCHEDULES[self.schedule]((share - self.warmup) / (1 - self.warmup))
+
+    def over(self, step: int, seconds: float) -> str | None:
+        """Why no further step is made: ``steps``, ``minutes``, or None when one is."""
+        if step >= self.steps:
+            return "steps"
+        return "minutes" if self.minutes is not None and seconds >= 60 * self.minutes else None
+
+
+class Training:
+    """Trains some parameters of a model on sequences; holds what an interrupted training needs to go on.
+
+    Arguments:
+        halves: the model, in training mode.
+        parameters: what is trained, by name.
+        data: sequences to learn.
+        held_out: sequences to choose the best state by; may be empty, then the last state counts.
+        state: where the state is kept.
+
+    Attributes:
+        step: optimizer steps made.
+        seconds: of training, those before an interruption included.
+        curve: one row for each look: ``step``, mean training ``loss`` since the look before, ``held_out`` loss (nats per token
+            both), ``seconds``.
+        best: the step whose parameters have the lowest held-out loss.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        halves: Halves,
+        parameters: dict[str, nn.Parameter],
+        data: Encoded,
+        held_out: Encoded,
+        plan: Plan,
+        distillation: Distillation | None,
+        state: StateFile,
+        progress: Progress,
+    ):
+        self.plan, self.step, self.best = plan, 0, 0
+        self.curve: list[dict[str, Any]] = []
+        self.seconds = self.training_seconds = 0.0
+        self.tokens = 0  # read in training so far
+        self._model, self._halves, self._parameters = model, halves, parameters
+        self._data, self._distillation, self._state, self._progress = data, distillation, state, progress
+        self._device = next(iter(parameters.values())).device
+        self._held_out = [
+            self._on_device(held_out, rows) for rows in _by_length(held_out, range(len(held_out)), plan.micro_batch)
+        ]
+        self._order: tuple[int, list[int]] = (-1, [])
+        self._best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self._since = [0.0, 0]  # loss and learned tokens since the last look
+        self._whole = True  # False while what belongs together is only partly up to date
+        matrices = [parameter for parameter in parameters.values() if parameter.dim() > 1]
+        others = [parameter for parameter in parameters.values() if parameter.dim() <= 1]
+        groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+        self._optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=plan.lr, weight_decay=plan.weight_decay, fused=True
+        )
+
+    def run(self) -> str:
+        """Train until the steps or the minutes are over, and leave the best state in the parameters.
+
+        Returns:
+            What ended it: ``steps`` or ``minutes``.
+
+        Raises:
+            DivergedError: the loss or a gradient is not a number.
+        """
+        self._resume()
+        begun, saved, start = time.monotonic() - self.seconds, self.step, self._share()
+        told = False
+        try:
+            while True:
+                self.seconds = time.monotonic() - begun
+                over = self.plan.over(self.step, self.seconds)
+                if (over or self.step % self.plan.every == 0) and (
+                    not self.curve or self.curve[-1]["step"] != self.step
+                ):
+                    self._look()
+                    self._save()
+                    saved = self.step
+                if over:
+                    break
+                tick = time.monotonic()
+                loss = self._train()
+                self.training_seconds += time.monotonic() - tick
+                if not told:
+                    told = True
+                    self._tell_cost(time.monotonic() - tick)
+                self.seconds = time.monotonic() - begun
+                self._progress.step((self._share() - start) / max(1e-9, 1 - start), self._line(loss))
+        except BaseException as error:
+            self.seconds = time.monotonic() - begun
+            if self._whole and self.step > saved and not isinstance(error, PliantError):
+                self._save()
+            raise
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(self._best[name])
+        return over
+
+    def _train(self) -> float:
+        """One optimizer step; returns its mean loss in nats per token."""
+        rows = self._rows(self.step)
+        learned = sum(int((self._data.labels[row][1:] != IGNORED).sum()) for row in rows)
+        total = 0.0
+        self._optimizer.zero_grad(set_to_none=True)
+        with seeded(self._device, seed_of("step", self.plan.seed, self.step)):
+            for part in _by_length(self._data, rows, self.plan.micro_batch):
+                total += backward(self._halves, self._on_device(self._data, part), self._distillation).item()
+        loss = total / learned
+        for parameter in self._parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.div_(learned)
+        norm = nn.utils.clip_grad_norm_(self._parameters.values(), self.plan.clip)
+        if not math.isfinite(loss) or not torch.isfinite(norm):
+            raise DivergedError(
+                f"the loss of step {self.step + 1} is {loss}, its gradient {norm.item()}: the training diverged. The model is as "
+                f"it was given; try a lower lr than {self.plan.lr}, or more warmup"
+            )
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.plan.rate(self.plan.share(self.step, self.seconds))
+        self._whole = False
+        self._optimizer.step()
+        self.step += 1
+        self.tokens += sum(len(self._data.ids[row]) for row in rows)
+        self._since[0] += total
+        self._since[1] += learned
+        self._whole = True
+        return loss
+
+    def _look(self) -> None:
+        """Measure the held-out loss and keep the state when it is the best so far."""
+        loss = None
+        if self._held_out:
+            self._model.eval()
+            loss = held_out_loss(self._halves, self._held_out)
+            self._model.train()
+        known = [row["held_out"] for row in self.curve]
+        self._whole = False
+        if loss is None or not known or loss < min(known):
+            with torch.no_grad():
+                for name, parameter in self._parameters.items():
+                    self._best[name].copy_(parameter)
+            self.best = self.step
+        mean = self._since[0] / self._since[1] if self._since[1] else None
+        self._since = [0.0, 0]
+        self.curve.append({"step": self.step, "loss": mean, "held_out": loss, "seconds": self.seconds})
+        self._whole = True
+
+    def _rows(self, step: int) -> list[int]:
+        """The sequences of a step: every pass over the data has an order of its own."""
+        rows = []
+        for place in range(step * self.plan.batch, (step + 1) * self.plan.batch):
+            number, within = divmod(place, len(self._data))
+            if self._order[0] != number:
+                generator = torch.Generator().manual_seed(seed_of("order", self.plan.seed, number))
+                self._order = number, torch.randperm(len(self._data), generator=generator).tolist()
+            rows.append(self._order[1][within])
+        return rows
+
+    def _on_device(self, data: Encoded, rows: list[int]) -> Batch:
+        ids, labels, mask = data.batch(rows)
+        return ids.to(self._device), labels.to(self._device), mask.to(self._device)
+
+    def _share(self) -> float:
+        return self.plan.share(self.step, self.seconds) if self.step else 0.0
+
+    def _line(self, loss: float) -> str:
+        last = self.curve[-1]["held_out"]
+        seen = "" if last is None else f", held-out {last:.3f}, best at step {self.best}"
+        return f"step {self.step} of {self.plan.steps}, loss {loss:.3f}{seen}"
+
+    def _tell_cost(self, seconds: float) -> None:
+        left = (self.plan.steps - self.step + 1) * seconds
+        budget = math.inf if self.plan.minutes is None else 60 * self.plan.minutes - self.seconds
+        enough = "" if left <= budget else f", the time is enough for about {max(1, round(budget / seconds))} of them"
+        self._progress.note(
+            f"  a step takes {duration(seconds)}; {self.plan.steps - self.step + 1} steps take about {duration(left)}{enough}; "
+            f"peak memory so far {size(memory_peak(self._device))}"
+        )
+
+    def _save(self) -> None:
+        tensors = {f"now.{name}": parameter for name, parameter in self._parameters.items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self._best.items()}
+        for name, parameter in self._parameters.items():
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                tensors[f"adam.{key}.{name}"] = value
+        plain = {
+            "step": self.step,
+            "best": self.best,
+            "curve": self.curve,
+            "since": self._since,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "training_seconds": self.training_seconds,
+        }
+        self._state.write(tensors, plain)
+
+    def _resume(self) -> None:
+        """Go on from the state on disk, if there is one."""
+        found = self._state.read()
+        if found is None:
+            return
+        tensors, plain = found
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(tensors[f"now.{name}"])
+                self._best[name].copy_(tensors[f"best.{name}"])
+                moments = {key: tensors.get(f"adam.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+                self._optimizer.state[parameter] = {
+                    key: value.to(self._device) for key, value in moments.items() if value is not None
+                }
+        self.step, self.best, self.curve = plain["step"], plain["best"], plain["curve"]
+        self._since, self.tokens = plain["since"], plain["tokens"]
+        self.seconds, self.training_seconds = plain["seconds"], plain["training_seconds"]
+        self._progress.note(f"  goes on after step {self.step}")
+
+
+def memory_peak(device: torch.device) -> int:
+    """Largest memory in use so far in bytes: of the device, or of this process where the device is the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
+
+
+def _by_length(data: Encoded, rows: list[int] | range, count: int) -> list[list[int]]:
+    """Rows in batches of ``count``, of similar length, so that little is filled up."""
+    ordered = sorted(rows, key=lambda row: (-len(data.ids[row]), row))
+    return [ordered[start : start + count] for start in range(0, len(ordered), count)]

@@ -1,0 +1,298 @@
+"""Recovery: train a model that was cut for a short while, so that what is left makes up for what is gone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pliant.anatomy import Anatomy, anatomy_of
+from pliant.checkpoint.load import load
+from pliant.checkpoint.weights import check_finite, fingerprint
+from pliant.data import Examples, Text, examples
+from pliant.data.encode import Encoded
+from pliant.errors import DataError
+from pliant.progress import size
+from pliant.step import Job, Step, StepError
+from pliant.train.cost import estimate
+from pliant.train.draw import seed_of
+from pliant.train.halves import Halves
+from pliant.train.loop import SCHEDULES, Plan, Training, memory_peak
+from pliant.train.loss import Distillation
+from pliant.train.state import StateFile
+from pliant.train.trained import Full, Lora, Trained, linear_layers, training_mode
+
+RATES = {"lora": 3e-4, "full": 5e-5}
+MEMORY = ("fast", "small")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recover(Step):
+    """Train the model on text or examples; what comes out is an ordinary model of the same shapes and dtype."""
+
+    kind: ClassVar[str] = "recover"
+
+    method: str = "lora"
+    """lora trains low-rank adapters and merges them at the end (needs the train extra); full trains every weight."""
+
+    steps: int = 200
+    """Optimizer steps."""
+
+    minutes: float | None = None
+    """Stop at the first optimizer step past so many minutes, if the steps are not over before; the schedule knows."""
+
+    batch: int = 8
+    """Sequences in an optimizer step."""
+
+    micro_batch: int | None = None
+    """Sequences in memory at a time; when left out, what makes about 512 tokens on a CPU, 4096 on a GPU."""
+
+    seqlen: int = 256
+    """Tokens in a sequence; longer examples are cut off, plain text is packed into windows of this length."""
+
+    lr: float | None = None
+    """Highest learning rate; when left out, 3e-4 for lora and 5e-5 for full."""
+
+    warmup: float = 0.05
+    """Share of the training in which the learning rate goes up."""
+
+    schedule: str = "cosine"
+    """How the learning rate goes down to 0 after that: cosine or linear."""
+
+    weight_decay: float = 0.0
+    """Decay of matrices in AdamW."""
+
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+
+    rank: int = 16
+    """lora: rank of the adapters."""
+
+    alpha: float = 32
+    """lora: adapters are scaled by alpha / rank."""
+
+    dropout: float = 0.0
+    """lora: share of an adapter's inputs that are dropped in training; 0.05 is usual, and makes a CPU slower."""
+
+    targets: str = ""
+    """lora: names of linear layers with commas between, such as q_proj,v_proj; empty means all in the blocks."""
+
+    distil: float = 0.0
+    """Weight of learning the dense model's next-token distributions: 0 learns the text alone, 1 only the dense model."""
+
+    temperature: float = 1.0
+    """distil: both distributions are flattened by it."""
+
+    teacher: str | None = None
+    """distil: folder or hub id of the dense model; when left out, where this model was loaded from."""
+
+    data: str | None = None
+    """Training data: a file, a folder or hub id as for pliant.examples; when left out, the data of the run."""
+
+    held_out: int = 32
+    """Sequences kept out of training, a tenth of them at most, to choose the best state by; 0 takes the last state."""
+
+    every: int = 25
+    """Optimizer steps between two looks at the held-out loss; after each the state is written to the work folder."""
+
+    memory: str = "fast"
+    """fast keeps activations; small computes them twice (gradient checkpointing), which is slower."""
+
+    seed: int = 42
+    """Seed of the order of the sequences, of dropout, and of the adapters' first values."""
+
+    def __post_init__(self) -> None:
+        for name in ("data", "teacher"):
+            if isinstance(getattr(self, name), Path):
+                object.__setattr__(self, name, str(getattr(self, name)))
+        self._check_choice("method", RATES)
+        self._check_choice("schedule", SCHEDULES)
+        self._check_choice("memory", MEMORY)
+        for name, least in {
+            "steps": 1,
+            "batch": 1,
+            "micro_batch": 1,
+            "seqlen": 2,
+            "rank": 1,
+            "held_out": 0,
+            "every": 1,
+        }.items():
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise StepError(f"{name} is a whole number of at least {least}, not {value!r}")
+        for name in ("minutes", "lr", "clip", "alpha", "temperature"):
+            value = getattr(self, name)
+            if value is not None and not (_number(value) and 0 < value < float("inf")):
+                raise StepError(f"{name} is a number above 0, not {value!r}")
+        for name, most in {"warmup": 0.9, "dropout": 0.9, "distil": 1.0, "weight_decay": 1.0}.items():
+            value = getattr(self, name)
+            if not (_number(value) and 0 <= value <= most):
+                raise StepError(f"{name} is a number from 0 to {most}, not {value!r}")
+
+    def run(self, job: Job) -> None:
+        model = job.model
+        check_finite(model)
+        Halves(model)  # a model that predicts no next tokens is refused before any work
+        tokenizer = job.tokenizer()
+        anatomy = anatomy_of(model)
+        given = self._examples(job)
+        train, held_out = self._sequences(given, model, tokenizer)
+        teacher = self._teacher(job)
+        belongs_to = {
+            "model": fingerprint(model),
+            "data": given.digest,
+            "tokens": train.digest,
+            "dense": None if teacher is None else fingerprint(teacher),
+            **{key: value for key, value in self.to_dict().items() if key not in ("step", "data", "teacher")},
+        }
+        if teacher is not None and belongs_to["dense"] == belongs_to["model"]:
+            raise StepError(
+                "the dense model has the same weights as the model to recover, so there is nothing to learn from it; name the "
+                "one from before the cut with teacher= (or pliant.apply(..., dense=model))"
+            )
+        state = StateFile(_place(job), belongs_to)
+        state.read()  # one that belongs to something else is refused before any work
+        job.progress.note(
+            f"{given.source}: {len(train)} sequences, {train.tokens:,} tokens; {len(held_out)} held out; "
+            f"{self.steps} steps of {self.batch}, {self.steps * self.batch / len(train):.1f} passes"
+        )
+        was_training = teacher is not None and teacher.training
+        try:
+            self._train(job, anatomy, train, held_out, teacher, state)
+        finally:
+            if teacher is not None:
+                teacher.train(was_training)
+
+    def _train(
+        self, job: Job, anatomy: Anatomy, train: Encoded, held_out: Encoded, teacher: Any, state: StateFile
+    ) -> None:
+        model = job.model
+        micro = self.micro_batch or max(1, (4096 if model.device.type == "cuda" else 512) // self.seqlen)
+        plan = Plan(
+            steps=self.steps,
+            batch=self.batch,
+            micro_batch=min(micro, self.batch),
+            lr=self.lr or RATES[self.method],
+            warmup=self.warmup,
+            schedule=self.schedule,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+            every=self.every,
+            seed=self.seed,
+            minutes=self.minutes,
+        )
+        distillation = None if teacher is None else Distillation(Halves(teacher.eval()), self.distil, self.temperature)
+        linears = linear_layers(model, anatomy)
+        with training_mode(model, recompute=self.memory == "small"):
+            trained = self._trained(model, anatomy)
+            try:
+                needs = estimate(
+                    model,
+                    linears,
+                    trained.parameters,
+                    plan.micro_batch * self.seqlen,
+                    copies=2 if self.method == "full" else 1,
+                    teacher=teacher,
+                    recompute=self.memory == "small",
+                )
+                told = ", ".join(f"{name} {size(count)}" for name, count in needs.items())
+                job.progress.note(f"  needs about {size(sum(needs.values()))} of memory: {told}")
+                training = Training(
+                    model, Halves(model), trained.parameters, train, held_out, plan, distillation, state, job.progress
+                )
+                with job.progress.stage(f"recovery ({self.method})"):
+                    ended = training.run()
+                trained.finish()
+                check_finite(model)
+            except BaseException:  # Ctrl-C, too
+                trained.abandon()
+                raise
+        job.record["recovery"] = {
+            "ended_by": ended,
+            "steps": training.step,
+            "best_step": training.best,
+            "curve": training.curve,
+            "sequences": len(train),
+            "held_out": len(held_out),
+            "dropped_rows": train.dropped,
+            "tokens": training.tokens,
+            "tokens_per_second": training.tokens / max(1e-9, training.training_seconds),
+            "seconds": training.seconds,
+            "trained_parameters": sum(p.numel() for p in trained.parameters.values()),
+            "memory_estimate": sum(needs.values()),
+            "peak_memory": memory_peak(model.device),
+        }
+
+    def _trained(self, model: Any, anatomy: Anatomy) -> Trained:
+        if self.method == "full":
+            return Full(model)
+        return Lora(
+            model,
+            anatomy,
+            rank=self.rank,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            targets=[name.strip() for name in self.targets.split(",") if name.strip()],
+            seed=seed_of("adapters", self.seed),
+        )
+
+    def _examples(self, job: Job) -> Examples:
+        if self.data is not None:
+            return examples(self.data)
+        if isinstance(job.data, Text):
+            return examples(job.data)
+        if isinstance(job.data, Examples):
+            return job.data
+        raise DataError(
+            "recover needs data to train on: pass data=pliant.examples('some.jsonl') or data=pliant.text(...)"
+        )
+
+    def _sequences(self, given: Examples, model: Any, tokenizer: Any) -> tuple[Encoded, Encoded]:
+        """What to train on and what to hold out."""
+        config = model.config.get_text_config(decoder=True)
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None and self.seqlen > longest:
+            raise DataError(f"sequences of {self.seqlen} tokens are longer than the {longest} positions of this model")
+        encoded = given.encode(tokenizer, self.seqlen)
+        known, highest = model.get_input_embeddings().num_embeddings, max(int(ids.max()) for ids in encoded.ids)
+        if highest >= known:
+            raise DataError(
+                f"the tokenizer gives token id {highest}, the model knows only {known}: this is the tokenizer of another model"
+            )
+        count = min(self.held_out, max(1, len(encoded) // 10))
+        if count >= len(encoded):
+            raise DataError(
+                f"{given.source} gives one sequence of {self.seqlen} tokens; to hold one out, too, give more data or a smaller "
+                "seqlen, or set held_out=0"
+            )
+        return encoded.split(count)
+
+    def _teacher(self, job: Job) -> Any:
+        """The dense model to learn from, or None."""
+        if self.distil == 0:
+            return None
+        dense = load(self.teacher) if self.teacher is not None else job.dense()
+        dense = dense.to(job.model.device)
+        ours, theirs = (one.get_output_embeddings().weight.shape[0] for one in (job.model, dense))
+        if ours != theirs:
+            raise StepError(
+                f"the dense model has a vocabulary of {theirs}, this model one of {ours}; distributions can be learned only "
+                "from a model with the same vocabulary"
+            )
+        return dense
+
+    def _check_choice(self, name: str, allowed: Any) -> None:
+        if getattr(self, name) not in allowed:
+            raise StepError(f"there is no {name} {getattr(self, name)!r}; there are {', '.join(allowed)}")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _place(job: Job) -> Path | None:
+    """The state file. A recipe may recover several times; each has a folder of its own."""
+    if job.work is None:
+        return None
+    before = [one for one in getattr(job.model, "pliant_history", []) if one["settings"]["step"] == Recover.kind]
+    return job.work / (f"recover-{len(before) + 1}" if before else "recover") / "state.safetensors"

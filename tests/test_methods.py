@@ -1,0 +1,394 @@
+"""Baselines, other searches and other objectives, all through one interface."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+import pliant
+from pico import pico, tokenizer
+from pliant.anatomy import anatomy_of
+from pliant.elastic import Subnet, parameters, ratio
+from pliant.errors import RatioError
+from pliant.measure.activation import activation_orders
+from pliant.measure.latency import Latency, measure_latency
+from pliant.measure.rank import RANKINGS, fisher, influence, relative_magnitude, removal, taylor
+from pliant.measure.stream import Stream
+from pliant.measure.walk import Walk
+from pliant.search.cost import COSTS, cost_of
+from pliant.search.knapsack import Choice, solve
+from pliant.search.moves import block_moves, layer_moves, pooled, width_moves
+from pliant.step import StepError
+
+WORDS = ["the", "cat", "sat", "on", "a", "red", "mat", "and", "looked", "at", "dogs", "that", "ran", "over", "hills"]
+TEXT = pliant.text([" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 40)) for i in range(1, 60)])
+SHARED = {"ratio": 0.15, "samples": 4, "seqlen": 64}
+WINDOWS = torch.randint(3, 250, (6, 24), generator=torch.Generator().manual_seed(0))
+
+STEPS = {
+    **{f"oneshot by {by}": pliant.OneShot(**SHARED, by=by) for by in (*RANKINGS, "random")},
+    "shortgpt": pliant.OneShot(**SHARED, by="influence", granularity="layer"),
+    "unified": pliant.UnifiedPruner(**SHARED, mlp_group=8),
+    "unified per byte, racing": pliant.UnifiedPruner(**SHARED, mlp_group=8, per="bytes", search="racing"),
+    "knapsack": pliant.KnapsackPruner(**SHARED, levels=2, swaps=4),
+    "multipruner, activation order": pliant.MultiPruner(**SHARED, width_samples=4, mlp_group=8, order="activation"),
+}
+
+
+def pruned(step, name="llama", **options):
+    return pliant.apply(pico(name), step, TEXT, tokenizer=tokenizer(), progress=False, **options)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_every_method_meets_the_ratio_and_leaves_a_model_that_runs(name, tmp_path):
+    dense = pico("llama")
+    model = pruned(STEPS[name])
+    removed = 1 - sum(p.numel() for p in model.parameters()) / sum(p.numel() for p in dense.parameters())
+    record = model.pliant_history[0]
+    assert removed == pytest.approx(record["ratio"])
+    assert removed >= 0.15
+    model.save_pretrained(tmp_path / "cut")
+    again = pliant.load(tmp_path / "cut")
+    ids = WINDOWS[:1]
+    with torch.inference_mode():
+        assert torch.allclose(again(ids).logits, model(ids).logits, atol=5e-6)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "bloom", "mixtral"])
+@pytest.mark.parametrize("by", RANKINGS)
+def test_rankings_work_on_every_layout(family, by):
+    model = pico(family)
+    anatomy = anatomy_of(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ranks = RANKINGS[by](model, anatomy, WINDOWS)
+    assert set(ranks) == set(anatomy.blocks)
+    assert all(math.isfinite(rank) for rank in ranks.values())
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_influence_and_magnitude_are_what_their_formulas_say():
+    model = pico("llama")
+    anatomy = anatomy_of(model)
+    seen = {}
+    layer = model.model.layers[1]
+    layer.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
+    layer.self_attn.register_forward_hook(lambda _, __, out: seen.update(attention=out[0]))
+    layer.mlp.register_forward_hook(lambda _, __, out: seen.update(mlp=out))
+    with torch.inference_mode():
+        model(WINDOWS)
+    x = seen["x"]
+    middle, end = x + seen["attention"], x + seen["attention"] + seen["mlp"]
+    found = influence(pico("llama"), anatomy, WINDOWS)
+    assert found["layers.1.attention"] == pytest.approx(
+        1 - torch.cosine_similarity(x, middle, dim=-1).mean().item(), abs=1e-5
+    )
+    assert found["layers.1.mlp"] == pytest.approx(
+        1 - torch.cosine_similarity(middle, end, dim=-1).mean().item(), abs=1e-5
+    )
+    found = relative_magnitude(pico("llama"), anatomy, WINDOWS)
+    expected = (seen["mlp"].norm(dim=-1) / end.norm(dim=-1)).mean().item()
+    assert found["layers.1.mlp"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_taylor_predicts_a_small_removal():
+    """Scaled down, what a block adds changes the loss as its gradient says."""
+    model = pico("llama")
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.mul_(1e-2)
+    anatomy = anatomy_of(model)
+    real = removal(model, anatomy, WINDOWS)["layers.2.mlp"]
+    assert taylor(model, anatomy, WINDOWS)["layers.2.mlp"] == pytest.approx(real, rel=0.05)
+    assert fisher(model, anatomy, WINDOWS)["layers.2.mlp"] > 0
+
+
+def test_removal_is_the_first_step_of_the_search():
+    model = pico("llama")
+    anatomy = anatomy_of(model)
+    walk = Walk(model, anatomy, WINDOWS)
+    expected = walk.score(Subnet().without("layers.1.mlp")) - walk.score(Subnet())
+    walk.close()
+    assert removal(model, anatomy, WINDOWS)["layers.1.mlp"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_random_differs_by_seed_and_repeats_by_seed():
+    chosen = [pruned(pliant.OneShot(**SHARED, by="random", seed=seed)).pliant_history[0]["ranks"] for seed in (1, 1, 2)]
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+def test_shortgpt_takes_whole_layers():
+    skip = pruned(STEPS["shortgpt"]).pliant_history[0]["subnet"]["skip"]
+    layers = {name.rpartition(".")[0] for name in skip}
+    assert set(skip) == {f"{layer}.{kind}" for layer in layers for kind in ("attention", "mlp")}
+
+
+def test_layers_are_never_offered_with_the_last_attention_of_a_type():
+    anatomy = anatomy_of(pico("gemma2"))
+    subnet = Subnet()
+    while offered := layer_moves(anatomy)(subnet):
+        subnet = offered[0].subnet
+    assert len(subnet.skip) == 4  # two layers of four: one of each attention type stays
+
+
+def test_pooled_moves_are_all_moves():
+    anatomy = anatomy_of(pico("mixtral"))
+    several = [block_moves(anatomy), width_moves(anatomy, {"channels": 8, "experts": 1})]
+    units = [move.unit for move in pooled(*several)(Subnet())]
+    assert units == [move.unit for moves in several for move in moves(Subnet())]
+    assert "layers.0.mlp.experts" in units
+
+
+# --- orders, costs, latency --------------------------------------------------------------------------------------------
+
+
+def test_the_activation_order_puts_silent_channels_last():
+    model = pico("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[:, 7] = 0
+        model.model.layers[1].mlp.up_proj.weight[11] = 0
+    order = activation_orders(model, anatomy_of(model), WINDOWS)["layers.1.mlp.channels"].tolist()
+    assert sorted(order) == list(range(48))
+    assert set(order[-2:]) == {7, 11}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt", "gpt_neox", "mixtral"])
+def test_the_activation_order_covers_what_matrices_read(family):
+    model = pico(family)
+    anatomy = anatomy_of(model)
+    orders = activation_orders(model, anatomy, WINDOWS)
+    assert set(orders) == {name for name in anatomy.axes if not name.endswith(("experts", "mlp.channels"))} | (
+        set() if family == "mixtral" else {name for name in anatomy.axes if name.endswith("mlp.channels")}
+    )
+
+
+@pytest.mark.parametrize("cost", [cost for cost in COSTS if cost not in ("prefill", "decode")])
+def test_counted_costs_fall_with_every_removal(cost):
+    model = pico("llama")
+    anatomy = anatomy_of(model)
+    of = cost_of(cost, model, anatomy)
+    moves = pooled(block_moves(anatomy), width_moves(anatomy, {"channels": 8, "kv": 1}))
+    assert all(of(move.subnet) < of(Subnet()) for move in moves(Subnet()))
+
+
+def test_a_latency_table_adds_up_interpolates_and_survives_json():
+    anatomy = anatomy_of(pico("llama"))
+    axes = {("attention", "kv"): ((0.0, 0.0), (1.0, 1.0)), ("mlp", "channels"): ((0.0, 0.0), (0.5, 0.75), (1.0, 1.0))}
+    table = Latency("decode", 2.0, {"attention": 1.0, "mlp": 4.0}, axes)
+    assert table.of(anatomy) == pytest.approx(2 + 4 * 5)
+    assert table.of(anatomy, Subnet().without("layers.0.mlp")) == pytest.approx(18)
+    assert table.of(anatomy, Subnet().keeping("layers.0.mlp.channels", 36)) == pytest.approx(22 - 4 * 0.125)
+    assert table.of(anatomy, Subnet().keeping("layers.0.attention.kv", 1)) == pytest.approx(22 - 2 / 3)
+    assert Latency.from_dict(table.to_dict()) == table
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_measured_table_is_positive_and_leaves_the_model_alone(phase):
+    model = pico("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    table = measure_latency(model, anatomy_of(model), phase, repeats=1)
+    assert table.of(anatomy_of(model)) > 0
+    assert all(0 <= y0 <= y1 <= 1 for points in table.axes.values() for (_, y0), (_, y1) in pairwise(points))
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_measured_milliseconds_are_kept_for_a_search_that_goes_on(tmp_path):
+    step = pliant.UnifiedPruner(**SHARED, mlp_group=8, per="decode")
+    first = pruned(step, work=tmp_path).pliant_history[0]
+    assert (tmp_path / "latency-decode.json").exists()
+    again = pruned(step, work=tmp_path).pliant_history[0]
+    assert again["subnet"] == first["subnet"]
+    assert all(counters["evaluations"] == 0 for counters in again["counters"].values())
+
+
+def test_weighing_by_parameters_prefers_what_saves_more():
+    """Of two units that hurt alike, the larger goes."""
+    from pliant.search import Greedy, Move
+
+    def moves(subnet):
+        return [Move(n, subnet.without(n)) for n in ("small", "large") if n not in subnet.skip]
+
+    taken = []
+    Greedy("exact").run(
+        Subnet(),
+        moves,
+        lambda subnet: float(len(subnet.skip)),
+        lambda subnet: not subnet.skip,
+        lambda move, _loss: taken.append(move.unit),
+        gain=lambda _subnet, move: {"small": 1.0, "large": 2.0}[move.unit],
+    )
+    assert taken == ["large"]
+
+
+def test_racing_scores_a_quarter_in_full_and_finds_what_exact_finds_on_additive_damage():
+    from pliant.search import Greedy, Move
+
+    names = [f"b{i}" for i in range(16)]
+    damage = {name: (i * 7 % 16 + 1) / 16 for i, name in enumerate(names)}
+
+    def search(mode):
+        full, taken = [], []
+
+        def score(subnet):
+            full.append(subnet)
+            return sum(damage[name] for name in subnet.skip)
+
+        Greedy(mode, refresh=0).run(
+            Subnet(),
+            lambda s: [Move(n, s.without(n)) for n in names if n not in s.skip],
+            score,
+            lambda s: len(s.skip) < 5,
+            lambda move, _loss: taken.append(move.unit),
+            rough=lambda s: sum(damage[name] for name in s.skip) * 1.1,
+        )
+        return taken, len(full)
+
+    (racing, scored), (exact, _) = search("racing"), search("exact")
+    assert racing == exact
+    assert scored < 16
+
+
+# --- knapsack ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_knapsack_finds_the_best_mix():
+    """Against every combination of three menus."""
+    import itertools
+    import random
+
+    draw = random.Random(0)
+    for _ in range(20):
+        menus = [
+            [Choice((), 0, 0.0)] + [Choice((), draw.randint(1, 50), draw.random()) for _ in range(3)] for _ in range(4)
+        ]
+        target = 60.0
+        feasible = [
+            sum(menu[i].damage for menu, i in zip(menus, mix, strict=True))
+            for mix in itertools.product(range(4), repeat=4)
+            if sum(int(menu[i].saved / (target / 4000)) for menu, i in zip(menus, mix, strict=True)) >= 4000
+        ]
+        chosen = solve(menus, target)
+        if not feasible:
+            assert chosen is None
+            continue
+        assert chosen is not None
+        assert sum(menu[i].saved for menu, i in zip(menus, chosen, strict=True)) >= target
+        assert sum(menu[i].damage for menu, i in zip(menus, chosen, strict=True)) == pytest.approx(min(feasible))
+
+
+def test_swaps_never_make_it_worse():
+    without, with_ = (
+        pruned(pliant.KnapsackPruner(**SHARED, levels=2, swaps=swaps)).pliant_history[0]["points"][-1]["loss"]
+        for swaps in (0, 12)
+    )
+    assert with_ <= without
+
+
+# --- the evolutionary variant --------------------------------------------------------------------------------------------
+
+
+def test_evolution_meets_the_ratio_and_repeats():
+    pytest.importorskip("pymoo")
+    step = pliant.MultiPrunerEvol(**SHARED, width_samples=4, mlp_group=8, population=6, generations=2, tolerance=0.05)
+    first, again = (pruned(step).pliant_history[0] for _ in range(2))
+    assert 0.15 <= first["ratio"] <= 0.20
+    assert first["subnet"] == again["subnet"]
+
+
+# --- repair ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "granite", "phi", "opt", "falcon", "bloom", "mixtral"])
+def test_repair_brings_the_stream_nearer_to_the_dense_one(family):
+    from pliant.progress import Progress
+    from pliant.search.repair import repair
+
+    model = pico(family)
+    anatomy = anatomy_of(model)
+    subnet = Subnet().without("layers.1.attention").without("layers.2.mlp")
+    ids = torch.randint(3, 250, (16, 64), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        wanted = Stream(model, anatomy).run(ids, 0, 4)[4]
+
+    def distance():
+        with pliant.activate(model, subnet), torch.inference_mode():
+            return (Stream(model, anatomy).run(ids, 0, 4)[4] - wanted).square().mean().item()
+
+    before = distance()
+    told = repair(model, anatomy, subnet, ids, 0.01, Progress())
+    assert all(fit["distance"] is None or fit["distance"]["after"] <= fit["distance"]["before"] for fit in told)
+    assert distance() < before
+
+
+def test_repair_of_the_dense_model_changes_nothing():
+    from pliant.progress import Progress
+    from pliant.search.repair import repair
+
+    model, same = pico("llama"), pico("llama")
+    repair(model, anatomy_of(model), Subnet(), WINDOWS, 0.01, Progress())
+    for a, b in zip(model.parameters(), same.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_an_interrupted_repair_leaves_the_model_as_it_was():
+    from pliant.progress import Progress
+    from pliant.search.repair import repair
+
+    class Stop(Progress):
+        def step(self, share, text=""):  # noqa: ARG002
+            if share > 0.4:
+                raise KeyboardInterrupt
+
+    model, same = pico("llama"), pico("llama")
+    with pytest.raises(KeyboardInterrupt):
+        repair(model, anatomy_of(model), Subnet().without("layers.0.mlp"), WINDOWS, 0.01, Stop())
+    assert all(a.equal(b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
+
+
+def test_repair_is_a_setting_of_every_pruner_and_is_told():
+    record = pruned(pliant.BlockPruner(**SHARED, repair=8)).pliant_history[0]
+    assert {fit["block"] for fit in record["repair"]} <= set(anatomy_of(pico("llama")).blocks)
+    assert len(record["repair"]) == 8 - len(record["subnet"]["skip"])
+
+
+# --- bad settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: pliant.OneShot(ratio=0.1, by="taste"), "not by 'taste'"),
+        (lambda: pliant.OneShot(ratio=0.1, granularity="model"), "granularity is block or layer"),
+        (lambda: pliant.UnifiedPruner(ratio=0.1, per="euro"), "not per 'euro'"),
+        (lambda: pliant.UnifiedPruner(ratio=0.1, order="random"), "not by 'random'"),
+        (lambda: pliant.KnapsackPruner(ratio=0.1, swaps=-1), "swaps must be at least 0"),
+        (lambda: pliant.MultiPrunerEvol(ratio=0.1, population=1), "population must be at least 4"),
+        (lambda: pliant.BlockPruner(ratio=0.1, repair=-1), "repair must be at least 0"),
+        (lambda: pliant.BlockPruner(ratio=0.1, ridge=0), "ridge must be above 0"),
+    ],
+)
+def test_a_faulty_setting_is_refused(make, told):
+    with pytest.raises(StepError, match=told):
+        make()
+
+
+def test_a_ratio_out_of_reach_is_refused_before_any_work():
+    with pytest.raises(RatioError, match="cannot be reached"):
+        pruned(pliant.OneShot(ratio=0.9, samples=4, seqlen=64))
+
+
+def test_ratios_of_methods_agree_with_the_anatomy():
+    model = pico("llama")
+    anatomy = anatomy_of(model)
+    record = pruned(STEPS["knapsack"]).pliant_history[0]
+    subnet = Subnet.from_dict(record["subnet"])
+    assert record["ratio"] == pytest.approx(ratio(anatomy, subnet))
+    assert record["parameters_after"] == parameters(anatomy, subnet)
+
+
+@pytest.mark.parametrize("family", ["falcon", "olmo2", "bloom"])
+def test_stages_that_a_layout_forbids_leave_their_share_to_the_others(family):
+    step = pliant.MultiPruner(ratio=0.2, samples=4, width_samples=4, seqlen=64, mlp_group=4)
+    record = pruned(step, family).pliant_history[0]
+    assert record["ratio"] >= 0.2
+    assert "attention heads" not in record["counters"]
