@@ -126,14 +126,50 @@ def test_ctrl_c_on_the_command_line_is_130_with_a_word(folder, prose, tmp_path):
     assert "Traceback" not in told
 
 
-def test_overwriting_with_the_same_settings_starts_from_the_archive(folder, prose, tmp_path):
-    step = pliant.MultiPruner(ratio=0.3, **FEW)
-    first = compress(folder, step, prose, tmp_path / "small", measuring=QUICK, progress=Progress())
-    before = (tmp_path / "small" / "model.safetensors").read_bytes()
-    second = compress(folder, step, prose, tmp_path / "small", measuring=QUICK, progress=Progress(), overwrite=True)
-    assert sum(c["evaluations"] for c in first["steps"][0]["counters"].values()) > 0
-    assert sum(c["evaluations"] for c in second["steps"][0]["counters"].values()) == 0
-    assert (tmp_path / "small" / "model.safetensors").read_bytes() == before
+def test_overwriting_with_another_ratio_starts_from_the_archive(folder, prose, tmp_path):
+    first, second, straight = (
+        compress(
+            folder,
+            pliant.MultiPruner(ratio=ratio, **FEW),
+            prose,
+            out,
+            measuring=QUICK,
+            progress=Progress(),
+            overwrite=True,
+        )
+        for ratio, out in ((0.2, tmp_path / "small"), (0.3, tmp_path / "small"), (0.3, tmp_path / "straight"))
+    )
+    assert first["ratio"] < second["ratio"]
+    assert sum(c["replayed"] for c in second["steps"][0]["counters"].values()) > 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("small", "straight")]
+    assert weights[0] == weights[1]
+    assert second["steps"][0]["subnet"] == straight["steps"][0]["subnet"]
+
+
+def test_the_very_same_run_finds_its_work_done(folder, prose, tmp_path):
+    out = tmp_path / "small"
+    step = pliant.MultiPruner(ratio=0.3, repair=4, **FEW)
+    first = compress(folder, step, prose, out, measuring=QUICK, progress=Progress())
+    written = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    second = compress(folder, step, prose, out, measuring=QUICK, progress=Progress(), overwrite=True)
+    assert second == first
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == written
+    assert not out.with_name("small.work").exists()
+    weights = out / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])  # damaged: it is made anew
+    third = compress(folder, step, prose, out, measuring=QUICK, progress=Progress(), overwrite=True)
+    assert third["steps"][0]["subnet"] == first["steps"][0]["subnet"]
+    assert pliant.load(out) is not None
+    other = compress(
+        folder,
+        pliant.MultiPruner(ratio=0.3, repair=8, **FEW),
+        prose,
+        out,
+        measuring=QUICK,
+        progress=Progress(),
+        overwrite=True,
+    )
+    assert other["steps"][0]["settings"]["repair"] == 8
 
 
 def test_overwriting_with_other_settings_starts_anew(folder, prose, tmp_path):

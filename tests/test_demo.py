@@ -20,13 +20,13 @@ def parts(tmp_path, prose, tokenizer):
     return tmp_path
 
 
-def test_a_second_demo_evaluates_nothing_anew_and_gives_the_same_model(parts):
+def test_a_second_demo_finds_the_work_of_the_first(parts):
     first = run(parts, Progress())
-    weights = (parts / "small" / "model.safetensors").read_bytes()
+    weights = (parts / "small" / "model.safetensors").stat().st_mtime_ns
     second = run(parts, Progress())
     assert sum(c["evaluations"] for c in first["steps"][0]["counters"].values()) > 10
-    assert sum(c["evaluations"] for c in second["steps"][0]["counters"].values()) == 0
-    assert (parts / "small" / "model.safetensors").read_bytes() == weights
+    assert second == first
+    assert (parts / "small" / "model.safetensors").stat().st_mtime_ns == weights
     assert first["ratio"] >= 0.1
     assert (parts / "small" / "report.html").exists()
 

@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pliant.anatomy import anatomy_of
-from pliant.checkpoint.load import load, tokenizer_of
+from pliant.checkpoint.load import check_folder, load, tokenizer_of
 from pliant.checkpoint.weights import fingerprint
 from pliant.data import Text, text
 from pliant.elastic import Subnet, cache_bytes, macs, parameters, streamed_bytes, weight_bytes
@@ -67,7 +67,8 @@ def compress(
     """Compress a model into the folder ``out`` and return the report.
 
     While it runs, evaluations are kept in ``out`` + ``.work``: after a crash or Ctrl-C the same call goes on from there.
-    Afterwards the archive is part of the artefact, and a run with ``overwrite`` and the same settings starts from it.
+    Afterwards the archive is part of the artefact: a run with ``overwrite`` that differs in what no score depends on (the
+    ratio, say) starts from it, and one that differs in nothing finds its work done.
 
     Arguments:
         data: calibration text; None for a step that needs none.
@@ -132,6 +133,10 @@ def _compress(
         model = load(source, dtype=dtype)
         tokenizer = tokenizer_of(model)
     check_target(out, overwrite, need=sum(p.numel() * p.element_size() for p in model.parameters()))
+    job = _job(model, tokenizer, step, calibration, held_out, measuring)
+    if (done := _finished(out, job)) is not None:
+        progress.note(f"{out} holds this result already; remove it to have it made anew")
+        return done
 
     def quality(of: Any, name: str) -> dict[str, Any]:
         if not held_out and not measuring.tasks:
@@ -148,6 +153,7 @@ def _compress(
     after = {**_costs(model), "quality": quality(model, "cut")}
     report = {
         "schema": 1,
+        "job": job,
         "model": str(source),
         "ratio": 1 - after["parameters"] / before["parameters"],
         "before": before,
@@ -198,6 +204,42 @@ def _key(model: Any, tokenizer: Any, held_out: list[Text], measuring: Measuring)
     texts = [(source.source, source.digest, source.token_digest(tokenizer)) for source in held_out]
     digest.update(json.dumps([fingerprint(model), texts, settings]).encode())
     return digest.hexdigest()
+
+
+def _job(
+    model: Any,
+    tokenizer: Any,
+    step: Step | Sequence[Step],
+    calibration: Text | None,
+    held_out: list[Text],
+    measuring: Measuring,
+) -> str | None:
+    """What a whole run depends on, as a hash; None where a step reads files of its own, which may have changed."""
+    steps = [step] if isinstance(step, Step) else list(step)
+    if any(getattr(one, name, None) for one in steps for name in ("data", "teacher")):
+        return None
+    text_ = None if calibration is None else (calibration.digest, calibration.token_digest(tokenizer))
+    settings = [
+        [one.to_dict() for one in steps],
+        text_,
+        measuring.speed,
+        str(model.dtype),
+        machine()["cpu"],
+        versions(),
+    ]
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps([_key(model, tokenizer, held_out, measuring), settings]).encode())
+    return digest.hexdigest()
+
+
+def _finished(out: Path, job: str | None) -> dict[str, Any] | None:
+    """The report in ``out`` if it is that of this very run, and the model beside it is whole."""
+    try:
+        report = json.loads((out / "report.json").read_text("utf-8"))
+        check_folder(out)
+    except (OSError, ValueError):
+        return None
+    return report if job is not None and isinstance(report, dict) and report.get("job") == job else None
 
 
 def _remembered(path: Path, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def _write(path: Path, lines: list[str]) -> None:
 def run(folder: Path, progress: Progress) -> dict[str, Any]:
     """Compress SmolLM2-135M by a tenth, reload it with plain transformers and measure both.
 
-    A second run finds every evaluation in the archive of the first.
+    A second run finds the work of the first.
     """
     from pliant.run.compress import Measuring, compress
     from pliant.systems.multipruner import MultiPruner
