@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import signal
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import pliant  # noqa: F401 - registers the per-layer shapes, as any user's prog
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+# a shell starts what it puts in the background deaf to Ctrl-C, and that is inherited
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny tensors; more threads only wait for each other
 
 

@@ -688,7 +688,7 @@ def test_a_configuration_of_multipruner_is_read_in_channels(name):
     ("name", "widths"), [("falcon", {"pruned_attn_width": {"0": 16}}), ("mixtral", {"pruned_mlp_width": {"1": 16}})]
 )
 def test_a_configuration_that_narrows_what_this_family_does_not_have_is_refused(name, widths):
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="axes to cut, not one width"):
         parse_config(widths, anatomy_of(pico(name)))
 
 

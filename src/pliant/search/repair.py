@@ -41,7 +41,7 @@ def repair(
         For each block: its name, and the mean square distance of the stream from the dense one before and after; None
         where something else than a matrix comes last, which is left alone.
     """
-    elastic, stream = Elastic(model, anatomy), Stream(model, anatomy)
+    elastic, stream = Elastic(model.eval(), anatomy), Stream(model, anatomy)
     device = next(model.parameters()).device
     batches = list(windows.to(device).split(max(1, TOKENS_AT_ONCE // windows.shape[1])))
     saved: dict[torch.Tensor, torch.Tensor] = {}

@@ -150,6 +150,8 @@ def _widths(raw: Mapping[str, Any], anatomy: Anatomy) -> Subnet:
             block = anatomy.blocks.get(f"layers.{int(layer)}.{kind}")
             if block is None:
                 raise SubnetError(f"it narrows {kind} of layer {layer}, which is not there")
+            if len(block.leaders) != 1:
+                raise SubnetError(f"{block.name} of this family has {len(block.leaders)} axes to cut, not one width")
             (leader,) = block.leaders
             widest = max(axis.ratio * axis.unit for axis in block.axes.values() if axis.leader == leader.leader)
             units, left = divmod(int(width), widest)
