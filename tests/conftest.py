@@ -17,6 +17,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny tensors; more threads only wait for each other
 
 
+def pytest_collection_modifyitems(items):
+    """`make unit` takes one family of every layout; the whole matrix is for `make test`."""
+    others = set(pico.ARCHITECTURES) - set(pico.LAYOUTS)
+    for item in items:
+        given = getattr(item, "callspec", None)
+        if given is not None and others & {value for value in given.params.values() if isinstance(value, str)}:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def model():
     return pico.pico("llama")
