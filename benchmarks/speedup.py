@@ -2,8 +2,8 @@
 
     python benchmarks/speedup.py [--smollm2 DIR]
 
-Both models of a pair are timed in turn in one process. Prefill is predicted from multiply-accumulates, decode from bytes of
-weights read. The random model of about 1 B parameters is large enough that matrix products are what takes the time; on
+Both models of a pair are timed in turn in one process. Prefill is predicted from multiply-accumulates, decode from the
+bytes a step reads: weights and cache. The random model of about 1 B parameters is large enough that matrix products are what takes the time; on
 SmolLM2-135M PyTorch's own overhead between them takes a large part of a decoding step, and removing blocks removes it too.
 """
 
@@ -20,6 +20,8 @@ from machine import save
 from pliant.anatomy import anatomy_of
 from pliant.elastic import Subnet, extract, macs, ratio, streamed_bytes
 
+CHANNELS = 32  # MLP channels come and go in groups, as the pruners take them
+
 
 def every(anatomy, kind: str, step: int) -> Subnet:
     """Remove the block of every step-th layer."""
@@ -29,12 +31,13 @@ def every(anatomy, kind: str, step: int) -> Subnet:
     return subnet
 
 
-def narrow(anatomy, kind: str, share: float) -> Subnet:
+def narrow(anatomy, kind: str, share: float, group: int) -> Subnet:
+    """Keep a share of every axis of a kind of block, in whole groups, as the pruners do."""
     subnet = Subnet()
     for block in anatomy.blocks.values():
         if block.kind == kind:
             for axis in block.leaders:
-                subnet = subnet.keeping(axis.name, max(1, round(axis.size * share)))
+                subnet = subnet.keeping(axis.name, round(axis.size * share / group) * group)
     return subnet
 
 
@@ -46,8 +49,8 @@ def cases(anatomy) -> dict[str, Subnet]:
         "every 4th layer": layers,
         "every 3rd attention": every(anatomy, "attention", 3),
         "every 4th MLP": every(anatomy, "mlp", 4),
-        "MLP channels to 60 %": narrow(anatomy, "mlp", 0.6),
-        "a third of the key-value groups": narrow(anatomy, "attention", 2 / 3),
+        "MLP channels to 60 %": narrow(anatomy, "mlp", 0.6, CHANNELS),
+        "a third of the key-value groups": narrow(anatomy, "attention", 2 / 3, 1),
     }
 
 
@@ -59,9 +62,10 @@ def measure(name: str, model, prompt: int, tokens: int, repeats: int) -> list[di
         cut = copy.deepcopy(model)
         extract(cut, anatomy, subnet)
         speed = pliant.bench(cut, model, prompt=prompt, tokens=tokens, repeats=repeats)
+        reads = [streamed_bytes(anatomy, one, element=element, context=prompt) for one in (Subnet(), subnet)]
         predicted = {
             "prefill": macs(anatomy, tokens=prompt) / macs(anatomy, subnet, tokens=prompt),
-            "decode": streamed_bytes(anatomy, element=element) / streamed_bytes(anatomy, subnet, element=element),
+            "decode": reads[0] / reads[1],
         }
         row = {"model": name, "case": case, "ratio": ratio(anatomy, subnet), "predicted": predicted, "speed": speed}
         row["measured_over_predicted"] = {k: speed["speedup"][k]["median"] / predicted[k] for k in predicted}

@@ -121,7 +121,6 @@ def test_a_shared_axis_matters_by_all_that_produces_it():
         ({"ratio": 1.0}, "between 0 and 1"),
         ({"macs_ratio": -0.1}, "between 0 and 1"),
         ({"ratio": True}, "between 0 and 1"),
-        ({"ratio": 0.2, "importance": "l7"}, "no importance 'l7'; there is l1"),
         ({"ratio": 0.2, "allocation": "local"}, "uniform, global"),
         ({"ratio": 0.2, "group": 0}, "at least 1"),
         ({"ratio": 0.2, "minimum": 2}, "minimum is a share"),

@@ -195,7 +195,7 @@ def test_a_sample_depends_on_nothing_but_the_seed():
 def test_a_split_is_disjoint_and_complete(rows, share):
     whole = pliant.text(rows)
     if len(whole.rows) < 1 / share:
-        with pytest.raises(DataError, match="too few to hold some out"):
+        with pytest.raises(DataError, match=f"too few to hold {share:.0%} of them out"):
             whole.split(share)
         return
     kept, held_out = whole.split(share)

@@ -10,7 +10,7 @@ from pico import DECODERS, LAYOUTS, VOCABULARY, fitted, leader, pico, subnets
 from pliant.anatomy import anatomy_of, layers_of
 from pliant.elastic import Subnet
 from pliant.errors import DataError
-from pliant.measure import walk as walking
+from pliant.measure import windows as windowing
 from pliant.measure.walk import Walk, store_bytes
 
 WINDOWS = torch.randint(3, 259, (5, 8), generator=torch.Generator().manual_seed(7))
@@ -24,7 +24,7 @@ def name(request):
 @pytest.fixture(autouse=True)
 def three_batches(monkeypatch):
     """Two windows at a time, so that batches of different size take part in every test."""
-    monkeypatch.setattr(walking, "TOKENS_AT_ONCE", 16)
+    monkeypatch.setattr(windowing, "TOKENS_AT_ONCE", 16)
 
 
 def few(examples):

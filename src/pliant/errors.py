@@ -35,3 +35,7 @@ class ArtefactError(PliantError, OSError):
 
 class BusyError(PliantError, RuntimeError):
     """Another run is already writing to the same folder."""
+
+
+class MissingExtraError(PliantError, ImportError):
+    """A package of an optional extra is not installed."""

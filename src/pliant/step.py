@@ -36,6 +36,11 @@ class StepError(PliantError, ValueError):
     """A setting of a step is outside what it can be."""
 
 
+def is_number(value: object) -> bool:
+    """Whether a setting is a number; True and False, which Python counts among them, are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def help_texts(step: type[Step]) -> dict[str, str]:
     """The help text of every setting, from the docstring under the field; base classes included."""
     texts: dict[str, str] = {}

@@ -2,10 +2,6 @@
 
 from pliant.anatomy.anatomy import (
     Anatomy,
-    Attribute,
-    Axis,
-    Block,
-    Weight,
     anatomy_of,
     blocks_of,
     described_by,
@@ -13,6 +9,7 @@ from pliant.anatomy.anatomy import (
     layers_of,
     plain_config,
 )
+from pliant.anatomy.block import Attribute, Axis, Block, Weight
 from pliant.anatomy.null import Null
 from pliant.anatomy.probe import answer, evaluating, probe
 

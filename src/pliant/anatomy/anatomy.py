@@ -1,162 +1,19 @@
-"""The anatomy of one model: its residual blocks, their axes and every tensor slice that hangs on an axis."""
+"""The anatomy of one model: the residual blocks it is made of, read from its tensors."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from pliant.anatomy.block import Attribute, Axis, Block, Weight
 from pliant.anatomy.null import Null
 from pliant.architecture import Architecture, BlockSpec, Part, architecture_of, catalogue, parse
 from pliant.errors import ArchitectureError
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A dimension of one block that can shrink.
-
-    Attributes:
-        name: full name, e.g. ``layers.3.mlp.channels``.
-        size: units there are now.
-        unit: elements in one unit (1 for channels, ``head_dim`` for heads).
-        leader: short name of the axis that decides; itself unless it follows another.
-        ratio: units of this axis for one unit of the leader (query heads per key-value head).
-        config_key: the config.json key that holds the size, if one does.
-        cut: whether a sub-network may choose it.
-        active: units that one token uses, so the fewest that can stay; None when a token uses all there are.
-        multiple: units come and go in such numbers.
-        normed: a norm is taken over all units together, so that to cut one is not to silence it.
-    """
-
-    name: str
-    size: int
-    unit: int
-    leader: str
-    ratio: int
-    config_key: str | None
-    cut: bool = True
-    active: int | None = None
-    multiple: int = 1
-    normed: bool = False
-
-    def allows(self, units: int) -> bool:
-        """Whether so many units can be kept."""
-        return units == self.size or ((self.active or 1) <= units < self.size and units % self.multiple == 0)
-
-    def less(self, units: int, group: int) -> int | None:
-        """What is left of ``units`` kept units when at least ``group`` go; None when that cannot be."""
-        left = (units - group) // self.multiple * self.multiple
-        return left if self.allows(left) else None
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One parameter of a block and the axes its dimensions live on.
-
-    Attributes:
-        path: where it is inside the layer, e.g. ``self_attn.q_proj.weight``.
-        dims: for each tensor dimension, the stretches it is made of, in order.
-        reads: for the matrix of a linear layer, the tensor dimension that runs over its inputs; None for other tensors.
-            A matrix costs one multiply-accumulate per element and token that uses it.
-        uses: how often one token (or image) uses it: a convolution once at every place of its output.
-        buffer: it is no parameter but a buffer, such as the running mean of a batch norm.
-    """
-
-    path: str
-    dims: tuple[tuple[Part, ...], ...]
-    reads: int | None = None
-    uses: int = 1
-    buffer: bool = False
-
-    def tensor(self, layer: nn.Module) -> torch.Tensor:
-        """The parameter or buffer itself."""
-        return layer.get_buffer(self.path) if self.buffer else layer.get_parameter(self.path)
-
-
-@dataclass(frozen=True)
-class Attribute:
-    """A plain attribute that must follow an axis: ``out_features`` of a linear layer, ``num_heads`` of an attention.
-
-    Attributes:
-        path: the module inside the layer; ``config.x`` as ``name`` means x of the config this module reads.
-        parts: what it adds up to. ``in_units`` says whether that is counted in units or in elements.
-    """
-
-    path: str
-    name: str
-    parts: tuple[Part, ...]
-    in_units: bool = False
-
-
-@dataclass(frozen=True)
-class Block:
-    """One residual block, ``x + f(norm(x))``, that can be removed whole or made narrower.
-
-    Attributes:
-        name: full name, e.g. ``layers.3.attention``.
-        layer: index of the layer it is in.
-        axes: its axes by short name; only leaders can be chosen, the others follow.
-        fixed: sizes of the dimensions that do not change.
-        removed: the other modules that disappear with the block: its norms, and what f is made of besides the last.
-        norm_parameters: parameters of those norms.
-        removable: False for what a model cannot do without: a stem, a classifier.
-        cached: heads that one token adds to the cache, where they are not those of its axis.
-    """
-
-    name: str
-    layer: int
-    spec: BlockSpec
-    axes: Mapping[str, Axis]
-    fixed: Mapping[str, int]
-    weights: tuple[Weight, ...]
-    attributes: tuple[Attribute, ...]
-    removed: tuple[str, ...]
-    norm_parameters: int
-    removable: bool = True
-    cached: int | None = None
-
-    @property
-    def kind(self) -> str:
-        return self.spec.kind
-
-    @property
-    def leaders(self) -> tuple[Axis, ...]:
-        """The axes that can be chosen."""
-        return tuple(axis for short, axis in self.axes.items() if axis.leader == short and axis.cut)
-
-    def units(self, part: Part, kept: Mapping[str, int]) -> int:
-        """Units of ``part.axis`` when ``kept[leader]`` units are kept of each leader; leaders left out are full."""
-        axis = self.axes[part.axis]
-        return axis.ratio * kept.get(axis.leader, self.axes[axis.leader].size)
-
-    def width(self, part: Part, kept: Mapping[str, int]) -> int:
-        """Elements of a tensor dimension that ``part`` covers."""
-        if part.axis in self.fixed:
-            return self.fixed[part.axis] * part.factor
-        return self.units(part, kept) * self.axes[part.axis].unit * part.factor
-
-    def shape(self, weight: Weight, kept: Mapping[str, int]) -> tuple[int, ...]:
-        """Shape of a parameter when ``kept`` units are kept."""
-        return tuple(sum(self.width(part, kept) for part in dim) for dim in weight.dims)
-
-    def active(self, weight: Weight, kept: Mapping[str, int]) -> int:
-        """Elements of a parameter that one token uses: all, except in a stack of matrices, one for each expert."""
-        experts = self.axes.get(weight.dims[0][0].axis) if len(weight.dims) == 3 else None
-        if experts is not None and experts.active is not None:
-            return prod(self.shape(weight, kept)[1:]) * experts.active
-        return prod(self.shape(weight, kept))
-
-    def parameters(self, kept: Mapping[str, int]) -> int:
-        """Parameters of the block and its norms."""
-        return self.norm_parameters + sum(
-            prod(self.shape(weight, kept)) for weight in self.weights if not weight.buffer
-        )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from pliant.anatomy.anatomy import Anatomy, Attribute, Axis, Block, Weight
+from pliant.anatomy.anatomy import Anatomy
+from pliant.anatomy.block import Attribute, Axis, Block, Weight
 from pliant.anatomy.flow import Flow
 from pliant.anatomy.groups import Dim, Stretch
 from pliant.anatomy.probe import evaluating, probe, remember

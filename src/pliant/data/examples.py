@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pliant.data.encode import Encoded, encode
-from pliant.data.text import Text, json_objects, read
+from pliant.data.text import Text, json_objects, read, set_apart
 from pliant.errors import DataError
 
 _ALPACA = (
@@ -61,13 +61,8 @@ class Examples:
         Raises:
             DataError: a share outside 0 to 0.5, or too few rows.
         """
-        if not 0 < share <= 0.5:
-            raise DataError(f"the share held out must be above 0 and at most 0.5, it is {share}")
-        every = round(1 / share)
-        if len(self.rows) < every:
-            raise DataError(f"{self.source} has {len(self.rows)} row(s): too few to hold {share:.0%} of them out")
-        kept = tuple(row for i, row in enumerate(self.rows) if i % every)
-        return Examples(kept, self.source), Examples(self.rows[::every], f"{self.source} (held out)")
+        kept, apart = set_apart(self.rows, share, self.source)
+        return Examples(kept, self.source), Examples(apart, f"{self.source} (held out)")
 
     def encode(self, tokenizer: Any, seqlen: int) -> Encoded:
         """Token ids and labels. Plain text is packed into windows of ``seqlen`` tokens; any other row is a sequence of its

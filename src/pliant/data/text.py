@@ -11,11 +11,13 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from pliant.errors import DataError
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,8 @@ class Text:
 
     def split(self, share: float) -> tuple[Text, Text]:
         """These rows and a share of them held out: every n-th row, so that both have the same mix."""
-        if not 0 < share <= 0.5:
-            raise DataError(f"the share held out must be above 0 and at most 0.5, it is {share}")
-        every = round(1 / share)
-        if len(self.rows) < every:
-            raise DataError(f"{self.source} has {len(self.rows)} row(s): too few to hold some out for measuring")
-        kept = tuple(row for i, row in enumerate(self.rows) if i % every)
-        return Text(kept, self.source), Text(self.rows[::every], f"{self.source} (held out)")
+        kept, apart = set_apart(self.rows, share, self.source)
+        return Text(kept, self.source), Text(apart, f"{self.source} (held out)")
 
     def windows(self, tokenizer: Any, seqlen: int, limit: int | None = None) -> torch.Tensor:
         """The rows joined by an empty line, tokenised once, cut into windows that do not overlap; the tail is dropped.
@@ -108,6 +105,20 @@ def text(source: str | Path | Iterable[str], *, column: str = "text") -> Text:
     if not kept:
         raise DataError(f"{name} holds no text")
     return Text(kept, name)
+
+
+def set_apart(rows: tuple[Row, ...], share: float, source: str) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    """Rows without every n-th of them, and those.
+
+    Raises:
+        DataError: a share outside 0 to 0.5, or too few rows.
+    """
+    if not 0 < share <= 0.5:
+        raise DataError(f"the share held out must be above 0 and at most 0.5, it is {share}")
+    every = round(1 / share)
+    if len(rows) < every:
+        raise DataError(f"{source} has {len(rows)} row(s): too few to hold {share:.0%} of them out")
+    return tuple(row for i, row in enumerate(rows) if i % every), rows[::every]
 
 
 def unpacked(path: Path) -> Path:

@@ -67,10 +67,10 @@ def _check_reorder(
 
 
 def _check_skip(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any]) -> None:
-    layers = layers_of(model, anatomy.architecture)
-    blocks = [block for block in anatomy.blocks.values() if block.layer == _layer_to_skip(anatomy)]
     if anatomy.traced:  # what can be removed was found by its being the identity
         return
+    layers = layers_of(model, anatomy.architecture)
+    blocks = [block for block in anatomy.blocks.values() if block.layer == _layer_to_skip(anatomy)]
     seen: dict[str, torch.Tensor] = {}
 
     def record(_module: nn.Module, args: tuple, kwargs: dict, output) -> None:

@@ -34,15 +34,19 @@ def weight_bytes(anatomy: Anatomy, subnet: Subnet = Subnet(), *, element: int) -
     return parameters(anatomy, subnet) * element
 
 
-def streamed_bytes(anatomy: Anatomy, subnet: Subnet = Subnet(), *, element: int) -> int:
-    """Bytes of weights that one decoding step reads: every matrix of the blocks that a token uses, and the output head once."""
+def streamed_bytes(anatomy: Anatomy, subnet: Subnet = Subnet(), *, element: int, context: int = 0) -> int:
+    """Bytes that one decoding step reads: every matrix of the blocks that a token uses, the output head once, and the cache.
+
+    Arguments:
+        context: tokens in the key-value cache.
+    """
     total = anatomy.head
     for block in _alive(anatomy, subnet):
         kept = subnet.kept(block)
         total += block.norm_parameters + sum(
             block.active(weight, kept) for weight in block.weights if not weight.buffer
         )
-    return total * element
+    return total * element + context * cache_bytes(anatomy, subnet, element=element)
 
 
 def cache_bytes(anatomy: Anatomy, subnet: Subnet = Subnet(), *, element: int) -> int:

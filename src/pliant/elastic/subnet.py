@@ -23,10 +23,11 @@ class Subnet:
     skip: frozenset[str] = frozenset()
     keep: tuple[tuple[str, int], ...] = ()
 
-    def without(self, block: str) -> Subnet:
-        """This sub-network with one more block removed; what was kept inside it no longer matters."""
-        keep = tuple((axis, units) for axis, units in self.keep if not axis.startswith(f"{block}."))
-        return Subnet(self.skip | {block}, keep)
+    def without(self, *blocks: str) -> Subnet:
+        """This sub-network with more blocks removed; what was kept inside them no longer matters."""
+        inside = tuple(f"{block}." for block in blocks)
+        keep = tuple((axis, units) for axis, units in self.keep if not axis.startswith(inside))
+        return Subnet(self.skip | set(blocks), keep)
 
     def keeping(self, axis: str, units: int) -> Subnet:
         """This sub-network with ``units`` units of one axis."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pliant.anatomy import Anatomy, layers_of
-from pliant.measure.walk import TOKENS_AT_ONCE
+from pliant.measure.windows import batches_of
 
 
 @torch.inference_mode()
@@ -49,7 +49,7 @@ def activation_orders(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> di
         for block, weight in readers
     ]
     try:
-        for ids in windows.to(next(model.parameters()).device).split(max(1, TOKENS_AT_ONCE // windows.shape[1])):
+        for ids in batches_of(model, windows):
             model.base_model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 
 from pliant.data import Question
 from pliant.errors import DataError
-from pliant.measure.walk import TOKENS_AT_ONCE
-from pliant.measure.windows import check_ids, longest_of
+from pliant.measure.windows import TOKENS_AT_ONCE, check_ids, longest_of
 
 Ids = tuple[int, ...]
 

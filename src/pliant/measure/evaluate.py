@@ -19,8 +19,7 @@ from pliant.measure.answer import answer
 from pliant.measure.choose import choose
 from pliant.measure.harness import harness as run_harness
 from pliant.measure.score import kl, nll
-from pliant.measure.walk import TOKENS_AT_ONCE
-from pliant.measure.windows import check_ids, longest_of, windows_for
+from pliant.measure.windows import batches_of, check_ids, longest_of, windows_for
 
 Source = str | Path | Text
 Questions = Sequence[Question] | Sequence[OpenQuestion]
@@ -110,7 +109,7 @@ def _unused(name: str, taken: Container[str]) -> str:
 @torch.inference_mode()
 def _predict(model: Any, ids: torch.Tensor, reference: Any, keep: bool) -> dict[str, Any]:
     losses, divergences = [], []
-    for batch in ids.to(model.device).split(max(1, TOKENS_AT_ONCE // ids.shape[1])):
+    for batch in batches_of(model, ids):
         logits = model(input_ids=batch, use_cache=False).logits
         losses.append(nll(logits, batch))
         if reference is not None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from pliant.errors import PliantError
+from pliant.errors import MissingExtraError, PliantError
 
 _ROWS_AT_ONCE = 8
 
@@ -32,7 +32,7 @@ def harness(
         import lm_eval  # pyright: ignore[reportMissingImports]
         from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise PliantError(
+        raise MissingExtraError(
             f"harness tasks ({', '.join(map(str, tasks))}) need lm-eval: pip install 'pliant[eval]' ({error})"
         ) from None
     try:

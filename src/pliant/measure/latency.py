@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 
 from pliant.anatomy import Anatomy, Block
 from pliant.elastic import Elastic, Subnet
+from pliant.measure.speed import wait
 
 NARROWED = (0.75, 0.5, 0.25)  # shares of an axis that go, to time what is left
 PHASES = ("prefill", "decode")
@@ -93,7 +94,7 @@ def measure_latency(model: Any, anatomy: Anatomy, phase: str = "prefill", *, rep
         for _ in range(repeats + 1):
             for name, subnet in subnets.items():
                 elastic.activate(subnet)
-                taken[name].append(_milliseconds(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1)))
+                taken[name].append(_milliseconds(model, ids))
     finally:
         elastic.activate(Subnet())
     median = {name: statistics.median(times[1:]) for name, times in taken.items()}  # the first round warms up
@@ -117,12 +118,9 @@ def measure_latency(model: Any, anatomy: Anatomy, phase: str = "prefill", *, rep
 
 def _without(anatomy: Anatomy, kind: str) -> Subnet:
     """As many blocks of a kind gone as can go: the last attention of each type stays."""
-    subnet = Subnet()
-    stays = {anatomy.layer_types[b.layer]: b.name for b in anatomy.blocks.values() if b.kind == kind and b.spec.slot}
-    for block in anatomy.blocks.values():
-        if block.kind == kind and block.removable and block.name not in stays.values():
-            subnet = subnet.without(block.name)
-    return subnet
+    of_kind = [block for block in anatomy.blocks.values() if block.kind == kind and block.removable]
+    stays = {anatomy.layer_types[block.layer]: block.name for block in of_kind if block.spec.slot}
+    return Subnet().without(*(block.name for block in of_kind if block.name not in stays.values()))
 
 
 def _narrowed(anatomy: Anatomy, kind: str, leader: str, share: float) -> Subnet:
@@ -137,15 +135,9 @@ def _narrowed(anatomy: Anatomy, kind: str, leader: str, share: float) -> Subnet:
 
 
 @torch.inference_mode()
-def _milliseconds(run: Callable[[], Any]) -> float:
-    synchronize()
+def _milliseconds(model: Any, ids: torch.Tensor) -> float:
+    wait(model)
     began = time.perf_counter()
-    run()
-    synchronize()
+    model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    wait(model)
     return (time.perf_counter() - began) * 1e3
-
-
-def synchronize() -> None:
-    """Wait for the accelerator, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -11,7 +11,8 @@ from pliant.anatomy import Anatomy
 from pliant.elastic import Elastic, Subnet
 from pliant.measure.score import nll
 from pliant.measure.stream import Stream
-from pliant.measure.walk import TOKENS_AT_ONCE, Walk
+from pliant.measure.walk import Walk
+from pliant.measure.windows import batches_of
 
 Ranking = dict[str, float]
 
@@ -37,12 +38,10 @@ def _by_stream(
 
     The stream between two blocks of a layer is what the layer gives when its later blocks are skipped.
     """
-    device = next(model.parameters()).device
-    batches = windows.to(device).split(max(1, TOKENS_AT_ONCE // windows.shape[1]))
     elastic, stream = Elastic(model.eval(), anatomy), Stream(model, anatomy)
     sums = dict.fromkeys(anatomy.blocks, 0.0)
     try:
-        for ids in batches:
+        for ids in batches_of(model, windows):
             hidden: torch.Tensor | None = None
             for layer in range(anatomy.depth):
                 blocks = [block.name for block in anatomy.blocks.values() if block.layer == layer]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pliant.errors import DataError
+from pliant.measure.windows import longest_of
 from pliant.progress import peak_memory
 
 
@@ -45,9 +46,9 @@ def bench(
     rates: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
     generator = torch.Generator().manual_seed(seed)
     configs = {name: one.config.get_text_config(decoder=True) for name, one in models.items()}
-    for name, config in configs.items():
-        longest = getattr(config, "max_position_embeddings", None)
-        if longest is not None and prompt + tokens > longest:
+    for name, one in models.items():
+        longest = longest_of(one)
+        if prompt + tokens > longest:
             raise DataError(f"{prompt} + {tokens} tokens are more than the {longest} positions of {name}")
     was_training = {name: one.training for name, one in models.items()}
     try:
@@ -80,18 +81,19 @@ def _once(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float]:
 
     gc.collect()
     cache = DynamicCache(config=model.config)
-    _wait(model)
+    wait(model)
     began = time.perf_counter()
     out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    _wait(model)
+    wait(model)
     middle = time.perf_counter()
     for _ in range(tokens):
         out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=cache, use_cache=True)
-    _wait(model)
+    wait(model)
     return middle - began, time.perf_counter() - middle
 
 
-def _wait(model: Any) -> None:
+def wait(model: Any) -> None:
+    """Until the accelerator has done what it was told, where the model is on one."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
 

@@ -17,8 +17,7 @@ from pliant.elastic import Elastic, Subnet
 from pliant.errors import DataError
 from pliant.measure.score import METRICS, kl, nll
 from pliant.measure.stream import Stream
-
-TOKENS_AT_ONCE = 512
+from pliant.measure.windows import batches_of
 
 
 class Walk:
@@ -49,8 +48,7 @@ class Walk:
         if metric not in METRICS:
             raise DataError(f"there is no metric {metric!r}; there are {', '.join(METRICS)}")
         self.model, self.anatomy, self.metric, self.reuse = model.eval(), anatomy, metric, reuse
-        device = next(model.parameters()).device
-        self.batches = list(windows.to(device).split(max(1, TOKENS_AT_ONCE // windows.shape[1])))
+        self.batches = batches_of(model, windows)
         self.evaluations = 0
         self.block_forwards = 0.0
         self.elastic = Elastic(model, anatomy)

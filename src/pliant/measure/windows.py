@@ -9,6 +9,14 @@ import torch
 from pliant.data import Text
 from pliant.errors import DataError
 
+TOKENS_AT_ONCE = 512  # in one forward pass: enough to keep matrix products busy, few enough for their logits
+
+
+def batches_of(model: Any, windows: torch.Tensor) -> list[torch.Tensor]:
+    """``windows`` on the device of a model, as many at a time as one forward pass takes."""
+    device = next(model.parameters()).device
+    return list(windows.to(device).split(max(1, TOKENS_AT_ONCE // windows.shape[1])))
+
 
 def windows_for(model: Any, tokenizer: Any, text: Text, seqlen: int, limit: int | None = None) -> torch.Tensor:
     """``text`` as windows of ``seqlen`` tokens, shape ``(windows, seqlen)``.

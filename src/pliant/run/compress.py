@@ -23,6 +23,7 @@ from pliant.errors import BusyError, PliantError
 from pliant.machine import machine
 from pliant.measure.evaluate import evaluate
 from pliant.measure.speed import bench
+from pliant.measure.windows import longest_of
 from pliant.progress import Console, Progress
 from pliant.run.apply import apply
 from pliant.run.card import versions
@@ -32,6 +33,7 @@ from pliant.step import Step
 
 ARCHIVE = "search.jsonl"
 MEASURED = "measured.json"
+_PROMPT = 256  # tokens of context in which speed is predicted and measured
 
 
 @dataclass(frozen=True)
@@ -165,9 +167,9 @@ def _compress(
     }
     if dense is not None:
         with progress.stage("timing both models in turn"):
-            longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**31
+            longest = longest_of(model)
             tokens = min(32, longest // 4)
-            report["speed"] = bench(model, dense, prompt=min(256, longest - tokens), tokens=tokens)
+            report["speed"] = bench(model, dense, prompt=min(_PROMPT, longest - tokens), tokens=tokens)
         report["predicted"] = {
             "prefill": before["macs_per_token"] / after["macs_per_token"],
             "decode": before["streamed_bytes"] / after["streamed_bytes"],
@@ -261,9 +263,9 @@ def _costs(model: Any) -> dict[str, Any]:
     element = next(model.parameters()).element_size()
     return {
         "parameters": parameters(anatomy),
-        "macs_per_token": macs(anatomy, Subnet(), tokens=1, context=256),
+        "macs_per_token": macs(anatomy, Subnet(), tokens=1, context=_PROMPT),
         "weight_bytes": weight_bytes(anatomy, element=element),
-        "streamed_bytes": streamed_bytes(anatomy, element=element),
+        "streamed_bytes": streamed_bytes(anatomy, element=element, context=_PROMPT),
         "cache_bytes_per_token": cache_bytes(anatomy, element=element),
         "axes": {axis.name: axis.size for axis in anatomy.axes.values()},
     }

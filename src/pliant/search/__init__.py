@@ -4,7 +4,7 @@ from pliant.search.archive import Archive, ArchiveError
 from pliant.search.cut import Cut
 from pliant.search.greedy import MODES, Greedy, Move
 from pliant.search.moves import block_moves, layer_moves, pooled, reach, width_moves
-from pliant.search.pruner import GreedyPruner, Pruner
+from pliant.search.pruner import GreedyPruner, Pruner, WidthPruner
 from pliant.search.pruning import Pruning
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Move",
     "Pruner",
     "Pruning",
+    "WidthPruner",
     "block_moves",
     "layer_moves",
     "pooled",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, gcd, lcm
 from typing import ClassVar
@@ -16,7 +15,7 @@ from pliant.elastic import Subnet, check, macs, ratio, reorder
 from pliant.errors import RatioError
 from pliant.importance import l1_norms
 from pliant.search.cut import cut_exactly
-from pliant.step import Job, Step, StepError
+from pliant.step import Job, Step, StepError, is_number
 
 ALLOCATIONS = ("uniform", "global")
 
@@ -34,9 +33,6 @@ class ChannelPruner(Step):
     macs_ratio: float | None = None
     """Share of all multiply-accumulates to remove, of one image or one token."""
 
-    importance: str = "l1"
-    """What makes a channel matter: l1, the L1 norm of all weights that produce it."""
-
     allocation: str = "uniform"
     """uniform takes the same share of every axis; global takes what is smallest against the mean of its axis, wherever."""
 
@@ -51,15 +47,13 @@ class ChannelPruner(Step):
             raise StepError("give either ratio (of parameters) or macs_ratio (of multiply-accumulates), and not both")
         for name in ("ratio", "macs_ratio"):
             value = getattr(self, name)
-            if value is not None and (not _number(value) or not 0 < value < 1):
+            if value is not None and (not is_number(value) or not 0 < value < 1):
                 raise RatioError(f"{name} is the share to remove, between 0 and 1 without either; not {value!r}")
-        if self.importance not in NORMS:
-            raise StepError(f"there is no importance {self.importance!r}; there is {', '.join(NORMS)}")
         if self.allocation not in ALLOCATIONS:
             raise StepError(f"there is no allocation {self.allocation!r}; there are {', '.join(ALLOCATIONS)}")
         if isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < 1:
             raise StepError(f"group is a whole number of at least 1, not {self.group!r}")
-        if not _number(self.minimum) or not 0 <= self.minimum <= 1:
+        if not is_number(self.minimum) or not 0 <= self.minimum <= 1:
             raise StepError(f"minimum is a share between 0 and 1, not {self.minimum!r}")
 
     def run(self, job: Job) -> None:
@@ -67,7 +61,7 @@ class ChannelPruner(Step):
         anatomy = anatomy_of(job.model)
         if anatomy.traced:  # nobody looked at it yet
             check(job.model, anatomy)
-        norms = NORMS[self.importance](job.model, anatomy)
+        norms = l1_norms(job.model, anatomy)
         subnet = self.choose(anatomy, norms)
         orders = {name: torch.argsort(norm, descending=True, stable=True) for name, norm in norms.items()}
         reorder(job.model, anatomy, orders)
@@ -116,9 +110,6 @@ class ChannelPruner(Step):
         return cuts
 
 
-NORMS: dict[str, Callable[..., dict[str, torch.Tensor]]] = {"l1": l1_norms}
-
-
 def _rank(cut: tuple[float, str, int]) -> tuple[float, str, int]:
     turn, axis, left = cut
     return turn, axis, -left  # groups of one axis go from its end
@@ -126,7 +117,3 @@ def _rank(cut: tuple[float, str, int]) -> tuple[float, str, int]:
 
 def _macs_ratio(anatomy: Anatomy, subnet: Subnet) -> float:
     return 1 - macs(anatomy, subnet) / macs(anatomy)
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

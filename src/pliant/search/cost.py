@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pliant.anatomy import Anatomy
-from pliant.elastic import Subnet, cache_bytes, macs, parameters, streamed_bytes
+from pliant.elastic import Subnet, macs, parameters, streamed_bytes
 from pliant.measure.latency import PHASES, Latency, measure_latency
 
 CONTEXT = 1024
@@ -41,8 +41,6 @@ def cost_of(name: str, model: Any, anatomy: Anatomy, work: Path | None = None) -
     counted: dict[str, Cost] = {
         "parameters": lambda subnet: parameters(anatomy, subnet),
         "macs": lambda subnet: macs(anatomy, subnet, tokens=1, context=CONTEXT),
-        "bytes": lambda subnet: (
-            streamed_bytes(anatomy, subnet, element=element) + CONTEXT * cache_bytes(anatomy, subnet, element=element)
-        ),
+        "bytes": lambda subnet: streamed_bytes(anatomy, subnet, element=element, context=CONTEXT),
     }
     return counted[name]

@@ -90,14 +90,15 @@ class Greedy:
                 last |= known
                 least = -(-len(offered) // 4)
 
-            def hope(i: int) -> float:
-                """The least damage per gain that a move may turn out to have."""
-                return (known.get(offered[i].unit, -math.inf) - self.slack) / gains[i]  # noqa: B023
-
-            ranked = sorted(range(len(offered)), key=lambda i: (hope(i), i))
+            # the least damage per gain that a move may turn out to have
+            hopes = [
+                (known.get(move.unit, -math.inf) - self.slack) / saved
+                for move, saved in zip(offered, gains, strict=True)
+            ]
+            ranked = sorted(range(len(offered)), key=hopes.__getitem__)
             best: tuple[float, int, float] = (math.inf, -1, math.inf)
             for place, i in enumerate(ranked):
-                if place >= least and hope(i) > best[0]:
+                if place >= least and hopes[i] > best[0]:
                     break
                 value = score(offered[i].subnet)
                 last[offered[i].unit] = _damage(value, loss)

@@ -36,10 +36,7 @@ def layer_moves(anatomy: Anatomy) -> Moves:
         for layer in range(anatomy.depth):
             alive = [b.name for b in anatomy.blocks.values() if b.layer == layer and b.name not in subnet.skip]
             if alive and free.issuperset(alive):
-                after = subnet
-                for name in alive:
-                    after = after.without(name)
-                found.append(Move(f"layers.{layer}", after))
+                found.append(Move(f"layers.{layer}", subnet.without(*alive)))
         return found
 
     return moves

@@ -15,7 +15,8 @@ from pliant.measure.score import METRICS
 from pliant.measure.windows import windows_for
 from pliant.search.cost import COSTS
 from pliant.search.greedy import Greedy
-from pliant.search.moves import Moves, reach
+from pliant.search.moves import Moves, head_axes, reach
+from pliant.search.order import check_order
 from pliant.search.pruning import Pruning
 from pliant.step import Job, Step, StepError
 
@@ -80,7 +81,7 @@ class Pruner(Step):
             "model": fingerprint(job.model),
             "data": job.data.digest,
             "tokens": job.data.token_digest(job.tokenizer()),
-            "step": {key: value for key, value in self.to_dict().items() if key not in _NOT_IN_SCORES},
+            "step": {key: value for key, value in self.to_dict().items() if key in _IN_SCORES},
         }
         return Pruning(job, self.metric, belongs_to)
 
@@ -137,8 +138,34 @@ class GreedyPruner(Pruner):
         pruning.stage(name, moves, windows, until, greedy=self.greedy(), per=None if self.per == UNIT else self.per)
 
 
-# what a score does not depend on: a search that differs only in these goes on with the same archive
-_NOT_IN_SCORES = (
-    *("ratio", "search", "slack", "refresh", "per", "split", "mlp_group", "head_group", "blocks", "repair", "ridge"),
-    *("by", "unit"),
-)
+@dataclass(frozen=True, kw_only=True)
+class WidthPruner(GreedyPruner):
+    """Settings shared by every greedy pruner that makes blocks narrower, too."""
+
+    mlp_group: int | None = None
+    """MLP channels removed in one move; a quarter of the hidden size when left out."""
+
+    head_group: int = 1
+    """Key-value groups removed in one move, each with all query heads that share it."""
+
+    order: str = "l1"
+    """Which channels and heads go first: l1 (those with the smallest weights), activation (those that contribute least on
+    calibration text), or stored (the last ones)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_counts(mlp_group=1, head_group=1)
+        check_order(self.order)
+
+    def mlp_groups(self, job: Job) -> dict[str, int]:
+        """Units of each axis of an MLP that go in one move."""
+        channels = self.mlp_group or max(1, job.model.config.get_text_config(decoder=True).hidden_size // 4)
+        return {"channels": channels, "experts": 1}
+
+    def head_groups(self, anatomy: Anatomy) -> dict[str, int]:
+        """Units of each axis of an attention that go in one move."""
+        return dict.fromkeys(head_axes(anatomy), self.head_group)
+
+
+# what the score of a sub-network depends on: a search that differs in other settings goes on with the same archive
+_IN_SCORES = ("step", "samples", "width_samples", "seqlen", "metric", "seed", "order")

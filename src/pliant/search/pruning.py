@@ -15,7 +15,8 @@ import torch
 from pliant.anatomy import Anatomy, anatomy_of
 from pliant.elastic import Subnet, macs, parameters, ratio
 from pliant.errors import RatioError
-from pliant.measure.walk import TOKENS_AT_ONCE, Walk, store_bytes
+from pliant.measure.walk import Walk, store_bytes
+from pliant.measure.windows import TOKENS_AT_ONCE
 from pliant.progress import duration, size
 from pliant.search.archive import Archive
 from pliant.search.cost import cost_of
@@ -102,9 +103,7 @@ class Pruning:
 
         def told(scorer: Scorer) -> None:
             left = self._scores_left(greedy, scorer.seen, made, first, start, until, typical)
-            if (
-                scorer.seen == 1 and scorer.walk.evaluations
-            ):  # the whole model has just been run: now the cost can be told
+            if scorer.seen == scorer.walk.evaluations == 1:  # the whole model has just been run: the cost can be told
                 self._tell_cost(greedy, scorer.seconds, left)
             text = f"ratio {ratio(self.anatomy, self.subnet):.3f} of {until:.3f}, {made} removed, {scorer.seen} scored"
             self.job.progress.step(scorer.seen / (scorer.seen + left), text)

@@ -9,7 +9,7 @@ it, as far as it can. W is held to what it was (the penalty is on the change), w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from pliant.anatomy import Anatomy, Block, Weight
 from pliant.elastic import Elastic, Subnet
 from pliant.measure.stream import Stream
-from pliant.measure.walk import TOKENS_AT_ONCE
+from pliant.measure.windows import batches_of
 from pliant.progress import Progress
 
 EXACT = 1e-3  # how closely, as a share of it, a last matrix must explain what its block adds to the stream
@@ -42,8 +42,7 @@ def repair(
         where something else than a matrix comes last, which is left alone.
     """
     elastic, stream = Elastic(model.eval(), anatomy), Stream(model, anatomy)
-    device = next(model.parameters()).device
-    batches = list(windows.to(device).split(max(1, TOKENS_AT_ONCE // windows.shape[1])))
+    batches = batches_of(model, windows)
     saved: dict[torch.Tensor, torch.Tensor] = {}
     dense: Hidden = [None] * len(batches)
     cut: Hidden = [None] * len(batches)
@@ -58,10 +57,10 @@ def repair(
             blocks = [block for block in anatomy.blocks.values() if block.layer == layer]
             later = {block.name: [other.name for other in blocks[i:]] for i, block in enumerate(blocks, 1)}
             # before anything in this layer changes, what the dense model computes in it
-            wanted = {block.name: advance(layer, _without(Subnet(), later[block.name]), dense) for block in blocks}
+            wanted = {block.name: advance(layer, Subnet().without(*later[block.name]), dense) for block in blocks}
             dense = list(wanted[blocks[-1].name]) if blocks else dense
             # the cut model's stream between its blocks; before the first one it is what comes into the layer
-            reached = advance(layer, _without(subnet, [block.name for block in blocks]), cut)
+            reached = advance(layer, subnet.without(*(block.name for block in blocks)), cut)
             for block in blocks:
                 if block.name in subnet.skip:
                     continue
@@ -73,9 +72,9 @@ def repair(
                     elastic.activate(Subnet())
                     owner = elastic.layers[layer].get_submodule(weight.path.rpartition(".")[0])
                     saved |= {p: p.detach().clone() for p in (owner.weight, owner.bias) if p is not None}
-                    handle = owner.register_forward_hook(lambda _module, args, out: seen.append((args[0], out.clone())))  # noqa: B023
+                    handle = owner.register_forward_hook(_recorder(seen))
                 try:
-                    after = advance(layer, _without(subnet, later[block.name]), cut)
+                    after = advance(layer, subnet.without(*later[block.name]), cut)
                 finally:
                     if handle is not None:
                         handle.remove()
@@ -91,6 +90,11 @@ def repair(
     finally:
         elastic.activate(Subnet())
     return told
+
+
+def _recorder(seen: list[tuple[torch.Tensor, torch.Tensor]]) -> Callable[..., None]:
+    """A hook that notes what goes into a module and what comes out, which a layer may change afterwards."""
+    return lambda _module, args, out: seen.append((args[0], out.clone()))
 
 
 def last_matrix(block: Block) -> Weight | None:
@@ -154,9 +158,3 @@ def _refit(
         change = change[:-1]
     owner.weight.add_((change if isinstance(owner, Conv1D) else change.T).to(owner.weight.dtype))
     return {"before": total / count, "after": max(0.0, left) / count}
-
-
-def _without(subnet: Subnet, blocks: Sequence[str]) -> Subnet:
-    for block in blocks:
-        subnet = subnet.without(block)
-    return subnet

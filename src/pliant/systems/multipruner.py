@@ -14,14 +14,13 @@ from typing import Any, ClassVar
 from pliant.anatomy import Anatomy
 from pliant.elastic import Subnet, validate
 from pliant.errors import DataError, SubnetError
-from pliant.search import GreedyPruner, block_moves, width_moves
-from pliant.search.moves import head_axes
-from pliant.search.order import check_order, ordered
+from pliant.search import WidthPruner, block_moves, width_moves
+from pliant.search.order import ordered
 from pliant.step import Job, StepError
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiPruner(GreedyPruner):
+class MultiPruner(WidthPruner):
     """Three greedy stages from coarse to fine. Units are put in order of importance first, so that a stage always takes
     the least important ones left."""
 
@@ -30,24 +29,13 @@ class MultiPruner(GreedyPruner):
     split: str = "44:52:4"
     """How the ratio is shared among blocks, MLP channels and attention heads (paper, table 7)."""
 
-    mlp_group: int | None = None
-    """MLP channels removed in one move; a quarter of the hidden size when left out."""
-
-    head_group: int = 1
-    """Key-value groups removed in one move, each with all query heads that share it."""
-
     width_samples: int = 128
     """Rows of calibration text for the two width stages."""
-
-    order: str = "l1"
-    """Which channels and heads go first: l1 (those with the smallest weights, as in the paper), activation (those that
-    contribute least on calibration text), or stored (the last ones)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.shares()
-        self._check_counts(mlp_group=1, head_group=1, width_samples=1)
-        check_order(self.order)
+        self._check_counts(width_samples=1)
 
     def shares(self) -> tuple[float, float, float]:
         """The split as three shares that sum to 1.
@@ -68,11 +56,10 @@ class MultiPruner(GreedyPruner):
         pruning = self.begin(job)
         anatomy = pruning.anatomy
         blocks, channels, heads = self.shares()
-        group = self.mlp_group or max(1, job.model.config.get_text_config(decoder=True).hidden_size // 4)
         stages = [
             ("blocks", blocks, block_moves(anatomy)),
-            ("mlp channels", channels, width_moves(anatomy, {"channels": group, "experts": 1})),
-            ("attention heads", heads, width_moves(anatomy, dict.fromkeys(head_axes(anatomy), self.head_group))),
+            ("mlp channels", channels, width_moves(anatomy, self.mlp_groups(job))),
+            ("attention heads", heads, width_moves(anatomy, self.head_groups(anatomy))),
         ]
         # a layout may forbid a kind altogether; the others then take its share
         possible = [(name, share, moves) for name, share, moves in stages if share > 0 and moves(Subnet())]

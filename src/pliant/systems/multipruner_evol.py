@@ -14,27 +14,20 @@ import numpy as np
 
 from pliant.anatomy import Anatomy, Axis
 from pliant.elastic import Subnet, ratio
-from pliant.errors import PliantError, RatioError
-from pliant.search import GreedyPruner, block_moves, width_moves
+from pliant.errors import MissingExtraError, RatioError
+from pliant.search import WidthPruner, block_moves, width_moves
 from pliant.search.greedy import Move
-from pliant.search.moves import head_axes
-from pliant.search.order import check_order, ordered
+from pliant.search.order import ordered
 from pliant.search.pruning import Pruning, Scorer
 from pliant.step import Job
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiPrunerEvol(GreedyPruner):
+class MultiPrunerEvol(WidthPruner):
     """BlockPruner up to half the ratio, then NSGA-II over the widths of all MLPs and attentions that are left: the loss
     against the ratio. Of all that was evaluated at the ratio, the one with the lowest loss is taken."""
 
     kind: ClassVar[str] = "multipruner_evol"
-
-    mlp_group: int | None = None
-    """MLP channels in one step of width; a quarter of the hidden size when left out."""
-
-    head_group: int = 1
-    """Key-value groups in one step of width, each with all query heads that share it."""
 
     width_samples: int = 128
     """Rows of calibration text for the widths."""
@@ -48,20 +41,14 @@ class MultiPrunerEvol(GreedyPruner):
     tolerance: float = 0.005
     """How far above the ratio a result may lie."""
 
-    order: str = "l1"
-    """Which channels and heads go first: l1 (those with the smallest weights, as in the paper), activation (those that
-    contribute least on calibration text), or stored (the last ones)."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_counts(mlp_group=1, head_group=1, width_samples=1, population=4, generations=1)
-        check_order(self.order)
+        self._check_counts(width_samples=1, population=4, generations=1)
 
     def run(self, job: Job) -> None:
         pruning = self.begin(job)
         anatomy = pruning.anatomy
-        group = self.mlp_group or max(1, job.model.config.get_text_config(decoder=True).hidden_size // 4)
-        groups = {"channels": group, **dict.fromkeys(head_axes(anatomy), self.head_group)}
+        groups = {**self.mlp_groups(job), **self.head_groups(anatomy)}
         self.check_reach(anatomy, [block_moves(anatomy), width_moves(anatomy, groups)])
         for_widths = self.windows(job, self.width_samples, self.seed)
         for_blocks = self.windows(job, self.samples, self.seed + 1)
@@ -81,7 +68,7 @@ class MultiPrunerEvol(GreedyPruner):
             from pymoo.operators.repair.rounding import RoundingRepair
             from pymoo.optimize import minimize
         except ImportError:
-            raise PliantError("the evolutionary search needs pymoo: pip install 'pliant[search]'") from None
+            raise MissingExtraError("the evolutionary search needs pymoo: pip install 'pliant[search]'") from None
         base, anatomy = pruning.subnet, pruning.anatomy
         axes = [
             (axis, groups[axis.leader])

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from pliant.anatomy import Anatomy, anatomy_of
 from pliant.checkpoint.load import load
 from pliant.checkpoint.weights import check_finite, fingerprint
 from pliant.data import Examples, Text, examples
 from pliant.data.encode import Encoded
 from pliant.errors import DataError
+from pliant.measure.windows import check_ids, longest_of
 from pliant.progress import size
-from pliant.step import Job, Step, StepError
+from pliant.step import Job, Step, StepError, is_number
 from pliant.train.cost import estimate
 from pliant.train.draw import seed_of
 from pliant.train.halves import Halves
@@ -122,11 +125,11 @@ class Recover(Step):
                 raise StepError(f"{name} is a whole number of at least {least}, not {value!r}")
         for name in ("minutes", "lr", "clip", "alpha", "temperature"):
             value = getattr(self, name)
-            if value is not None and not (_number(value) and 0 < value < float("inf")):
+            if value is not None and not (is_number(value) and 0 < value < float("inf")):
                 raise StepError(f"{name} is a number above 0, not {value!r}")
         for name, most in {"warmup": 0.9, "dropout": 0.9, "distil": 1.0, "weight_decay": 1.0}.items():
             value = getattr(self, name)
-            if not (_number(value) and 0 <= value <= most):
+            if not (is_number(value) and 0 <= value <= most):
                 raise StepError(f"{name} is a number from 0 to {most}, not {value!r}")
 
     def run(self, job: Job) -> None:
@@ -249,16 +252,11 @@ class Recover(Step):
 
     def _sequences(self, given: Examples, model: Any, tokenizer: Any) -> tuple[Encoded, Encoded]:
         """What to train on and what to hold out."""
-        config = model.config.get_text_config(decoder=True)
-        longest = getattr(config, "max_position_embeddings", None)
-        if longest is not None and self.seqlen > longest:
+        longest = longest_of(model)
+        if self.seqlen > longest:
             raise DataError(f"sequences of {self.seqlen} tokens are longer than the {longest} positions of this model")
         encoded = given.encode(tokenizer, self.seqlen)
-        known, highest = model.get_input_embeddings().num_embeddings, max(int(ids.max()) for ids in encoded.ids)
-        if highest >= known:
-            raise DataError(
-                f"the tokenizer gives token id {highest}, the model knows only {known}: this is the tokenizer of another model"
-            )
+        check_ids(model, torch.cat(list(encoded.ids)))
         count = min(self.held_out, max(1, len(encoded) // 10))
         if count >= len(encoded):
             raise DataError(
@@ -284,10 +282,6 @@ class Recover(Step):
     def _check_choice(self, name: str, allowed: Any) -> None:
         if getattr(self, name) not in allowed:
             raise StepError(f"there is no {name} {getattr(self, name)!r}; there are {', '.join(allowed)}")
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _place(job: Job) -> Path | None:

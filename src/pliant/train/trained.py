@@ -14,15 +14,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pliant.anatomy import Anatomy, layers_of
-from pliant.errors import PliantError
+from pliant.errors import MissingExtraError
 from pliant.step import StepError
 from pliant.train.draw import seeded
 
 HALF = (torch.float16, torch.bfloat16)
-
-
-class MissingExtraError(PliantError, ImportError):
-    """A package of an optional extra is not installed."""
 
 
 class Trained(Protocol):
