@@ -13,7 +13,7 @@ from pliant.elastic import Subnet, parameters, ratio
 from pliant.errors import RatioError
 from pliant.measure.activation import activation_orders
 from pliant.measure.latency import Latency, measure_latency
-from pliant.measure.rank import RANKINGS, fisher, influence, relative_magnitude, removal, taylor
+from pliant.measure.rank import RANKINGS, fisher, influence, relative_magnitude, taylor
 from pliant.measure.stream import Stream
 from pliant.measure.walk import Walk
 from pliant.search.cost import COSTS, cost_of
@@ -27,7 +27,7 @@ SHARED = {"ratio": 0.15, "samples": 4, "seqlen": 64}
 WINDOWS = torch.randint(3, 250, (6, 24), generator=torch.Generator().manual_seed(0))
 
 STEPS = {
-    **{f"oneshot by {by}": pliant.OneShot(**SHARED, by=by) for by in (*RANKINGS, "random")},
+    **{f"oneshot by {by}": pliant.OneShot(**SHARED, by=by) for by in (*RANKINGS, "perplexity", "random")},
     "shortgpt": pliant.OneShot(**SHARED, by="influence", granularity="layer"),
     "unified": pliant.UnifiedPruner(**SHARED, mlp_group=8),
     "unified per byte, racing": pliant.UnifiedPruner(**SHARED, mlp_group=8, per="bytes", search="racing"),
@@ -98,18 +98,21 @@ def test_taylor_predicts_a_small_removal():
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight.mul_(1e-2)
     anatomy = anatomy_of(model)
-    real = removal(model, anatomy, WINDOWS)["layers.2.mlp"]
+    walk = Walk(model, anatomy, WINDOWS)
+    real = walk.score(Subnet().without("layers.2.mlp")) - walk.score(Subnet())
+    walk.close()
     assert taylor(model, anatomy, WINDOWS)["layers.2.mlp"] == pytest.approx(real, rel=0.05)
     assert fisher(model, anatomy, WINDOWS)["layers.2.mlp"] > 0
 
 
-def test_removal_is_the_first_step_of_the_search():
-    model = pico("llama")
-    anatomy = anatomy_of(model)
-    walk = Walk(model, anatomy, WINDOWS)
-    expected = walk.score(Subnet().without("layers.1.mlp")) - walk.score(Subnet())
-    walk.close()
-    assert removal(model, anatomy, WINDOWS)["layers.1.mlp"] == pytest.approx(expected, abs=1e-9)
+def test_ranking_by_perplexity_is_the_first_step_of_the_search(tmp_path):
+    ranks = pruned(STEPS["oneshot by perplexity"], work=tmp_path).pliant_history[0]["ranks"]
+    searched = pruned(pliant.BlockPruner(**SHARED)).pliant_history[0]
+    lowest = min(ranks, key=lambda name: ranks[name])
+    assert searched["points"][0]["unit"] == lowest
+    again = pruned(STEPS["oneshot by perplexity"], work=tmp_path).pliant_history[0]
+    assert again["ranks"] == ranks
+    assert again["counters"]["ranking by perplexity"]["evaluations"] == 0
 
 
 def test_random_differs_by_seed_and_repeats_by_seed():

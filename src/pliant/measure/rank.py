@@ -11,7 +11,6 @@ from pliant.anatomy import Anatomy
 from pliant.elastic import Elastic, Subnet
 from pliant.measure.score import nll
 from pliant.measure.stream import Stream
-from pliant.measure.walk import Walk
 from pliant.measure.windows import batches_of
 
 Ranking = dict[str, float]
@@ -57,18 +56,8 @@ def _by_stream(
     return {name: value / windows.numel() for name, value in sums.items()}
 
 
-def removal(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> Ranking:
-    """Nats per token that the loss rises by when one block alone is gone: the first step of a greedy search."""
-    walk = Walk(model, anatomy, windows)
-    try:
-        dense = walk.score(Subnet())
-        return {name: walk.score(Subnet(frozenset({name}))) - dense for name in anatomy.blocks}
-    finally:
-        walk.close()
-
-
 def taylor(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> Ranking:
-    """First-order estimate of :func:`removal`: minus the gradient of the loss along what the block adds."""
+    """First-order estimate of what the loss rises by when a block is gone: minus the gradient of the loss along what the block adds."""
     return {name: -gradients.mean().item() for name, gradients in _gates(model, anatomy, windows).items()}
 
 
@@ -125,7 +114,6 @@ def _gates(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> dict[str, tor
 RANKINGS: dict[str, Callable[[Any, Anatomy, torch.Tensor], Ranking]] = {
     "influence": influence,
     "magnitude": relative_magnitude,
-    "perplexity": removal,
     "taylor": taylor,
     "fisher": fisher,
 }

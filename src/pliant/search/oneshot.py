@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from pliant.anatomy import Anatomy
-from pliant.elastic import ratio
+from pliant.elastic import Subnet, ratio
 from pliant.measure.rank import RANKINGS
 from pliant.search.moves import block_moves, layer_moves
 from pliant.search.pruner import Pruner
+from pliant.search.pruning import Pruning, Scorer
 from pliant.step import Job, StepError
 
-RANDOM = "random"
+PERPLEXITY, RANDOM = "perplexity", "random"
 GRANULARITIES = ("block", "layer")
 
 
@@ -38,8 +38,9 @@ class OneShot(Pruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.by not in (*RANKINGS, RANDOM):
-            raise StepError(f"blocks are ranked by {', '.join(RANKINGS)} or {RANDOM}, not by {self.by!r}")
+        if self.by not in (*RANKINGS, PERPLEXITY, RANDOM):
+            known = ", ".join((*RANKINGS, PERPLEXITY))
+            raise StepError(f"blocks are ranked by {known} or {RANDOM}, not by {self.by!r}")
         if self.granularity not in GRANULARITIES:
             raise StepError(f"granularity is {' or '.join(GRANULARITIES)}, not {self.granularity!r}")
 
@@ -48,8 +49,7 @@ class OneShot(Pruner):
         anatomy = pruning.anatomy
         moves = block_moves(anatomy) if self.granularity == "block" else layer_moves(anatomy)
         self.check_reach(anatomy, [moves])
-        with job.progress.stage(f"ranking by {self.by}"):
-            ranks = self._ranks(job.model, anatomy, self.windows(job, self.samples, self.seed))
+        ranks = self._ranks(pruning, job, self.windows(job, self.samples, self.seed))
         job.record["ranks"] = ranks
         while ratio(anatomy, pruning.subnet) < self.ratio - 1e-12:
             offered = moves(pruning.subnet)
@@ -59,9 +59,20 @@ class OneShot(Pruner):
             pruning.commit("blocks", lowest, None)
         self.finish(pruning, job)
 
-    def _ranks(self, model: Any, anatomy: Anatomy, windows: torch.Tensor) -> dict[str, float]:
+    def _ranks(self, pruning: Pruning, job: Job, windows: torch.Tensor) -> dict[str, float]:
+        blocks = pruning.anatomy.blocks
         if self.by == RANDOM:
             generator = random.Random(self.seed)
-            return {name: generator.random() for name in anatomy.blocks}
-        ranks = RANKINGS[self.by](model, anatomy, windows)
+            return {name: generator.random() for name in blocks}
+        if self.by == PERPLEXITY:
+
+            def told(scorer: Scorer) -> None:
+                job.progress.step(scorer.seen / (len(blocks) + 1), f"{scorer.seen} of {len(blocks) + 1} scored")
+
+            with pruning.scoring(f"ranking by {self.metric}", windows, told=told) as score:
+                dense = score(Subnet())
+                ranks = {name: score(Subnet().without(name)) - dense for name in blocks}
+        else:
+            with job.progress.stage(f"ranking by {self.by}"):
+                ranks = RANKINGS[self.by](job.model, pruning.anatomy, windows)
         return {name: rank if math.isfinite(rank) else math.inf for name, rank in ranks.items()}
