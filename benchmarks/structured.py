@@ -1,0 +1,120 @@
+"""Structured pruning of SmolLM2-135M side by side: methods x ratios, raw, repaired and recovered.
+
+    python benchmarks/structured.py --smollm2 DIR --calibration calibration.jsonl --held-out held-out.jsonl --tasks FILE ...
+
+About four hours on two cores. Every cell is written to results/structured.json when it is done; the same command goes on
+after the last one that is there. `pliant demo` leaves the parts in build/demo/parts, `report_structured.py` draws them.
+
+Every method chooses by the same rows of calibration text, repairs with the same rows and recovers on the same tokens, which are
+disjoint from the text that perplexity is measured on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pliant
+from machine import RESULTS, save
+from pliant.step import Step
+
+RATIOS = (0.10, 0.20, 0.05, 0.15, 0.25)  # in the order they are made: what matters most first
+RECOVERED = (0.10, 0.20)
+SEARCHED = {"samples": 24, "seqlen": 256}
+NARROWED = {**SEARCHED, "width_samples": 16}
+REPAIR = 64
+RECOVERY = {"steps": 64, "batch": 4, "seqlen": 256, "distil": 0.5, "every": 16}
+WINDOWS, QUESTIONS = 40, 100
+
+LINES: dict[str, Callable[..., Step]] = {
+    "MultiPruner": lambda **s: pliant.MultiPruner(**NARROWED, **s),
+    "UnifiedPruner": lambda **s: pliant.UnifiedPruner(**SEARCHED, **s),
+    "BlockPruner": lambda **s: pliant.BlockPruner(**SEARCHED, **s),
+    "Block Influence": lambda **s: pliant.OneShot(by="influence", **SEARCHED, **s),
+    "relative magnitude": lambda **s: pliant.OneShot(by="magnitude", **SEARCHED, **s),
+    "one-shot perplexity": lambda **s: pliant.OneShot(by="perplexity", **SEARCHED, **s),
+    **{
+        f"random, seed {seed}": lambda seed=seed, **s: pliant.OneShot(by="random", seed=seed, **SEARCHED, **s)
+        for seed in (0, 1, 2)
+    },
+}
+TRAINED = ("MultiPruner", "UnifiedPruner", "BlockPruner")
+
+
+def cells() -> Iterator[tuple[str, float, str]]:
+    """(line, ratio, form), the most telling first."""
+    for ratio in RATIOS:
+        for line in LINES:
+            yield line, ratio, "raw"
+            yield line, ratio, "repaired"
+        if ratio in RECOVERED:
+            for line in TRAINED:
+                yield line, ratio, "recovered"
+
+
+def run(line: str, ratio: float, form: str, arguments: argparse.Namespace, measure: Callable[[Any], dict]) -> dict:
+    """One cell. Raw, repaired and recovered share one search through its archive."""
+    model = pliant.load(arguments.smollm2)
+    recipe: list[Step] = [LINES[line](ratio=ratio, repair=0 if form == "raw" else REPAIR)]
+    if form == "recovered":
+        recipe.append(pliant.Recover(**RECOVERY))
+    work = Path(arguments.work) / line.replace(",", "").replace(" ", "-")
+    began = time.perf_counter()
+    pliant.apply(model, recipe, pliant.text(arguments.calibration), work=work)
+    seconds = time.perf_counter() - began
+    (work / "recover" / "state.safetensors").unlink(missing_ok=True)  # belongs to this cell alone
+    cut = model.pliant_history[0]
+    kept = {key: cut[key] for key in ("settings", "ratio", "subnet", "counters")}
+    row = {"line": line, "asked": ratio, "form": form, "seconds": seconds, **kept, "quality": compact(measure(model))}
+    if form == "recovered":
+        row["recovery"] = {"settings": recipe[1].to_dict(), **model.pliant_history[1]["recovery"]}
+    return row
+
+
+def compact(quality: dict) -> dict:
+    """Answers as strings of 0 and 1, losses in four decimals: enough to compare by, small enough to keep."""
+    for row in quality["perplexity"].values():
+        row["items"]["loss"] = [round(loss, 4) for loss in row["items"]["loss"]]
+    for row in quality["tasks"].values():
+        row["items"] = {k: v if k == "digest" else "".join(map(str, v)) for k, v in row["items"].items()}
+    return quality
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smollm2", required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--held-out", nargs="+", required=True)
+    parser.add_argument("--tasks", nargs="*", default=[])
+    parser.add_argument("--work", default="build/structured")
+    arguments = parser.parse_args()
+
+    def measure(model) -> dict:
+        return pliant.evaluate(
+            model,
+            perplexity=arguments.held_out,
+            tasks=arguments.tasks,
+            seqlen=256,
+            windows=WINDOWS,
+            limit=QUESTIONS,
+            items=True,
+        )
+
+    path = RESULTS / "structured.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    done = {(row["line"], row["asked"], row["form"]) for row in rows}
+    if ("dense", 0, "raw") not in done:
+        quality = compact(measure(pliant.load(arguments.smollm2)))
+        rows.append({"line": "dense", "asked": 0, "form": "raw", "ratio": 0.0, "quality": quality})
+    for line, ratio, form in cells():
+        if (line, ratio, form) not in done:
+            rows.append(run(line, ratio, form, arguments, measure))
+            save("structured", {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
