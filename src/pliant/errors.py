@@ -33,6 +33,10 @@ class ArtefactError(PliantError, OSError):
     """A model folder is missing, incomplete, damaged, or cannot be written."""
 
 
+class MemoryLimitError(PliantError, MemoryError):
+    """The work needs more memory than the limit allows, or the limit cannot be held here."""
+
+
 class BusyError(PliantError, RuntimeError):
     """Another run is already writing to the same folder."""
 

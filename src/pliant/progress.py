@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from pliant.errors import MemoryLimitError
 
 
 def peak_memory() -> int:
@@ -33,6 +36,22 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
+
+
+def bytes_of(text: str) -> int:
+    """``2GB`` -> ``2000000000``, ``2GiB`` -> ``2147483648``.
+
+    Raises:
+        MemoryLimitError: it is no amount of memory.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    count = 0
+    if found is not None:
+        number, unit, binary = found.groups()
+        count = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " "))
+    if count <= 0:
+        raise MemoryLimitError(f"an amount of memory is a number with a unit, such as 500MB or 2GB; not {text!r}")
+    return count
 
 
 class Progress:

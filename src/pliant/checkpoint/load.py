@@ -6,27 +6,40 @@ import json
 import os
 import re
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pliant.errors import ArtefactError
+from pliant.errors import ArtefactError, PliantError
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name, or owner/name
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
-def load(source: str | Path, *, dtype: Any = "auto", **options: Any) -> Any:
+def load(
+    source: str | Path,
+    *,
+    dtype: Any = "auto",
+    memory: int | str | None = None,
+    scratch: str | Path | None = None,
+    **options: Any,
+) -> Any:
     """A model as an ordinary transformers model, in evaluation mode: a causal language model, unless its config says that it
     classifies images or sequences.
 
     Arguments:
         source: a folder, a ``.gguf`` file (dequantised; needs the ``gguf`` extra), or the id of a model on a hub.
         dtype: as in transformers: ``auto`` keeps what is stored.
+        memory: bytes, or ``"2GB"``, that the process may take beside what it has already. The weights then stay in files, and
+            only as much of them as fits is in memory: the way to prune a model that is larger than that. Needs Linux and
+            weights as safetensors in a folder.
+        scratch: folder for these files, the temporary folder when left out. They are gone with the model.
         options: passed on to ``from_pretrained``: ``device_map``, ``revision``, ``token``, ``attn_implementation`` …
 
     Raises:
         ArtefactError: nothing there, a missing or truncated shard, or weights that the folder lacks.
+        MemoryLimitError: the memory limit is too small for this model, or cannot be held here.
     """
     if "torch_dtype" in options:
         warnings.warn("torch_dtype is now called dtype", FutureWarning, stacklevel=2)
@@ -50,15 +63,21 @@ def load(source: str | Path, *, dtype: Any = "auto", **options: Any) -> Any:
             f"{str(source)!r} is no model folder: give a folder with a config.json, a .gguf file, or the id of a model on a hub "
             "(owner/name)"
         )
-    try:
+    if memory is not None:
+        if not path.is_dir() or options:
+            given = ", ".join(options) if path.is_dir() else str(source)
+            raise ArtefactError(
+                f"within a memory limit, only a model folder is loaded, without other options; not {given}"
+            )
+        from pliant.checkpoint.paged import load_paged
+
+        with _faults_named(source):
+            return load_paged(_auto_class(str(path), options), path, dtype, memory, scratch)
+    with _faults_named(source):
         where = str(path if path.is_dir() else source)
         loaded: Any = _auto_class(where, options).from_pretrained(
             where, dtype=dtype, output_loading_info=True, **options
         )
-    except (OSError, ImportError) as error:
-        raise ArtefactError(f"cannot load {str(source)!r}: {error}") from error
-    except (RuntimeError, ValueError) as error:
-        raise ArtefactError(f"cannot load {str(source)!r}: {str(error).splitlines()[0]}") from error
     model, told = loaded
     if told["missing_keys"]:
         missing = sorted(told["missing_keys"])
@@ -66,6 +85,19 @@ def load(source: str | Path, *, dtype: Any = "auto", **options: Any) -> Any:
             f"{str(source)!r} lacks {len(missing)} tensor(s), {missing[0]!r} among them; they would have been random"
         )
     return model.eval()
+
+
+@contextmanager
+def _faults_named(source: str | Path) -> Iterator[None]:
+    """What transformers has to say about a model that it cannot load, as one kind of error."""
+    try:
+        yield
+    except PliantError:
+        raise
+    except (OSError, ImportError) as error:
+        raise ArtefactError(f"cannot load {str(source)!r}: {error}") from error
+    except (RuntimeError, ValueError) as error:
+        raise ArtefactError(f"cannot load {str(source)!r}: {str(error).splitlines()[0]}") from error
 
 
 def _auto_class(source: str, options: dict[str, Any]) -> Any:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 
+from pliant.checkpoint.pages import pages_of
 from pliant.errors import WeightError
 
 SAMPLE = 4096  # elements looked at per tensor when a model is told from another
@@ -17,7 +19,7 @@ def check_finite(model: nn.Module) -> None:
     """Raises:
     WeightError: naming the first tensor that holds NaN or infinity.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in _each(model, model.named_parameters()):
         if not torch.isfinite(parameter.sum()) and not torch.isfinite(parameter).all():
             bad = int((~torch.isfinite(parameter)).sum())
             raise WeightError(f"{name} holds {bad} value(s) that are not finite; the model is broken")
@@ -27,9 +29,18 @@ def check_finite(model: nn.Module) -> None:
 def fingerprint(model: nn.Module) -> str:
     """A hash of every tensor's name, shape, dtype and up to 4096 evenly spaced elements."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in _each(model, model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.reshape(-1)
         step = max(1, flat.numel() // SAMPLE)
         digest.update(flat[::step].float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _each(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors one after the other; those in files are given back when memory is short."""
+    pages = pages_of(model)
+    for named in tensors:
+        yield named
+        if pages is not None:
+            pages.hold()

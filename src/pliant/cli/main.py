@@ -173,6 +173,12 @@ def compress(
     limit: Annotated[int, typer.Option(help="Questions of each file at most.")] = 200,
     speed: Annotated[bool, typer.Option(help="Time both models in turn at the end.")] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace what is in the folder.")] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Most memory to take, such as 2GB: for a model larger than that. Weights then stay on the disk."
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
@@ -205,6 +211,7 @@ def compress(
         measuring=Measuring(perplexity or (), tasks or (), windows=windows, limit=limit, speed=speed),
         overwrite=overwrite,
         dtype=dtype,
+        memory=memory,
         progress=Events() if as_json else Console(),
     )
     _print(json.dumps(report, indent=1)) if as_json else show_report(report, out)

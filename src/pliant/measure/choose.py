@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from pliant.data import Question
 from pliant.errors import DataError
-from pliant.measure.windows import TOKENS_AT_ONCE, check_ids, longest_of
+from pliant.measure.windows import check_ids, longest_of, tokens_at_once
 
 Ids = tuple[int, ...]
 
@@ -49,7 +49,7 @@ def log_likelihoods(model: Any, tokenizer: Any, name: str, items: Sequence[Quest
         wanted.setdefault(read[-longest:], []).append((number, place, predicted))
     check_ids(model, torch.tensor([max(max(read) for read in wanted), _largest(wanted.values())]))
     scores = [[0.0] * len(item.choices) for item in items]
-    for batch in _batches(wanted):
+    for batch in _batches(wanted, tokens_at_once(model)):
         width = len(batch[-1])
         # causal attention never looks right, so padding on the right changes nothing
         padded = torch.tensor([read + (0,) * (width - len(read)) for read in batch], device=model.device)
@@ -88,11 +88,11 @@ def _largest(wanted: Iterable[list[tuple[int, int, Ids]]]) -> int:
     return max(max(predicted) for entries in wanted for _, _, predicted in entries)
 
 
-def _batches(rows: Iterable[Ids]) -> Iterator[list[Ids]]:
-    """Rows from short to long, as many at once as fill ``TOKENS_AT_ONCE`` when padded to the longest."""
+def _batches(rows: Iterable[Ids], tokens: int) -> Iterator[list[Ids]]:
+    """Rows from short to long, as many at once as come to ``tokens`` when padded to the longest."""
     batch: list[Ids] = []
     for row in sorted(rows, key=len):
-        if batch and len(row) * (len(batch) + 1) > TOKENS_AT_ONCE:
+        if batch and len(row) * (len(batch) + 1) > tokens:
             yield batch
             batch = []
         batch.append(row)

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from pliant.anatomy import anatomy_of
 from pliant.checkpoint.load import tokenizer_of
+from pliant.checkpoint.pages import pages_of
 from pliant.data import OpenQuestion, Question, Text, questions, text
 from pliant.data.question import digest
 from pliant.data.text import unpacked
@@ -18,8 +20,9 @@ from pliant.errors import DataError
 from pliant.measure.answer import answer
 from pliant.measure.choose import choose
 from pliant.measure.harness import harness as run_harness
-from pliant.measure.score import kl, nll
-from pliant.measure.windows import batches_of, check_ids, longest_of, windows_for
+from pliant.measure.score import kl, nll, nll_sum
+from pliant.measure.stream import Stream
+from pliant.measure.windows import batches_of, check_ids, longest_of, tokens_at_once, windows_for
 
 Source = str | Path | Text
 Questions = Sequence[Question] | Sequence[OpenQuestion]
@@ -110,6 +113,9 @@ def _unused(name: str, taken: Container[str]) -> str:
 def _predict(model: Any, ids: torch.Tensor, reference: Any, keep: bool) -> dict[str, Any]:
     losses, divergences = [], []
     for batch in batches_of(model, ids):
+        if reference is None and pages_of(model) is not None:
+            losses.append(_in_parts(model, batch))
+            continue
         logits = model(input_ids=batch, use_cache=False).logits
         losses.append(nll(logits, batch))
         if reference is not None:
@@ -134,6 +140,16 @@ def _predict(model: Any, ids: torch.Tensor, reference: Any, keep: bool) -> dict[
         windows = hashlib.blake2b(ids.numpy().tobytes(), digest_size=16).hexdigest()
         result["items"] = {"digest": f"{windows}, {ids.shape[1]} tokens each", "loss": loss.tolist()}
     return result
+
+
+def _in_parts(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """:func:`nll` of a batch with the logits of a few tokens at a time, for a model with a memory limit."""
+    stream = Stream(model, anatomy_of(model))
+    sums = [
+        nll_sum(logits, ids[:, where.start + 1 : where.stop + 1])
+        for where, logits in stream.parts(ids, tokens_at_once(model))
+    ]
+    return torch.stack(sums).sum(0) / (ids.shape[1] - 1)
 
 
 def _ask(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+
+TOKENS_AT_A_TIME = 64  # whose losses are computed together
 
 
 def nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -16,8 +20,24 @@ def nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     Returns:
         Nats per token, float64, shape ``(windows,)``.
     """
-    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-    return losses.view(ids.shape[0], -1).double().mean(1)
+    return nll_sum(logits, ids[:, 1:]) / (ids.shape[1] - 1)
+
+
+def nll_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of the first tokens of each window, summed.
+
+    Arguments:
+        logits: shape ``(windows, tokens, vocabulary)``.
+        targets: what comes next after each of the tokens, as far as it is there, shape ``(windows, tokens or fewer)``.
+
+    Returns:
+        Nats, float64, shape ``(windows,)``.
+    """
+
+    def each(part: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(part.float(), wanted, reduction="none").double().sum()
+
+    return _by_window(each, logits[:, : targets.shape[1]], targets)
 
 
 def kl(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -25,8 +45,26 @@ def kl(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
     Both arguments have shape ``(windows, seqlen, vocabulary)``; the result is float64 of shape ``(windows,)``.
     """
-    ours, theirs = logits.float().log_softmax(-1), reference.float().log_softmax(-1)
-    return (theirs.exp() * (theirs - ours)).sum(-1, dtype=torch.float64).mean(1)
+    return kl_sum(logits, reference) / logits.shape[1]
+
+
+def kl_sum(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """:func:`kl`, summed over the tokens of each window."""
+
+    def each(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        ours, theirs = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
+        return (theirs.exp() * (theirs - ours)).sum(dtype=torch.float64)
+
+    return _by_window(each, logits, reference)
+
+
+def _by_window(
+    each: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], one: torch.Tensor, other: torch.Tensor
+) -> torch.Tensor:
+    """Sums over stretches of the tokens of each window, so that what is made of their logits on the way takes little memory."""
+    pairs = zip(one, other, strict=True)
+    stretches = (zip(a.split(TOKENS_AT_A_TIME), b.split(TOKENS_AT_A_TIME), strict=True) for a, b in pairs)
+    return torch.stack([torch.stack([each(a, b) for a, b in window]).sum() for window in stretches])
 
 
 METRICS = ("perplexity", "kl")

@@ -40,6 +40,20 @@ class Stream:
         with self._entered(start, len(self.layers), hidden):
             return self.model(input_ids=ids, use_cache=False).logits
 
+    def parts(
+        self, ids: torch.Tensor, tokens: int, start: int = 0, hidden: torch.Tensor | None = None
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """:meth:`logits` for ``tokens`` positions at a time, each with where they are."""
+        seqlen, depth = ids.shape[1], len(self.layers)
+        if seqlen <= tokens:
+            yield slice(0, seqlen), self.logits(ids, start, hidden)
+            return
+        if hidden is None or start < depth:
+            hidden = self.run(ids, start, depth, hidden)[depth]
+        for first in range(0, seqlen, tokens):
+            where = slice(first, min(first + tokens, seqlen))
+            yield where, self.logits(ids[:, where], depth, hidden[:, where])
+
     def run(
         self, ids: torch.Tensor, start: int, end: int, hidden: torch.Tensor | None = None
     ) -> dict[int, torch.Tensor]:

@@ -8,16 +8,20 @@ differs.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from pliant.anatomy import Anatomy
+from pliant.anatomy import Anatomy, layers_of
+from pliant.checkpoint.pages import NEAR, pages_of
 from pliant.elastic import Elastic, Subnet
-from pliant.errors import DataError
-from pliant.measure.score import METRICS, kl, nll
+from pliant.errors import DataError, MemoryLimitError
+from pliant.measure.score import METRICS, TOKENS_AT_A_TIME, kl_sum, nll_sum
 from pliant.measure.stream import Stream
-from pliant.measure.windows import batches_of
+from pliant.measure.windows import batches_of, tokens_at_once
+from pliant.progress import size
 
 
 class Walk:
@@ -29,6 +33,8 @@ class Walk:
         metric: ``perplexity`` (the score is the log of it) or ``kl`` (to the dense model).
         reuse: False runs every layer for every score, as a reference.
         memory: bytes that hidden states may take; with less, every k-th boundary is kept and the rest recomputed.
+        stretch: layers that all windows go through before the next ones are run; all of them when left out. With a model
+            whose weights are in files, as many as memory holds, so that each is read once for all windows.
 
     Attributes:
         evaluations: scores computed so far.
@@ -44,6 +50,7 @@ class Walk:
         metric: str = "perplexity",
         reuse: bool = True,
         memory: int | None = None,
+        stretch: int | None = None,
     ):
         if metric not in METRICS:
             raise DataError(f"there is no metric {metric!r}; there are {', '.join(METRICS)}")
@@ -60,6 +67,8 @@ class Walk:
         whole = store_bytes(model, anatomy, windows.numel())
         while memory is not None and whole / self._stride > memory and self._stride < anatomy.depth:
             self._stride += 1
+        self._stretch = stretch or anatomy.depth
+        self._tokens = windows.shape[1] if pages_of(model) is None else tokens_at_once(model)  # positions with logits
         self._dense: list[torch.Tensor] = []
 
     def rebase(self, subnet: Subnet) -> None:
@@ -79,15 +88,20 @@ class Walk:
         self.elastic.activate(subnet)
         total, count = 0.0, 0
         batches = self.batches[: math.ceil(share * len(self.batches))]
+        entered = [self._hidden[number].get(start) for number in range(len(batches))]
+        first, depth = start, self.anatomy.depth
+        while depth - first > self._stretch:
+            entered = self._through(batches, first, first + self._stretch, entered)
+            first += self._stretch
         for number, ids in enumerate(batches):
-            logits = self.stream.logits(ids, start, self._hidden[number].get(start))
-            if self.metric == "kl":
-                reference = self.stream.logits(ids, self.anatomy.depth, self._dense[number])
-                losses = kl(logits, reference)
-            else:
-                losses = nll(logits, ids)
-            total, count = total + losses.sum().item(), count + len(losses)
-        self._count(subnet, start, self.anatomy.depth, len(batches) / len(self.batches))
+            for where, logits in self.stream.parts(ids, self._tokens, first, entered[number]):
+                if self.metric == "kl":
+                    reference = self.stream.logits(ids[:, where], depth, self._dense[number][:, where])
+                    total += kl_sum(logits, reference).sum().item()
+                else:
+                    total += nll_sum(logits, ids[:, where.start + 1 : where.stop + 1]).sum().item()
+            count += ids.numel() if self.metric == "kl" else ids.numel() - len(ids)
+        self._count(subnet, start, depth, len(batches) / len(self.batches))
         self.evaluations += 1
         return total / count
 
@@ -112,9 +126,13 @@ class Walk:
         if boundary <= self._known:
             return
         self.elastic.activate(self._base)
-        for number, ids in enumerate(self.batches):
-            outputs = self.stream.run(ids, self._known, boundary, self._hidden[number].get(self._known))
-            self._hidden[number].update({b: h for b, h in outputs.items() if b % self._stride == 0})
+        entered = [hidden.get(self._known) for hidden in self._hidden]
+        for first in range(self._known, boundary, self._stretch):
+            last = min(boundary, first + self._stretch)
+            for number, ids in enumerate(self.batches):
+                outputs = self.stream.run(ids, first, last, entered[number])
+                self._hidden[number].update({b: h for b, h in outputs.items() if b % self._stride == 0})
+                entered[number] = outputs[last]
         self._count(self._base, self._known, boundary)
         self._known = boundary
 
@@ -135,7 +153,69 @@ class Walk:
         depth = self.anatomy.depth
         self.elastic.activate(Subnet())
         self._count(Subnet(), 0, depth)
-        return [self.stream.run(ids, 0, depth)[depth] for ids in self.batches]
+        hidden: list[torch.Tensor | None] = [None] * len(self.batches)
+        for first in range(0, depth, self._stretch):
+            hidden = self._through(self.batches, first, min(depth, first + self._stretch), hidden)
+        return [one for one in hidden if one is not None]
+
+    def _through(
+        self, batches: list[torch.Tensor], first: int, last: int, entered: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
+        """Every batch through some layers of the active sub-network."""
+        return [self.stream.run(ids, first, last, hidden)[last] for ids, hidden in zip(batches, entered, strict=True)]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Memory that scoring takes, in bytes.
+
+    Attributes:
+        weights: all of them; of those in files what has to be there at a time: ``stretch`` layers and the largest other.
+        hidden: hidden states that are remembered.
+        logits: and what the loss makes of them.
+        stretch: as for :class:`Walk`.
+    """
+
+    weights: int
+    hidden: int
+    logits: int
+    stretch: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.hidden + self.logits
+
+
+def footprint(model: Any, anatomy: Anatomy, windows: torch.Tensor, metric: str) -> Footprint:
+    """What a :class:`Walk` over ``windows`` will take, known before it begins.
+
+    Raises:
+        MemoryLimitError: a model whose weights are in files has a limit, and it is too low for this.
+    """
+    whole = sum(p.nbytes for p in model.parameters())
+    hidden = store_bytes(model, anatomy, windows.numel())
+    pages = pages_of(model)
+    seqlen, at_once = windows.shape[1], tokens_at_once(model)
+    tokens = min(windows.numel(), max(seqlen, at_once // seqlen * seqlen) if pages is None else at_once)
+    vocabulary, element = model.get_input_embeddings().num_embeddings, next(model.parameters()).element_size()
+    copies = 2 if metric == "kl" else 1
+    logits = copies * vocabulary * (tokens * element + min(tokens, TOKENS_AT_A_TIME) * 8)
+    if pages is None:
+        return Footprint(whole, hidden, logits, anatomy.depth)
+    layers = layers_of(model, anatomy.architecture)
+    each = max(sum(p.nbytes for p in layer.parameters()) for layer in layers)
+    inside = {id(p) for p in layers.parameters()}
+    largest = max((p.nbytes for p in model.parameters() if id(p) not in inside), default=0)
+    hidden = max(hidden // anatomy.depth, min(hidden, pages.limit // 4))
+    room = int(NEAR * pages.limit) - largest - logits - hidden
+    stretch = max(1, min(anatomy.depth, room // each))
+    found = Footprint(min(whole, largest + stretch * each), hidden, logits, stretch)
+    if found.total > pages.limit:
+        raise MemoryLimitError(
+            f"the limit of {size(pages.limit)} is too low for windows of {seqlen} tokens: weights take at least "
+            f"{size(found.weights)}, hidden states {size(hidden)}, logits {size(logits)}; a smaller seqlen or fewer samples take less"
+        )
+    return found
 
 
 def store_bytes(model: Any, anatomy: Anatomy, tokens: int) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from pliant.checkpoint.pages import pages_of
 from pliant.data import Text
 from pliant.errors import DataError
 
@@ -15,7 +16,16 @@ TOKENS_AT_ONCE = 512  # in one forward pass: enough to keep matrix products busy
 def batches_of(model: Any, windows: torch.Tensor) -> list[torch.Tensor]:
     """``windows`` on the device of a model, as many at a time as one forward pass takes."""
     device = next(model.parameters()).device
-    return list(windows.to(device).split(max(1, TOKENS_AT_ONCE // windows.shape[1])))
+    return list(windows.to(device).split(max(1, tokens_at_once(model) // windows.shape[1])))
+
+
+def tokens_at_once(model: Any) -> int:
+    """Tokens that a model takes in one forward pass: fewer where a memory limit leaves little for their logits."""
+    pages = pages_of(model)
+    if pages is None:
+        return TOKENS_AT_ONCE
+    each = model.get_input_embeddings().num_embeddings * next(model.parameters()).element_size()
+    return max(1, min(TOKENS_AT_ONCE, pages.limit // 8 // each))
 
 
 def windows_for(model: Any, tokenizer: Any, text: Text, seqlen: int, limit: int | None = None) -> torch.Tensor:

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from pliant.anatomy import anatomy_of
 from pliant.checkpoint.load import check_folder, load, tokenizer_of
+from pliant.checkpoint.pages import pages_of
 from pliant.checkpoint.weights import fingerprint
 from pliant.data import Text, text
 from pliant.elastic import Subnet, cache_bytes, macs, parameters, streamed_bytes, weight_bytes
@@ -64,6 +65,7 @@ def compress(
     measuring: Measuring = Measuring(),
     overwrite: bool = False,
     dtype: Any = "auto",
+    memory: int | str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compress a model into the folder ``out`` and return the report.
@@ -76,6 +78,7 @@ def compress(
         data: calibration text; None for a step that needs none.
         measuring: what to measure before and after.
         overwrite: replace what is in ``out``.
+        memory: what the process may take beside what it has, as for :func:`pliant.load`; speed is then not measured.
 
     Raises:
         BusyError: another run is writing to ``out``.
@@ -88,6 +91,8 @@ def compress(
     if not held_out and calibration is not None:
         calibration, rest = calibration.split(0.1)
         held_out = [rest]
+    if memory is not None:
+        measuring = replace(measuring, speed=False)  # two models at once, and files to read: it would tell nothing
     work = out.with_name(out.name + ".work")
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -95,18 +100,24 @@ def compress(
         lock.acquire(timeout=0)
     except Timeout:
         raise BusyError(f"another run is writing to {str(out)!r}; wait for it, or name another folder") from None
+
+    def run() -> dict[str, Any]:
+        with progress.stage(f"loading {source}"):
+            model = load(source, dtype=dtype, memory=memory, scratch=work)
+        return _compress(source, model, step, calibration, held_out, out, work, measuring, overwrite, progress)
+
     try:
         earlier = (out / ARCHIVE).exists() and not (work / ARCHIVE).exists()
         for name in (ARCHIVE, MEASURED):
             if (out / name).exists() and not (work / name).exists():
                 shutil.copyfile(out / name, work / name)
         try:
-            report = _compress(source, step, calibration, held_out, out, work, measuring, overwrite, dtype, progress)
+            report = run()
         except ArchiveError:
             if not earlier:
                 raise
             (work / ARCHIVE).unlink()  # what is about to be overwritten came from other settings
-            report = _compress(source, step, calibration, held_out, out, work, measuring, overwrite, dtype, progress)
+            report = run()
     except BaseException as error:
         refused = isinstance(error, PliantError)  # then there is nothing to go on from
         trained = any(work.glob("*/state.safetensors"))
@@ -121,6 +132,7 @@ def compress(
 
 def _compress(
     source: str | Path,
+    model: Any,
     step: Step | Sequence[Step],
     calibration: Text | None,
     held_out: list[Text],
@@ -128,12 +140,9 @@ def _compress(
     work: Path,
     measuring: Measuring,
     overwrite: bool,
-    dtype: Any,
     progress: Progress,
 ) -> dict[str, Any]:
-    with progress.stage(f"loading {source}"):
-        model = load(source, dtype=dtype)
-        tokenizer = tokenizer_of(model)
+    tokenizer = tokenizer_of(model)
     check_target(out, overwrite, need=sum(p.numel() * p.element_size() for p in model.parameters()))
     job = _job(model, tokenizer, step, calibration, held_out, measuring)
     if (done := _finished(out, job)) is not None:
@@ -174,6 +183,8 @@ def _compress(
             "prefill": before["macs_per_token"] / after["macs_per_token"],
             "decode": before["streamed_bytes"] / after["streamed_bytes"],
         }
+    if (pages := pages_of(model)) is not None:
+        report["memory"] = {"limit": pages.limit, "peak": pages.peak}
     del before["axes"], after["axes"]
     archive = {name: work / name for name in (ARCHIVE, MEASURED) if (work / name).exists()}
     with progress.stage(f"writing {out}"):

@@ -16,6 +16,8 @@ import yaml
 from safetensors import SafetensorError
 
 from pliant.checkpoint.load import sync, tokenizer_of
+from pliant.checkpoint.paged import save_paged
+from pliant.checkpoint.pages import pages_of
 from pliant.checkpoint.schema import write
 from pliant.errors import ArtefactError
 from pliant.run.card import card, versions
@@ -43,7 +45,7 @@ def save(
     report: dict[str, Any] | None = None,
     extra: dict[str, Path] | None = None,
     overwrite: bool = False,
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str = "5GB",
 ) -> Path:
     """Save a model with everything that belongs to it.
 
@@ -52,6 +54,7 @@ def save(
         tokenizer: written beside the model; when left out, the files of the source folder are copied unchanged.
         report: what ``pliant compress`` measured; written as ``report.json`` and ``report.html``.
         extra: files to put in, by name.
+        max_shard_size: as in transformers; within a memory limit an eighth of it.
 
     Raises:
         ArtefactError: the folder exists, cannot be written, or the disk is full. Nothing is left behind then.
@@ -61,7 +64,10 @@ def save(
     write(model)
     history = getattr(model, "pliant_history", [])
     with written_aside(target) as aside:
-        model.save_pretrained(aside, max_shard_size=max_shard_size)
+        if (pages := pages_of(model)) is None:
+            model.save_pretrained(aside, max_shard_size=max_shard_size)
+        else:
+            save_paged(model, pages, aside, shard=pages.limit // 8)
         _save_tokenizer(model, tokenizer, aside)
         recipe = {
             "recipe": 1,

@@ -7,17 +7,20 @@ from dataclasses import dataclass
 
 import torch
 
-from pliant.anatomy import Anatomy
+from pliant.anatomy import Anatomy, anatomy_of
+from pliant.checkpoint.pages import pages_of
 from pliant.checkpoint.weights import check_finite, fingerprint
 from pliant.data import Text
-from pliant.errors import DataError, RatioError
+from pliant.errors import DataError, MemoryLimitError, RatioError
 from pliant.measure.score import METRICS
 from pliant.measure.windows import windows_for
+from pliant.progress import size
 from pliant.search.cost import COSTS
 from pliant.search.greedy import Greedy
 from pliant.search.moves import Moves, head_axes, reach
 from pliant.search.order import check_order
 from pliant.search.pruning import Pruning
+from pliant.search.repair import repair_bytes
 from pliant.step import Job, Step, StepError
 
 UNIT = "unit"
@@ -77,6 +80,13 @@ class Pruner(Step):
             given = "nothing" if job.data is None else f"pliant.{type(job.data).__name__.lower()}"
             raise DataError(f"{self.kind} needs calibration text, not {given}: pass data=pliant.text('some.txt')")
         check_finite(job.model)
+        pages = pages_of(job.model)
+        if self.repair and pages is not None:
+            needs = repair_bytes(job.model, anatomy_of(job.model), self._repair_windows(job))
+            if needs > pages.limit:
+                raise MemoryLimitError(
+                    f"repair with {self.repair} rows needs {size(needs)}, the limit is {size(pages.limit)}; fewer rows take less"
+                )
         belongs_to = {
             "model": fingerprint(job.model),
             "data": job.data.digest,
@@ -98,8 +108,10 @@ class Pruner(Step):
     def finish(self, pruning: Pruning, job: Job) -> None:
         """Refit if asked to, and make the result permanent."""
         pruning.require(self.ratio)
-        windows = self.windows(job, self.repair, self.seed + 2) if self.repair else None
-        pruning.cut(windows, self.ridge)
+        pruning.cut(self._repair_windows(job) if self.repair else None, self.ridge)
+
+    def _repair_windows(self, job: Job) -> torch.Tensor:
+        return self.windows(job, self.repair, self.seed + 2)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from pliant.anatomy import Anatomy, anatomy_of
+from pliant.checkpoint.pages import pages_of
 from pliant.elastic import Subnet, macs, parameters, ratio
 from pliant.errors import RatioError
-from pliant.measure.walk import Walk, store_bytes
-from pliant.measure.windows import TOKENS_AT_ONCE
+from pliant.measure.walk import Footprint, Walk, footprint
 from pliant.progress import duration, size
 from pliant.search.archive import Archive
 from pliant.search.cost import cost_of
@@ -143,10 +143,19 @@ class Pruning:
             told: called after every score.
         """
         began = time.monotonic()
-        walk = Walk(self.job.model, self.anatomy, windows, metric=self.metric, reuse=reuse)
+        needs = footprint(self.job.model, self.anatomy, windows, self.metric)
+        walk = Walk(
+            self.job.model,
+            self.anatomy,
+            windows,
+            metric=self.metric,
+            reuse=reuse,
+            memory=needs.hidden,
+            stretch=needs.stretch,
+        )
         scorer = Scorer(self.archive, walk, f"{name}:{self.metric}", told)
         with self.job.progress.stage(name):
-            self._tell_memory(windows)
+            self._tell_memory(windows, needs)
             walk.rebase(self.subnet)
             try:
                 yield scorer
@@ -209,15 +218,12 @@ class Pruning:
             evaluations=len(self.archive),
         )
 
-    def _tell_memory(self, windows: torch.Tensor) -> None:
-        model = self.job.model
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        hidden = store_bytes(model, self.anatomy, windows.numel())
-        logits = 8 * TOKENS_AT_ONCE * model.get_input_embeddings().num_embeddings
+    def _tell_memory(self, windows: torch.Tensor, needs: Footprint) -> None:
+        pages = pages_of(self.job.model)
+        within = "" if pages is None else f"; the limit is {size(pages.limit)}, weights beyond it are read again"
         self.job.progress.note(
-            f"  {windows.shape[0]} windows of {windows.shape[1]} tokens; needs about "
-            f"{size(weights + hidden + logits)} of memory: weights {size(weights)}, hidden states {size(hidden)}, logits "
-            f"{size(logits)}"
+            f"  {windows.shape[0]} windows of {windows.shape[1]} tokens; needs about {size(needs.total)} of memory: weights "
+            f"{size(needs.weights)}, hidden states {size(needs.hidden)}, logits {size(needs.logits)}{within}"
         )
 
     def _tell_cost(self, greedy: Greedy, whole: float, scores: float) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from pliant.anatomy import Anatomy, Block, Weight
+from pliant.anatomy import Anatomy, Block, Weight, layers_of
+from pliant.checkpoint.pages import pages_of
 from pliant.elastic import Elastic, Subnet
 from pliant.measure.stream import Stream
 from pliant.measure.windows import batches_of
@@ -43,6 +44,8 @@ def repair(
     """
     elastic, stream = Elastic(model.eval(), anatomy), Stream(model, anatomy)
     batches = batches_of(model, windows)
+    pages = pages_of(model)
+    keep = torch.clone if pages is None else pages.copy
     saved: dict[torch.Tensor, torch.Tensor] = {}
     dense: Hidden = [None] * len(batches)
     cut: Hidden = [None] * len(batches)
@@ -71,7 +74,7 @@ def repair(
                 if weight is not None:
                     elastic.activate(Subnet())
                     owner = elastic.layers[layer].get_submodule(weight.path.rpartition(".")[0])
-                    saved |= {p: p.detach().clone() for p in (owner.weight, owner.bias) if p is not None}
+                    saved |= {p: keep(p.detach()) for p in (owner.weight, owner.bias) if p is not None}
                     handle = owner.register_forward_hook(_recorder(seen))
                 try:
                     after = advance(layer, subnet.without(*later[block.name]), cut)
@@ -90,6 +93,22 @@ def repair(
     finally:
         elastic.activate(Subnet())
     return told
+
+
+def repair_bytes(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> int:
+    """Memory that :func:`repair` takes beside the weights: the stream in several states, what goes into one matrix and comes
+    out of it, and the normal equations."""
+    hidden = model.config.get_text_config(decoder=True).hidden_size
+    last = (last_matrix(block) for block in anatomy.blocks.values())
+    layers = layers_of(model, anatomy.architecture)
+    shapes = [
+        w.tensor(layers[b.layer]).shape[w.reads or 0]
+        for b, w in zip(anatomy.blocks.values(), last, strict=True)
+        if w is not None
+    ]
+    widest = max(shapes, default=hidden)
+    element = next(model.parameters()).element_size()
+    return windows.numel() * (widest + 8 * hidden) * element + 4 * widest * widest * 8
 
 
 def _recorder(seen: list[tuple[torch.Tensor, torch.Tensor]]) -> Callable[..., None]:

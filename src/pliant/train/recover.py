@@ -10,10 +10,11 @@ import torch
 
 from pliant.anatomy import Anatomy, anatomy_of
 from pliant.checkpoint.load import load
+from pliant.checkpoint.pages import pages_of
 from pliant.checkpoint.weights import check_finite, fingerprint
 from pliant.data import Examples, Text, examples
 from pliant.data.encode import Encoded
-from pliant.errors import DataError
+from pliant.errors import DataError, MemoryLimitError
 from pliant.measure.windows import check_ids, longest_of
 from pliant.progress import size
 from pliant.step import Job, Step, StepError, is_number
@@ -134,6 +135,10 @@ class Recover(Step):
 
     def run(self, job: Job) -> None:
         model = job.model
+        if pages_of(model) is not None:
+            raise MemoryLimitError(
+                "training keeps all weights in memory; save the cut model and recover it in a run without a memory limit"
+            )
         check_finite(model)
         Halves(model)  # a model that predicts no next tokens is refused before any work
         tokenizer = job.tokenizer()

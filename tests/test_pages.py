@@ -1,0 +1,255 @@
+"""Models larger than the memory they may take: the same numbers, the same result, and the limit is held."""
+
+import copy
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import pliant
+from pico import DECODERS, config, logits, pico, tokenizer
+from pliant.anatomy import anatomy_of
+from pliant.checkpoint.pages import Pages
+from pliant.cli.main import app
+from pliant.elastic import Subnet
+from pliant.errors import ArtefactError, MemoryLimitError
+from pliant.measure.walk import Walk, footprint
+from pliant.progress import bytes_of
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how much memory a process has")
+
+CONVERTED = ("gpt_neox", "mixtral", "qwen3_moe")  # their checkpoints name or split tensors in another way
+WINDOWS = torch.randint(3, 259, (5, 8), generator=torch.Generator().manual_seed(7))
+TEXT = pliant.text([" ".join(f"word {i * j % 17}" for j in range(1, 30)) for i in range(1, 40)])
+FEW = {"samples": 8, "width_samples": 8, "seqlen": 32}
+
+
+@pytest.fixture
+def stored(tmp_path):
+    def store(name="llama", **overrides):
+        model = pico(name, **overrides)
+        model.save_pretrained(tmp_path / name, max_shard_size="30KB")
+        tokenizer().save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return store
+
+
+def paged(folder, limit="1GB"):
+    return pliant.load(folder, memory=limit)
+
+
+@pytest.mark.parametrize("name", [name for name in DECODERS if name not in CONVERTED])
+def test_weights_in_files_compute_what_weights_in_memory_do(name, stored):
+    folder = stored(name)
+    model, plain = paged(folder), pliant.load(folder)
+    assert torch.equal(logits(model), logits(plain))
+    assert model.dtype == plain.dtype
+    assert model.config._attn_implementation == plain.config._attn_implementation
+    assert model.generation_config.to_dict() == plain.generation_config.to_dict()
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert (embedding is head) == (plain.get_input_embeddings().weight is plain.get_output_embeddings().weight)
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_a_checkpoint_that_is_converted_while_it_loads_is_refused(name, stored):
+    with pytest.raises(ArtefactError, match="cannot be done within a memory limit"):
+        paged(stored(name))
+
+
+def test_a_model_that_was_cut_loads_into_files_too(stored, tmp_path):
+    model = pliant.load(stored())
+    pliant.apply(model, pliant.MultiPruner(ratio=0.3, **FEW), TEXT, progress=False)
+    pliant.save(model, tmp_path / "cut")
+    again = paged(tmp_path / "cut")
+    assert torch.equal(logits(again), logits(pliant.load(tmp_path / "cut")))
+
+
+def test_a_dtype_can_be_chosen(stored):
+    model = pliant.load(stored(), memory="1GB", dtype="bfloat16")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gemma2"])
+@pytest.mark.parametrize("settings", [{}, {"repair": 8}, {"metric": "kl"}, {"order": "activation"}], ids=str)
+def test_pruning_gives_the_same_model(name, settings, stored, tmp_path):
+    folder = stored(name)
+    step = pliant.MultiPruner(ratio=0.25, mlp_group=8, **FEW, **settings)
+    models = [paged(folder), pliant.load(folder)]
+    for model in models:
+        pliant.apply(model, step, TEXT, progress=False)
+    one, other = (model.pliant_history[0] for model in models)
+    assert one["subnet"] == other["subnet"]
+    assert one["points"][-1]["loss"] == pytest.approx(other["points"][-1]["loss"], abs=1e-5)
+    pliant.save(models[0], tmp_path / "cut")
+    assert models[0].pliant_pages.peak > 0
+    again = pliant.load(tmp_path / "cut").state_dict()
+    assert again.keys() == models[1].state_dict().keys()
+    for key, tensor in models[1].state_dict().items():
+        assert torch.allclose(again[key], tensor, atol=1e-5), key
+        assert "repair" in settings or torch.equal(again[key], tensor)
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "kl"])
+@pytest.mark.parametrize("stretch", [1, 2, 3])
+def test_scores_layer_by_layer_are_the_same(metric, stretch):
+    model = pico("llama")
+    anatomy = anatomy_of(model)
+    cuts = [Subnet(), Subnet().without("layers.2.mlp"), Subnet().keeping("layers.0.mlp.channels", 16)]
+
+    def scores(**settings):
+        walk = Walk(model, anatomy, WINDOWS, metric=metric, **settings)
+        walk.rebase(cuts[1])
+        try:
+            return [walk.score(subnet) for subnet in cuts]
+        finally:
+            walk.close()
+
+    assert scores(stretch=stretch) == scores()
+
+
+def test_logits_of_a_few_tokens_at_a_time_give_the_same_loss(stored, monkeypatch):
+    folder = stored()
+    plain = pliant.evaluate(pliant.load(folder), perplexity=TEXT, seqlen=32)["perplexity"]["a list"]
+    model = paged(folder)
+    monkeypatch.setattr(model.pliant_pages, "limit", 5 * 8 * 300 * 4)  # five tokens at once
+    found = pliant.evaluate(model, perplexity=TEXT, seqlen=32)["perplexity"]["a list"]
+    assert found["loss"] == pytest.approx(plain["loss"], abs=1e-6)
+    assert found["windows"] == plain["windows"]
+
+
+def test_pages_go_and_come_back():
+    pages = Pages(64 * 2**20)
+    tensor = pages.tensor((25, 2**20), torch.float32)  # 100 MiB
+    for row in range(len(tensor)):
+        tensor[row] = row
+        time.sleep(0.01)  # five looks of the thread
+    assert 0 < pages.peak < pages.limit
+    pages.release()
+    assert tensor[:, 0].tolist() == list(range(25))
+    assert torch.equal(pages.copy(tensor[3]), tensor[3])
+
+
+def test_a_copy_of_a_model_is_in_memory(stored):
+    model = paged(stored())
+    again = copy.deepcopy(model)
+    assert again.pliant_pages is None
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_what_is_needed_is_known_beforehand(stored):
+    folder = stored()
+    model = paged(folder)
+    anatomy = anatomy_of(model)
+    plain = footprint(pliant.load(folder), anatomy, WINDOWS, "perplexity")
+    assert plain.weights == sum(p.nbytes for p in model.parameters())
+    assert plain.stretch == anatomy.depth
+    found = footprint(model, anatomy, WINDOWS, "perplexity")  # the limit is far away
+    assert (found.hidden, found.logits, found.stretch) == (plain.hidden, plain.logits, plain.stretch)
+    assert found.weights < plain.weights  # of the embedding, only a few rows are read
+    model.pliant_pages.limit = 300_000
+    tight = footprint(model, anatomy, WINDOWS, "perplexity")
+    assert tight.total <= 300_000
+    assert tight.stretch < anatomy.depth
+    model.pliant_pages.limit = 60_000
+    with pytest.raises(MemoryLimitError, match="is too low for windows of 8 tokens"):
+        footprint(model, anatomy, WINDOWS, "perplexity")
+
+
+LARGE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 16, "num_attention_heads": 8}
+LARGE |= {"num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 128}
+PROGRAM = [sys.executable, "-c", "from pliant.cli import main; main()"]
+
+
+@pytest.mark.slow
+def test_half_the_memory_gives_the_same_result(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config("llama", **LARGE))
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer().save_pretrained(tmp_path / "dense")
+    whole = sum(p.nbytes for p in model.parameters())
+    del model
+    (tmp_path / "text.txt").write_text("\n\n".join(TEXT.rows))
+    command = ["compress", str(tmp_path / "dense"), "--ratio", "0.06", "--data", str(tmp_path / "text.txt"), "--json"]
+    command += ["--windows", "2", "--no-speed", "--set", "samples=4", "--set", "width_samples=4", "--set", "seqlen=64"]
+
+    def run(name, *more):
+        outcome = subprocess.run(
+            [*PROGRAM, *command, "--out", str(tmp_path / name), *more], capture_output=True, text=True
+        )
+        assert outcome.returncode == 0, outcome.stderr
+        return json.loads(outcome.stdout), outcome.stderr
+
+    plain, _ = run("plain")
+    limited, told = run("limited", "--memory", str(whole // 2))
+    assert limited["memory"]["limit"] == whole // 2
+    assert limited["memory"]["peak"] < whole // 2
+    assert "the limit is" in told
+    assert limited["steps"][0]["subnet"] == plain["steps"][0]["subnet"]
+    one, other = (pliant.load(tmp_path / name).state_dict() for name in ("plain", "limited"))
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "told"),
+    [
+        ({"memory": "lots"}, MemoryLimitError, "not 'lots'"),
+        ({"memory": "0GB"}, MemoryLimitError, "not '0GB'"),
+        ({"memory": 20_000}, MemoryLimitError, "the largest tensor"),
+        ({"memory": "1GB", "device_map": "cpu"}, ArtefactError, "without other options; not device_map"),
+    ],
+)
+def test_a_limit_that_cannot_be_held_is_refused(given, error, told, stored):
+    with pytest.raises(error, match=told):
+        pliant.load(stored(), **given)
+
+
+def test_other_places_than_folders_are_refused(stored, tmp_path):
+    with pytest.raises(ArtefactError, match="only a model folder"):
+        pliant.load("owner/name", memory="1GB")
+    folder = stored()
+    with pytest.raises(ArtefactError, match="cannot keep weights in"):
+        pliant.load(folder, memory="1GB", scratch=tmp_path / "nowhere")
+
+
+def test_a_missing_tensor_is_named(stored):
+    folder = stored()
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["model.layers.1.mlp.up_proj.weight"]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ArtefactError, match=r"no tensor 'model.layers.1.mlp.up_proj.weight'"):
+        paged(folder)
+
+
+def test_training_within_a_limit_is_refused(stored):
+    with pytest.raises(MemoryLimitError, match="training keeps all weights in memory"):
+        pliant.apply(paged(stored()), pliant.Recover(steps=1), TEXT, progress=False)
+
+
+def test_repair_of_too_many_rows_is_refused_before_the_search(stored):
+    model = paged(stored())
+    model.pliant_pages.limit = 200_000
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(MemoryLimitError, match="repair with 30 rows needs"):
+        pliant.apply(model, pliant.BlockPruner(ratio=0.1, samples=4, seqlen=32, repair=30), TEXT, progress=False)
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def test_bad_memory_on_the_command_line_is_one_line(stored):
+    outcome = CliRunner().invoke(app, ["compress", str(stored()), "--memory", "much", "--ratio", "0.1", "--out", "x"])
+    assert outcome.exit_code != 0
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("2GB", 2 * 10**9), ("1.5 GiB", 3 * 2**29), ("512", 512), ("300m", 3 * 10**8), ("7kib", 7168), ("1TB", 10**12)],
+)
+def test_amounts_of_memory_are_read(text, count):
+    assert bytes_of(text) == count
