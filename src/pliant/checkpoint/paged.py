@@ -14,14 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from pliant.checkpoint.pages import NEAR, Pages
 from pliant.errors import ArtefactError, MemoryLimitError
+from pliant.pages import NEAR, Pages
 from pliant.progress import bytes_of, size
 
 
 @torch.no_grad()
 def load_paged(auto_class: Any, folder: Path, dtype: Any, memory: int | str, scratch: str | Path | None) -> Any:
-    """A model of ``folder`` whose weights are in files, see :mod:`pliant.checkpoint.pages`.
+    """A model of ``folder`` whose weights are in files, see :mod:`pliant.pages`.
 
     Arguments:
         auto_class: the class of transformers that finds the right one for a config.
@@ -60,6 +60,7 @@ def load_paged(auto_class: Any, folder: Path, dtype: Any, memory: int | str, scr
         own = nn.Parameter(placed)
         for name in names[id(parameter)]:
             _put(model, name, own)
+        pages.hold()
     parameters = {name for alike in names.values() for name in alike}
     for name, buffer in model.state_dict().items():
         if name not in parameters:

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from pliant.checkpoint.pages import pages_of
 from pliant.errors import WeightError
+from pliant.pages import hold
 
 SAMPLE = 4096  # elements looked at per tensor when a model is told from another
 
@@ -39,8 +39,6 @@ def fingerprint(model: nn.Module) -> str:
 
 def _each(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors one after the other; those in files are given back when memory is short."""
-    pages = pages_of(model)
     for named in tensors:
         yield named
-        if pages is not None:
-            pages.hold()
+        hold(model)

@@ -10,6 +10,7 @@ from torch import nn
 from pliant.anatomy import Anatomy, Block, anatomy_of, layers_of
 from pliant.elastic.activate import follow, narrow, slot, stand_in
 from pliant.elastic.subnet import Subnet, validate
+from pliant.pages import hold
 
 
 @torch.no_grad()
@@ -26,6 +27,7 @@ def extract(model: nn.Module, anatomy: Anatomy, subnet: Subnet) -> Anatomy:
             remove(layers[block.layer], block)
         else:
             shrink(layers[block.layer], block, subnet.kept(block))
+        hold(model)
     left = anatomy_of(model)
     slotted = {block.layer: block for block in left.blocks.values() if block.spec.slot}
     for index, block in slotted.items():

@@ -10,6 +10,7 @@ from torch import nn
 from pliant.anatomy import Anatomy, Block, layers_of
 from pliant.architecture import Part
 from pliant.errors import SubnetError
+from pliant.pages import hold
 
 
 @torch.no_grad()
@@ -39,6 +40,7 @@ def reorder(model: nn.Module, anatomy: Anatomy, orders: Mapping[str, torch.Tenso
                 if any(part.axis in block.axes and block.axes[part.axis].leader in chosen for part in dim):
                     index = _elements(block, dim, chosen).to(parameter.device)
                     parameter.copy_(parameter.index_select(position, index))
+            hold(model)
 
 
 def _elements(block: Block, dim: tuple[Part, ...], chosen: Mapping[str, torch.Tensor]) -> torch.Tensor:

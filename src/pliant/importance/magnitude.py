@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from pliant.anatomy import Anatomy, layers_of
+from pliant.pages import hold
 
 
 def l1_orders(model: nn.Module, anatomy: Anatomy) -> dict[str, torch.Tensor]:
@@ -47,4 +48,5 @@ def l1_norms(model: nn.Module, anatomy: Anatomy) -> dict[str, torch.Tensor]:
                         own = rows[start : start + width].view(leader.size, -1).sum(1)
                         norms[leader.name] += own * (shared // axis.ratio)
                     start += width
+        hold(model)
     return norms

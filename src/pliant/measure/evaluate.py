@@ -12,7 +12,6 @@ import torch
 
 from pliant.anatomy import anatomy_of
 from pliant.checkpoint.load import tokenizer_of
-from pliant.checkpoint.pages import pages_of
 from pliant.data import OpenQuestion, Question, Text, questions, text
 from pliant.data.question import digest
 from pliant.data.text import unpacked
@@ -23,6 +22,7 @@ from pliant.measure.harness import harness as run_harness
 from pliant.measure.score import kl, nll, nll_sum
 from pliant.measure.stream import Stream
 from pliant.measure.windows import batches_of, check_ids, longest_of, tokens_at_once, windows_for
+from pliant.pages import pages_of
 
 Source = str | Path | Text
 Questions = Sequence[Question] | Sequence[OpenQuestion]

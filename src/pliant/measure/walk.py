@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from pliant.anatomy import Anatomy, layers_of
-from pliant.checkpoint.pages import NEAR, pages_of
 from pliant.elastic import Elastic, Subnet
 from pliant.errors import DataError, MemoryLimitError
 from pliant.measure.score import METRICS, TOKENS_AT_A_TIME, kl_sum, nll_sum
 from pliant.measure.stream import Stream
 from pliant.measure.windows import batches_of, tokens_at_once
+from pliant.pages import NEAR, pages_of
 from pliant.progress import size
 
 

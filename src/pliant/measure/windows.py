@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from pliant.checkpoint.pages import pages_of
 from pliant.data import Text
 from pliant.errors import DataError
+from pliant.pages import pages_of
 
 TOKENS_AT_ONCE = 512  # in one forward pass: enough to keep matrix products busy, few enough for their logits
 

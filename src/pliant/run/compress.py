@@ -16,7 +16,6 @@ from filelock import FileLock, Timeout
 
 from pliant.anatomy import anatomy_of
 from pliant.checkpoint.load import check_folder, load, tokenizer_of
-from pliant.checkpoint.pages import pages_of
 from pliant.checkpoint.weights import fingerprint
 from pliant.data import Text, text
 from pliant.elastic import Subnet, cache_bytes, macs, parameters, streamed_bytes, weight_bytes
@@ -25,6 +24,7 @@ from pliant.machine import machine
 from pliant.measure.evaluate import evaluate
 from pliant.measure.speed import bench
 from pliant.measure.windows import longest_of
+from pliant.pages import pages_of
 from pliant.progress import Console, Progress
 from pliant.run.apply import apply
 from pliant.run.card import versions

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 
 from pliant.checkpoint.load import sync, tokenizer_of
 from pliant.checkpoint.paged import save_paged
-from pliant.checkpoint.pages import pages_of
 from pliant.checkpoint.schema import write
 from pliant.errors import ArtefactError
+from pliant.pages import pages_of
 from pliant.run.card import card, versions
 from pliant.run.report import page
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from pliant.anatomy import Anatomy, anatomy_of
-from pliant.checkpoint.pages import pages_of
 from pliant.checkpoint.weights import check_finite, fingerprint
 from pliant.data import Text
 from pliant.errors import DataError, MemoryLimitError, RatioError
 from pliant.measure.score import METRICS
 from pliant.measure.windows import windows_for
+from pliant.pages import pages_of
 from pliant.progress import size
 from pliant.search.cost import COSTS
 from pliant.search.greedy import Greedy

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from pliant.anatomy import Anatomy, anatomy_of
-from pliant.checkpoint.pages import pages_of
 from pliant.elastic import Subnet, macs, parameters, ratio
 from pliant.errors import RatioError
 from pliant.measure.walk import Footprint, Walk, footprint
+from pliant.pages import pages_of
 from pliant.progress import duration, size
 from pliant.search.archive import Archive
 from pliant.search.cost import cost_of

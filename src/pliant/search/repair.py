@@ -16,10 +16,10 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from pliant.anatomy import Anatomy, Block, Weight, layers_of
-from pliant.checkpoint.pages import pages_of
 from pliant.elastic import Elastic, Subnet
 from pliant.measure.stream import Stream
 from pliant.measure.windows import batches_of
+from pliant.pages import pages_of
 from pliant.progress import Progress
 
 EXACT = 1e-3  # how closely, as a share of it, a last matrix must explain what its block adds to the stream

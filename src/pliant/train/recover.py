@@ -10,12 +10,12 @@ import torch
 
 from pliant.anatomy import Anatomy, anatomy_of
 from pliant.checkpoint.load import load
-from pliant.checkpoint.pages import pages_of
 from pliant.checkpoint.weights import check_finite, fingerprint
 from pliant.data import Examples, Text, examples
 from pliant.data.encode import Encoded
 from pliant.errors import DataError, MemoryLimitError
 from pliant.measure.windows import check_ids, longest_of
+from pliant.pages import pages_of
 from pliant.progress import size
 from pliant.step import Job, Step, StepError, is_number
 from pliant.train.cost import estimate

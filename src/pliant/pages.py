@@ -112,6 +112,12 @@ def pages_of(model: Any) -> Pages | None:
     return getattr(model, "pliant_pages", None)
 
 
+def hold(model: Any) -> None:
+    """To be called between one stretch of weights and the next by what goes through all of them."""
+    if (pages := pages_of(model)) is not None:
+        pages.hold()
+
+
 def _watch(pages: weakref.ref[Pages]) -> None:
     while (alive := pages()) is not None:
         alive.hold()
