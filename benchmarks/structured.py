@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ WINDOWS, QUESTIONS = 40, 100
 
 LINES: dict[str, Callable[..., Step]] = {
     "MultiPruner": lambda **s: pliant.MultiPruner(**NARROWED, **s),
-    "UnifiedPruner": lambda **s: pliant.UnifiedPruner(**SEARCHED, **s),
     "BlockPruner": lambda **s: pliant.BlockPruner(**SEARCHED, **s),
     "Block Influence": lambda **s: pliant.OneShot(by="influence", **SEARCHED, **s),
     "relative magnitude": lambda **s: pliant.OneShot(by="magnitude", **SEARCHED, **s),
@@ -42,7 +40,7 @@ LINES: dict[str, Callable[..., Step]] = {
         for seed in (0, 1, 2)
     },
 }
-TRAINED = ("MultiPruner", "UnifiedPruner", "BlockPruner")
+TRAINED = (("MultiPruner", "repaired and recovered"), ("MultiPruner", "recovered"), ("BlockPruner", "recovered"))
 
 
 def cells() -> Iterator[tuple[str, float, str]]:
@@ -52,25 +50,23 @@ def cells() -> Iterator[tuple[str, float, str]]:
             yield line, ratio, "raw"
             yield line, ratio, "repaired"
         if ratio in RECOVERED:
-            for line in TRAINED:
-                yield line, ratio, "recovered"
+            for line, form in TRAINED:
+                yield line, ratio, form
 
 
 def run(line: str, ratio: float, form: str, arguments: argparse.Namespace, measure: Callable[[Any], dict]) -> dict:
-    """One cell. Raw, repaired and recovered share one search through its archive."""
+    """One cell. Whatever follows the search, it is made once: its archive answers the next time."""
     model = pliant.load(arguments.smollm2)
-    recipe: list[Step] = [LINES[line](ratio=ratio, repair=0 if form == "raw" else REPAIR)]
-    if form == "recovered":
+    recipe: list[Step] = [LINES[line](ratio=ratio, repair=REPAIR if form.startswith("repaired") else 0)]
+    if form.endswith("recovered"):
         recipe.append(pliant.Recover(**RECOVERY))
     work = Path(arguments.work) / line.replace(",", "").replace(" ", "-")
-    began = time.perf_counter()
     pliant.apply(model, recipe, pliant.text(arguments.calibration), work=work)
-    seconds = time.perf_counter() - began
     (work / "recover" / "state.safetensors").unlink(missing_ok=True)  # belongs to this cell alone
     cut = model.pliant_history[0]
     kept = {key: cut[key] for key in ("settings", "ratio", "subnet", "counters")}
-    row = {"line": line, "asked": ratio, "form": form, "seconds": seconds, **kept, "quality": compact(measure(model))}
-    if form == "recovered":
+    row = {"line": line, "asked": ratio, "form": form, **kept, "quality": compact(measure(model))}
+    if form.endswith("recovered"):
         row["recovery"] = {"settings": recipe[1].to_dict(), **model.pliant_history[1]["recovery"]}
     return row
 

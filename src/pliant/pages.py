@@ -26,6 +26,8 @@ from pliant.errors import ArtefactError, MemoryLimitError
 
 NEAR = 0.7  # share of the limit at which pages are given back
 _EVERY = 0.002  # seconds between two looks: at 10 GB/s a matrix product touches 20 MB meanwhile
+_LITTLE = 2**23  # bytes of mapped pages that are not worth giving back
+_TRIM = 0.5  # seconds between two looks through the heap, which take a while
 _DONTNEED = 4  # of madvise, the same on every Linux
 _MMAP_THRESHOLD = -3  # of mallopt, where there is one
 _STATM = Path("/proc/self/statm")
@@ -49,13 +51,14 @@ class Pages:
         if sys.platform != "linux" or not _STATM.exists():
             raise MemoryLimitError("a memory limit needs Linux: elsewhere it could not be held")
         self.limit, self.peak = limit, 0
-        self._least = 0  # bytes of mapped pages that stay whatever is given back, the libraries among them
         self._folder = folder
         self._libc = ctypes.CDLL(None)
-        if hasattr(self._libc, "mallopt"):  # freed tensors go back to the system at once instead of staying in the heap
+        self._trimmed = 0.0
+        self._glibc = hasattr(self._libc, "mallopt")
+        if self._glibc:  # freed tensors go back to the system at once instead of staying in the heap
             self._libc.mallopt(_MMAP_THRESHOLD, 2**17)
         self._stored: list[torch.UntypedStorage] = []
-        self._before = _resident()[0]
+        self._before, self._libraries = _resident()  # the code of libraries is pages of files, too
         threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True, name="pliant pages").start()
 
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -94,14 +97,16 @@ class Pages:
         whole, mapped = _resident()
         taken = whole - self._before
         self.peak = max(self.peak, taken)
-        if taken > NEAR * self.limit and mapped > self._least:
+        if taken > NEAR * self.limit and mapped > self._libraries + _LITTLE:
             self.release()
 
     def release(self) -> None:
-        """Give back every page of these files. What was written to them stays in the files."""
+        """Give back every page of these files, and what is free of the heap. What was written to the files stays there."""
+        if self._glibc and time.monotonic() - self._trimmed > _TRIM:
+            self._libc.malloc_trim(0)
+            self._trimmed = time.monotonic()
         for storage in self._stored:
             self._libc.madvise(ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes()), _DONTNEED)
-        self._least = _resident()[1] + 2**20
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> None:
         """A copy of a model has its weights in memory."""

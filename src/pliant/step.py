@@ -23,6 +23,9 @@ class Step:
     kind: ClassVar[str] = ""
     """Name of the step in recipes and on the command line."""
 
+    trains: ClassVar[bool] = False
+    """Whether it trains the model, for which all weights have to be in memory."""
+
     def run(self, job: Job) -> None:
         """Change ``job.model`` in place."""
         raise NotImplementedError

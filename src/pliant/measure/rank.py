@@ -47,7 +47,7 @@ def _by_stream(
                 reached = []
                 for place in range(len(blocks) + 1):
                     elastic.activate(Subnet(frozenset(blocks[place:])), stretch=True)
-                    reached.append(stream.run(ids, layer, layer + 1, hidden)[layer + 1])
+                    reached.append(stream.through(ids, layer, layer + 1, hidden))
                 for name, before, after in zip(blocks, reached, reached[1:], strict=False):
                     sums[name] += per_token(before.float(), after.float()).double().sum().item()
                 hidden = reached[-1]

@@ -6,7 +6,7 @@ here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,15 +49,24 @@ class Stream:
             yield slice(0, seqlen), self.logits(ids, start, hidden)
             return
         if hidden is None or start < depth:
-            hidden = self.run(ids, start, depth, hidden)[depth]
+            hidden = self.through(ids, start, depth, hidden)
         for first in range(0, seqlen, tokens):
             where = slice(first, min(first + tokens, seqlen))
             yield where, self.logits(ids[:, where], depth, hidden[:, where])
 
+    def through(self, ids: torch.Tensor, start: int, end: int, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states at the boundary ``end``."""
+        return self.run(ids, start, end, hidden, at=(end,))[end]
+
     def run(
-        self, ids: torch.Tensor, start: int, end: int, hidden: torch.Tensor | None = None
+        self,
+        ids: torch.Tensor,
+        start: int,
+        end: int,
+        hidden: torch.Tensor | None = None,
+        at: Iterable[int] | None = None,
     ) -> dict[int, torch.Tensor]:
-        """Hidden states at the boundaries ``start + 1 … end``."""
+        """Hidden states at the boundaries ``start + 1 … end``, or at those of them that are named in ``at``."""
         outputs: dict[int, torch.Tensor] = {}
 
         def record(boundary: int):
@@ -66,7 +75,8 @@ class Stream:
 
             return hook
 
-        handles = [self.layers[i].register_forward_hook(record(i + 1)) for i in range(start, end)]
+        boundaries = range(start + 1, end + 1) if at is None else at
+        handles = [self.layers[i - 1].register_forward_hook(record(i)) for i in boundaries]
         try:
             with self._entered(start, end, hidden):
                 self.model.base_model(input_ids=ids, use_cache=False)

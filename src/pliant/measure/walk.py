@@ -130,8 +130,9 @@ class Walk:
         for first in range(self._known, boundary, self._stretch):
             last = min(boundary, first + self._stretch)
             for number, ids in enumerate(self.batches):
-                outputs = self.stream.run(ids, first, last, entered[number])
-                self._hidden[number].update({b: h for b, h in outputs.items() if b % self._stride == 0})
+                wanted = {b for b in range(first + 1, last + 1) if b % self._stride == 0}
+                outputs = self.stream.run(ids, first, last, entered[number], at=wanted | {last})
+                self._hidden[number].update({b: outputs[b] for b in wanted})
                 entered[number] = outputs[last]
         self._count(self._base, self._known, boundary)
         self._known = boundary
@@ -162,7 +163,7 @@ class Walk:
         self, batches: list[torch.Tensor], first: int, last: int, entered: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor | None]:
         """Every batch through some layers of the active sub-network."""
-        return [self.stream.run(ids, first, last, hidden)[last] for ids, hidden in zip(batches, entered, strict=True)]
+        return [self.stream.through(ids, first, last, hidden) for ids, hidden in zip(batches, entered, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def footprint(model: Any, anatomy: Anatomy, windows: torch.Tensor, metric: str) 
     seqlen, at_once = windows.shape[1], tokens_at_once(model)
     tokens = min(windows.numel(), max(seqlen, at_once // seqlen * seqlen) if pages is None else at_once)
     vocabulary, element = model.get_input_embeddings().num_embeddings, next(model.parameters()).element_size()
-    copies = 2 if metric == "kl" else 1
+    copies = (2 if metric == "kl" else 1) * (2 if tokens < seqlen else 1)  # in parts, the last ones are still there
     logits = copies * vocabulary * (tokens * element + min(tokens, TOKENS_AT_A_TIME) * 8)
     if pages is None:
         return Footprint(whole, hidden, logits, anatomy.depth)

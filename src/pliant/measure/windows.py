@@ -25,7 +25,7 @@ def tokens_at_once(model: Any) -> int:
     if pages is None:
         return TOKENS_AT_ONCE
     each = model.get_input_embeddings().num_embeddings * next(model.parameters()).element_size()
-    return max(1, min(TOKENS_AT_ONCE, pages.limit // 8 // each))
+    return max(1, min(TOKENS_AT_ONCE, pages.limit // 16 // each))
 
 
 def windows_for(model: Any, tokenizer: Any, text: Text, seqlen: int, limit: int | None = None) -> torch.Tensor:

@@ -12,6 +12,8 @@ from pliant.checkpoint.load import load, tokenizer_of
 from pliant.checkpoint.schema import write
 from pliant.data import Examples, Text, text
 from pliant.elastic import described, parameters
+from pliant.errors import MemoryLimitError
+from pliant.pages import pages_of
 from pliant.progress import Console, Progress, peak_memory
 from pliant.step import Job, Step, StepError
 
@@ -45,9 +47,15 @@ def apply(
     if isinstance(data, str | Path):
         data = text(data)
     shown = progress if isinstance(progress, Progress) else Console() if progress else Progress()
-    for one in [step] if isinstance(step, Step) else list(step):
+    steps = [step] if isinstance(step, Step) else list(step)
+    for one in steps:
         if not isinstance(one, Step):
             raise StepError(f"a step is expected, such as pliant.MultiPruner(ratio=0.2); not {one!r}")
+        if one.trains and pages_of(model) is not None:
+            raise MemoryLimitError(
+                "training keeps all weights in memory; save the cut model and train it in a run without a memory limit"
+            )
+    for one in steps:
         before = parameters(described(model))
         job = Job(
             model=model,

@@ -53,7 +53,7 @@ def repair(
 
     def advance(layer: int, active: Subnet, hidden: Hidden) -> list[torch.Tensor]:
         elastic.activate(active, stretch=True)
-        return [stream.run(ids, layer, layer + 1, h)[layer + 1] for ids, h in zip(batches, hidden, strict=True)]
+        return [stream.through(ids, layer, layer + 1, h) for ids, h in zip(batches, hidden, strict=True)]
 
     try:
         for layer in range(anatomy.depth):

@@ -13,9 +13,8 @@ from pliant.checkpoint.load import load
 from pliant.checkpoint.weights import check_finite, fingerprint
 from pliant.data import Examples, Text, examples
 from pliant.data.encode import Encoded
-from pliant.errors import DataError, MemoryLimitError
+from pliant.errors import DataError
 from pliant.measure.windows import check_ids, longest_of
-from pliant.pages import pages_of
 from pliant.progress import size
 from pliant.step import Job, Step, StepError, is_number
 from pliant.train.cost import estimate
@@ -35,6 +34,7 @@ class Recover(Step):
     """Train the model on text or examples; what comes out is an ordinary model of the same shapes and dtype."""
 
     kind: ClassVar[str] = "recover"
+    trains: ClassVar[bool] = True
 
     method: str = "lora"
     """lora trains low-rank adapters and merges them at the end (needs the train extra); full trains every weight."""
@@ -135,10 +135,6 @@ class Recover(Step):
 
     def run(self, job: Job) -> None:
         model = job.model
-        if pages_of(model) is not None:
-            raise MemoryLimitError(
-                "training keeps all weights in memory; save the cut model and recover it in a run without a memory limit"
-            )
         check_finite(model)
         Halves(model)  # a model that predicts no next tokens is refused before any work
         tokenizer = job.tokenizer()
