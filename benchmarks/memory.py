@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ SETTINGS += [word for s in ("samples=6", "width_samples=6", "seqlen=256") for wo
 
 def run(arguments: argparse.Namespace, name: str, *more: str) -> dict:
     out = Path(arguments.work) / name
+    shutil.rmtree(out, ignore_errors=True)  # pliant would find its work done
     command = ["compress", arguments.smollm2, "--data", arguments.calibration, "--out", str(out), *SETTINGS, *more]
     began = time.perf_counter()
     outcome = subprocess.run([*PROGRAM, *command], stdout=subprocess.PIPE, text=True, check=True)

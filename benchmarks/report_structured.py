@@ -1,0 +1,86 @@
+"""Table and plot of results/structured.json: writes structured.md and structured.svg beside it.
+
+pip install matplotlib
+python benchmarks/report_structured.py
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pliant
+from machine import RESULTS
+
+METRICS = {"ARC-Easy": "acc_norm", "piqa": "acc_norm", "boolq": "acc", "openbookqa": "acc_norm", "winogrande": "acc"}
+FORMS = ("raw", "repaired", "recovered", "repaired and recovered")
+
+
+def perplexity(row: dict[str, Any]) -> float:
+    (found,) = row["quality"]["perplexity"].values()
+    return found["perplexity"]
+
+
+def accuracy(row: dict[str, Any]) -> float:
+    """Mean over the five tasks."""
+    tasks = row["quality"]["tasks"]
+    return sum(tasks[f"{name}-test"][metric] for name, metric in METRICS.items()) / len(METRICS)
+
+
+def loss_against(row: dict[str, Any], other: dict[str, Any]) -> str:
+    """Difference of the loss in nats per token, with its 95 % interval, window by window."""
+    (found,) = pliant.compare(
+        {"perplexity": row["quality"]["perplexity"]}, {"perplexity": other["quality"]["perplexity"]}
+    )["perplexity"].values()
+    found = found["loss"]
+    return f"{found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+
+
+def main() -> None:
+    content = json.loads((RESULTS / "structured.json").read_text())
+    rows = {(row["line"], row["asked"], row["form"]): row for row in content["rows"]}
+    dense = rows["dense", 0, "raw"]
+    lines = [
+        f"Dense: perplexity {perplexity(dense):.2f}, five tasks {accuracy(dense):.1%}.",
+        "",
+        "| ratio | method | form | removed | perplexity | five tasks | loss against BlockPruner, raw |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    order = list(dict.fromkeys(line for line, _, _ in rows if line != "dense"))
+    for line, asked, form in sorted(
+        (key for key in rows if key[0] != "dense"), key=lambda k: (k[1], FORMS.index(k[2]), order.index(k[0]))
+    ):
+        row = rows[line, asked, form]
+        base = rows.get(("BlockPruner", asked, "raw"))
+        against = "" if base is None or base is row else loss_against(row, base)
+        lines.append(
+            f"| {asked:.0%} | {line} | {form} | {row['ratio']:.2%} | {perplexity(row):.2f} | {accuracy(row):.1%} | {against} |"
+        )
+    (RESULTS / "structured.md").write_text("\n".join(lines) + "\n")
+    plot(rows, order)
+
+
+def plot(rows: dict[tuple[str, float, str], dict[str, Any]], order: list[str]) -> None:
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharex=True)
+    for number, line in enumerate(order):
+        for form, style in (("raw", "-"), ("repaired", "--")):
+            points = sorted((row["ratio"], row) for (n, _, f), row in rows.items() if n == line and f == form)
+            if points:
+                label = line if form == "raw" else None
+                where = [ratio for ratio, _ in points]
+                axes[0].plot(where, [perplexity(row) for _, row in points], style, color=f"C{number}", label=label)
+                axes[1].plot(where, [accuracy(row) for _, row in points], style, color=f"C{number}")
+    axes[0].set(yscale="log", xlabel="share of parameters removed", ylabel="perplexity, held-out Wikipedia text")
+    axes[1].set(xlabel="share of parameters removed", ylabel="mean accuracy of five tasks")
+    axes[0].legend(fontsize=8, title="dashed: repaired", title_fontsize=8)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "structured.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
