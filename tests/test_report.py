@@ -192,7 +192,7 @@ def test_speed_is_shown_beside_the_prediction_only_when_it_was_measured():
     shown = Page(page(_with_speed()))
     place = shown.cells.index("prefill, from multiply-accumulates")
     assert shown.cells[place + 1 : place + 4] == ["1.27x", "1.20x", "1.08 to 1.32"]
-    place = shown.cells.index("decode, from bytes of weights read")
+    place = shown.cells.index("decode, from bytes of weights and cache read")
     assert shown.cells[place + 1 : place + 4] == ["1.23x", "1.30x", "1.17 to 1.43"]
     assert "5 rounds: prompt of 256 tokens, 32 decoded, batch 1" in shown.text
 
@@ -207,6 +207,36 @@ def test_a_bar_is_drawn_for_every_axis_of_every_layer_and_filled_by_what_is_kept
     assert "layer 2, attention.kv: 0% kept" in shown.text
     full = float(gone[0]["height"])
     assert sum(float(a["height"]) for a in kept) == pytest.approx(full * sum(REPORT["layers"].values()))
+
+
+def _refitted(before, after):
+    return {"block": "layers.0.mlp", "distance": {"before": before, "after": after}}
+
+
+def test_repair_is_told_and_what_it_left_alone():
+    fits = [_refitted(0.5, 0.25), {"block": "layers.1.mlp", "distance": None}, _refitted(0.125, 0.0625)]
+    shown = Page(page(REPORT | {"steps": [STEP | {"repair": fits}]})).text
+    assert "Repair: 2 blocks refitted" in shown
+    assert "0.125 before it was refitted, 0.0625 after" in shown
+    assert "1 block(s), which something else than a matrix ends" in shown
+    assert "Repair" not in Page(page(REPORT)).text
+    nothing = Page(page(REPORT | {"steps": [STEP | {"repair": fits[1:2]}]})).text
+    assert "Repair: 1 block(s)" in nothing
+
+
+@pytest.mark.parametrize("held_out", [[3.2, 3.0, 3.1], [None, None, None]], ids=["held out", "none held out"])
+def test_recovery_is_drawn(held_out):
+    curve = [
+        {"step": step, "loss": None if step == 0 else 3.0, "held_out": loss, "seconds": 1.0}
+        for step, loss in zip((0, 10, 20), held_out, strict=True)
+    ]
+    recovery = {"curve": curve, "steps": 20, "best_step": 10, "tokens": 40960, "tokens_per_second": 140.4}
+    step = {key: value for key, value in STEP.items() if key not in ("points", "counters")} | {"recovery": recovery}
+    shown = Page(page(REPORT | {"steps": [step]}))
+    assert "20 steps, 40,960 tokens at 140 tokens/s; the state of step 10 was kept." in shown.text
+    lowest = [a for tag, a in shown.tags if tag == "circle"]
+    assert len(lowest) == (3 if held_out[0] else 0)
+    assert ("step 10: 3.000" in shown.text) == bool(held_out[0])
 
 
 def test_a_step_that_recorded_no_removals_has_no_curve():

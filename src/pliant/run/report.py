@@ -56,7 +56,7 @@ def _predicted(report: dict[str, Any]) -> str:
     if not speed:
         return ""
     rows = []
-    for kind, of in (("prefill", "multiply-accumulates"), ("decode", "bytes of weights read")):
+    for kind, of in (("prefill", "multiply-accumulates"), ("decode", "bytes of weights and cache read")):
         gain = speed["speedup"][kind]
         rows.append(
             f"<tr><td>{kind}, from {of}</td><td>{report['predicted'][kind]:.2f}x</td><td>{gain['median']:.2f}x</td>"
@@ -85,7 +85,7 @@ def _step(step: dict[str, Any]) -> str:
     )
     return (
         f"<h2>{escape(step['settings']['step'])}</h2><p><code>{escape(settings)}</code></p>{_curve(step.get('points', []))}"
-        f"{counted}<p>{duration(step['seconds'])} in all, peak memory {size(step['peak_memory'])}.</p>"
+        f"{counted}{_repair(step.get('repair', []))}{_recovery(step.get('recovery'))}<p>{duration(step['seconds'])} in all, peak memory {size(step['peak_memory'])}.</p>"
         f"{_moves(step.get('points', []))}"
     )
 
@@ -122,8 +122,55 @@ def _curve(points: list[dict[str, Any]]) -> str:
     values = [value for point in points if (value := _value(point)) is not None]
     if len(values) < 2 or len(values) < len(points):
         return ""
+    xs = [point["ratio"] for point in points]
+    firsts = {i: p["stage"] for i, p in enumerate(points) if i == 0 or points[i - 1]["stage"] != p["stage"]}
+    titles = [f"{p['unit']}: {y:.2f} at {x:.2%}" for p, x, y in zip(points, xs, values, strict=True)]
+    drawn = _plot(xs, values, titles, firsts, ".1%", f"{_label(points)} against ratio removed")
+    return (
+        f"{drawn}<p>{_label(points)} against the share of parameters removed. Each stage scores on its own sample.</p>"
+    )
+
+
+def _repair(fits: list[dict[str, Any]]) -> str:
+    """What refitting the last matrices did."""
+    refitted = [fit["distance"] for fit in fits if fit["distance"] is not None]
+    if not fits:
+        return ""
+    left = len(fits) - len(refitted)
+    alone = f" {left} block(s), which something else than a matrix ends, were left alone." if left else ""
+    if not refitted:
+        return f"<p>Repair:{alone}</p>"
+    last = refitted[-1]
+    return (
+        f"<p>Repair: {len(refitted)} blocks refitted. Mean square distance of the residual stream from that of the dense model "
+        f"after the last one: {last['before']:.3g} before it was refitted, {last['after']:.3g} after.{alone}</p>"
+    )
+
+
+def _recovery(told: dict[str, Any] | None) -> str:
+    """Held-out loss while the model was trained."""
+    if told is None:
+        return ""
+    looks = [(row["step"], row["held_out"]) for row in told["curve"] if row["held_out"] is not None]
+    xs, ys = [float(step) for step, _ in looks], [loss for _, loss in looks]
+    titles = [f"step {x:.0f}: {y:.3f}" for x, y in looks]
+    drawn = _plot(xs, ys, titles, {}, ".0f", "held-out loss against steps") if len(looks) > 1 and xs[-1] > 0 else ""
+    said = " Held-out loss in nats per token against optimizer steps." if drawn else ""
+    return (
+        f"{drawn}<p>{told['steps']} steps, {told['tokens']:,} tokens at {told['tokens_per_second']:,.0f} tokens/s; the state of step "
+        f"{told['best_step']} was kept.{said}</p>"
+    )
+
+
+def _plot(xs: list[float], ys: list[float], titles: list[str], marks: dict[int, str], form: str, label: str) -> str:
+    """A line with a dot for every point, from 0 on the left.
+
+    Arguments:
+        titles: what a dot says when it is pointed at.
+        marks: number of a point -> what is written beside it.
+        form: format of the values on the horizontal axis.
+    """
     width, height, left, bottom = 640, 260, 48, 30
-    xs, ys = [p["ratio"] for p in points], values
     top_x, low, high = max(xs), min(ys), max(ys)
     span = (high - low) or 1.0
 
@@ -132,25 +179,23 @@ def _curve(points: list[dict[str, Any]]) -> str:
 
     path = " ".join(f"{'M' if i == 0 else 'L'}{x:.1f},{y:.1f}" for i, (x, y) in enumerate(map(place, xs, ys)))
     dots = []
-    for i, point in enumerate(points):
-        x, y = place(xs[i], ys[i])
-        first = i == 0 or points[i - 1]["stage"] != point["stage"]
+    for i, (x, y) in enumerate(map(place, xs, ys)):
         dots.append(
-            f'<circle class="{"first" if first else "dot"}" cx="{x:.1f}" cy="{y:.1f}" r="{4 if first else 2.5}">'
-            f"<title>{escape(point['unit'])}: {ys[i]:.2f} at {xs[i]:.2%}</title></circle>"
+            f'<circle class="{"first" if i in marks else "dot"}" cx="{x:.1f}" cy="{y:.1f}" r="{4 if i in marks else 2.5}">'
+            f"<title>{escape(titles[i])}</title></circle>"
         )
-        if first:
-            dots.append(f'<text x="{x + 6:.1f}" y="{y + 14:.1f}">{escape(point["stage"])}</text>')
+        if i in marks:
+            dots.append(f'<text x="{x + 6:.1f}" y="{y + 14:.1f}">{escape(marks[i])}</text>')
     ticks = "".join(
-        f'<text x="{place(t * top_x, low)[0]:.0f}" text-anchor="{anchor}" y="{height - 8}">{t * top_x:.1%}</text>'
+        f'<text x="{place(t * top_x, low)[0]:.0f}" text-anchor="{anchor}" y="{height - 8}">{t * top_x:{form}}</text>'
         for t, anchor in ((0, "middle"), (0.25, "middle"), (0.5, "middle"), (0.75, "middle"), (1, "end"))
     ) + "".join(
         f'<text x="4" y="{place(0, low + t * span)[1] + 4:.0f}">{low + t * span:.4g}</text>' for t in (0, 0.5, 1)
     )
     return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_label(points)} against ratio removed">'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">'
         f'<line class="axis" x1="{left}" y1="{height - bottom + 4}" x2="{width - 8}" y2="{height - bottom + 4}"/>'
-        f'<path class="curve" d="{path}"/>{"".join(dots)}{ticks}</svg><p>{_label(points)} against the share of parameters removed. Each stage scores on its own sample.</p>'
+        f'<path class="curve" d="{path}"/>{"".join(dots)}{ticks}</svg>'
     )
 
 
