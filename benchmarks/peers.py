@@ -31,17 +31,16 @@ def shortgpt(model: Any, windows: torch.Tensor, ratio: float) -> None:
     with torch.inference_mode():
         hidden = model(windows, output_hidden_states=True).hidden_states
     changes = [1 - torch.cosine_similarity(a, b, dim=-1).mean() for a, b in pairwise(hidden)]
-    layers, dense = model.model.layers, model.num_parameters()
+    layers, drop, removed = model.model.layers, [], 0
     for index in sorted(range(len(changes)), key=lambda i: changes[i]):
-        if 1 - model.num_parameters() / dense >= ratio:
+        if removed / model.num_parameters() >= ratio:
             break
-        layers[index] = torch.nn.Identity()
-        layers[index].forward = lambda hidden_states, **_: hidden_states
-    model.model.layers = torch.nn.ModuleList(one for one in layers if not isinstance(one, torch.nn.Identity))
+        drop.append(index)
+        removed += sum(p.numel() for p in layers[index].parameters())
+    model.model.layers = torch.nn.ModuleList(layer for i, layer in enumerate(layers) if i not in drop)
     for index, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = index
     model.config.num_hidden_layers = len(model.model.layers)
-    model.config.layer_types = model.config.layer_types[: len(model.model.layers)]
 
 
 def torch_pruning_magnitude(model: Any, windows: torch.Tensor, ratio: float) -> None:
