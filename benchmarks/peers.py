@@ -137,7 +137,7 @@ def main() -> None:
             rows.append(row)
             quality = row.get("quality", {}).get("perplexity", math.nan)
             print(row["method"], ratio, f"{quality:.2f}", {k: v for k, v in row.items() if k != "quality"}, flush=True)
-    save("peers", {"rows": rows, "torch_pruning": tp_version()})
+            save("peers", {"rows": rows, "torch_pruning": tp_version()})
 
 
 def tp_version() -> str:
