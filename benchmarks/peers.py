@@ -4,13 +4,15 @@
     python benchmarks/peers.py --smollm2 DIR --calibration calibration.jsonl --held-out held-out.jsonl
 
 Each function below is what a user writes once model and calibration windows are there. Nothing is trained. Torch-Pruning narrows
-the MLPs by the size of their weights or by first-order Taylor; ShortGPT drops the layers that change the stream least.
+the MLPs by the size of their weights or by first-order Taylor; ShortGPT drops the layers that change the stream least. Rows that
+results/peers.json has are kept: the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import math
 import time
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 
 import pliant
-from machine import save
+from machine import RESULTS, save
 from pliant.checkpoint.load import tokenizer_of
 
 SAMPLES, SEQLEN = 24, 256
@@ -43,38 +45,32 @@ def shortgpt(model: Any, windows: torch.Tensor, ratio: float) -> None:
     model.config.num_hidden_layers = len(model.model.layers)
 
 
-def torch_pruning_magnitude(model: Any, windows: torch.Tensor, ratio: float) -> None:
+def torch_pruning(model: Any, windows: torch.Tensor, ratio: float, **how: Any) -> Any:
     import torch_pruning as tp
 
     others = [m for name, m in model.named_modules() if name.endswith(("_proj", "lm_head")) and "mlp.gate" not in name]
     others = [m for m in others if m not in [layer.mlp.up_proj for layer in model.model.layers]]
     mlp = sum(p.numel() for layer in model.model.layers for p in layer.mlp.parameters())
-    pruner = tp.pruner.BasePruner(
+    return tp.pruner.BasePruner(
         model,
         example_inputs=windows[:1, :16],
-        importance=tp.importance.GroupMagnitudeImportance(p=1),
         pruning_ratio=ratio * model.num_parameters() / mlp,
         ignored_layers=others,
         forward_fn=lambda m, x: m(x, use_cache=False).logits,
+        **how,
     )
-    pruner.step()
+
+
+def torch_pruning_magnitude(model: Any, windows: torch.Tensor, ratio: float) -> None:
+    from torch_pruning.importance import GroupMagnitudeImportance
+
+    torch_pruning(model, windows, ratio, importance=GroupMagnitudeImportance(p=1)).step()
 
 
 def torch_pruning_taylor(model: Any, windows: torch.Tensor, ratio: float) -> None:
-    import torch_pruning as tp
+    from torch_pruning.importance import GroupTaylorImportance
 
-    others = [m for name, m in model.named_modules() if name.endswith(("_proj", "lm_head")) and "mlp.gate" not in name]
-    others = [m for m in others if m not in [layer.mlp.up_proj for layer in model.model.layers]]
-    mlp = sum(p.numel() for layer in model.model.layers for p in layer.mlp.parameters())
-    pruner = tp.pruner.BasePruner(
-        model,
-        example_inputs=windows[:1, :16],
-        importance=tp.importance.GroupTaylorImportance(),
-        global_pruning=True,
-        pruning_ratio=ratio * model.num_parameters() / mlp,
-        ignored_layers=others,
-        forward_fn=lambda m, x: m(x, use_cache=False).logits,
-    )
+    pruner = torch_pruning(model, windows, ratio, importance=GroupTaylorImportance(), global_pruning=True)
     for window in windows:
         model(window[None], labels=window[None], use_cache=False).loss.backward()
     pruner.step()
@@ -93,17 +89,21 @@ def pliant_multipruner_repaired(model: Any, text: Any, ratio: float) -> None:
     )
 
 
-PEERS: tuple[Callable[[Any, torch.Tensor, float], None], ...] = (
-    shortgpt,
-    torch_pruning_magnitude,
-    torch_pruning_taylor,
-)
-OURS: tuple[Callable[[Any, Any, float], None], ...] = (pliant_shortgpt, pliant_multipruner_repaired)
+# each with all that a user writes for it
+PEERS: dict[Callable[[Any, torch.Tensor, float], None], tuple[Callable[..., Any], ...]] = {
+    shortgpt: (shortgpt,),
+    torch_pruning_magnitude: (torch_pruning, torch_pruning_magnitude),
+    torch_pruning_taylor: (torch_pruning, torch_pruning_taylor),
+}
+OURS: dict[Callable[[Any, Any, float], None], tuple[Callable[..., Any], ...]] = {
+    pliant_shortgpt: (pliant_shortgpt,),
+    pliant_multipruner_repaired: (pliant_multipruner_repaired,),
+}
 
 
-def lines(function: Callable[..., None]) -> int:
-    """Statements that are not the signature, one a line as the formatter leaves them."""
-    return len([line for line in inspect.getsource(function).splitlines()[1:] if line.strip()])
+def lines(written: tuple[Callable[..., Any], ...]) -> int:
+    """Lines without signatures, as the formatter leaves them."""
+    return sum(len([line for line in inspect.getsource(f).splitlines()[1:] if line.strip()]) for f in written)
 
 
 def main() -> None:
@@ -113,15 +113,19 @@ def main() -> None:
     parser.add_argument("--held-out", required=True)
     arguments = parser.parse_args()
     text = pliant.text(arguments.calibration)
-    rows = []
+    path = RESULTS / "peers.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    done = {(row["method"], row["asked"]) for row in rows}
     for ratio in RATIOS:
-        for method in (*PEERS, *OURS):
+        for method, written in (PEERS | OURS).items():
+            if (method.__name__, ratio) in done:
+                continue
             model = pliant.load(arguments.smollm2)
             dense = model.num_parameters()
             tokenizer = tokenizer_of(model)
             given = text if method in OURS else text.sample(SAMPLES, 42).windows(tokenizer, SEQLEN)
             began = time.perf_counter()
-            row = {"method": method.__name__, "asked": ratio, "lines": lines(method)}
+            row = {"method": method.__name__, "asked": ratio, "lines": lines(written)}
             try:
                 method(model, given, ratio)
                 row["seconds"] = time.perf_counter() - began

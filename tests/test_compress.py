@@ -16,6 +16,7 @@ from pico import pico
 from pliant.errors import ArtefactError, BusyError, DataError, RatioError, WeightError
 from pliant.progress import Progress
 from pliant.run.compress import Measuring, compress
+from pliant.step import StepError
 
 FEW = {"samples": 40, "width_samples": 40, "seqlen": 32}
 QUICK = Measuring(seqlen=32, windows=4, speed=False)
@@ -365,6 +366,36 @@ def test_a_known_subnet_is_cut_without_a_search(folder, tmp_path):
     subnet = pliant.read_config(tmp_path / "pruning_config.json", pliant.anatomy_of(mine))
     pliant.apply(mine, pliant.Cut(subnet=subnet), progress=False)
     assert all(value.equal(small.state_dict()[key]) for key, value in mine.state_dict().items())
+
+
+@pytest.mark.parametrize("system", ["multipruner", "unified", "knapsack"])
+def test_what_a_search_by_activations_found_can_be_cut_again(system, folder, prose, tmp_path):
+    from pliant.cli.main import app
+
+    def compress(name, *more):
+        settings = ["--set", "samples=40", "--set", "seqlen=32", "--set", "order=activation"]
+        words = ["compress", str(folder), "--system", system, "--no-speed", *settings]
+        return CliRunner().invoke(app, [*words, "--out", str(tmp_path / name), *more])
+
+    rows = ["--set", "width_samples=40"] if system == "multipruner" else []
+    searched = compress("searched", "--ratio", "0.3", "--data", str(prose), *rows)
+    assert searched.exit_code == 0, searched.output
+    (step,) = json.loads((tmp_path / "searched" / "report.json").read_text())["steps"]
+    assert step["subnet"]["keep"]
+    found = tmp_path / "found.json"
+    found.write_text(json.dumps(step["subnet"]))
+
+    blind = compress("blind", "--subnet", str(found))
+    assert isinstance(blind.exception, DataError)
+    cut = compress("cut", "--subnet", str(found), "--data", str(prose))
+    assert cut.exit_code == 0, cut.output
+    one, other = (pliant.load(tmp_path / name).state_dict() for name in ("searched", "cut"))
+    assert [name for name, value in one.items() if not value.equal(other[name])] == []
+
+
+def test_a_cut_refuses_an_order_that_is_none():
+    with pytest.raises(StepError, match="activation"):
+        pliant.Cut(subnet=pliant.Subnet(), order="random")
 
 
 def test_compress_without_ratio_or_data_says_what_is_needed(folder, tmp_path):

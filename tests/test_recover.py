@@ -44,7 +44,7 @@ def cut(family="llama", **more):
         fewer = [units for units in range(1, axis.size) if axis.allows(units)]
         if name.startswith("layers.3.") and fewer:
             subnet = subnet.keeping(name, fewer[-1])
-    return pliant.apply(model, pliant.Cut(subnet=subnet, reorder=False), progress=False)
+    return pliant.apply(model, pliant.Cut(subnet=subnet, order="stored"), progress=False)
 
 
 def recover(model, data, tokenizer, *, dense=None, work=None, progress=False, **settings):

@@ -108,9 +108,9 @@ def ls(
         "architectures": families(),
     }
     if what in SYSTEMS:
-        from pliant.cli.settings import settings_of
+        from pliant.cli.settings import settings_of, step_class
 
-        shown = {what: settings_of(what)}
+        shown = {what: settings_of(step_class(what))}
     elif what and what not in listed:
         raise PliantError(f"there is no list of {what!r}; there are {', '.join([*listed, *SYSTEMS])}")
     else:
@@ -197,8 +197,7 @@ def compress(
     calibration = None if data is None else text(data, column=column)
     systems = system or ["multipruner"]
     if subnet is not None:
-        steps = [known_subnet(subnet, model, reorder=systems == ["multipruner"])]
-        steps += recipe([name for name in systems if name not in PRUNERS], {}, setting or [])
+        steps = known_subnet(subnet, model, systems, setting or [])
     elif (ratio is None and set(systems) & PRUNERS) or (calibration is None and set(systems) & SEARCHES):
         raise PliantError("a search needs --ratio and --data; to cut without a search, give --subnet")
     else:

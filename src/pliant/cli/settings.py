@@ -6,11 +6,11 @@ import dataclasses
 import importlib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pliant.step import Step, StepError, help_texts
-from pliant.systems import SYSTEMS
+from pliant.systems import PRUNERS, SYSTEMS
 
 
 def step_class(system: str) -> type[Step]:
@@ -25,9 +25,8 @@ def step_class(system: str) -> type[Step]:
     return getattr(importlib.import_module(module), name)
 
 
-def settings_of(system: str) -> dict[str, str]:
-    """name -> help text with the default, of every setting of a system."""
-    cls = step_class(system)
+def settings_of(cls: type[Step]) -> dict[str, str]:
+    """name -> help text with the default, of every setting of a step."""
     texts = help_texts(cls)
     return {
         field.name: texts.get(field.name, "")
@@ -58,37 +57,52 @@ def recipe(systems: Sequence[str], given: dict[str, str], pairs: Sequence[str]) 
         StepError: a name that none of the steps has, or a value of the wrong type.
     """
     classes = {system: step_class(system) for system in systems}
+    return [classes[system](**values) for system, values in _values(classes, given, pairs).items()]
+
+
+def known_subnet(path: Path, model: str, systems: Sequence[str], pairs: Sequence[str]) -> list[Step]:
+    """:func:`recipe` without its searches: the model is cut to the sub-network in a file, then the other steps follow.
+
+    Units are put in order by what the pruner among ``systems`` goes by, unless a pair says something else.
+    """
+    from pliant.anatomy import anatomy_of
+    from pliant.checkpoint.load import load
+    from pliant.search import Cut
+    from pliant.systems.multipruner import read_config
+
+    searches = {name for name in systems if name in PRUNERS}
+    orders = {getattr(step_class(name), "order", "l1") for name in searches}
+    classes = {"cut": Cut, **{name: step_class(name) for name in systems if name not in searches}}
+    values = _values(classes, {"order": orders.pop()} if orders else {}, pairs)
+    values["cut"]["subnet"] = read_config(path, anatomy_of(load(model)))
+    return [classes[name](**of_step) for name, of_step in values.items()]
+
+
+def _values(
+    classes: Mapping[str, type[Step]], given: Mapping[str, str], pairs: Sequence[str]
+) -> dict[str, dict[str, object]]:
+    """Settings of each step, converted by the type of the field."""
     hints = {system: typing.get_type_hints(cls) for system, cls in classes.items()}
     known = {system: [field.name for field in dataclasses.fields(cls)] for system, cls in classes.items()}
-    values = {system: {name: value for name, value in given.items() if name in known[system]} for system in systems}
+    values = {system: {name: value for name, value in given.items() if name in known[system]} for system in classes}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
             raise StepError(f"--set takes name=value, not {pair!r}")
         where, dot, name = name.strip().rpartition(".")
         name = name.replace("-", "_")
-        takers = [system for system in systems if name in known[system] and where in ("", system)]
-        if not takers or (dot and where not in systems):
+        takers = [system for system in classes if name in known[system] and where in ("", system)]
+        if not takers or (dot and where not in classes):
             listed = "\n".join(
-                f"  {setting:14} {help_}" for system in systems for setting, help_ in settings_of(system).items()
+                f"  {setting:14} {help_}" for cls in classes.values() for setting, help_ in settings_of(cls).items()
             )
-            raise StepError(f"{where or ' and '.join(systems)} has no setting {name!r}; it has\n{listed}")
+            raise StepError(f"{where or ' and '.join(classes)} has no setting {name!r}; it has\n{listed}")
         for system in takers:
             values[system][name] = value.strip()
-    return [
-        classes[system](**{n: _convert(n, value, hints[system][n]) for n, value in values[system].items()})
-        for system in systems
-    ]
-
-
-def known_subnet(path: Path, model: str, *, reorder: bool) -> Step:
-    """The step that cuts a model to the sub-network in a file."""
-    from pliant.anatomy import anatomy_of
-    from pliant.checkpoint.load import load
-    from pliant.search import Cut
-    from pliant.systems.multipruner import read_config
-
-    return Cut(subnet=read_config(path, anatomy_of(load(model))), reorder=reorder)
+    return {
+        system: {name: _convert(name, value, hints[system][name]) for name, value in of_step.items()}
+        for system, of_step in values.items()
+    }
 
 
 def _convert(name: str, value: str, kind: object) -> object:

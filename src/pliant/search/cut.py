@@ -9,10 +9,11 @@ import torch
 
 from pliant.anatomy import Anatomy, anatomy_of, answer, evaluating, probe
 from pliant.checkpoint.weights import check_finite
+from pliant.data import Text
 from pliant.elastic import Elastic, Subnet, extract, ratio, validate
-from pliant.elastic import reorder as put_in_order
-from pliant.errors import SubnetError
-from pliant.importance import l1_orders
+from pliant.errors import DataError, SubnetError
+from pliant.measure.windows import windows_for
+from pliant.search.order import check_order, ordered
 from pliant.step import Job, Step
 
 
@@ -25,20 +26,40 @@ class Cut(Step):
     subnet: Subnet
     """What to keep."""
 
-    reorder: bool = True
-    """Sort channels and heads by their L1 norm first, as MultiPruner did when it found the sub-network."""
+    order: str = "l1"
+    """What channels and heads were put in order by where the sub-network was found: l1, activation (from calibration text,
+    the same again), or stored."""
+
+    samples: int = 128
+    """activation: rows of calibration text that the order was taken from."""
+
+    seqlen: int = 2048
+    """activation: tokens in a calibration window."""
+
+    seed: int = 42
+    """activation: seed of the draw of calibration rows."""
+
+    def __post_init__(self) -> None:
+        check_order(self.order)
 
     def run(self, job: Job) -> None:
         check_finite(job.model)
         anatomy = anatomy_of(job.model)
         validate(self.subnet, anatomy)
-        if self.reorder:
-            put_in_order(job.model, anatomy, l1_orders(job.model, anatomy))
-        cut_exactly(job.model, anatomy, self.subnet)
+        order = self.order if self.subnet.keep else "stored"
+        with ordered(job.model, anatomy, order, self._windows(job) if order == "activation" else None):
+            cut_exactly(job.model, anatomy, self.subnet)
         job.record.update(ratio=ratio(anatomy, self.subnet), subnet=self.subnet.to_dict())
 
+    def _windows(self, job: Job) -> torch.Tensor:
+        if not isinstance(job.data, Text):
+            raise DataError(
+                "units in the order of their activations need the calibration text they were ordered by: pass data="
+            )
+        return windows_for(job.model, job.tokenizer(), job.data.sample(self.samples, self.seed), self.seqlen)
+
     def to_dict(self) -> dict[str, Any]:
-        return {"step": self.kind, "subnet": self.subnet.to_dict(), "reorder": self.reorder}
+        return {**super().to_dict(), "subnet": self.subnet.to_dict()}
 
 
 @torch.no_grad()

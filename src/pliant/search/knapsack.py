@@ -14,8 +14,8 @@ from pliant.elastic import Subnet, parameters, ratio
 from pliant.errors import RatioError
 from pliant.search.greedy import Move
 from pliant.search.moves import block_moves
-from pliant.search.order import check_order, ordered
-from pliant.search.pruner import Pruner
+from pliant.search.order import ordered
+from pliant.search.pruner import OrderedPruner
 from pliant.search.pruning import Pruning, Scorer
 from pliant.step import Job
 
@@ -38,7 +38,7 @@ class Choice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnapsackPruner(Pruner):
+class KnapsackPruner(OrderedPruner):
     """Every block at a few widths, or gone: a multiple-choice knapsack over damages measured one at a time, then swaps
     that are scored for real.
 
@@ -54,13 +54,10 @@ class KnapsackPruner(Pruner):
     """Pairs of blocks that trade a step of width, kept when the loss falls."""
 
     order: str = "activation"
-    """Which channels and heads go first: l1 (those with the smallest weights), activation (those that contribute least on
-    calibration text), or stored (the last ones)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_counts(levels=0, swaps=0)
-        check_order(self.order)
 
     def run(self, job: Job) -> None:
         pruning = self.begin(job)

@@ -26,15 +26,16 @@ def check_order(order: str) -> None:
 
 
 @contextmanager
-def ordered(model: Any, anatomy: Anatomy, order: str, windows: torch.Tensor) -> Iterator[None]:
+def ordered(model: Any, anatomy: Anatomy, order: str, windows: torch.Tensor | None = None) -> Iterator[None]:
     """The model with its units in order; back in the old order when what is done meanwhile fails, Ctrl-C included.
 
     Arguments:
         order: one of ``ORDERS``.
-        windows: calibration tokens for ``activation``.
+        windows: calibration tokens, needed for ``activation`` alone.
     """
     orders = {} if order == "stored" else l1_orders(model, anatomy)
     if order == "activation":
+        assert windows is not None
         orders |= activation_orders(model, anatomy, windows)  # experts, which no matrix reads, keep their L1 order
     reorder(model, anatomy, orders)
     try:

@@ -151,7 +151,20 @@ class GreedyPruner(Pruner):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WidthPruner(GreedyPruner):
+class OrderedPruner(Pruner):
+    """What every pruner that makes blocks narrower has to know: which units go first."""
+
+    order: str = "l1"
+    """Which channels and heads go first: l1 (those with the smallest weights), activation (those that contribute least on
+    calibration text), or stored (the last ones)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_order(self.order)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthPruner(OrderedPruner, GreedyPruner):
     """Settings shared by every greedy pruner that makes blocks narrower, too."""
 
     mlp_group: int | None = None
@@ -160,14 +173,9 @@ class WidthPruner(GreedyPruner):
     head_group: int = 1
     """Key-value groups removed in one move, each with all query heads that share it."""
 
-    order: str = "l1"
-    """Which channels and heads go first: l1 (those with the smallest weights), activation (those that contribute least on
-    calibration text), or stored (the last ones)."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_counts(mlp_group=1, head_group=1)
-        check_order(self.order)
 
     def mlp_groups(self, job: Job) -> dict[str, int]:
         """Units of each axis of an MLP that go in one move."""
