@@ -7,6 +7,7 @@ python benchmarks/report_structured.py
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pliant
@@ -21,10 +22,12 @@ def perplexity(row: dict[str, Any]) -> float:
     return found["perplexity"]
 
 
-def accuracy(row: dict[str, Any]) -> float:
-    """Mean over the five tasks."""
+def accuracy(row: dict[str, Any]) -> tuple[float, float]:
+    """Mean over the five tasks, and its standard error."""
     tasks = row["quality"]["tasks"]
-    return sum(tasks[f"{name}-test"][metric] for name, metric in METRICS.items()) / len(METRICS)
+    stderr = {"acc": "stderr", "acc_norm": "stderr_norm"}
+    found = [(tasks[f"{name}-test"][metric], tasks[f"{name}-test"][stderr[metric]]) for name, metric in METRICS.items()]
+    return sum(mean for mean, _ in found) / len(found), math.hypot(*(error for _, error in found)) / len(found)
 
 
 def loss_against(row: dict[str, Any], other: dict[str, Any]) -> str:
@@ -40,8 +43,9 @@ def main() -> None:
     content = json.loads((RESULTS / "structured.json").read_text())
     rows = {(row["line"], row["asked"], row["form"]): row for row in content["rows"]}
     dense = rows["dense", 0, "raw"]
+    mean, error = accuracy(dense)
     lines = [
-        f"Dense: perplexity {perplexity(dense):.2f}, five tasks {accuracy(dense):.1%}.",
+        f"Dense: perplexity {perplexity(dense):.2f}, five tasks {mean:.1%} (one standard error is {error:.1%}).",
         "",
         "| ratio | method | form | removed | perplexity | five tasks | loss against BlockPruner, raw |",
         "|---|---|---|---|---|---|---|",
@@ -54,7 +58,7 @@ def main() -> None:
         base = rows.get(("BlockPruner", asked, "raw"))
         against = "" if base is None or base is row else loss_against(row, base)
         lines.append(
-            f"| {asked:.0%} | {line} | {form} | {row['ratio']:.2%} | {perplexity(row):.2f} | {accuracy(row):.1%} | {against} |"
+            f"| {asked:.0%} | {line} | {form} | {row['ratio']:.2%} | {perplexity(row):.2f} | {accuracy(row)[0]:.1%} | {against} |"
         )
     (RESULTS / "structured.md").write_text("\n".join(lines) + "\n")
     plot(rows, order)
@@ -74,7 +78,7 @@ def plot(rows: dict[tuple[str, float, str], dict[str, Any]], order: list[str]) -
                 label = line if form == "raw" else None
                 where = [ratio for ratio, _ in points]
                 axes[0].plot(where, [perplexity(row) for _, row in points], style, color=f"C{number}", label=label)
-                axes[1].plot(where, [accuracy(row) for _, row in points], style, color=f"C{number}")
+                axes[1].plot(where, [accuracy(row)[0] for _, row in points], style, color=f"C{number}")
     axes[0].set(yscale="log", xlabel="share of parameters removed", ylabel="perplexity, held-out Wikipedia text")
     axes[1].set(xlabel="share of parameters removed", ylabel="mean accuracy of five tasks")
     axes[0].legend(fontsize=8, title="dashed: repaired", title_fontsize=8)
