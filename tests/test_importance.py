@@ -1,12 +1,15 @@
-"""L1 importance against its definition, written out element by element."""
+"""Importance of units against its definition: L1 norms element by element, Fisher information in one graph."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from pico import pico
+from pico import IDS, pico
 from pliant.anatomy import anatomy_of
 from pliant.elastic import reorder
 from pliant.importance import l1_orders
+from pliant.measure.fisher import damage_of_units
+from pliant.progress import Progress
 
 HEAD = 8
 
@@ -133,3 +136,55 @@ def test_what_reads_the_units_and_biases_do_not_matter():
                 linear.bias.copy_(torch.randn_like(linear.bias) * 100)
     for axis, order in l1_orders(model, anatomy).items():
         assert torch.equal(order, before[axis])
+
+
+READERS = {  # what reads the channels, and what reads the heads
+    "llama": ("mlp.down_proj", "self_attn.o_proj"),
+    "gemma2": ("mlp.down_proj", "self_attn.o_proj"),
+    "phi3": ("mlp.down_proj", "self_attn.o_proj"),
+    "gpt2": ("mlp.c_proj", "attn.c_proj"),
+    "opt": ("fc2", "self_attn.out_proj"),
+    "gpt_neox": ("mlp.dense_4h_to_h", "attention.dense"),
+    "falcon": ("mlp.dense_4h_to_h", "self_attention.dense"),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_fisher_is_what_factors_on_every_unit_and_token_say(name):
+    """One graph of the whole model with a factor of 1 on every unit, against the layer by layer computation."""
+    model = pico(name).eval()
+    anatomy = anatomy_of(model)
+    layers = model.get_submodule(anatomy.architecture.layers)
+    factors, handles = {}, []
+    for block, leader in [(one, leader) for one in anatomy.blocks.values() for leader in one.leaders]:
+        factors[leader.name] = factor = torch.ones(*IDS.shape, leader.size, 1, requires_grad=True)
+        path = READERS[name][block.kind == "attention"]
+
+        def scaled(_module, args, factor=factor):
+            return (args[0].view(*IDS.shape, factor.shape[2], -1).mul(factor).view(args[0].shape),)
+
+        handles.append(layers[block.layer].get_submodule(path).register_forward_pre_hook(scaled))
+    logits = model(input_ids=IDS, use_cache=False).logits
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum").backward()
+    for handle in handles:
+        handle.remove()
+    found = damage_of_units(model, anatomy, IDS, Progress())
+    assert found.keys() == factors.keys()
+    for axis, factor in factors.items():
+        slopes = factor.grad.double().flatten(2).flatten(0, 1)
+        torch.testing.assert_close(found[axis], slopes.square().sum(0) / (2 * IDS.numel()), rtol=1e-4, atol=1e-12)
+
+
+def test_fisher_leaves_no_gradients_behind():
+    model = pico("llama")
+    damage_of_units(model, anatomy_of(model), IDS, Progress())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_unit_that_nothing_reads_has_no_fisher_information():
+    model = pico("llama")
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[:, 7] = 0
+    channels = damage_of_units(model, anatomy_of(model), IDS, Progress())["layers.2.mlp.channels"]
+    assert channels[7] == 0
+    assert (channels > 0).sum() == len(channels) - 1

@@ -7,15 +7,18 @@ import pytest
 import torch
 
 import pliant
-from pico import pico, tokenizer
+from pico import DECODERS, pico, tokenizer
 from pliant.anatomy import anatomy_of
 from pliant.elastic import Subnet, parameters, ratio
 from pliant.errors import RatioError
 from pliant.measure.activation import activation_orders
+from pliant.measure.fisher import damage_of_units
 from pliant.measure.latency import Latency, measure_latency
 from pliant.measure.rank import RANKINGS, fisher, influence, relative_magnitude, taylor
 from pliant.measure.stream import Stream
+from pliant.measure.units import read_axes
 from pliant.measure.walk import Walk
+from pliant.progress import Progress
 from pliant.search.cost import COSTS, cost_of
 from pliant.search.knapsack import Choice, solve
 from pliant.search.moves import block_moves, layer_moves, pooled, width_moves
@@ -32,6 +35,9 @@ STEPS = {
     "unified": pliant.UnifiedPruner(**SHARED, mlp_group=8),
     "unified per byte, racing": pliant.UnifiedPruner(**SHARED, mlp_group=8, per="bytes", search="racing"),
     "knapsack": pliant.KnapsackPruner(**SHARED, levels=2, swaps=4),
+    "fisher": pliant.FisherPruner(**SHARED, group=8),
+    "fisher per byte": pliant.FisherPruner(**SHARED, group=8, per="bytes"),
+    "knapsack, fisher order": pliant.KnapsackPruner(**SHARED, levels=2, swaps=4, order="fisher"),
     "multipruner, activation order": pliant.MultiPruner(**SHARED, width_samples=4, mlp_group=8, order="activation"),
 }
 
@@ -287,6 +293,59 @@ def test_swaps_never_make_it_worse():
     assert with_ <= without
 
 
+# --- one look at the gradient -------------------------------------------------------------------------------------------
+
+
+def test_what_the_loss_does_not_depend_on_goes_first():
+    """Channels that nothing reads, scattered over two layers: taking out just those changes nothing."""
+    model = pico("llama")
+    silent = {0: [1, 5, 6, 11, 20, 30, 41, 47], 2: [0, 2, 3, 9, 10, 17, 33, 40, 41, 42, 43, 44, 45, 46, 25, 26]}
+    with torch.no_grad():
+        for layer, channels in silent.items():
+            model.model.layers[layer].mlp.down_proj.weight[:, channels] = 0
+        before = model(WINDOWS).logits
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    step = pliant.FisherPruner(ratio=24 * 3 * 36 / whole, samples=4, seqlen=64, group=8)
+    pliant.apply(model, step, TEXT, tokenizer=tokenizer(), progress=False)
+    keep = {"layers.0.mlp.channels": 40, "layers.2.mlp.channels": 32}
+    assert model.pliant_history[0]["subnet"] == {"skip": [], "keep": keep}
+    with torch.no_grad():
+        torch.testing.assert_close(model(WINDOWS).logits, before, atol=1e-5, rtol=1e-5)
+
+
+def test_of_equal_damage_the_one_that_saves_more_goes():
+    """Heads that nothing reads cost nothing to lose, and channels neither: per parameter both go before anything else."""
+    model = pico("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight[:, 16:32] = 0  # the queries of the second group
+    step = pliant.FisherPruner(ratio=0.01, samples=4, seqlen=64, group=8)
+    pliant.apply(model, step, TEXT, tokenizer=tokenizer(), progress=False)
+    assert model.pliant_history[0]["subnet"]["keep"] == {"layers.1.attention.kv": 2}
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_fisher_pruning_works_on_every_layout_that_has_axes(family):
+    model = pico(family)
+    axes = {axis.name for axis in read_axes(anatomy_of(model))}
+    damage = damage_of_units(model, anatomy_of(model), WINDOWS, Progress())
+    assert damage.keys() == axes
+    assert all(torch.isfinite(found).all() and (found > 0).any() for found in damage.values())
+    step = pliant.FisherPruner(ratio=0.05, samples=4, seqlen=64, group=4)
+    if not axes:  # bloom: depth only
+        with pytest.raises(RatioError, match=r"comes to 0\.0000"):
+            pliant.apply(model, step, TEXT, tokenizer=tokenizer(), progress=False)
+        return
+    record = pliant.apply(model, step, TEXT, tokenizer=tokenizer(), progress=False).pliant_history[0]
+    assert record["ratio"] >= 0.05
+    assert set(record["subnet"]["keep"]) <= axes
+
+
+def test_a_ratio_that_widths_cannot_reach_is_refused_before_the_gradient(monkeypatch):
+    monkeypatch.setattr("pliant.search.fisher.damage_of_units", lambda *_: pytest.fail("too late"))
+    with pytest.raises(RatioError, match="narrowing all that may be comes to"):
+        pruned(pliant.FisherPruner(ratio=0.95, samples=4, seqlen=64))
+
+
 # --- the evolutionary variant --------------------------------------------------------------------------------------------
 
 
@@ -364,6 +423,8 @@ def test_repair_is_a_setting_of_every_pruner_and_is_told():
         (lambda: pliant.OneShot(ratio=0.1, granularity="model"), "granularity is block or layer"),
         (lambda: pliant.UnifiedPruner(ratio=0.1, per="euro"), "not per 'euro'"),
         (lambda: pliant.UnifiedPruner(ratio=0.1, order="random"), "not by 'random'"),
+        (lambda: pliant.FisherPruner(ratio=0.1, per="unit"), "not per 'unit'"),
+        (lambda: pliant.FisherPruner(ratio=0.1, group=0), "group must be at least 1"),
         (lambda: pliant.KnapsackPruner(ratio=0.1, swaps=-1), "swaps must be at least 0"),
         (lambda: pliant.MultiPrunerEvol(ratio=0.1, population=1), "population must be at least 4"),
         (lambda: pliant.BlockPruner(ratio=0.1, repair=-1), "repair must be at least 0"),

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pliant.run.save import save as save
     from pliant.search.channels import ChannelPruner as ChannelPruner
     from pliant.search.cut import Cut as Cut
+    from pliant.search.fisher import FisherPruner as FisherPruner
     from pliant.search.knapsack import KnapsackPruner as KnapsackPruner
     from pliant.search.oneshot import OneShot as OneShot
     from pliant.search.unified import UnifiedPruner as UnifiedPruner
@@ -47,6 +48,7 @@ _PUBLIC = {
     "Cut": "pliant.search.cut",
     "BlockPruner": "pliant.systems.blockpruner",
     "ChannelPruner": "pliant.search.channels",
+    "FisherPruner": "pliant.search.fisher",
     "KnapsackPruner": "pliant.search.knapsack",
     "MultiPruner": "pliant.systems.multipruner",
     "MultiPrunerEvol": "pliant.systems.multipruner_evol",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pliant.anatomy import Anatomy, layers_of
+from pliant.measure.units import by_unit, readers
 from pliant.measure.windows import batches_of
 
 
@@ -27,13 +28,7 @@ def activation_orders(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> di
     layers = layers_of(model, anatomy.architecture)
     sizes: dict[str, torch.Tensor] = {}
     squares: dict[tuple[str, str], torch.Tensor] = {}
-    readers = []
-    for block in anatomy.blocks.values():
-        for weight in block.weights:
-            if weight.reads is not None and len(weight.dims) == 2:
-                leaders = {block.axes[p.axis].leader for p in weight.dims[weight.reads] if p.axis in block.axes}
-                if leaders and all(part.axis in block.axes for part in weight.dims[weight.reads]):
-                    readers.append((block, weight))
+    watched = readers(anatomy)
 
     def record(key: tuple[str, str]):
         def hook(_module: Any, args: tuple) -> None:
@@ -46,7 +41,7 @@ def activation_orders(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> di
         layers[block.layer]
         .get_submodule(weight.path.rpartition(".")[0])
         .register_forward_pre_hook(record((block.name, weight.path)))
-        for block, weight in readers
+        for block, weight in watched
     ]
     try:
         for ids in batches_of(model, windows):
@@ -54,16 +49,11 @@ def activation_orders(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> di
     finally:
         for handle in handles:
             handle.remove()
-    for block, weight in readers:
+    for block, weight in watched:
         assert weight.reads is not None
         columns = weight.tensor(layers[block.layer]).double().square().sum(1 - weight.reads)
         contributed = (squares[block.name, weight.path] * columns).sqrt().cpu()
-        start = 0
-        for part in weight.dims[weight.reads]:
-            width = block.width(part, {})
-            leader = block.axes[block.axes[part.axis].leader]
-            own = contributed[start : start + width].view(leader.size, -1).sum(1)
-            sizes[leader.name] = sizes.get(leader.name, 0) + own
-            start += width
+        for axis, own in by_unit(block, weight, contributed):
+            sizes[axis.name] = sizes.get(axis.name, 0) + own
     chosen = anatomy.axes
     return {name: torch.argsort(size, descending=True, stable=True) for name, size in sizes.items() if name in chosen}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass
-from math import ceil, gcd, lcm
+from math import ceil
 from typing import ClassVar
 
 import torch
@@ -15,6 +14,7 @@ from pliant.elastic import Subnet, check, macs, ratio, reorder
 from pliant.errors import RatioError
 from pliant.importance import l1_norms
 from pliant.search.cut import cut_exactly
+from pliant.search.groups import cut_until, narrowed, widths
 from pliant.step import Job, Step, StepError, is_number
 
 ALLOCATIONS = ("uniform", "global")
@@ -79,29 +79,26 @@ class ChannelPruner(Step):
         Raises:
             RatioError: with everything gone that may go it is not reached.
         """
-        cuts = sorted((cut for axis in anatomy.axes.values() for cut in self._cuts(axis, norms[axis.name])), key=_rank)
-
-        def after(count: int) -> Subnet:
-            return Subnet(keep=tuple(sorted({axis: left for _, axis, left in cuts[:count]}.items())))
-
+        ranked = sorted(
+            (cut for axis in anatomy.axes.values() for cut in self._cuts(axis, norms[axis.name])), key=_rank
+        )
+        cuts = [(axis, left) for _, axis, left in ranked]
         reached = ratio if self.macs_ratio is None else _macs_ratio
         target = self.ratio or self.macs_ratio or 0.0
-        count = bisect_left(range(len(cuts) + 1), target - 1e-12, key=lambda n: reached(anatomy, after(n)))
-        if count > len(cuts):
-            most = reached(anatomy, after(len(cuts)))
+        found = cut_until(cuts, lambda subnet: reached(anatomy, subnet), target)
+        if found is None:
+            most = reached(anatomy, narrowed(cuts))
             raise RatioError(
                 f"ratio {target} cannot be reached: cutting all that may go comes to {most:.4f}; a smaller minimum or group "
                 "lets more go"
             )
-        return after(count)
+        return found
 
     def _cuts(self, axis: Axis, norm: torch.Tensor) -> list[tuple[float, str, int]]:
         """(when it is its turn, axis, units left after it) for every group that can go off the end of an axis."""
-        step = lcm(self.group // gcd(self.group, axis.unit), axis.multiple)
-        least = max(1, axis.active or 1, ceil(self.minimum * axis.size))
         relative = norm.sort(descending=True).values / norm.mean().clamp(min=torch.finfo(norm.dtype).tiny)
         cuts, kept, turn = [], axis.size, 0.0
-        while (left := (kept - 1) // step * step) >= least:
+        for left in widths(axis, self.group, ceil(self.minimum * axis.size)):
             turn = max(
                 turn, 1 - left / axis.size if self.allocation == "uniform" else relative[left:kept].mean().item()
             )

@@ -62,7 +62,7 @@ class KnapsackPruner(OrderedPruner):
     def run(self, job: Job) -> None:
         pruning = self.begin(job)
         windows = self.windows(job, self.samples, self.seed)
-        with ordered(job.model, pruning.anatomy, self.order, windows):
+        with ordered(job, pruning.anatomy, self.order, windows):
             with pruning.scoring("knapsack", windows) as score:
                 subnet, loss = self._allocate(pruning, score)
             pruning.commit("knapsack", Move("all", subnet), loss)

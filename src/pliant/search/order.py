@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,9 +12,12 @@ from pliant.anatomy import Anatomy
 from pliant.elastic import reorder
 from pliant.importance import l1_orders
 from pliant.measure.activation import activation_orders
-from pliant.step import StepError
+from pliant.measure.fisher import damage_of_units
+from pliant.step import Job, StepError
 
-ORDERS = ("l1", "activation", "stored")
+STORED = "stored"
+READING = ("activation", "fisher")  # they look at calibration text
+ORDERS = ("l1", *READING, STORED)
 
 
 def check_order(order: str) -> None:
@@ -26,20 +29,37 @@ def check_order(order: str) -> None:
 
 
 @contextmanager
-def ordered(model: Any, anatomy: Anatomy, order: str, windows: torch.Tensor | None = None) -> Iterator[None]:
-    """The model with its units in order; back in the old order when what is done meanwhile fails, Ctrl-C included.
+def ordered(job: Job, anatomy: Anatomy, order: str, windows: torch.Tensor | None = None) -> Iterator[None]:
+    """The model with its units in order; back in the old order when what is done meanwhile fails.
 
     Arguments:
         order: one of ``ORDERS``.
-        windows: calibration tokens, needed for ``activation`` alone.
+        windows: calibration tokens, which the orders in ``READING`` need.
     """
-    orders = {} if order == "stored" else l1_orders(model, anatomy)
-    if order == "activation":
+    orders = {} if order == STORED else l1_orders(job.model, anatomy)
+    if order in READING:
         assert windows is not None
-        orders |= activation_orders(model, anatomy, windows)  # experts, which no matrix reads, keep their L1 order
+        with job.progress.stage(f"order by {order}"):
+            if order == "fisher":
+                found = by_falling(damage_of_units(job.model, anatomy, windows, job.progress))
+            else:
+                found = activation_orders(job.model, anatomy, windows)
+        orders |= found  # experts, which no matrix reads, keep their L1 order
+    with reordered(job.model, anatomy, orders):
+        yield
+
+
+@contextmanager
+def reordered(model: Any, anatomy: Anatomy, orders: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """The model with its units in these orders; back in the old ones when what is done meanwhile fails, Ctrl-C included."""
     reorder(model, anatomy, orders)
     try:
         yield
     except BaseException:
         reorder(model, anatomy, {axis: torch.argsort(permutation) for axis, permutation in orders.items()})
         raise
+
+
+def by_falling(sizes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Old index of each new unit when the largest comes first; of equal ones the earlier."""
+    return {name: torch.argsort(size, descending=True, stable=True) for name, size in sizes.items()}

@@ -28,6 +28,6 @@ class UnifiedPruner(WidthPruner):
         moves = pooled(block_moves(anatomy), width_moves(anatomy, groups))
         self.check_reach(anatomy, [moves])
         windows = self.windows(job, self.samples, self.seed)
-        with ordered(job.model, anatomy, self.order, windows):
+        with ordered(job, anatomy, self.order, windows):
             self.stage(pruning, "blocks, channels and heads", moves, windows, self.ratio)
             self.finish(pruning, job)

@@ -22,6 +22,7 @@ SYSTEMS = {
         "KnapsackPruner",
         "damage at a few widths, solved as a knapsack, then swaps",
     ),
+    "fisher": ("pliant.search.fisher", "FisherPruner", "narrow what the loss depends on least; no search"),
     "channelpruner": ("pliant.search.channels", "ChannelPruner", "narrow every layer by importance; needs no data"),
     "recover": ("pliant.train.recover", "Recover", "train what was cut for a while, with or without the dense model"),
 }

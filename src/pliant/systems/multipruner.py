@@ -69,7 +69,7 @@ class MultiPruner(WidthPruner):
         # the paper draws the sample for the widths first
         for_widths = self.windows(job, self.width_samples, self.seed)
         for_blocks = self.windows(job, self.samples, self.seed + 1)
-        with ordered(job.model, anatomy, self.order, for_widths):
+        with ordered(job, anatomy, self.order, for_widths):
             until = 0.0
             for name, share, moves in wanted:
                 until += self.ratio * share

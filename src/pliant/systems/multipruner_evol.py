@@ -52,7 +52,7 @@ class MultiPrunerEvol(WidthPruner):
         self.check_reach(anatomy, [block_moves(anatomy), width_moves(anatomy, groups)])
         for_widths = self.windows(job, self.width_samples, self.seed)
         for_blocks = self.windows(job, self.samples, self.seed + 1)
-        with ordered(job.model, anatomy, self.order, for_widths):
+        with ordered(job, anatomy, self.order, for_widths):
             self.stage(pruning, "blocks", block_moves(anatomy), for_blocks, self.ratio / 2)
             with pruning.scoring("widths", for_widths) as score:
                 subnet, loss = self._evolve(pruning, score, groups)

@@ -1,0 +1,50 @@
+"""Where the units of an axis are read, and how what is measured there adds up to units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from pliant.anatomy import Anatomy, Axis, Block, Weight
+
+
+def readers(anatomy: Anatomy) -> list[tuple[Block, Weight]]:
+    """The matrices whose inputs are units of their block and nothing else: ``down_proj`` reads channels, ``o_proj`` heads."""
+    return [
+        (block, weight)
+        for block in anatomy.blocks.values()
+        for weight in block.weights
+        if weight.reads is not None
+        and len(weight.dims) == 2
+        and all(part.axis in block.axes for part in weight.dims[weight.reads])
+    ]
+
+
+def read_axes(anatomy: Anatomy) -> list[Axis]:
+    """The axes that decide over what these matrices read, and may be cut."""
+    found = {
+        block.axes[block.axes[part.axis].leader].name
+        for block, weight in readers(anatomy)
+        for part in weight.dims[weight.reads or 0]
+    }
+    return [axis for axis in anatomy.axes.values() if axis.name in found]
+
+
+def by_unit(block: Block, weight: Weight, elements: torch.Tensor) -> Iterator[tuple[Axis, torch.Tensor]]:
+    """Sums over the elements of each unit.
+
+    Arguments:
+        elements: something of every input of ``weight``, shape ``(…, inputs)``.
+
+    Yields:
+        The axis that decides over some of the inputs, and a tensor of shape ``(…, units)``.
+    """
+    assert weight.reads is not None
+    start = 0
+    for part in weight.dims[weight.reads]:
+        width = block.width(part, {})
+        axis = block.axes[block.axes[part.axis].leader]
+        own = elements[..., start : start + width]
+        yield axis, own.unflatten(-1, (axis.size, -1)).sum(-1)
+        start += width

@@ -1,0 +1,82 @@
+"""One look at the gradient: what every channel and head matters to the loss, and the cheapest of them gone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from pliant.anatomy import Anatomy
+from pliant.elastic import Subnet, ratio
+from pliant.errors import RatioError
+from pliant.measure.fisher import damage_of_units
+from pliant.measure.units import read_axes
+from pliant.search.cost import COSTS, Cost, cost_of
+from pliant.search.greedy import Move
+from pliant.search.groups import cut_until, narrowed, widths
+from pliant.search.order import by_falling, reordered
+from pliant.search.pruner import Pruner
+from pliant.step import Job, StepError
+
+Cuts = list[tuple[str, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FisherPruner(Pruner):
+    """Narrow MLPs and attentions where the loss depends on them least, without a search: the Fisher information of every
+    channel and head is taken once (Kwon et al., "A Fast Post-Training Pruning Framework for Transformers", 2022), and what
+    does the least damage for what it saves goes, wherever it is. Takes about as long as four passes over the text."""
+
+    kind: ClassVar[str] = "fisher"
+
+    group: int = 32
+    """Elements that come and go together, and what is left is a multiple of; heads go one key-value group at a time."""
+
+    per: str = "parameters"
+    """Remove what hurts least per: parameters, macs, bytes (that decoding reads), or prefill or decode (milliseconds, measured
+    on this machine first)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_counts(group=1)
+        if self.per not in COSTS:
+            raise StepError(f"damage is weighed per {', '.join(COSTS)}; not per {self.per!r}")
+
+    def run(self, job: Job) -> None:
+        pruning = self.begin(job)
+        anatomy = pruning.anatomy
+        self._reaching(
+            [(axis.name, units) for axis in read_axes(anatomy) for units in widths(axis, self.group)], anatomy
+        )
+        windows = self.windows(job, self.samples, self.seed)
+        with job.progress.stage("fisher information"):
+            damage = damage_of_units(job.model, anatomy, windows, job.progress)
+        cost = cost_of(self.per, job.model, anatomy, job.work)
+        subnet = self._reaching(self._cuts(anatomy, damage, cost), anatomy)
+        with reordered(job.model, anatomy, by_falling(damage)):
+            pruning.commit("fisher information", Move("all", subnet), None)
+            self.finish(pruning, job)
+
+    def _cuts(self, anatomy: Anatomy, damage: Mapping[str, torch.Tensor], cost: Cost) -> Cuts:
+        """Every cut there is, what hurts least for what it saves first."""
+        whole = cost(Subnet())
+        ranked = []
+        for name, of_units in damage.items():
+            falling = of_units.sort(descending=True).values
+            before, kept, turn = whole, len(of_units), 0.0
+            for left in widths(anatomy.axes[name], self.group):
+                after = cost(narrowed([(name, left)]))
+                # the end of an axis goes first, whatever its groups save
+                turn = max(turn, falling[left:kept].sum().item() / max(1e-9, before - after))
+                ranked.append((turn, name, -left))
+                before, kept = after, left
+        return [(name, -left) for _, name, left in sorted(ranked)]
+
+    def _reaching(self, cuts: Cuts, anatomy: Anatomy) -> Subnet:
+        found = cut_until(cuts, lambda subnet: ratio(anatomy, subnet), self.ratio)
+        if found is None:
+            most = ratio(anatomy, narrowed(cuts))
+            raise RatioError(f"ratio {self.ratio} cannot be reached: narrowing all that may be comes to {most:.4f}")
+        return found

@@ -1,0 +1,33 @@
+"""Groups of units that come and go together, and how many of them have to go."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from math import gcd, lcm
+
+from pliant.anatomy import Axis
+from pliant.elastic import Subnet
+
+
+def widths(axis: Axis, elements: int, least: int = 1) -> list[int]:
+    """Units left of an axis after one group more is gone from its end, and one more, as long as ``least`` and what a token
+    needs stay.
+
+    Arguments:
+        elements: what is left is a multiple of so many elements.
+    """
+    step = lcm(elements // gcd(elements, axis.unit), axis.multiple)
+    widest = (axis.size - 1) // step * step
+    return list(range(widest, max(least, axis.active or 1) - 1, -step))
+
+
+def narrowed(cuts: Iterable[tuple[str, int]]) -> Subnet:
+    """The sub-network after cuts of (axis, units left), in the order they are made."""
+    return Subnet(keep=tuple(sorted(dict(cuts).items())))
+
+
+def cut_until(cuts: Sequence[tuple[str, int]], reached: Callable[[Subnet], float], target: float) -> Subnet | None:
+    """The sub-network after as few of ``cuts`` as bring ``reached`` to the target; None when all of them do not."""
+    count = bisect_left(range(len(cuts) + 1), target - 1e-12, key=lambda n: reached(narrowed(cuts[:n])))
+    return None if count > len(cuts) else narrowed(cuts[:count])
