@@ -188,3 +188,11 @@ def test_a_unit_that_nothing_reads_has_no_fisher_information():
     channels = damage_of_units(model, anatomy_of(model), IDS, Progress())["layers.2.mlp.channels"]
     assert channels[7] == 0
     assert (channels > 0).sum() == len(channels) - 1
+
+
+def test_long_windows_have_their_logits_made_in_parts(monkeypatch):
+    model = pico("llama")
+    whole = damage_of_units(model, anatomy_of(model), IDS, Progress())
+    monkeypatch.setattr("pliant.measure.windows.TOKENS_AT_ONCE", 4)
+    for axis, found in damage_of_units(model, anatomy_of(model), IDS, Progress()).items():
+        torch.testing.assert_close(found, whole[axis], rtol=1e-4, atol=1e-12)

@@ -11,7 +11,7 @@ from pliant.anatomy import Anatomy, Block, Weight, layers_of
 from pliant.measure.score import nll_sum
 from pliant.measure.stream import Stream
 from pliant.measure.units import by_unit, readers
-from pliant.measure.windows import batches_of
+from pliant.measure.windows import batches_of, tokens_at_once
 from pliant.pages import hold
 from pliant.progress import Progress
 
@@ -59,8 +59,11 @@ def damage_of_units(model: Any, anatomy: Anatomy, windows: torch.Tensor, progres
 def _slope_of_loss(stream: Stream, ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
     """Gradient of the summed loss by the hidden state after the last layer."""
     last = last.requires_grad_()
-    loss = nll_sum(stream.logits(ids, len(stream.layers), last), ids[:, 1:]).sum()
-    return torch.autograd.grad(loss, last)[0]
+    slope = torch.zeros_like(last)
+    for where, logits in stream.parts(ids, tokens_at_once(stream.model), len(stream.layers), last):
+        loss = nll_sum(logits, ids[:, where.start + 1 : where.stop + 1]).sum()
+        slope += torch.autograd.grad(loss, last)[0]
+    return slope
 
 
 @torch.enable_grad()
