@@ -83,10 +83,12 @@ def pliant_shortgpt(model: Any, text: Any, ratio: float) -> None:
     )
 
 
-def pliant_multipruner_repaired(model: Any, text: Any, ratio: float) -> None:
-    pliant.apply(
-        model, pliant.MultiPruner(ratio=ratio, samples=SAMPLES, width_samples=16, seqlen=SEQLEN, repair=64), text
-    )
+def pliant_fisher(model: Any, text: Any, ratio: float) -> None:
+    pliant.apply(model, pliant.FisherPruner(ratio=ratio, samples=SAMPLES, seqlen=SEQLEN), text)
+
+
+def pliant_fisher_repaired(model: Any, text: Any, ratio: float) -> None:
+    pliant.apply(model, pliant.FisherPruner(ratio=ratio, samples=SAMPLES, seqlen=SEQLEN, repair=64), text)
 
 
 # each with all that a user writes for it
@@ -97,7 +99,8 @@ PEERS: dict[Callable[[Any, torch.Tensor, float], None], tuple[Callable[..., Any]
 }
 OURS: dict[Callable[[Any, Any, float], None], tuple[Callable[..., Any], ...]] = {
     pliant_shortgpt: (pliant_shortgpt,),
-    pliant_multipruner_repaired: (pliant_multipruner_repaired,),
+    pliant_fisher: (pliant_fisher,),
+    pliant_fisher_repaired: (pliant_fisher_repaired,),
 }
 
 

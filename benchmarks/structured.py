@@ -32,6 +32,8 @@ WINDOWS, QUESTIONS = 40, 100
 LINES: dict[str, Callable[..., Step]] = {
     "MultiPruner": lambda **s: pliant.MultiPruner(**NARROWED, **s),
     "BlockPruner": lambda **s: pliant.BlockPruner(**SEARCHED, **s),
+    "knapsack": lambda **s: pliant.KnapsackPruner(order="fisher", **SEARCHED, **s),
+    "Fisher information": lambda **s: pliant.FisherPruner(**SEARCHED, **s),
     "Block Influence": lambda **s: pliant.OneShot(by="influence", **SEARCHED, **s),
     "relative magnitude": lambda **s: pliant.OneShot(by="magnitude", **SEARCHED, **s),
     "one-shot perplexity": lambda **s: pliant.OneShot(by="perplexity", **SEARCHED, **s),
@@ -40,7 +42,7 @@ LINES: dict[str, Callable[..., Step]] = {
         for seed in (0, 1, 2)
     },
 }
-TRAINED = (("MultiPruner", "repaired and recovered"), ("MultiPruner", "recovered"), ("BlockPruner", "recovered"))
+TRAINED = (("MultiPruner", "recovered"), ("BlockPruner", "recovered"), ("knapsack", "repaired and recovered"))
 
 
 def cells() -> Iterator[tuple[str, float, str]]:

@@ -34,10 +34,10 @@ STEPS = {
     "shortgpt": pliant.OneShot(**SHARED, by="influence", granularity="layer"),
     "unified": pliant.UnifiedPruner(**SHARED, mlp_group=8),
     "unified per byte, racing": pliant.UnifiedPruner(**SHARED, mlp_group=8, per="bytes", search="racing"),
-    "knapsack": pliant.KnapsackPruner(**SHARED, levels=2, swaps=4),
+    "knapsack": pliant.KnapsackPruner(**SHARED, levels=2, swaps=4, group=8),
     "fisher": pliant.FisherPruner(**SHARED, group=8),
     "fisher per byte": pliant.FisherPruner(**SHARED, group=8, per="bytes"),
-    "knapsack, fisher order": pliant.KnapsackPruner(**SHARED, levels=2, swaps=4, order="fisher"),
+    "knapsack, fisher order": pliant.KnapsackPruner(**SHARED, levels=2, swaps=4, group=8, order="fisher"),
     "multipruner, activation order": pliant.MultiPruner(**SHARED, width_samples=4, mlp_group=8, order="activation"),
 }
 
@@ -287,10 +287,19 @@ def test_the_knapsack_finds_the_best_mix():
 
 def test_swaps_never_make_it_worse():
     without, with_ = (
-        pruned(pliant.KnapsackPruner(**SHARED, levels=2, swaps=swaps)).pliant_history[0]["points"][-1]["loss"]
+        pruned(pliant.KnapsackPruner(**SHARED, levels=2, swaps=swaps, group=8)).pliant_history[0]["points"][-1]["loss"]
         for swaps in (0, 12)
     )
     assert with_ <= without
+
+
+def test_knapsack_leaves_multiples_of_a_group():
+    for family, axis in (("llama", "channels"), ("mixtral", "channels"), ("mixtral", "experts")):
+        record = pruned(pliant.KnapsackPruner(**{**SHARED, "ratio": 0.4}, levels=4, swaps=0, group=16), family)
+        kept = [units for name, units in record.pliant_history[0]["subnet"]["keep"].items() if name.endswith(axis)]
+        assert kept, family
+        assert all(units % 16 == 0 for units in kept) or axis == "experts"
+        assert axis != "experts" or any(units % 16 for units in kept)
 
 
 # --- one look at the gradient -------------------------------------------------------------------------------------------

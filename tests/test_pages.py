@@ -73,7 +73,9 @@ def test_a_dtype_can_be_chosen(stored):
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gemma2"])
-@pytest.mark.parametrize("settings", [{}, {"repair": 8}, {"metric": "kl"}, {"order": "activation"}, {"order": "fisher"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"repair": 8}, {"metric": "kl"}, {"order": "activation"}, {"order": "fisher"}], ids=str
+)
 def test_pruning_gives_the_same_model(name, settings, stored, tmp_path):
     folder = stored(name)
     step = pliant.MultiPruner(ratio=0.25, mlp_group=8, **FEW, **settings)

@@ -15,9 +15,9 @@ def widths(axis: Axis, elements: int, least: int = 1) -> list[int]:
     needs stay.
 
     Arguments:
-        elements: what is left is a multiple of so many elements.
+        elements: what is left is a multiple of so many elements; experts, which are whole matrices, go one by one.
     """
-    step = lcm(elements // gcd(elements, axis.unit), axis.multiple)
+    step = lcm(elements // gcd(elements, axis.unit), axis.multiple) if axis.active is None else axis.multiple
     widest = (axis.size - 1) // step * step
     return list(range(widest, max(least, axis.active or 1) - 1, -step))
 

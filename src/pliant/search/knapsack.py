@@ -13,6 +13,7 @@ from pliant.anatomy import Anatomy, Block
 from pliant.elastic import Subnet, parameters, ratio
 from pliant.errors import RatioError
 from pliant.search.greedy import Move
+from pliant.search.groups import widths
 from pliant.search.moves import block_moves
 from pliant.search.order import ordered
 from pliant.search.pruner import OrderedPruner
@@ -53,11 +54,14 @@ class KnapsackPruner(OrderedPruner):
     swaps: int = 32
     """Pairs of blocks that trade a step of width, kept when the loss falls."""
 
+    group: int = 32
+    """Elements that come and go together, and what is left is a multiple of; heads go one key-value group at a time."""
+
     order: str = "activation"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_counts(levels=0, swaps=0)
+        self._check_counts(levels=0, swaps=0, group=1)
 
     def run(self, job: Job) -> None:
         pruning = self.begin(job)
@@ -92,7 +96,7 @@ class KnapsackPruner(OrderedPruner):
             whole = block.parameters({})
             menu: list[tuple[tuple[tuple[str, int], ...] | None, int]] = [((), 0)]
             for level in range(1, self.levels + 1):
-                kept = _narrowed(block, level / (self.levels + 1))
+                kept = _narrowed(block, level / (self.levels + 1), self.group)
                 short = {axis.leader: units for axis in block.leaders for name, units in kept if name == axis.name}
                 saved = whole - block.parameters(short)
                 if kept and saved > menu[-1][1]:
@@ -177,13 +181,13 @@ def _subnet(curves: dict[str, list[Choice]], picked: dict[str, int]) -> Subnet:
     return subnet
 
 
-def _narrowed(block: Block, gone: float) -> tuple[tuple[str, int], ...]:
-    """A share of every axis of a block gone, as far as its units allow."""
+def _narrowed(block: Block, gone: float, group: int) -> tuple[tuple[str, int], ...]:
+    """About a share of every axis of a block gone, as far as its units allow."""
     kept = []
     for axis in block.leaders:
-        left = axis.less(axis.size, max(1, round(axis.size * gone)))
-        if left is not None:
-            kept.append((axis.name, left))
+        left = widths(axis, group)
+        if left:
+            kept.append((axis.name, min(left, key=lambda units: abs(axis.size * (1 - gone) - units))))
     return tuple(kept)
 
 
