@@ -32,7 +32,7 @@ WINDOWS, QUESTIONS = 40, 100
 LINES: dict[str, Callable[..., Step]] = {
     "MultiPruner": lambda **s: pliant.MultiPruner(**NARROWED, **s),
     "BlockPruner": lambda **s: pliant.BlockPruner(**SEARCHED, **s),
-    "knapsack": lambda **s: pliant.KnapsackPruner(order="fisher", **SEARCHED, **s),
+    "knapsack": lambda **s: pliant.KnapsackPruner(**SEARCHED, **s),
     "Fisher information": lambda **s: pliant.FisherPruner(**SEARCHED, **s),
     "Block Influence": lambda **s: pliant.OneShot(by="influence", **SEARCHED, **s),
     "relative magnitude": lambda **s: pliant.OneShot(by="magnitude", **SEARCHED, **s),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -41,25 +40,18 @@ def ordered(job: Job, anatomy: Anatomy, order: str, windows: torch.Tensor | None
         assert windows is not None
         with job.progress.stage(f"order by {order}"):
             if order == "fisher":
-                found = by_falling(damage_of_units(job.model, anatomy, windows, job.progress))
+                found = _by_falling(damage_of_units(job.model, anatomy, windows, job.progress))
             else:
                 found = activation_orders(job.model, anatomy, windows)
         orders |= found  # experts, which no matrix reads, keep their L1 order
-    with reordered(job.model, anatomy, orders):
-        yield
-
-
-@contextmanager
-def reordered(model: Any, anatomy: Anatomy, orders: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """The model with its units in these orders; back in the old ones when what is done meanwhile fails, Ctrl-C included."""
-    reorder(model, anatomy, orders)
+    reorder(job.model, anatomy, orders)
     try:
         yield
-    except BaseException:
-        reorder(model, anatomy, {axis: torch.argsort(permutation) for axis, permutation in orders.items()})
+    except BaseException:  # Ctrl-C, too
+        reorder(job.model, anatomy, {axis: torch.argsort(permutation) for axis, permutation in orders.items()})
         raise
 
 
-def by_falling(sizes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _by_falling(sizes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Old index of each new unit when the largest comes first; of equal ones the earlier."""
     return {name: torch.argsort(size, descending=True, stable=True) for name, size in sizes.items()}
