@@ -1,10 +1,12 @@
 """Models larger than the memory they may take: the same numbers, the same result, and the limit is held."""
 
 import copy
+import gc
 import json
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 import torch
@@ -138,7 +140,13 @@ def test_a_copy_of_a_model_is_in_memory(stored):
     model = paged(stored())
     again = copy.deepcopy(model)
     assert again.pliant_pages is None
-    assert torch.equal(logits(again), logits(model))
+    expected = logits(model)
+    assert torch.equal(logits(again), expected)
+    files = weakref.ref(model.pliant_pages)
+    del model
+    gc.collect()
+    assert files() is None
+    assert torch.equal(logits(again), expected)
 
 
 def test_what_is_needed_is_known_beforehand(stored):

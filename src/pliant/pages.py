@@ -88,9 +88,15 @@ class Pages:
 
     def watch(self, model: nn.Module) -> None:
         """Look before every module of ``model`` that has weights of its own runs, beside what the thread sees."""
+        pages = weakref.ref(self)  # a copy of the model has the hooks, too, and must not keep the files
+
+        def look(*_: Any) -> None:
+            if (alive := pages()) is not None:
+                alive.hold()
+
         for module in model.modules():
             if any(True for _ in module.parameters(recurse=False)):
-                module.register_forward_pre_hook(lambda *_: self.hold())
+                module.register_forward_pre_hook(look)
 
     def hold(self) -> None:
         """Give pages back if memory is short."""
@@ -115,6 +121,11 @@ class Pages:
 def pages_of(model: Any) -> Pages | None:
     """The files that a model was loaded into, None for one that is in memory."""
     return getattr(model, "pliant_pages", None)
+
+
+def in_file(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is kept in a file."""
+    return tensor.device.type == "cpu" and tensor.untyped_storage().filename is not None
 
 
 def hold(model: Any) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from pliant.anatomy import Anatomy, Block, anatomy_of, layers_of
 from pliant.elastic.activate import follow, narrow, slot, stand_in
 from pliant.elastic.subnet import Subnet, validate
-from pliant.pages import hold
+from pliant.pages import hold, in_file
 
 
 @torch.no_grad()
@@ -50,13 +50,9 @@ def shrink(layer: nn.Module, block: Block, kept: Mapping[str, int]) -> None:
         if part is not full:
             path, _, name = weight.path.rpartition(".")
             own = part.clone(memory_format=torch.contiguous_format)
-            if _is_in_file(full):  # the model is larger than memory: what is left of a tensor stays where it was
+            if in_file(full):  # the model is larger than memory: what is left of a tensor stays where it was
                 own = full.detach().view(-1)[: own.numel()].view(own.shape).copy_(own)
             if not weight.buffer:
                 own = nn.Parameter(own, requires_grad=full.requires_grad)
             setattr(layer.get_submodule(path), name, own)
     follow(layer, block, kept)
-
-
-def _is_in_file(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.untyped_storage().filename is not None
