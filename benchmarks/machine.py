@@ -32,7 +32,9 @@ def machine() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "pliant": pliant.__version__,
         "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(
+            git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
+        ),
         "date": time.strftime("%Y-%m-%d"),
     }
 

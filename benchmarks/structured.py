@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pliant
-from machine import RESULTS, save
+from machine import RESULTS, machine, save
 from pliant.step import Step
 
 RATIOS = (0.10, 0.20, 0.05, 0.15, 0.25)  # in the order they are made: what matters most first
@@ -110,7 +110,7 @@ def main() -> None:
         rows.append({"line": "dense", "asked": 0, "form": "raw", "ratio": 0.0, "quality": quality})
     for line, ratio, form in cells():
         if (line, ratio, form) not in done:
-            rows.append(run(line, ratio, form, arguments, measure))
+            rows.append({**run(line, ratio, form, arguments, measure), "commit": machine()["commit"]})
             save("structured", {"rows": rows})
 
 
