@@ -37,7 +37,6 @@ STEPS = {
     "knapsack": pliant.KnapsackPruner(**SHARED, levels=2, swaps=4, group=8),
     "fisher": pliant.FisherPruner(**SHARED, group=8),
     "fisher per byte": pliant.FisherPruner(**SHARED, group=8, per="bytes"),
-    "knapsack, fisher order": pliant.KnapsackPruner(**SHARED, levels=2, swaps=4, group=8, order="fisher"),
     "multipruner, activation order": pliant.MultiPruner(**SHARED, width_samples=4, mlp_group=8, order="activation"),
 }
 

@@ -75,9 +75,7 @@ def test_a_dtype_can_be_chosen(stored):
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gemma2"])
-@pytest.mark.parametrize(
-    "settings", [{}, {"repair": 8}, {"metric": "kl"}, {"order": "activation"}, {"order": "fisher"}], ids=str
-)
+@pytest.mark.parametrize("settings", [{}, {"repair": 8}, {"metric": "kl"}, {"order": "activation"}], ids=str)
 def test_pruning_gives_the_same_model(name, settings, stored, tmp_path):
     folder = stored(name)
     step = pliant.MultiPruner(ratio=0.25, mlp_group=8, **FEW, **settings)
@@ -94,6 +92,19 @@ def test_pruning_gives_the_same_model(name, settings, stored, tmp_path):
     for key, tensor in models[1].state_dict().items():
         assert torch.allclose(again[key], tensor, atol=1e-5), key
         assert "repair" in settings or torch.equal(again[key], tensor)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gemma2"])
+def test_the_gradient_goes_through_files_too(name, stored):
+    folder = stored(name)
+    models = [paged(folder), pliant.load(folder)]
+    for model in models:
+        pliant.apply(model, pliant.FisherPruner(ratio=0.1, group=8, samples=4, seqlen=32), TEXT, progress=False)
+    one, other = (model.pliant_history[0]["subnet"] for model in models)
+    assert one == other
+    assert one["keep"]
+    for key, tensor in models[1].state_dict().items():
+        assert torch.equal(models[0].state_dict()[key], tensor), key
 
 
 @pytest.mark.parametrize("metric", ["perplexity", "kl"])

@@ -1,5 +1,5 @@
 """What matters inside a model."""
 
-from pliant.importance.magnitude import l1_norms, l1_orders
+from pliant.importance.magnitude import by_falling, l1_norms, l1_orders
 
-__all__ = ["l1_norms", "l1_orders"]
+__all__ = ["by_falling", "l1_norms", "l1_orders"]

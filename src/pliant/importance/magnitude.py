@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -15,7 +17,12 @@ def l1_orders(model: nn.Module, anatomy: Anatomy) -> dict[str, torch.Tensor]:
     Returns:
         axis name -> old index of each new unit, shape ``(units,)``. Equal units keep their order.
     """
-    return {name: torch.argsort(norm, descending=True, stable=True) for name, norm in l1_norms(model, anatomy).items()}
+    return by_falling(l1_norms(model, anatomy))
+
+
+def by_falling(sizes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Old index of each new unit when the largest comes first; equal units keep their order."""
+    return {name: torch.argsort(size, descending=True, stable=True) for name, size in sizes.items()}
 
 
 @torch.no_grad()

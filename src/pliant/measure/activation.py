@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pliant.anatomy import Anatomy, layers_of
+from pliant.importance import by_falling
 from pliant.measure.units import by_unit, readers
 from pliant.measure.windows import batches_of
 
@@ -55,5 +56,4 @@ def activation_orders(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> di
         contributed = (squares[block.name, weight.path] * columns).sqrt().cpu()
         for axis, own in by_unit(block, weight, contributed):
             sizes[axis.name] = sizes.get(axis.name, 0) + own
-    chosen = anatomy.axes
-    return {name: torch.argsort(size, descending=True, stable=True) for name, size in sizes.items() if name in chosen}
+    return by_falling({name: size for name, size in sizes.items() if name in anatomy.axes})

@@ -10,7 +10,7 @@ from torch import nn
 from pliant.anatomy import Anatomy, Block, Weight, layers_of
 from pliant.measure.score import nll_sum
 from pliant.measure.stream import Stream
-from pliant.measure.units import by_unit, readers
+from pliant.measure.units import by_unit, read_axes, readers
 from pliant.measure.windows import batches_of, tokens_at_once
 from pliant.pages import hold
 from pliant.progress import Progress
@@ -34,8 +34,7 @@ def damage_of_units(model: Any, anatomy: Anatomy, windows: torch.Tensor, progres
     for block, weight in readers(anatomy):
         module = layers[block.layer].get_submodule(weight.path.rpartition(".")[0])
         watched[block.layer].append((module, block, weight))
-    found = {axis.name: torch.zeros(axis.size, dtype=torch.float64) for axis in anatomy.axes.values()}
-    seen: set[str] = set()
+    found = {axis.name: torch.zeros(axis.size, dtype=torch.float64) for axis in read_axes(anatomy)}
     first = next((layer for layer in range(depth) if watched[layer]), depth)
     batches = batches_of(model, windows)
     for number, ids in enumerate(batches, 1):
@@ -49,10 +48,9 @@ def damage_of_units(model: Any, anatomy: Anatomy, windows: torch.Tensor, progres
                 for axis, own in by_unit(*watched[layer][place][1:], product.flatten(0, -2).double()):
                     if axis.name in found:
                         found[axis.name] += own.square().sum(0).cpu() / (2 * windows.numel())
-                        seen.add(axis.name)
             hold(model)
         progress.step(number / len(batches), f"batch {number} of {len(batches)}")
-    return {name: damage for name, damage in found.items() if name in seen}
+    return found
 
 
 @torch.enable_grad()

@@ -12,7 +12,7 @@ from pliant.anatomy import Anatomy, Axis, anatomy_of
 from pliant.checkpoint.weights import check_finite
 from pliant.elastic import Subnet, check, macs, ratio, reorder
 from pliant.errors import RatioError
-from pliant.importance import l1_norms
+from pliant.importance import by_falling, l1_norms
 from pliant.search.cut import cut_exactly
 from pliant.search.groups import cut_until, narrowed, widths
 from pliant.step import Job, Step, StepError, is_number
@@ -63,8 +63,7 @@ class ChannelPruner(Step):
             check(job.model, anatomy)
         norms = l1_norms(job.model, anatomy)
         subnet = self.choose(anatomy, norms)
-        orders = {name: torch.argsort(norm, descending=True, stable=True) for name, norm in norms.items()}
-        reorder(job.model, anatomy, orders)
+        reorder(job.model, anatomy, by_falling(norms))
         cut_exactly(job.model, anatomy, subnet)
         job.record.update(
             ratio=ratio(anatomy, subnet), macs_ratio=_macs_ratio(anatomy, subnet), subnet=subnet.to_dict()

@@ -13,7 +13,7 @@ from pliant.data import Text
 from pliant.elastic import Elastic, Subnet, extract, ratio, validate
 from pliant.errors import DataError, SubnetError
 from pliant.measure.windows import windows_for
-from pliant.search.order import READING, STORED, check_order, ordered
+from pliant.search.order import check_order, ordered
 from pliant.step import Job, Step
 
 
@@ -27,17 +27,17 @@ class Cut(Step):
     """What to keep."""
 
     order: str = "l1"
-    """What channels and heads were put in order by where the sub-network was found: l1, activation or fisher (from
+    """What channels and heads were put in order by where the sub-network was found: l1, activation (from
     calibration text, the same again), or stored."""
 
     samples: int = 128
-    """activation, fisher: rows of calibration text that the order was taken from."""
+    """activation: rows of calibration text that the order was taken from."""
 
     seqlen: int = 2048
-    """activation, fisher: tokens in a calibration window."""
+    """activation: tokens in a calibration window."""
 
     seed: int = 42
-    """activation, fisher: seed of the draw of calibration rows."""
+    """activation: seed of the draw of calibration rows."""
 
     def __post_init__(self) -> None:
         check_order(self.order)
@@ -46,15 +46,15 @@ class Cut(Step):
         check_finite(job.model)
         anatomy = anatomy_of(job.model)
         validate(self.subnet, anatomy)
-        order = self.order if self.subnet.keep else STORED
-        with ordered(job, anatomy, order, self._windows(job) if order in READING else None):
+        order = self.order if self.subnet.keep else "stored"
+        with ordered(job, anatomy, order, self._windows(job) if order == "activation" else None):
             cut_exactly(job.model, anatomy, self.subnet)
         job.record.update(ratio=ratio(anatomy, self.subnet), subnet=self.subnet.to_dict())
 
     def _windows(self, job: Job) -> torch.Tensor:
         if not isinstance(job.data, Text):
             raise DataError(
-                "units in the order of what text says of them need the calibration text they were ordered by: pass data="
+                "units in the order of their activations need the calibration text they were ordered by: pass data="
             )
         return windows_for(job.model, job.tokenizer(), job.data.sample(self.samples, self.seed), self.seqlen)
 

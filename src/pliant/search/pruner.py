@@ -156,7 +156,7 @@ class OrderedPruner(Pruner):
 
     order: str = "l1"
     """Which channels and heads go first: l1 (those with the smallest weights), activation (those that contribute least on
-    calibration text), fisher (those that the loss on it depends on least), or stored (the last ones)."""
+    calibration text), or stored (the last ones)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
