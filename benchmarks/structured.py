@@ -2,7 +2,7 @@
 
     python benchmarks/structured.py --smollm2 DIR --calibration calibration.jsonl --held-out held-out.jsonl --tasks FILE ...
 
-About four hours on two cores. Every cell is written to results/structured.json when it is done; the same command goes on
+About five hours on two cores. Every cell is written to results/structured.json when it is done; the same command goes on
 after the last one that is there. `pliant demo` leaves the parts in build/demo/parts, `report_structured.py` draws them.
 
 Every method chooses by the same rows of calibration text, repairs with the same rows and recovers on the same tokens, which are

@@ -63,17 +63,16 @@ def recipe(systems: Sequence[str], given: dict[str, str], pairs: Sequence[str]) 
 def known_subnet(path: Path, model: str, systems: Sequence[str], pairs: Sequence[str]) -> list[Step]:
     """:func:`recipe` without its searches: the model is cut to the sub-network in a file, then the other steps follow.
 
-    Units are put in order by what the pruner among ``systems`` goes by, unless a pair says something else.
+    Units are put in order by what the first pruner among ``systems`` goes by, unless a pair says something else.
     """
     from pliant.anatomy import anatomy_of
     from pliant.checkpoint.load import load
     from pliant.search import Cut
     from pliant.systems.multipruner import read_config
 
-    searches = {name for name in systems if name in PRUNERS}
-    orders = {getattr(step_class(name), "order", "l1") for name in searches}
-    classes = {"cut": Cut, **{name: step_class(name) for name in systems if name not in searches}}
-    values = _values(classes, {"order": orders.pop()} if orders else {}, pairs)
+    orders = [getattr(step_class(name), "order", "l1") for name in systems if name in PRUNERS]
+    classes = {"cut": Cut, **{name: step_class(name) for name in systems if name not in PRUNERS}}
+    values = _values(classes, {"order": orders[0]} if orders else {}, pairs)
     values["cut"]["subnet"] = read_config(path, anatomy_of(load(model)))
     return [classes[name](**of_step) for name, of_step in values.items()]
 

@@ -27,8 +27,8 @@ Cuts = list[tuple[str, int]]
 class FisherPruner(OrderedPruner):
     """Narrow MLPs and attentions where the loss depends on them least, without a search: the Fisher information of every
     channel and head is taken once (Kwon et al., "A Fast Post-Training Pruning Framework for Transformers", 2022), and what
-    does the least damage for what it saves goes, wherever it is. Within a layer units go in ``order``. Takes about as long as
-    five passes over the text."""
+    does the least damage for what it saves goes, wherever it is. Within a layer units go in ``order``. Takes a few passes over
+    the text."""
 
     kind: ClassVar[str] = "fisher"
 
@@ -46,6 +46,10 @@ class FisherPruner(OrderedPruner):
         self._check_counts(group=1)
         if self.per not in COSTS:
             raise StepError(f"damage is weighed per {', '.join(COSTS)}; not per {self.per!r}")
+        if self.metric != "perplexity":
+            raise StepError(
+                "at the dense model the divergence from it has no gradient; metric can only be perplexity here"
+            )
 
     def run(self, job: Job) -> None:
         pruning = self.begin(job)
