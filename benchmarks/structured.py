@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--held-out", nargs="+", required=True)
     parser.add_argument("--tasks", nargs="*", default=[])
+    parser.add_argument("--lines", nargs="*", default=LINES, help="only these, so that two machines can share the work")
     parser.add_argument("--work", default="build/structured")
     arguments = parser.parse_args()
 
@@ -109,7 +110,7 @@ def main() -> None:
         quality = compact(measure(pliant.load(arguments.smollm2)))
         rows.append({"line": "dense", "asked": 0, "form": "raw", "ratio": 0.0, "quality": quality})
     for line, ratio, form in cells():
-        if (line, ratio, form) not in done:
+        if line in arguments.lines and (line, ratio, form) not in done:
             rows.append({**run(line, ratio, form, arguments, measure), "commit": machine()["commit"]})
             save("structured", {"rows": rows})
 
