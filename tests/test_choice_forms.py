@@ -112,6 +112,10 @@ POSED = {
         {"question": "How many apples?", "answer": "3 and 4 make <<3+4=7>>7.\n#### 1,007"},
         OpenQuestion("Question: How many apples?\nAnswer:", "1,007"),
     ),
+    "MAWPS": (
+        {"id": 3, "original_text": "How many apples are 3 and 4 ? ", "equation": "X=3+4", "ans": "7"},
+        OpenQuestion("Question: How many apples are 3 and 4 ?\nAnswer:", "7.0"),
+    ),
     "question and answer": (
         {"question": "Capital of France?", "answer": " Paris "},
         OpenQuestion("Question: Capital of France?\nAnswer:", "Paris"),
@@ -208,6 +212,7 @@ def test_a_file_name_tells_data_sets_apart_whose_rows_look_the_same(tmp_path, na
         (POSED["GSM8K"][0], {"answer": "7 ####"}, "the answer is empty"),
         (POSED["GSM8K"][0], {"answer": 7}, "'answer' must be a string"),
         (POSED["GSM8K"][0], {"choices": ["7", "8"]}, "the answer must be 0 to 1"),
+        (POSED["MAWPS"][0], {"ans": "seven"}, "'ans' must be a number; it is 'seven'"),
         (POSED["llm-adapters, answers"][0], {"answer": "answer4"}, r"lists 3 choice\(s\)"),
         (POSED["llm-adapters, answers"][0], {"instruction": "Which?"}, r"lists 0 choice\(s\)"),
         (POSED["llm-adapters, maths"][0], {"answer": " "}, "the answer is empty"),

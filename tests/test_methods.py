@@ -369,13 +369,17 @@ def test_evolution_meets_the_ratio_and_repeats():
 
 # --- repair ------------------------------------------------------------------------------------------------------------
 
+REPAIRED = ["llama", "gpt2", "granite", "phi", "opt", "falcon", "bloom", "mixtral"]
+NORMED = ["gemma2", "gemma3_text", "olmo2"]  # an RMS norm follows the last matrix of a block
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "granite", "phi", "opt", "falcon", "bloom", "mixtral"])
-def test_repair_brings_the_stream_nearer_to_the_dense_one(family):
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", [*REPAIRED, *NORMED])
+def test_repair_brings_the_stream_nearer_to_the_dense_one(family, dtype):
     from pliant.progress import Progress
     from pliant.search.repair import repair
 
-    model = pico(family)
+    model = pico(family).to(dtype)
     anatomy = anatomy_of(model)
     subnet = Subnet().without("layers.1.attention").without("layers.2.mlp")
     ids = torch.randint(3, 250, (16, 64), generator=torch.Generator().manual_seed(1))
@@ -384,19 +388,22 @@ def test_repair_brings_the_stream_nearer_to_the_dense_one(family):
 
     def distance():
         with pliant.activate(model, subnet), torch.inference_mode():
-            return (Stream(model, anatomy).run(ids, 0, 4)[4] - wanted).square().mean().item()
+            return (Stream(model, anatomy).run(ids, 0, 4)[4] - wanted).float().square().mean().item()
 
     before = distance()
-    told = repair(model, anatomy, subnet, ids, 0.01, Progress())
-    assert all(fit["distance"] is None or fit["distance"]["after"] <= fit["distance"]["before"] for fit in told)
-    assert distance() < before
+    told = {fit["block"]: fit["distance"] for fit in repair(model, anatomy, subnet, ids, 0.01, Progress())}
+    assert all(fit["after"] <= fit["before"] + 1e-4 for fit in told.values() if fit)
+    assert distance() < before * (0.6 if family in NORMED else 0.2)
+    stacked = {"layers.0.mlp", "layers.1.mlp", "layers.3.mlp"} if family == "mixtral" else set()
+    assert {block for block, fit in told.items() if fit is None} == stacked
 
 
-def test_repair_of_the_dense_model_changes_nothing():
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_repair_of_the_dense_model_changes_nothing(family):
     from pliant.progress import Progress
     from pliant.search.repair import repair
 
-    model, same = pico("llama"), pico("llama")
+    model, same = pico(family), pico(family)
     repair(model, anatomy_of(model), Subnet(), WINDOWS, 0.01, Progress())
     for a, b in zip(model.parameters(), same.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-4)

@@ -145,6 +145,14 @@ def _answered(row: Row) -> OpenQuestion:
     return OpenQuestion(ASKED.format(string(row, "question").strip()), answer)
 
 
+def _mawps(row: Row) -> OpenQuestion:
+    try:
+        answer = float(row["ans"])  # some rows have it as a string
+    except (TypeError, ValueError):
+        raise DataError(f"'ans' must be a number; it is {row['ans']!r}") from None
+    return OpenQuestion(ASKED.format(string(row, "original_text").strip()), str(answer))
+
+
 PLAIN = ("context/question/query/prompt", "choices", "answer/label/gold")
 _INSTRUCTED = ("instruction", "answer")
 FORMS = (
@@ -159,6 +167,7 @@ FORMS = (
     Form("BoolQ", ("passage", "question", "label/answer"), _boolq),
     Form("SIQA", ("context", "question", "answerA", "answerB", "answerC", "label"), _siqa),
     Form("MMLU", ("subject", "question", "choices", "answer"), _mmlu),
+    Form("MAWPS", ("original_text", "equation", "ans"), _mawps),
     Form("plain", PLAIN, _plain),
     Form("question and answer", ("question", "answer"), _answered),
 )

@@ -142,8 +142,8 @@ def _repair(fits: list[dict[str, Any]]) -> str:
         return f"<p>Repair:{alone}</p>"
     last = refitted[-1]
     return (
-        f"<p>Repair: {len(refitted)} blocks refitted. Mean square distance of the residual stream from that of the dense model "
-        f"after the last one: {last['before']:.3g} before it was refitted, {last['after']:.3g} after.{alone}</p>"
+        f"<p>Repair: {len(refitted)} blocks refitted. Mean square distance of the residual stream from that of the dense model, "
+        f"as a share of the latter, after the last one: {last['before']:.3g} before it was refitted, {last['after']:.3g} after.{alone}</p>"
     )
 
 

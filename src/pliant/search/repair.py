@@ -10,6 +10,7 @@ it, as far as it can. W is held to what it was (the penalty is on the change), w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +24,11 @@ from pliant.pages import pages_of
 from pliant.progress import Progress
 
 EXACT = 1e-3  # how closely, as a share of it, a last matrix must explain what its block adds to the stream
+ROUNDS = 16  # of alternating least squares for a norm that follows it; they converge in about three
+FAINT = 0.1  # channels that a norm makes fainter than this share of the usual would need changes out of all proportion
 
 Hidden = list[torch.Tensor | None]
+Seen = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 @torch.no_grad()
@@ -40,7 +44,7 @@ def repair(
 
     Returns:
         For each block: its name, and the mean square distance of the stream from the dense one before and after; None
-        where something else than a matrix comes last, which is left alone.
+        where something else than a matrix, or a matrix and a norm, comes last, which is left alone.
     """
     elastic, stream = Elastic(model.eval(), anatomy), Stream(model, anatomy)
     batches = batches_of(model, windows)
@@ -68,7 +72,7 @@ def repair(
                 if block.name in subnet.skip:
                     continue
                 weight = last_matrix(block)
-                seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+                seen: Seen = []
                 owner: Any = None
                 handle = None
                 if weight is not None:
@@ -81,7 +85,16 @@ def repair(
                 finally:
                     if handle is not None:
                         handle.remove()
-                distance = None if weight is None else _refit(owner, seen, reached, after, wanted[block.name], ridge)
+                distance = None
+                factors = None if weight is None else _factors(seen, reached, after)
+                if factors is not None:
+                    change = _refit(owner, seen, factors, after, wanted[block.name], ridge)
+                    before = _distance(after, wanted[block.name])
+                    if factors.normed or owner.weight.dtype.itemsize < change.itemsize:
+                        after = advance(layer, subnet.without(*later[block.name]), cut)
+                    else:  # linear in the change, and the weights hold all of it: no need to run it again
+                        after = _moved(after, seen, factors, change, owner)
+                    distance = {"before": before, "after": _distance(after, wanted[block.name])}
                 told.append({"block": block.name, "distance": distance})
                 reached = after
             cut = list(reached)
@@ -111,7 +124,7 @@ def repair_bytes(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> int:
     return windows.numel() * (widest + 8 * hidden) * element + 4 * widest * widest * 8
 
 
-def _recorder(seen: list[tuple[torch.Tensor, torch.Tensor]]) -> Callable[..., None]:
+def _recorder(seen: Seen) -> Callable[..., None]:
     """A hook that notes what goes into a module and what comes out, which a layer may change afterwards."""
     return lambda _module, args, out: seen.append((args[0], out.clone()))
 
@@ -127,53 +140,124 @@ def last_matrix(block: Block) -> Weight | None:
     return found
 
 
+@dataclass(frozen=True)
+class _Factors:
+    """What stands between a matrix and the residual stream.
+
+    Attributes:
+        tokens: a factor for every token, batch by batch, shape ``(tokens, 1)``; shape ``(1, 1)`` where it is the same for all.
+        channels: a factor for every channel, shape ``(hidden,)``.
+    """
+
+    tokens: list[torch.Tensor]
+    channels: torch.Tensor
+
+    @property
+    def normed(self) -> bool:
+        """Whether the factors of the tokens come from the tokens, and change with them."""
+        return any(len(tokens) > 1 for tokens in self.tokens)
+
+
+def _factors(seen: Seen, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> _Factors | None:
+    """From what the matrix wrote and what the block added: the factors of a residual multiplier or of an RMS norm, or None
+    where factors do not explain it.
+
+    Arguments:
+        seen: inputs and outputs of the matrix, batch by batch.
+        before, after: the stream around the block.
+    """
+    written = [y.flatten(0, -2).float() for _, y in seen]
+    added, blurred = [], []
+    for start, end in zip(before, after, strict=True):
+        start, end, eps = start.flatten(0, -2).float(), end.flatten(0, -2).float(), torch.finfo(end.dtype).eps
+        added.append(end - start)
+        blurred.append(eps * (start.abs() + end.abs() + added[-1].abs()))  # what rounding leaves uncertain
+    whole = sum(a.pow(2).sum() for a in added)
+    channels = torch.ones_like(added[0][0])
+    tokens = [_ratio(torch.cat(added).view(1, -1), torch.cat(written).view(1, -1), -1)] * len(written)
+    for _ in range(ROUNDS):
+        off = sum(
+            ((a - t * channels * y).abs() - blur).clamp_min(0).pow(2).sum()
+            for a, y, t, blur in zip(added, written, tokens, blurred, strict=True)
+        )
+        if off <= EXACT**2 * whole:
+            return _Factors(tokens, channels) if whole > 0 else None
+        scaled = [y * channels for y in written]
+        tokens = [_ratio(a, y, -1) for a, y in zip(added, scaled, strict=True)]
+        scaled = [y * t for y, t in zip(written, tokens, strict=True)]
+        channels = _ratio(torch.cat(added), torch.cat(scaled), 0)[0]
+    return None
+
+
+def _ratio(of: torch.Tensor, to: torch.Tensor, dim: int) -> torch.Tensor:
+    """The factor that brings ``to`` nearest to ``of``, along a dimension that stays."""
+    return (of * to).sum(dim, keepdim=True) / to.pow(2).sum(dim, keepdim=True).clamp_min(1e-30)
+
+
 def _refit(
     owner: Any,
-    seen: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    before: Sequence[torch.Tensor],
-    after: list[torch.Tensor],
+    seen: Seen,
+    factors: _Factors,
+    after: Sequence[torch.Tensor],
     wanted: Sequence[torch.Tensor],
     ridge: float,
-) -> dict[str, float] | None:
+) -> torch.Tensor:
     """Change the matrix of ``owner``, now a view of what is kept, by ridge regression.
 
     Arguments:
         seen: inputs and outputs of the matrix, batch by batch.
-        before, after: the cut model's stream around the block; ``after`` becomes what it is with the new matrix.
-        wanted: the dense model's stream after it.
+        factors: what stands between it and the stream.
+        after: the cut model's stream after the block.
+        wanted: the dense model's stream there.
+
+    Returns:
+        The change, shape ``(inputs, hidden)``; with a bias, its change is the last row.
     """
-    inputs = owner.weight.shape[0] if isinstance(owner, Conv1D) else owner.weight.shape[1]
-    size = inputs + (owner.bias is not None)
-    gram = torch.zeros(size, size, dtype=torch.float64, device=owner.weight.device)
-    cross = gram.new_zeros(size, wanted[0].shape[-1])
-    total, count, scale = 0.0, 0, None
-    for (x, y), start, end, target in zip(seen, before, after, wanted, strict=True):
-        x, y = x.flatten(0, -2).float(), y.flatten(0, -2).float()
-        added = (end - start).flatten(0, -2).float()
-        if scale is None:  # some families scale what a block adds
-            scale = ((added * y).sum() / (y * y).sum().clamp_min(1e-30)).item()
-        if not (added - scale * y).norm() <= EXACT * added.norm() or not scale:
-            return None
+    heard = factors.channels.abs() > FAINT * factors.channels.pow(2).mean().sqrt()
+    inverse = torch.where(heard, 1 / factors.channels, 0)
+    gram, cross = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for (x, _), end, target, factor in zip(seen, after, wanted, factors.tokens, strict=True):
         goal = target.flatten(0, -2).float()
-        missing = (goal - end.flatten(0, -2).float()) / scale
-        if owner.bias is not None:
-            x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-        # what comes next normalises each token: an error counts by the size of the stream it is in
-        weight = goal.pow(2).mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
-        x, missing = x * weight, missing * weight
-        gram += (x.T @ x).double()
-        cross += (x.T @ missing).double()
-        total += missing.double().pow(2).sum().item()
-        count += missing.numel()
-    assert scale is not None
-    held = gram + ridge * gram.diagonal().mean() * torch.eye(size, dtype=gram.dtype, device=gram.device)
+        weight = _weight(goal)
+        x = _inputs(x, owner) * factor * weight
+        missing = (goal - end.flatten(0, -2).float()) * inverse * weight
+        gram = gram.to(x.device) + (x.T @ x).double()
+        cross = cross.to(x.device) + (x.T @ missing).double()
+    held = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     change = torch.linalg.solve(held, cross)
-    for place, (x, _) in enumerate(seen):
-        moved = x.float() @ change[:inputs].float() + (change[inputs].float() if owner.bias is not None else 0)
-        after[place] = after[place] + (scale * moved).view_as(after[place]).to(after[place].dtype)
-    left = total - 2 * (change * cross).sum().item() + (change * (gram @ change)).sum().item()
+    matrix = change
     if owner.bias is not None:
         owner.bias.add_(change[-1].to(owner.bias.dtype))
-        change = change[:-1]
-    owner.weight.add_((change if isinstance(owner, Conv1D) else change.T).to(owner.weight.dtype))
-    return {"before": total / count, "after": max(0.0, left) / count}
+        matrix = change[:-1]
+    owner.weight.add_((matrix if isinstance(owner, Conv1D) else matrix.T).to(owner.weight.dtype))
+    return change.float()
+
+
+def _inputs(x: torch.Tensor, owner: Any) -> torch.Tensor:
+    """What goes into a matrix, a row a token; with a bias, a column of ones behind it."""
+    x = x.flatten(0, -2).float()
+    return x if owner.bias is None else torch.cat([x, x.new_ones(len(x), 1)], 1)
+
+
+def _moved(
+    after: Sequence[torch.Tensor], seen: Seen, factors: _Factors, change: torch.Tensor, owner: Any
+) -> list[torch.Tensor]:
+    """The stream after the block, with the new matrix, where the factors stay what they are."""
+    return [
+        end + (_inputs(x, owner) @ change * factor * factors.channels).view_as(end).to(end.dtype)
+        for end, (x, _), factor in zip(after, seen, factors.tokens, strict=True)
+    ]
+
+
+def _weight(goal: torch.Tensor) -> torch.Tensor:
+    """What comes next normalises each token: an error counts by the size of the stream it is in."""
+    return goal.pow(2).mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+
+
+def _distance(reached: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
+    """Mean square distance of the stream from the dense one, as a share of the latter's mean square, token by token."""
+    total = 0.0
+    for here, there in zip(reached, wanted, strict=True):
+        goal = there.float()
+        total += ((here.float() - goal) * _weight(goal)).double().pow(2).sum().item()
+    return total / sum(there.numel() for there in wanted)
