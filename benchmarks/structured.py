@@ -46,7 +46,9 @@ TRAINED = (("MultiPruner", "recovered"), ("BlockPruner", "recovered"), ("knapsac
 
 
 def cells() -> Iterator[tuple[str, float, str]]:
-    """(line, ratio, form), the most telling first."""
+    """(line, ratio, form), the most telling first. The dense model recovers, too: what the training text alone is worth."""
+    yield "dense", 0, "raw"
+    yield "dense", 0, "recovered"
     for ratio in RATIOS:
         for line in LINES:
             yield line, ratio, "raw"
@@ -59,17 +61,22 @@ def cells() -> Iterator[tuple[str, float, str]]:
 def run(line: str, ratio: float, form: str, arguments: argparse.Namespace, measure: Callable[[Any], dict]) -> dict:
     """One cell. Whatever follows the search, it is made once: its archive answers the next time."""
     model = pliant.load(arguments.smollm2)
-    recipe: list[Step] = [LINES[line](ratio=ratio, repair=REPAIR if form.startswith("repaired") else 0)]
+    recipe: list[Step] = []
+    if line != "dense":
+        recipe.append(LINES[line](ratio=ratio, repair=REPAIR if form.startswith("repaired") else 0))
     if form.endswith("recovered"):
         recipe.append(pliant.Recover(**RECOVERY))
     work = Path(arguments.work) / line.replace(",", "").replace(" ", "-")
-    pliant.apply(model, recipe, pliant.text(arguments.calibration), work=work)
+    if recipe:
+        pliant.apply(model, recipe, pliant.text(arguments.calibration), work=work)
     (work / "recover" / "state.safetensors").unlink(missing_ok=True)  # belongs to this cell alone
-    cut = model.pliant_history[0]
-    kept = {key: cut[key] for key in ("settings", "ratio", "subnet", "counters")}
-    row = {"line": line, "asked": ratio, "form": form, **kept, "quality": compact(measure(model))}
+    row: dict[str, Any] = {"line": line, "asked": ratio, "form": form, "ratio": 0.0}
+    if line != "dense":
+        cut = model.pliant_history[0]
+        row |= {key: cut[key] for key in ("settings", "ratio", "subnet", "counters")}
+    row["quality"] = compact(measure(model))
     if form.endswith("recovered"):
-        row["recovery"] = {"settings": recipe[1].to_dict(), **model.pliant_history[1]["recovery"]}
+        row["recovery"] = {"settings": recipe[-1].to_dict(), **model.pliant_history[-1]["recovery"]}
     return row
 
 
@@ -88,7 +95,9 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--held-out", nargs="+", required=True)
     parser.add_argument("--tasks", nargs="*", default=[])
-    parser.add_argument("--lines", nargs="*", default=LINES, help="only these, so that two machines can share the work")
+    parser.add_argument(
+        "--lines", nargs="*", default=("dense", *LINES), help="only these, so that two machines can share the work"
+    )
     parser.add_argument("--work", default="build/structured")
     arguments = parser.parse_args()
 
@@ -106,9 +115,6 @@ def main() -> None:
     path = RESULTS / "structured.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     done = {(row["line"], row["asked"], row["form"]) for row in rows}
-    if ("dense", 0, "raw") not in done:
-        quality = compact(measure(pliant.load(arguments.smollm2)))
-        rows.append({"line": "dense", "asked": 0, "form": "raw", "ratio": 0.0, "quality": quality})
     for line, ratio, form in cells():
         if line in arguments.lines and (line, ratio, form) not in done:
             rows.append({**run(line, ratio, form, arguments, measure), "commit": machine()["commit"]})
