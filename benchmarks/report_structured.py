@@ -45,7 +45,8 @@ def main() -> None:
     dense = rows["dense", 0, "raw"]
     mean, error = accuracy(dense)
     lines = [
-        f"Dense: perplexity {perplexity(dense):.2f}, five tasks {mean:.1%} (one standard error is {error:.1%}).",
+        f"Dense: perplexity {perplexity(dense):.2f}, five tasks {mean:.1%} (one standard error is {error:.1%}). Trained as the "
+        f"recovered ones: perplexity {perplexity(rows['dense', 0, 'recovered']):.2f}.",
         "",
         "| ratio | method | form | removed | perplexity | five tasks | loss against BlockPruner, raw |",
         "|---|---|---|---|---|---|---|",
