@@ -44,14 +44,16 @@ def main() -> None:
     rows = {(row["line"], row["asked"], row["form"]): row for row in content["rows"]}
     dense = rows["dense", 0, "raw"]
     mean, error = accuracy(dense)
+    order = list(dict.fromkeys(line for line, _, _ in rows if line != "dense"))
     lines = [
         f"Dense: perplexity {perplexity(dense):.2f}, five tasks {mean:.1%} (one standard error is {error:.1%}). Trained as the "
         f"recovered ones: perplexity {perplexity(rows['dense', 0, 'recovered']):.2f}.",
         "",
+        *summary(rows, order),
+        "",
         "| ratio | method | form | removed | perplexity | five tasks | loss against BlockPruner, raw |",
         "|---|---|---|---|---|---|---|",
     ]
-    order = list(dict.fromkeys(line for line, _, _ in rows if line != "dense"))
     for line, asked, form in sorted(
         (key for key in rows if key[0] != "dense"), key=lambda k: (k[1], FORMS.index(k[2]), order.index(k[0]))
     ):
@@ -63,6 +65,32 @@ def main() -> None:
         )
     (RESULTS / "structured.md").write_text("\n".join(lines) + "\n")
     plot(rows, order)
+
+
+def summary(rows: dict[tuple[str, float, str], dict[str, Any]], order: list[str]) -> list[str]:
+    """Perplexity, raw and repaired, a method a row; random orders as a range over their seeds."""
+    ratios = sorted({asked for _, asked, _ in rows if asked})
+    groups = {line: [line] for line in order if not line.startswith("random")}
+    groups["random, three seeds"] = [line for line in order if line.startswith("random")]
+    found = ["| perplexity, raw / repaired | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " |"]
+    found.append("|---|" + "---|" * len(ratios))
+    for name, members in groups.items():
+        cells = [
+            " / ".join(
+                spread([rows[m, ratio, form] for m in members if (m, ratio, form) in rows]) for form in FORMS[:2]
+            )
+            for ratio in ratios
+        ]
+        found.append(f"| {name} | " + " | ".join(cells) + " |")
+    return found
+
+
+def spread(rows: list[dict[str, Any]]) -> str:
+    found = sorted(perplexity(row) for row in rows)
+    if not found:
+        return ""
+    low, high = (f"{value:,.1f}" if value < 1000 else f"{value:,.0f}" for value in (found[0], found[-1]))
+    return low if len(found) == 1 else f"{low} to {high}"
 
 
 def plot(rows: dict[tuple[str, float, str], dict[str, Any]], order: list[str]) -> None:
