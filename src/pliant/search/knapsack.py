@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import random
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from pliant.anatomy import Anatomy, Block
-from pliant.elastic import Subnet, parameters
+from pliant.elastic import Subnet, parameters, ratio
 from pliant.errors import RatioError
 from pliant.search.greedy import Move
 from pliant.search.groups import widths
@@ -22,13 +20,7 @@ from pliant.search.pruner import OrderedPruner
 from pliant.search.pruning import Pruning, Scorer
 from pliant.step import Job
 
-STEPS = 20_000  # the budget is counted in so many parts
-FINE = 96  # parts of a block's width, between the measured ones
-DRAWN = 16  # trades, of which the one that the measured damages speak for is scored
-
-
-Kept = tuple[tuple[str, int], ...] | None
-Curves = dict[str, list["Choice"]]
+STEPS = 4000  # the budget is counted in so many parts
 
 
 @dataclass(frozen=True)
@@ -41,18 +33,17 @@ class Choice:
         damage: nats per token that the loss rises by, with this alone done to the dense model.
     """
 
-    kept: Kept
+    kept: tuple[tuple[str, int], ...] | None
     saved: int
     damage: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnapsackPruner(OrderedPruner):
-    """Every block at a few widths, or gone: a multiple-choice knapsack over damages measured one at a time, and those between
-    them, then swaps that are scored for real.
+    """Every block at a few widths, or gone: a multiple-choice knapsack over damages measured one at a time, then swaps
+    that are scored for real.
 
-    The damages are taken to add up, which is nearly true of widths and less so of whole blocks. So a mix with whole blocks gone
-    and one without are both scored, and the swaps start from the better.
+    The damages are taken to add up, which is nearly true of widths and less so of whole blocks; the swaps make up for it.
     """
 
     kind: ClassVar[str] = "knapsack"
@@ -61,7 +52,7 @@ class KnapsackPruner(OrderedPruner):
     """Widths at which the axes of a block are tried, besides whole and gone."""
 
     swaps: int = 32
-    """Trades of width between two blocks that are scored, and kept when the loss falls."""
+    """Pairs of blocks that trade a step of width, kept when the loss falls."""
 
     group: int = 32
     """Elements that come and go together, and what is left is a multiple of; heads go one key-value group at a time."""
@@ -84,107 +75,64 @@ class KnapsackPruner(OrderedPruner):
     def _allocate(self, pruning: Pruning, score: Scorer) -> tuple[Subnet, float]:
         dense = score(Subnet())
         menus = self._menus(pruning)
-        curves: Curves = {}
+        curves = {}
         for done, (name, menu) in enumerate(menus.items(), 1):
-            measured = [Choice(kept, saved, score(apply_choice(Subnet(), name, kept)) - dense) for kept, saved in menu]
-            curves[name] = self._filled(pruning.anatomy.blocks[name], measured)
+            curves[name] = [
+                Choice(kept, saved, score(apply_choice(Subnet(), name, kept)) - dense) for kept, saved in menu
+            ]
             pruning.job.progress.step(done / len(menus), f"{done} of {len(menus)} blocks measured")
-        target = self.ratio * parameters(pruning.anatomy)
-        narrow = {name: [choice for choice in curve if choice.kept is not None] for name, curve in curves.items()}
-        mixes = []
-        for menu in (curves, narrow):
-            chosen = solve(list(menu.values()), target)
-            if chosen is not None:
-                mixes.append(dict(zip(curves, chosen, strict=True)))
-        if not mixes:
+        chosen = solve(list(curves.values()), self.ratio * parameters(pruning.anatomy))
+        if chosen is None:
             raise RatioError(f"ratio {self.ratio} cannot be reached with every block at its smallest")
-        loss, _, picked = min((score(_subnet(curves, mix)), place, mix) for place, mix in enumerate(mixes))
-        return self._swap(pruning, curves, picked, loss, target, score)
+        return self._swap(pruning, curves, dict(zip(curves, chosen, strict=True)), score)
 
-    def _menus(self, pruning: Pruning) -> dict[str, list[tuple[Kept, int]]]:
-        """What is measured of each block, and the parameters it saves; the first is nothing."""
+    def _menus(self, pruning: Pruning) -> dict[str, list[tuple[tuple[tuple[str, int], ...] | None, int]]]:
+        """What can be done with each block, and the parameters it saves; the first is nothing."""
         anatomy = pruning.anatomy
         free = {move.unit for move in block_moves(anatomy)(Subnet())}
         stays = _last_of_type(anatomy)
         menus = {}
         for block in anatomy.blocks.values():
-            menu: list[tuple[Kept, int]] = [((), 0)]
+            whole = block.parameters({})
+            menu: list[tuple[tuple[tuple[str, int], ...] | None, int]] = [((), 0)]
             for level in range(1, self.levels + 1):
-                kept, saved = _narrowed(block, level / (self.levels + 1), self.group)
-                if saved > menu[-1][1]:
+                kept = _narrowed(block, level / (self.levels + 1), self.group)
+                short = {axis.leader: units for axis in block.leaders for name, units in kept if name == axis.name}
+                saved = whole - block.parameters(short)
+                if kept and saved > menu[-1][1]:
                     menu.append((kept, saved))
             if block.name in free and block.name not in stays:
-                menu.append((None, block.parameters({})))
+                menu.append((None, whole))
             if len(menu) > 1:
                 menus[block.name] = menu
         return menus
 
-    def _filled(self, block: Block, measured: list[Choice]) -> list[Choice]:
-        """What was measured and every width between, by what it saves."""
-        points = [choice for choice in measured if choice.kept is not None]
-        found = {choice.saved: choice for choice in measured}
-        for part in range(1, FINE):
-            kept, saved = _narrowed(block, part / FINE, self.group)
-            if saved < points[-1].saved and saved not in found:
-                above = bisect_left(points, saved, key=lambda choice: choice.saved)
-                found[saved] = Choice(kept, saved, _between(points[above - 1], points[above], saved))
-        return [found[saved] for saved in sorted(found)]
-
     def _swap(
-        self, pruning: Pruning, curves: Curves, picked: dict[str, int], loss: float, target: float, score: Scorer
+        self, pruning: Pruning, curves: dict[str, list[Choice]], picked: dict[str, int], score: Scorer
     ) -> tuple[Subnet, float]:
-        """Let blocks trade width, one narrower and one wider, while the loss falls and the ratio holds."""
+        """Let pairs of blocks trade a step, one narrower and one wider, while the loss falls and the ratio holds."""
         draw = random.Random(self.seed)
-        tried = [picked]
+        best = _subnet(curves, picked)
+        loss = score(best)
         for done in range(self.swaps):
-            trades = [trade for _ in range(DRAWN) if (trade := self._trade(draw, curves, picked, target)) is not None]
-            trades = [trade for trade in trades if trade not in tried]
-            if not trades:
+            down, up = draw.sample(list(curves), 2)
+            tried = {**picked, down: picked[down] + 1, up: picked[up] - 1}
+            if tried[down] >= len(curves[down]) or tried[up] < 0:
                 continue
-            trade = min(trades, key=lambda trade: _total(curves, trade)[1])
-            tried.append(trade)
-            value = score(_subnet(curves, trade))
+            subnet = _subnet(curves, tried)
+            if ratio(pruning.anatomy, subnet) < self.ratio:
+                continue
+            value = score(subnet)
             if value < loss:
-                picked, loss = trade, value
+                picked, best, loss = tried, subnet, value
             pruning.job.progress.step((done + 1) / self.swaps, f"swap {done + 1} of {self.swaps}, loss {loss:.4f}")
-        return _subnet(curves, picked), loss
-
-    def _trade(
-        self, draw: random.Random, curves: Curves, picked: dict[str, int], target: float
-    ) -> dict[str, int] | None:
-        """One block narrower by a measured step, a half or a quarter of it, another wider by as much as that leaves to spare."""
-        down, up = draw.sample(list(curves), 2)
-        less, more = curves[down], curves[up]
-        step = less[-1].saved / (self.levels + 1) / draw.choice((1, 2, 4))
-        wanted = less[picked[down]].saved + step
-        narrower = min(range(len(less)), key=lambda place: abs(less[place].saved - wanted))
-        spare = _total(curves, {**picked, down: narrower})[0] - target
-        wider = bisect_left(more, more[picked[up]].saved - spare, key=lambda choice: choice.saved)
-        return {**picked, down: narrower, up: wider} if narrower > picked[down] and wider < picked[up] else None
-
-
-def _total(curves: Curves, picked: dict[str, int]) -> tuple[int, float]:
-    """Parameters saved, and nats per token if damages added up."""
-    chosen = [curves[name][place] for name, place in picked.items()]
-    return sum(choice.saved for choice in chosen), sum(choice.damage for choice in chosen)
-
-
-def _between(below: Choice, above: Choice, saved: int) -> float:
-    """Damage between two measured widths, on a power law through both, since it rises ever faster; below the first on a
-    square, as units that matter little go first. Where the measured damages do not rise, on a line."""
-    if below.saved == 0:
-        return above.damage * (saved / above.saved) ** 2
-    if 0 < below.damage < above.damage:
-        return below.damage * (saved / below.saved) ** (
-            math.log(above.damage / below.damage) / math.log(above.saved / below.saved)
-        )
-    return below.damage + (above.damage - below.damage) * (saved - below.saved) / (above.saved - below.saved)
+        return best, loss
 
 
 def solve(menus: Sequence[Sequence[Choice]], target: float) -> list[int] | None:
     """The choice of each block with the least total damage that saves at least ``target`` parameters.
 
-    Dynamic programming over savings rounded down to 1/20000 of the target, so that the result always saves enough.
+    Dynamic programming over savings rounded down to 1/4000 of the target, so that the result always saves enough.
 
     Returns:
         The place of the choice in each menu, or None when even the largest savings do not come to the target.
@@ -200,16 +148,12 @@ def solve(menus: Sequence[Sequence[Choice]], target: float) -> list[int] | None:
         for place, choice in enumerate(menu):
             if not np.isfinite(choice.damage):
                 continue
-            steps = min(int(choice.saved / unit), STEPS)
-            short = STEPS - steps  # from here on it saves enough
-            rest = short + int(best[short:].argmin())
-            came_from = np.append(np.arange(short), rest)
-            reached = np.arange(steps, STEPS + 1)
-            damage = best[came_from] + choice.damage
-            better = damage < after[reached]
-            after[reached[better]] = damage[better]
-            pick[reached[better]] = place
-            came[reached[better]] = came_from[better]
+            steps = int(choice.saved / unit)
+            reached = np.minimum(np.arange(STEPS + 1) + steps, STEPS)
+            for start in np.flatnonzero(np.isfinite(best)):
+                end = reached[start]
+                if best[start] + choice.damage < after[end]:
+                    after[end], pick[end], came[end] = best[start] + choice.damage, place, start
         picks.append(np.stack([pick, came]))
         best = after
     if not np.isfinite(best[STEPS]):
@@ -237,15 +181,14 @@ def _subnet(curves: dict[str, list[Choice]], picked: dict[str, int]) -> Subnet:
     return subnet
 
 
-def _narrowed(block: Block, gone: float, group: int) -> tuple[tuple[tuple[str, int], ...], int]:
-    """About a share of every axis of a block gone, as far as its units allow, and the parameters that saves."""
-    nearest = {
-        axis: min([axis.size, *widths(axis, group)], key=lambda units: abs(axis.size * (1 - gone) - units))
-        for axis in block.leaders
-    }
-    short = {axis: units for axis, units in nearest.items() if units < axis.size}
-    saved = block.parameters({}) - block.parameters({axis.leader: units for axis, units in short.items()})
-    return tuple((axis.name, units) for axis, units in short.items()), saved
+def _narrowed(block: Block, gone: float, group: int) -> tuple[tuple[str, int], ...]:
+    """About a share of every axis of a block gone, as far as its units allow."""
+    kept = []
+    for axis in block.leaders:
+        left = widths(axis, group)
+        if left:
+            kept.append((axis.name, min(left, key=lambda units: abs(axis.size * (1 - gone) - units))))
+    return tuple(kept)
 
 
 def _last_of_type(anatomy: Anatomy) -> set[str]:
