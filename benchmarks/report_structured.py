@@ -45,9 +45,10 @@ def main() -> None:
     dense = rows["dense", 0, "raw"]
     mean, error = accuracy(dense)
     order = list(dict.fromkeys(line for line, _, _ in rows if line != "dense"))
-    lines = [
-        f"Dense: perplexity {perplexity(dense):.2f}, five tasks {mean:.1%} (one standard error is {error:.1%}). Trained as the "
-        f"recovered ones: perplexity {perplexity(rows['dense', 0, 'recovered']):.2f}.",
+    lines = [f"Dense: perplexity {perplexity(dense):.2f}, five tasks {mean:.1%} (one standard error is {error:.1%})."]
+    if ("dense", 0, "recovered") in rows:  # the table can be drawn before it is whole
+        lines.append(f"Trained as the recovered ones: perplexity {perplexity(rows['dense', 0, 'recovered']):.2f}.")
+    lines += [
         "",
         *summary(rows, order),
         "",
