@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pliant.step import Step, StepError, help_texts
 from pliant.systems import PRUNERS, SYSTEMS
@@ -104,7 +105,7 @@ def _values(
     }
 
 
-def _convert(name: str, value: str, kind: object) -> object:
+def _convert(name: str, value: str, kind: Any) -> object:
     if isinstance(kind, types.UnionType):
         if value.lower() in ("none", ""):
             return None
@@ -114,7 +115,7 @@ def _convert(name: str, value: str, kind: object) -> object:
             raise StepError(f"{name} is true or false, not {value!r}")
         return value.lower() == "true"
     try:
-        return kind(value)  # type: ignore[operator]
+        return kind(value)
     except ValueError:
-        wanted = {int: "a whole number", float: "a number"}.get(kind, str(kind))  # type: ignore[call-overload]
+        wanted = {int: "a whole number", float: "a number"}.get(kind, str(kind))
         raise StepError(f"{name} is {wanted}, not {value!r}") from None

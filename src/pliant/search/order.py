@@ -36,9 +36,8 @@ def ordered(job: Job, anatomy: Anatomy, order: str, windows: torch.Tensor | None
     if order == "activation":
         assert windows is not None
         with job.progress.stage("order by activation"):
-            orders |= activation_orders(
-                job.model, anatomy, windows
-            )  # experts, which no matrix reads, keep their L1 order
+            # experts, which no matrix reads, keep their L1 order
+            orders |= activation_orders(job.model, anatomy, windows)
     reorder(job.model, anatomy, orders)
     try:
         yield

@@ -24,7 +24,7 @@ from pliant.pages import pages_of
 from pliant.progress import Progress
 
 EXACT = 1e-3  # how closely, as a share of it, a last matrix must explain what its block adds to the stream
-ROUNDS = 16  # of alternating least squares for a norm that follows it; they converge in about three
+ROUNDS = 16  # of alternating least squares for a norm that follows it; gemma2, gemma3 and olmo2 take one to three
 FAINT = 0.1  # channels that a norm makes fainter than this share of the usual would need changes out of all proportion
 
 Hidden = list[torch.Tensor | None]
@@ -121,7 +121,9 @@ def repair_bytes(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> int:
     ]
     widest = max(shapes, default=hidden)
     element = next(model.parameters()).element_size()
-    return windows.numel() * (widest + 8 * hidden) * element + 4 * widest * widest * 8
+    streams = (widest + 8 * hidden) * element
+    compared = (widest + 4 * hidden) * 4  # what was written, added and uncertain, in float32 whatever the model's dtype
+    return windows.numel() * (streams + compared) + 4 * widest * widest * 8
 
 
 def _recorder(seen: Seen) -> Callable[..., None]:
