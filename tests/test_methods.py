@@ -442,6 +442,7 @@ def test_repair_is_a_setting_of_every_pruner_and_is_told():
         (lambda: pliant.UnifiedPruner(ratio=0.1, order="random"), "not by 'random'"),
         (lambda: pliant.FisherPruner(ratio=0.1, per="unit"), "not per 'unit'"),
         (lambda: pliant.FisherPruner(ratio=0.1, metric="kl"), "has no gradient"),
+        (lambda: pliant.OneShot(ratio=0.1, metric="kl"), "ranking by influence does not score"),
         (lambda: pliant.FisherPruner(ratio=0.1, group=0), "group must be at least 1"),
         (lambda: pliant.KnapsackPruner(ratio=0.1, swaps=-1), "swaps must be at least 0"),
         (lambda: pliant.MultiPrunerEvol(ratio=0.1, population=1), "population must be at least 4"),

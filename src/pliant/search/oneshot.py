@@ -43,6 +43,10 @@ class OneShot(Pruner):
             raise StepError(f"blocks are ranked by {known} or {RANDOM}, not by {self.by!r}")
         if self.granularity not in GRANULARITIES:
             raise StepError(f"granularity is {' or '.join(GRANULARITIES)}, not {self.granularity!r}")
+        if self.metric != PERPLEXITY and self.by != PERPLEXITY:
+            raise StepError(
+                f"ranking by {self.by} does not score; metric can only be {self.metric!r} with by='perplexity'"
+            )
 
     def run(self, job: Job) -> None:
         pruning = self.begin(job)
