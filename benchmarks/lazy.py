@@ -30,7 +30,7 @@ def step_for(name: str, ratio: float, mode: str) -> Step:
 
 def run(name: str, folder: str, ratio: float, mode: str, arguments: argparse.Namespace) -> dict[str, Any]:
     model = pliant.load(folder)
-    work = Path(arguments.work) / f"{name}-{mode}"
+    work = Path(arguments.work) / name  # a score is a score, whichever search asks for it
     pliant.apply(model, step_for(name, ratio, mode), pliant.text(arguments.calibration), work=work)
     (cut,) = model.pliant_history
     found = pliant.evaluate(model, perplexity=arguments.held_out, seqlen=256, windows=40)
