@@ -10,6 +10,7 @@ from pliant.elastic import Subnet
 from pliant.errors import WeightError
 
 MODES = ("lazy", "racing", "exact", "naive")
+FEWEST = 3  # moves that every step looks at beside the neighbours of what went
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ class Greedy:
 
     Attributes:
         mode: ``naive`` and ``exact`` score every move at every step (they differ only in whether the scorer re-uses
-            prefixes); ``lazy`` trusts that a unit which hurt much a step ago still does; ``racing`` is lazy and, where
-            lazy would score everything, scores it roughly first and only the better quarter in full.
+            prefixes); ``lazy`` trusts that a unit which hurt much a step ago still does and scores only what may be best,
+            three moves at least, and the neighbours of what went last, whose damage changes most; ``racing`` is lazy and,
+            where lazy would score everything, scores it roughly first and only the better quarter in full.
         slack: lazy and racing, in nats per token: how much less than last time a unit may hurt now and still be looked at.
         refresh: lazy and racing: every so many steps look at everything again; 0 never does.
     """
@@ -61,7 +63,7 @@ class Greedy:
         """Remove units from ``start`` while ``more(subnet)`` and there are moves.
 
         Arguments:
-            moves: what could go next; of equal scores the earliest wins.
+            moves: what could go next, in the order of the model; of equal scores the earliest wins.
             score: loss of a sub-network. NaN never wins.
             committed: called with every move made and its score.
             gain: what a move saves, above 0; the move with the least damage per gain wins.
@@ -74,6 +76,7 @@ class Greedy:
         if not math.isfinite(loss):
             raise WeightError(f"the model's loss on the calibration text is {loss}; its weights or the text are broken")
         last: dict[str, float] = {}  # how much each unit hurt when it was last looked at
+        near: set[str] = set()  # units beside the one that went last
         step = 0
         while more(current):
             offered = moves(current)
@@ -82,8 +85,8 @@ class Greedy:
             gains = [gain(current, move) for move in offered]
             lazy = self.mode in ("lazy", "racing")
             afresh = not lazy or step == 0 or (self.refresh > 0 and step % self.refresh == 0)
-            known = {} if afresh else last
-            least = 0  # moves that are scored whatever is known of them
+            known = {} if afresh else {unit: damage for unit, damage in last.items() if unit not in near}
+            least = FEWEST + len(near)  # moves that are scored whatever is known of them
             if afresh and self.mode == "racing" and rough is not None:
                 before = rough(current)
                 known = {move.unit: _damage(rough(move.subnet), before) for move in offered}
@@ -107,6 +110,7 @@ class Greedy:
             if best[1] < 0:
                 raise WeightError("no removal leaves a finite loss; the model's weights or the text are broken")
             move = offered[best[1]]
+            near = {other.unit for other in (*offered[: best[1]][-1:], *offered[best[1] + 1 :][:1])}
             current, loss = move.subnet, best[2]
             committed(move, loss)
             step += 1
