@@ -73,7 +73,10 @@ def config(name: str = "llama", **overrides):
     """A small config of a family, all sizes different from each other."""
     special = {key: _SHAPE[key] for key in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
     shape = special if name in _OWN_KEYS_ONLY else _SHAPE
-    given = shape | _OWN.get(name, {}) | overrides
+    given = shape | _OWN.get(name, {})
+    if depth := overrides.get("num_hidden_layers"):  # what is told layer by layer goes on as it began
+        given |= {key: (given[key] * depth)[:depth] for key in ("layer_types", "no_rope_layers") if key in given}
+    given |= overrides
     return transformers.AutoConfig.for_model(name, **{key: value for key, value in given.items() if value is not None})
 
 
