@@ -25,7 +25,7 @@ from pliant.search import Greedy, block_moves
 
 MODES = {
     "lazy": Greedy("lazy"),
-    "lazy, slack 0.01": Greedy("lazy", slack=0.01),
+    "lazy, slack 0.5": Greedy("lazy", slack=0.5),
     "exact": Greedy("exact"),
     "naive": Greedy("naive"),
 }

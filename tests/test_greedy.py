@@ -59,7 +59,9 @@ def test_on_additive_damage_lazy_removes_the_same_as_exact_with_far_fewer_scores
     assert lazy.losses == exact.losses
     assert lazy.result == exact.result
     assert len(exact.looked) == 1 + sum(range(40, 25, -1))
-    assert 1 + 40 + 14 * 3 < len(lazy.looked) <= 1 + 40 + 14 * 5  # everything once, then three and the neighbours
+    assert (
+        len(lazy.looked) <= 1 + 40 + 14 * 6
+    )  # everything once, then four neighbours and what is near to the next best
 
 
 @given(damage=st.lists(st.integers(-8, 8), min_size=1, max_size=8), refresh=st.integers(0, 3))
@@ -99,18 +101,14 @@ def outcome(greedy, moves, score):
     return committed, None
 
 
-@given(
-    values=st.lists(numbers, min_size=2, max_size=40), size=st.integers(1, 6), slack=st.sampled_from([201, math.inf])
-)
-def test_with_slack_enough_lazy_equals_exact_whatever_the_scores(values, size, slack):
-    moves = block_moves(NAMES[:size])
-    assert outcome(Greedy("lazy", slack, refresh=0), moves, tabled(values)) == outcome(EXACT, moves, tabled(values))
+@given(values=st.lists(numbers, min_size=2, max_size=40), size=st.integers(1, 12))
+def test_with_all_the_slack_lazy_equals_exact_where_every_removal_hurts(values, size):
+    moves, score = block_moves(NAMES[:size]), tabled(values)
 
+    def growing(subnet):  # by 1 to 201 with every unit that goes
+        return score(subnet) + 101 * len(subnet.skip)
 
-@given(values=st.lists(anything, min_size=2, max_size=40), size=st.integers(1, 6))
-def test_with_no_limit_on_slack_that_holds_for_scores_that_are_no_numbers_too(values, size):
-    moves = block_moves(NAMES[:size])
-    assert outcome(Greedy("lazy", math.inf, 0), moves, tabled(values)) == outcome(EXACT, moves, tabled(values))
+    assert outcome(Greedy("lazy", 1.0, refresh=0), moves, growing) == outcome(EXACT, moves, growing)
 
 
 @given(values=st.lists(anything, min_size=2, max_size=40), size=st.integers(1, 6))
@@ -132,55 +130,44 @@ def test_naive_and_exact_look_at_the_same_and_decide_the_same(values, size):
     assert looked["naive"] == looked["exact"]
 
 
-FIRST = {"a": 0.5, "b": 3, "c": 1, "d": 1.5, "e": 2, "f": 2.5}
+FIRST = {"a": 0.5, "b": 4, "c": 1, "d": 1.5, "e": 2, "f": 3}
 
 
-def shrinking(first):
-    """``b`` hurts least once ``a`` is gone, whatever it did before: what lazy cannot foresee."""
-
-    def score(subnet):
-        damage = {**first, "b": 0.25} if "a" in subnet.skip else first
-        return 1 + sum(damage[name] for name in subnet.skip)
-
-    return score
+def shrinking(subnet):
+    """``b`` hurts least once ``a`` is gone, and most before: what lazy cannot foresee."""
+    damage = {**FIRST, "b": 0.25} if "a" in subnet.skip else FIRST
+    return 1 + sum(damage[name] for name in subnet.skip)
 
 
 def test_slack_widens_what_is_looked_at_to_units_that_hurt_less_than_before():
-    moves, score = block_moves("acbdef"), shrinking(FIRST)
-    assert Search(EXACT, moves, score, removing(2)).units == ["a", "b"]
-    strict = Search(Greedy("lazy"), moves, score, removing(2))
+    moves = block_moves("acdbef")
+    assert Search(EXACT, moves, shrinking, removing(2)).units == ["a", "b"]
+    strict = Search(Greedy("lazy"), moves, shrinking, removing(2))
     assert strict.units == ["a", "c"]
-    assert strict.per_step == [7, 4, 0]
-    loose = Search(Greedy("lazy", slack=2), moves, score, removing(2))
+    assert strict.per_step == [7, 2, 0]
+    loose = Search(Greedy("lazy", slack=0.75), moves, shrinking, removing(2))
     assert loose.units == ["a", "b"]
     assert loose.per_step == [7, 5, 0]
-    assert Search(Greedy("lazy", slack=1.9), moves, score, removing(2)).units == ["a", "c"]
+    assert Search(Greedy("lazy", slack=0.74), moves, shrinking, removing(2)).units == ["a", "c"]
 
 
-def test_the_three_that_hurt_least_are_looked_at_without_slack():
-    search = Search(Greedy("lazy"), block_moves("acbdef"), shrinking({**FIRST, "b": 1.75}), removing(2))
+@pytest.mark.parametrize("names", ["abcdef", "acbdef", "cbadef", "bcadef", "fedcba", "edcbfa"])
+def test_the_neighbours_of_what_went_last_are_looked_at_without_slack(names):
+    search = Search(Greedy("lazy", slack=0), block_moves(names), shrinking, removing(2))
     assert search.units == ["a", "b"]
-    assert search.per_step == [7, 4, 0]
-
-
-@pytest.mark.parametrize("names", ["abcdef", "bacdef", "fedcba"])
-def test_so_are_the_neighbours_of_what_went_last(names):
-    search = Search(Greedy("lazy"), block_moves(names), shrinking(FIRST), removing(2))
-    assert search.units == ["a", "b"]
-    assert search.per_step[1] <= 5
 
 
 def test_refresh_scores_everything_again_at_that_step_only():
     damage = {name: float(i) for i, name in enumerate(NAMES[:12])}
     search = Search(Greedy("lazy", refresh=4), block_moves(NAMES[:12]), additive(damage), removing(10))
-    assert search.per_step == [1 + 12, 4, 4, 4, 8, 4, 4, 4, 4, 3, 0]
+    assert search.per_step == [1 + 12, 2, 2, 2, 8, 2, 2, 2, 4, 2, 0]
     search = Search(Greedy("lazy", refresh=0), block_moves(NAMES[:12]), additive(damage), removing(10))
-    assert search.per_step == [1 + 12, *[4] * 8, 3, 0]
+    assert search.per_step == [1 + 12, *[2] * 9, 0]
 
 
 def test_refresh_finds_what_lazy_lost_sight_of():
-    moves = block_moves("abcdef")
-    assert Search(Greedy("lazy", refresh=1), moves, shrinking(FIRST), removing(2)).units == ["a", "b"]
+    moves = block_moves("acdbef")
+    assert Search(Greedy("lazy", refresh=1), moves, shrinking, removing(2)).units == ["a", "b"]
 
 
 @pytest.mark.parametrize("mode", ["lazy", "exact", "naive"])
@@ -260,9 +247,10 @@ def test_the_search_stops_when_no_more_is_wanted_and_looks_at_nothing_else():
     [
         ({"mode": "random"}, "no search mode 'random'; there are lazy, racing, exact, naive"),
         ({"mode": None}, "no search mode None"),
-        ({"slack": -0.1}, "cannot be negative"),
-        ({"slack": math.nan}, "cannot be negative"),
-        ({"refresh": -1}, "cannot be negative"),
+        ({"slack": -0.1}, "slack is from 0 to 1"),
+        ({"slack": 1.1}, "slack is from 0 to 1"),
+        ({"slack": math.nan}, "slack is from 0 to 1"),
+        ({"refresh": -1}, "refresh not negative"),
     ],
 )
 def test_wrong_settings_are_refused(settings, told):

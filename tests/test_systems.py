@@ -401,8 +401,8 @@ def test_a_split_that_is_no_three_shares_is_refused(split):
         (multi, {"seqlen": 1}, "seqlen must be at least 2"),
         (multi, {"metric": "accuracy"}, "no metric 'accuracy'"),
         (multi, {"search": "random"}, "no search mode 'random'"),
-        (multi, {"slack": -1.0}, "cannot be negative"),
-        (multi, {"refresh": -1}, "cannot be negative"),
+        (multi, {"slack": -1.0}, "slack is from 0 to 1"),
+        (multi, {"refresh": -1}, "refresh not negative"),
         (blocks, {"blocks": "layers"}, "blocks is mix, attention or mlp, not 'layers'"),
     ],
 )

@@ -10,7 +10,7 @@ from pliant.elastic import Subnet
 from pliant.errors import WeightError
 
 MODES = ("lazy", "racing", "exact", "naive")
-FEWEST = 3  # moves that every step looks at beside the neighbours of what went
+NEAR = 2  # units on either side of one that goes whose damage it changes much; beyond them it falls by a tenth at most
 
 
 @dataclass(frozen=True)
@@ -32,22 +32,22 @@ class Greedy:
 
     Attributes:
         mode: ``naive`` and ``exact`` score every move at every step (they differ only in whether the scorer re-uses
-            prefixes); ``lazy`` trusts that a unit which hurt much a step ago still does and scores only what may be best,
-            three moves at least, and the neighbours of what went last, whose damage changes most; ``racing`` is lazy and,
-            where lazy would score everything, scores it roughly first and only the better quarter in full.
-        slack: lazy and racing, in nats per token: how much less than last time a unit may hurt now and still be looked at.
+            prefixes); ``lazy`` trusts that a unit which hurt much a step ago still does: it scores only what may be best, and the
+            neighbours of what went last, whose damage changes most; ``racing`` is lazy and, where lazy would score
+            everything, scores it roughly first and only the better quarter in full.
+        slack: lazy and racing: by which share less than last time a unit may hurt now and still be looked at.
         refresh: lazy and racing: every so many steps look at everything again; 0 never does.
     """
 
     mode: str = "lazy"
-    slack: float = 0.0
+    slack: float = 0.1
     refresh: int = 16
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"there is no search mode {self.mode!r}; there are {', '.join(MODES)}")
-        if not (self.slack >= 0 and self.refresh >= 0):
-            raise ValueError(f"slack and refresh cannot be negative, they are {self.slack} and {self.refresh}")
+        if not (0 <= self.slack <= 1 and self.refresh >= 0):
+            raise ValueError(f"slack is from 0 to 1 and refresh not negative; they are {self.slack} and {self.refresh}")
 
     def run(
         self,
@@ -76,7 +76,7 @@ class Greedy:
         if not math.isfinite(loss):
             raise WeightError(f"the model's loss on the calibration text is {loss}; its weights or the text are broken")
         last: dict[str, float] = {}  # how much each unit hurt when it was last looked at
-        near: set[str] = set()  # units beside the one that went last
+        near: set[str] = set()  # units next to the one that went last
         step = 0
         while more(current):
             offered = moves(current)
@@ -86,7 +86,7 @@ class Greedy:
             lazy = self.mode in ("lazy", "racing")
             afresh = not lazy or step == 0 or (self.refresh > 0 and step % self.refresh == 0)
             known = {} if afresh else {unit: damage for unit, damage in last.items() if unit not in near}
-            least = FEWEST + len(near)  # moves that are scored whatever is known of them
+            least = 0  # moves that are scored whatever is known of them
             if afresh and self.mode == "racing" and rough is not None:
                 before = rough(current)
                 known = {move.unit: _damage(rough(move.subnet), before) for move in offered}
@@ -95,8 +95,7 @@ class Greedy:
 
             # the least damage per gain that a move may turn out to have
             hopes = [
-                (known.get(move.unit, -math.inf) - self.slack) / saved
-                for move, saved in zip(offered, gains, strict=True)
+                self._hope(known.get(move.unit, -math.inf)) / saved for move, saved in zip(offered, gains, strict=True)
             ]
             ranked = sorted(range(len(offered)), key=hopes.__getitem__)
             best: tuple[float, int, float] = (math.inf, -1, math.inf)
@@ -110,11 +109,15 @@ class Greedy:
             if best[1] < 0:
                 raise WeightError("no removal leaves a finite loss; the model's weights or the text are broken")
             move = offered[best[1]]
-            near = {other.unit for other in (*offered[: best[1]][-1:], *offered[best[1] + 1 :][:1])}
+            near = {other.unit for other in offered[max(0, best[1] - NEAR) : best[1] + NEAR + 1] if other != move}
             current, loss = move.subnet, best[2]
             committed(move, loss)
             step += 1
         return current
+
+    def _hope(self, damage: float) -> float:
+        """The least that a unit which hurt so much may hurt by now."""
+        return damage - self.slack * abs(damage) if math.isfinite(damage) else damage
 
 
 def _damage(loss: float, before: float) -> float:

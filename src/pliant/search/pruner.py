@@ -122,8 +122,8 @@ class GreedyPruner(Pruner):
     """lazy scores only what may be best; racing scores roughly first where lazy would score everything; exact scores
     everything at every step; naive also recomputes every layer."""
 
-    slack: float = 0.0
-    """lazy, racing: nats per token that a unit may hurt less than when last looked at and still be found."""
+    slack: float = 0.1
+    """lazy, racing: share by which a unit may hurt less than when last looked at and still be found."""
 
     refresh: int = 16
     """lazy, racing: look at everything again every so many steps; 0 never does."""
