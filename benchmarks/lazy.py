@@ -10,12 +10,14 @@ three quarters of an hour on two cores; every score is kept, the same command go
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pliant
 from machine import save
+from pliant.anatomy import anatomy_of
 from pliant.step import Step
 
 RATIOS = (0.05, 0.1, 0.15, 0.2)
@@ -41,7 +43,41 @@ def run(name: str, folder: str, ratio: float, mode: str, arguments: argparse.Nam
         "held_out": held_out["perplexity"],
         "counters": cut["counters"],
         "subnet": cut["subnet"],
+        "path": [point["unit"] for point in cut["points"]],
     }
+
+
+def falls(archive: Path, path: list[str], units: list[str]) -> list[dict[str, Any]]:
+    """By how much less a block hurts after each removal than before it, by how many blocks are between it and what went.
+
+    Arguments:
+        archive: of the exact search.
+        path: what it removed, in turn.
+        units: all blocks, in the order of the model.
+    """
+    rows = (json.loads(line) for line in archive.read_text("utf-8").splitlines()[1:])
+    scores = {frozenset(row["skip"]): row["score"] for row in rows}
+
+    def damage(gone: list[str], unit: str) -> float:
+        return scores[frozenset((*gone, unit))] - scores[frozenset(gone)]
+
+    by_distance: dict[int, list[float]] = {}
+    for step, unit in enumerate(path[:-1]):
+        before = [u for u in units if u not in path[:step]]
+        place = before.index(unit)
+        for other in before:
+            was = damage(path[:step], other)
+            if other != unit and 0.01 < was < 0.3:  # of those that may go soon; in nats per token
+                distance = min(abs(before.index(other) - place), 5)
+                by_distance.setdefault(distance, []).append(1 - damage(path[: step + 1], other) / was)
+    return [
+        {"distance": distance, "blocks": len(found), **quantiles(sorted(found))}
+        for distance, found in sorted(by_distance.items())
+    ]
+
+
+def quantiles(ordered: list[float]) -> dict[str, float]:
+    return {f"{share:.0%}": ordered[int(share * len(ordered))] for share in (0.1, 0.5, 0.9, 0.97)}
 
 
 def main() -> None:
@@ -61,7 +97,12 @@ def main() -> None:
             row["lazy_over_exact"] = {key: row["lazy"][key] / row["exact"][key] for key in ("calibration", "held_out")}
             rows.append(row)
             print(name, ratio, row["lazy_over_exact"], flush=True)
-            save("lazy", {"rows": rows})
+            content: dict[str, Any] = {"rows": rows}
+            if name == "SmolLM2-135M":
+                model = pliant.load(folder)
+                units = list(anatomy_of(model).blocks)
+                content["falls"] = falls(Path(arguments.work) / name / "search.jsonl", rows[-1]["exact"]["path"], units)
+            save("lazy", content)
 
 
 if __name__ == "__main__":
