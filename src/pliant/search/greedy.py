@@ -10,7 +10,7 @@ from pliant.elastic import Subnet
 from pliant.errors import WeightError
 
 MODES = ("lazy", "racing", "exact", "naive")
-NEAR = 2  # units on either side of one that goes whose damage it changes much; beyond them it falls by a tenth at most
+NEAR = 2  # units on either side of one that goes, whose damage it changes much more than that of others
 
 
 @dataclass(frozen=True)
