@@ -8,7 +8,6 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pliant.step import Step, StepError, help_texts
 from pliant.systems import PRUNERS, SYSTEMS
@@ -105,7 +104,7 @@ def _values(
     }
 
 
-def _convert(name: str, value: str, kind: Any) -> object:
+def _convert(name: str, value: str, kind: typing.Any) -> object:
     if isinstance(kind, types.UnionType):
         if value.lower() in ("none", ""):
             return None

@@ -63,7 +63,7 @@ class Greedy:
         """Remove units from ``start`` while ``more(subnet)`` and there are moves.
 
         Arguments:
-            moves: what could go next, in the order of the model; of equal scores the earliest wins.
+            moves: what could go next, every kind in the order of the model; of equal scores the earliest wins.
             score: loss of a sub-network. NaN never wins.
             committed: called with every move made and its score.
             gain: what a move saves, above 0; the move with the least damage per gain wins.
@@ -76,7 +76,6 @@ class Greedy:
         if not math.isfinite(loss):
             raise WeightError(f"the model's loss on the calibration text is {loss}; its weights or the text are broken")
         last: dict[str, float] = {}  # how much each unit hurt when it was last looked at
-        near: set[str] = set()  # units next to the one that went last
         step = 0
         while more(current):
             offered = moves(current)
@@ -85,7 +84,7 @@ class Greedy:
             gains = [gain(current, move) for move in offered]
             lazy = self.mode in ("lazy", "racing")
             afresh = not lazy or step == 0 or (self.refresh > 0 and step % self.refresh == 0)
-            known = {} if afresh else {unit: damage for unit, damage in last.items() if unit not in near}
+            known = {} if afresh else last
             least = 0  # moves that are scored whatever is known of them
             if afresh and self.mode == "racing" and rough is not None:
                 before = rough(current)
@@ -109,7 +108,9 @@ class Greedy:
             if best[1] < 0:
                 raise WeightError("no removal leaves a finite loss; the model's weights or the text are broken")
             move = offered[best[1]]
-            near = {other.unit for other in offered[max(0, best[1] - NEAR) : best[1] + NEAR + 1] if other != move}
+            for other in offered[max(0, best[1] - NEAR) : best[1] + NEAR + 1]:
+                if other != move:
+                    last.pop(other.unit, None)  # no longer to be trusted
             current, loss = move.subnet, best[2]
             committed(move, loss)
             step += 1
