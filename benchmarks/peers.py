@@ -62,13 +62,13 @@ def torch_pruning(model: Any, windows: torch.Tensor, ratio: float, **how: Any) -
 
 
 def torch_pruning_magnitude(model: Any, windows: torch.Tensor, ratio: float) -> None:
-    from torch_pruning.importance import GroupMagnitudeImportance
+    from torch_pruning.pruner.importance import GroupMagnitudeImportance
 
     torch_pruning(model, windows, ratio, importance=GroupMagnitudeImportance(p=1)).step()
 
 
 def torch_pruning_taylor(model: Any, windows: torch.Tensor, ratio: float) -> None:
-    from torch_pruning.importance import GroupTaylorImportance
+    from torch_pruning.pruner.importance import GroupTaylorImportance
 
     pruner = torch_pruning(model, windows, ratio, importance=GroupTaylorImportance(), global_pruning=True)
     for window in windows:
@@ -131,6 +131,8 @@ def main() -> None:
                     model, perplexity=arguments.held_out, tokenizer=tokenizer, seqlen=SEQLEN, windows=40
                 )
                 (row["quality"],) = found["perplexity"].values()
+            except ImportError:
+                raise
             except Exception as error:  # a peer that does not run is a result, too
                 if method in OURS:
                     raise
