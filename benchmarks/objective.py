@@ -43,6 +43,18 @@ def at(rows: list[dict[str, Any]], phase: str, loss: float) -> float | None:
     return None
 
 
+def at_equal_perplexity(curves: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Speed-up by either objective at every perplexity that one of the two curves has a point at, and both reach."""
+    equal = []
+    for phase in PHASES:
+        found = sorted(row["perplexity"] for name in ("parameters", phase) for row in curves[name])
+        for perplexity in dict.fromkeys(found):
+            both = {name: at(curves[name], phase, math.log(perplexity)) for name in ("parameters", phase)}
+            if None not in both.values():
+                equal.append({"phase": phase, "perplexity": perplexity, "speedup": both})
+    return equal
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smollm2", required=True)
@@ -58,13 +70,9 @@ def main() -> None:
             last = curves[objective][-1]
             gains = {phase: round(last["speedup"][phase]["median"], 3) for phase in PHASES}
             print(objective, ratio, f"{last['ratio']:.3f}", f"{last['perplexity']:.2f}", gains, flush=True)
-    equal = []
-    for row in curves["parameters"]:
-        loss = math.log(row["perplexity"])
-        for phase in PHASES:
-            both = {name: at(curves[name], phase, loss) for name in ("parameters", phase)}
-            equal.append({"perplexity": row["perplexity"], "phase": phase, "speedup": both})
-            print(phase, f"{row['perplexity']:.2f}", both, flush=True)
+    equal = at_equal_perplexity(curves)
+    for row in equal:
+        print(row)
     save("objective", {"curves": curves, "at_equal_perplexity": equal})
 
 

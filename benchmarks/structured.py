@@ -65,7 +65,8 @@ def run(line: str, ratio: float, form: str, arguments: argparse.Namespace, measu
     if line != "dense":
         recipe.append(LINES[line](ratio=ratio, repair=REPAIR if form.startswith("repaired") else 0))
     if form.endswith("recovered"):
-        recipe.append(pliant.Recover(**RECOVERY))
+        # the dense model has no other one to learn from
+        recipe.append(pliant.Recover(**{**RECOVERY, "distil": 0} if line == "dense" else RECOVERY))
     work = Path(arguments.work) / line.replace(",", "").replace(" ", "-")
     if recipe:
         pliant.apply(model, recipe, pliant.text(arguments.calibration), work=work)
