@@ -236,6 +236,22 @@ def test_a_unit_is_offered_again_for_its_next_group_and_looked_at_afresh(mode):
     assert search.result == Subnet().keeping(first, 4).keeping(second, 4)
 
 
+def test_neighbours_are_looked_at_again_when_a_unit_is_gone_and_not_when_it_is_narrower():
+    rising = {axis: [0, first, first + 1, 99] for axis, first in zip("abcdef", (1, 40, 41, 42, 43, 44), strict=True)}
+
+    def moves(subnet):
+        kept = dict.fromkeys(rising, 12) | dict(subnet.keep)
+        return [Move(axis, subnet.keeping(axis, n - 4)) for axis, n in kept.items() if n > 4]
+
+    def score(subnet):
+        return sum(rising[axis][(12 - kept) // 4] for axis, kept in subnet.keep) if subnet.keep else 0.0
+
+    search = Search(Greedy("lazy", slack=0), moves, score, lambda subnet: dict(subnet.keep).get("b", 12) == 12)
+    assert search.units == ["a", "a", "b"]
+    # all; a alone; a is gone, and b and c stand nearest
+    assert search.per_step == [1 + 6, 1, 2, 0]
+
+
 def test_the_search_stops_when_nothing_is_offered():
     search = Search(Greedy(), block_moves("ab"), additive({"a": 1, "b": 2}))
     assert search.units == ["a", "b"]
