@@ -10,7 +10,6 @@ from pliant.elastic import Subnet
 from pliant.errors import WeightError
 
 MODES = ("lazy", "racing", "exact", "naive")
-NEAR = 2  # units on either side of one that is gone, whose damage it changes much more than that of others
 
 
 @dataclass(frozen=True)
@@ -33,14 +32,14 @@ class Greedy:
     Attributes:
         mode: ``naive`` and ``exact`` score every move at every step (they differ only in whether the scorer re-uses
             prefixes); ``lazy`` trusts that a unit which hurt much a step ago still does: it scores only what may be best, and the
-            neighbours of a unit that is gone, whose damage changes most; ``racing`` is lazy and, where lazy would score
-            everything, scores it roughly first and only the better quarter in full.
+            units on either side of one that is gone, whose damage changes most; ``racing`` is lazy and, where lazy would
+            score everything, scores it roughly first and only the better quarter in full.
         slack: lazy and racing: by which share less than last time a unit may hurt now and still be looked at.
         refresh: lazy and racing: every so many steps look at everything again; 0 never does.
     """
 
     mode: str = "lazy"
-    slack: float = 0.1
+    slack: float = 0.3
     refresh: int = 16
 
     def __post_init__(self) -> None:
@@ -111,8 +110,8 @@ class Greedy:
             step += 1
             previous, offered = offered, moves(current)
             if all(other.unit != move.unit for other in offered):  # gone, not narrower by a group
-                for other in previous[max(0, best[1] - NEAR) : best[1] + NEAR + 1]:
-                    last.pop(other.unit, None)  # no longer to be trusted
+                for neighbour in previous[max(0, best[1] - 1) : best[1] + 2]:
+                    last.pop(neighbour.unit, None)  # no longer to be trusted
         return current
 
     def _hope(self, damage: float) -> float:

@@ -122,7 +122,7 @@ class GreedyPruner(Pruner):
     """lazy scores only what may be best; racing scores roughly first where lazy would score everything; exact scores
     everything at every step; naive also recomputes every layer."""
 
-    slack: float = 0.1
+    slack: float = 0.3
     """lazy, racing: share by which a unit may hurt less than when last looked at and still be found."""
 
     refresh: int = 16

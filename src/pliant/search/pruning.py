@@ -21,12 +21,13 @@ from pliant.progress import duration, size
 from pliant.search.archive import Archive
 from pliant.search.cost import cost_of
 from pliant.search.cut import cut_exactly
-from pliant.search.greedy import NEAR, Greedy, Move
+from pliant.search.greedy import Greedy, Move
 from pliant.search.moves import Moves
 from pliant.search.repair import repair
 from pliant.step import Job
 
 ROUGH = 0.25  # share of the windows that a rough score is taken on
+PER_REMOVAL = 5.0  # scores that a lazy search takes for one, as long as it has made none
 
 
 class Scorer:
@@ -245,6 +246,6 @@ class Pruning:
         steps = max(0.0, until - now) / ((now - start) / made if made else typical)
         if greedy.mode in ("exact", "naive"):
             return max(0, first - seen) + first * max(0.0, steps - (0 if made else 1))
-        per_step = max(1.0, (seen - first) / made) if made else 2.0 * NEAR + 1
+        per_step = max(1.0, (seen - first) / made) if made else PER_REMOVAL
         again = steps // greedy.refresh * first if greedy.refresh else 0
         return max(0, first - seen) + per_step * steps + again
