@@ -239,8 +239,8 @@ def test_a_unit_is_offered_again_for_its_next_group_and_looked_at_afresh(mode):
     assert search.result == Subnet().keeping(first, 4).keeping(second, 4)
 
 
-def test_neighbours_are_looked_at_again_when_a_unit_is_gone_and_not_when_it_is_narrower():
-    rising = {axis: [0, first, first + 1, 99] for axis, first in zip("abcdef", (1, 44, 40, 41, 42, 43), strict=True)}
+def test_what_stands_next_to_a_unit_that_is_narrower_is_looked_at_again():
+    rising = {axis: [0, first, first + 1, 99] for axis, first in zip("abcdef", (40, 1, 44, 43, 41, 42), strict=True)}
 
     def moves(subnet):
         kept = dict.fromkeys(rising, 12) | dict(subnet.keep)
@@ -249,10 +249,10 @@ def test_neighbours_are_looked_at_again_when_a_unit_is_gone_and_not_when_it_is_n
     def score(subnet):
         return sum(rising[axis][(12 - kept) // 4] for axis, kept in subnet.keep) if subnet.keep else 0.0
 
-    search = Search(Greedy("lazy", slack=0), moves, score, lambda subnet: dict(subnet.keep).get("c", 12) == 12)
-    assert search.units == ["a", "a", "c"]
-    # all; what was best; what is best now, and what stands next to the one that is gone
-    assert search.per_step == [1 + 6, 1, 2, 0]
+    search = Search(Greedy("lazy", slack=0), moves, score, lambda subnet: dict(subnet.keep).get("a", 12) == 12)
+    assert search.units == ["b", "b", "a"]
+    # all; b, and a and c beside it; b has no group left to give, a and c are as they were
+    assert search.per_step == [1 + 6, 3, 2, 0]
 
 
 def test_the_search_stops_when_nothing_is_offered():

@@ -32,7 +32,7 @@ class Greedy:
     Attributes:
         mode: ``naive`` and ``exact`` score every move at every step (they differ only in whether the scorer re-uses
             prefixes); ``lazy`` trusts that a unit which hurt much a step ago still does: it scores only what may be best, and the
-            units on either side of one that is gone, whose damage changes most; ``racing`` is lazy and, where lazy would
+            units on either side of what went last, whose damage changes most; ``racing`` is lazy and, where lazy would
             score everything, scores it roughly first and only the better quarter in full.
         slack: lazy and racing: by which share less than last time a unit may hurt now and still be looked at.
         refresh: lazy and racing: every so many steps look at everything again; 0 never does.
@@ -76,8 +76,10 @@ class Greedy:
             raise WeightError(f"the model's loss on the calibration text is {loss}; its weights or the text are broken")
         last: dict[str, float] = {}  # how much each unit hurt when it was last looked at
         step = 0
-        offered = moves(current)
-        while offered and more(current):
+        while more(current):
+            offered = moves(current)
+            if not offered:
+                break
             gains = [gain(current, move) for move in offered]
             lazy = self.mode in ("lazy", "racing")
             afresh = not lazy or step == 0 or (self.refresh > 0 and step % self.refresh == 0)
@@ -105,13 +107,12 @@ class Greedy:
             if best[1] < 0:
                 raise WeightError("no removal leaves a finite loss; the model's weights or the text are broken")
             move = offered[best[1]]
+            for neighbour in offered[max(0, best[1] - 1) : best[1] + 2]:
+                if neighbour != move:
+                    last.pop(neighbour.unit, None)  # no longer to be trusted
             current, loss = move.subnet, best[2]
             committed(move, loss)
             step += 1
-            previous, offered = offered, moves(current)
-            if all(other.unit != move.unit for other in offered):  # gone, not narrower by a group
-                for neighbour in previous[max(0, best[1] - 1) : best[1] + 2]:
-                    last.pop(neighbour.unit, None)  # no longer to be trusted
         return current
 
     def _hope(self, damage: float) -> float:
