@@ -255,6 +255,51 @@ def test_what_stands_next_to_a_unit_that_is_narrower_is_looked_at_again():
     assert search.per_step == [1 + 6, 3, 2, 0]
 
 
+def test_weighing_by_parameters_prefers_what_saves_more():
+    """Of two units that hurt alike, the larger goes."""
+
+    def moves(subnet):
+        return [Move(n, subnet.without(n)) for n in ("small", "large") if n not in subnet.skip]
+
+    taken = []
+    Greedy("exact").run(
+        Subnet(),
+        moves,
+        lambda subnet: float(len(subnet.skip)),
+        lambda subnet: not subnet.skip,
+        lambda move, _loss: taken.append(move.unit),
+        gain=lambda _subnet, move: {"small": 1.0, "large": 2.0}[move.unit],
+    )
+    assert taken == ["large"]
+
+
+def test_racing_scores_a_quarter_in_full_and_finds_what_exact_finds_on_additive_damage():
+    names = [f"b{i}" for i in range(64)]
+    damage = {name: (i * 7 % 64 + 1) / 64 for i, name in enumerate(names)}
+
+    def search(mode):
+        full, taken = [], []
+
+        def score(subnet):
+            full.append(subnet)
+            return sum(damage[name] for name in subnet.skip)
+
+        Greedy(mode, refresh=0).run(
+            Subnet(),
+            lambda s: [Move(n, s.without(n)) for n in names if n not in s.skip],
+            score,
+            lambda s: len(s.skip) < 5,
+            lambda move, _loss: taken.append(move.unit),
+            rough=lambda s: sum(damage[name] for name in s.skip) * 1.1,
+        )
+        return taken, len(full)
+
+    (racing, scored), (exact, _) = search("racing"), search("exact")
+    assert racing == exact
+    # all, a quarter of them in full; then, over four steps, neighbours and what is near to the best
+    assert scored == 1 + 64 // 4 + 15
+
+
 def test_the_search_stops_when_nothing_is_offered():
     search = Search(Greedy(), block_moves("ab"), additive({"a": 1, "b": 2}))
     assert search.units == ["a", "b"]

@@ -1,7 +1,6 @@
-"""Baselines, other searches and other objectives, all through one interface."""
+"""Baselines and other searches, all through one interface."""
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
@@ -13,12 +12,10 @@ from pliant.elastic import Subnet, parameters, ratio
 from pliant.errors import RatioError
 from pliant.measure.activation import activation_orders
 from pliant.measure.fisher import damage_of_units
-from pliant.measure.latency import Latency, measure_latency
 from pliant.measure.rank import RANKINGS, fisher, influence, relative_magnitude, taylor
 from pliant.measure.units import read_axes
 from pliant.measure.walk import Walk
 from pliant.progress import Progress
-from pliant.search.cost import COSTS, cost_of
 from pliant.search.knapsack import Choice, solve
 from pliant.search.moves import block_moves, layer_moves, pooled, width_moves
 from pliant.step import StepError
@@ -146,7 +143,7 @@ def test_pooled_moves_are_all_moves():
     assert "layers.0.mlp.experts" in units
 
 
-# --- orders, costs, latency --------------------------------------------------------------------------------------------
+# --- orders -----------------------------------------------------------------------------------------------------------------
 
 
 def test_the_activation_order_puts_silent_channels_last():
@@ -167,92 +164,6 @@ def test_the_activation_order_covers_what_matrices_read(family):
     assert set(orders) == {name for name in anatomy.axes if not name.endswith(("experts", "mlp.channels"))} | (
         set() if family == "mixtral" else {name for name in anatomy.axes if name.endswith("mlp.channels")}
     )
-
-
-@pytest.mark.parametrize("cost", [cost for cost in COSTS if cost not in ("prefill", "decode")])
-def test_counted_costs_fall_with_every_removal(cost):
-    model = pico("llama")
-    anatomy = anatomy_of(model)
-    of = cost_of(cost, model, anatomy)
-    moves = pooled(block_moves(anatomy), width_moves(anatomy, {"channels": 8, "kv": 1}))
-    assert all(of(move.subnet) < of(Subnet()) for move in moves(Subnet()))
-
-
-def test_a_latency_table_adds_up_interpolates_and_survives_json():
-    anatomy = anatomy_of(pico("llama"))
-    axes = {("attention", "kv"): ((0.0, 0.0), (1.0, 1.0)), ("mlp", "channels"): ((0.0, 0.0), (0.5, 0.75), (1.0, 1.0))}
-    table = Latency("decode", 2.0, {"attention": 1.0, "mlp": 4.0}, axes)
-    assert table.of(anatomy) == pytest.approx(2 + 4 * 5)
-    assert table.of(anatomy, Subnet().without("layers.0.mlp")) == pytest.approx(18)
-    assert table.of(anatomy, Subnet().keeping("layers.0.mlp.channels", 36)) == pytest.approx(22 - 4 * 0.125)
-    assert table.of(anatomy, Subnet().keeping("layers.0.attention.kv", 1)) == pytest.approx(22 - 2 / 3)
-    assert Latency.from_dict(table.to_dict()) == table
-
-
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_a_measured_table_is_positive_and_leaves_the_model_alone(phase):
-    model = pico("llama")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    table = measure_latency(model, anatomy_of(model), phase, repeats=1)
-    assert table.of(anatomy_of(model)) > 0
-    assert all(0 <= y0 <= y1 <= 1 for points in table.axes.values() for (_, y0), (_, y1) in pairwise(points))
-    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_measured_milliseconds_are_kept_for_a_search_that_goes_on(tmp_path):
-    step = pliant.UnifiedPruner(**SHARED, mlp_group=8, per="decode")
-    first = pruned(step, work=tmp_path).pliant_history[0]
-    assert (tmp_path / "latency-decode.json").exists()
-    again = pruned(step, work=tmp_path).pliant_history[0]
-    assert again["subnet"] == first["subnet"]
-    assert all(counters["evaluations"] == 0 for counters in again["counters"].values())
-
-
-def test_weighing_by_parameters_prefers_what_saves_more():
-    """Of two units that hurt alike, the larger goes."""
-    from pliant.search import Greedy, Move
-
-    def moves(subnet):
-        return [Move(n, subnet.without(n)) for n in ("small", "large") if n not in subnet.skip]
-
-    taken = []
-    Greedy("exact").run(
-        Subnet(),
-        moves,
-        lambda subnet: float(len(subnet.skip)),
-        lambda subnet: not subnet.skip,
-        lambda move, _loss: taken.append(move.unit),
-        gain=lambda _subnet, move: {"small": 1.0, "large": 2.0}[move.unit],
-    )
-    assert taken == ["large"]
-
-
-def test_racing_scores_a_quarter_in_full_and_finds_what_exact_finds_on_additive_damage():
-    from pliant.search import Greedy, Move
-
-    names = [f"b{i}" for i in range(64)]
-    damage = {name: (i * 7 % 64 + 1) / 64 for i, name in enumerate(names)}
-
-    def search(mode):
-        full, taken = [], []
-
-        def score(subnet):
-            full.append(subnet)
-            return sum(damage[name] for name in subnet.skip)
-
-        Greedy(mode, refresh=0).run(
-            Subnet(),
-            lambda s: [Move(n, s.without(n)) for n in names if n not in s.skip],
-            score,
-            lambda s: len(s.skip) < 5,
-            lambda move, _loss: taken.append(move.unit),
-            rough=lambda s: sum(damage[name] for name in s.skip) * 1.1,
-        )
-        return taken, len(full)
-
-    (racing, scored), (exact, _) = search("racing"), search("exact")
-    assert racing == exact
-    assert scored <= 1 + 64 // 4 + 4 * 6  # a quarter once, then four neighbours and what is near to the best
 
 
 # --- knapsack ----------------------------------------------------------------------------------------------------------

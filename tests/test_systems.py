@@ -173,7 +173,7 @@ def test_naive_and_exact_search_decide_the_same_in_all_three_stages(name, prune)
 
 
 def test_the_lazy_search_evaluates_less(name, prune):
-    lazy, exact = (pico(name, num_hidden_layers=6) for _ in range(2))  # in fewer layers nearly all are neighbours
+    lazy, exact = (pico(name, num_hidden_layers=6) for _ in range(2))  # in fewer layers nearly all are looked at
     prune(lazy, multi(name=name, search="lazy"))
     prune(exact, multi(name=name, search="exact"))
     assert told(lazy)["evaluations"] < told(exact)["evaluations"]

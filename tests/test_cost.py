@@ -1,0 +1,59 @@
+"""What a removal saves: counted, or in milliseconds that are measured here."""
+
+from itertools import pairwise
+
+import pytest
+
+import pliant
+from pico import pico, tokenizer
+from pliant.anatomy import anatomy_of
+from pliant.elastic import Subnet
+from pliant.measure.latency import Latency, measure_latency
+from pliant.search.cost import COSTS, cost_of
+from pliant.search.moves import block_moves, pooled, width_moves
+
+TEXT = pliant.text([" ".join(f"word {i * j % 17}" for j in range(1, 30)) for i in range(1, 40)])
+
+
+@pytest.mark.parametrize("cost", [cost for cost in COSTS if cost not in ("prefill", "decode")])
+def test_counted_costs_fall_with_every_removal(cost):
+    model = pico("llama")
+    anatomy = anatomy_of(model)
+    of = cost_of(cost, model, anatomy)
+    moves = pooled(block_moves(anatomy), width_moves(anatomy, {"channels": 8, "kv": 1}))
+    assert all(of(move.subnet) < of(Subnet()) for move in moves(Subnet()))
+
+
+def test_a_latency_table_adds_up_interpolates_and_survives_json():
+    anatomy = anatomy_of(pico("llama"))
+    axes = {("attention", "kv"): ((0.0, 0.0), (1.0, 1.0)), ("mlp", "channels"): ((0.0, 0.0), (0.5, 0.75), (1.0, 1.0))}
+    table = Latency("decode", 2.0, {"attention": 1.0, "mlp": 4.0}, axes)
+    assert table.of(anatomy) == pytest.approx(2 + 4 * 5)
+    assert table.of(anatomy, Subnet().without("layers.0.mlp")) == pytest.approx(18)
+    assert table.of(anatomy, Subnet().keeping("layers.0.mlp.channels", 36)) == pytest.approx(22 - 4 * 0.125)
+    assert table.of(anatomy, Subnet().keeping("layers.0.attention.kv", 1)) == pytest.approx(22 - 2 / 3)
+    assert Latency.from_dict(table.to_dict()) == table
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_measured_table_is_positive_and_leaves_the_model_alone(phase):
+    model = pico("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    table = measure_latency(model, anatomy_of(model), phase, repeats=1)
+    assert table.of(anatomy_of(model)) > 0
+    assert all(0 <= y0 <= y1 <= 1 for points in table.axes.values() for (_, y0), (_, y1) in pairwise(points))
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_measured_milliseconds_are_kept_for_a_search_that_goes_on(tmp_path):
+    def pruned(step, work):
+        return pliant.apply(pico("llama"), step, TEXT, tokenizer=tokenizer(), work=work, progress=False).pliant_history[
+            0
+        ]
+
+    step = pliant.UnifiedPruner(ratio=0.15, samples=4, seqlen=64, mlp_group=8, per="decode")
+    first = pruned(step, tmp_path)
+    assert (tmp_path / "latency-decode.json").exists()
+    again = pruned(step, tmp_path)
+    assert again["subnet"] == first["subnet"]
+    assert all(counters["evaluations"] == 0 for counters in again["counters"].values())
