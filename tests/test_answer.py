@@ -4,9 +4,11 @@ import random
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 import pliant
 from pico import pico
+from pico import tokenizer as pico_tokenizer
 from pliant.data import OpenQuestion, Question
 from pliant.errors import DataError
 from pliant.measure.answer import STOP, generate
@@ -118,3 +120,10 @@ def test_both_kinds_in_one_task_are_refused(model, tokenizer):
     items = [Question("7", (" a", " b"), 0), OpenQuestion("7", "8")]
     with pytest.raises(DataError, match="task 'both' mixes"):
         pliant.evaluate(model, tasks={"both": items}, tokenizer=tokenizer)
+
+
+def test_a_prompt_does_not_end_the_sequence(tokenizer):
+    model, ending = pico(), pico_tokenizer()
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    prompts = _prompts(3)
+    assert generate(model, ending, "some", prompts, 8) == generate(model, tokenizer, "some", prompts, 8)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+import convnets
 import pico as tiny
 import pliant
 from pico import ARCHITECTURES, cases, fitted, head_of, inputs, leader, pico, tokenizer
@@ -334,10 +335,17 @@ def test_what_an_ordinary_config_cannot_say_is_refused():
         homogeneous(cut("llama", "one attention"))
     with pytest.raises(ArtefactError, match="intermediate_size differs"):
         homogeneous(cut("llama", "channels"))
-    model = pico("gpt2")
+    with pytest.raises(ArtefactError, match="no list that could be shortened"):
+        homogeneous(convnets.net("resnet_basic"))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "stablelm", "opt", "bert", "distilbert"])
+def test_heads_that_an_ordinary_config_cannot_count_are_refused(name):
+    model = pico(name)
     subnet = Subnet()
     for layer in range(4):
-        subnet = subnet.keeping(f"layers.{layer}.attention.heads", 2)
+        axis = f"layers.{layer}.attention.{leader(name)}"
+        subnet = subnet.keeping(axis, anatomy_of(model).axes[axis].size - 1)
     extract(model, anatomy_of(model), subnet)
     with pytest.raises(ArtefactError, match="cannot say"):
         homogeneous(model)

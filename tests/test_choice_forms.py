@@ -302,3 +302,15 @@ def test_an_answer_is_found_in_what_is_written(answer, written):
 )
 def test_another_answer_is_not(answer, written):
     assert not OpenQuestion("", answer).matches(written)
+
+
+def test_the_folder_tells_the_form_from_inside_it_too(tmp_path, monkeypatch):
+    told = {"instruction": "Please choose: The sky is\n\nAnswer1: blue Answer2: red\n\nAnswer format: answer1/answer2"}
+    folder = tmp_path / "openbookqa"
+    folder.mkdir()
+    (folder / "test.json").write_text(json.dumps([{**told, "answer": "answer1"}]))
+    outside = pliant.questions(folder / "test.json")
+    monkeypatch.chdir(folder)
+    assert pliant.questions("test.json") == outside
+    (tmp_path / "test.json").write_text(json.dumps([{**told, "answer": "answer1"}]))
+    assert pliant.questions(tmp_path / "test.json") != outside

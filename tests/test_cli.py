@@ -18,7 +18,7 @@ from pico import pico
 from pliant.cli import main
 from pliant.cli.doctor import diagnose
 from pliant.cli.main import app
-from pliant.cli.settings import build, step_class
+from pliant.cli.settings import build, known_subnet, recipe, step_class
 from pliant.errors import ArtefactError, DataError, PliantError, RatioError
 from pliant.step import StepError, help_texts
 from pliant.systems import SYSTEMS
@@ -175,6 +175,25 @@ def test_settings_become_what_their_fields_are():
         ratio=0.1, samples=8, slack=0.5, order="stored", mlp_group=4, split="1:1:1", head_group=2
     )
     assert build("multipruner", {"ratio": "0.1"}, ["mlp_group=none"]).mlp_group is None
+
+
+def test_a_recipe_may_do_a_thing_twice():
+    names = ["multipruner", "recover", "multipruner", "recover"]
+    steps = recipe(names, {"ratio": "0.1"}, ["recover.steps=5"])
+    assert [step.kind for step in steps] == names
+    assert steps[1] == steps[3] == pliant.Recover(steps=5)
+
+
+@pytest.mark.parametrize(
+    ("system", "rows"), [("multipruner", 128), ("fisher", 256), ("knapsack", 256), ("recover", 128)]
+)
+def test_a_known_subnet_is_put_in_order_by_as_many_rows_as_its_search_took(system, rows, folder, tmp_path):
+    found = tmp_path / "found.json"
+    found.write_text(json.dumps({"skip": [], "keep": {"layers.1.mlp.channels": 30}}))
+    cut, *others = known_subnet(found, str(folder), [system], [])
+    assert (cut.kind, cut.samples) == ("cut", rows)
+    assert [step.kind for step in others] == (["recover"] if system == "recover" else [])
+    assert known_subnet(found, str(folder), [system], ["samples=7"])[0].samples == 7
 
 
 def test_an_unknown_system_is_refused_with_those_there_are():

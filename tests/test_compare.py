@@ -1,4 +1,5 @@
 import json
+import math
 
 import numpy as np
 import pytest
@@ -145,3 +146,9 @@ def test_items_are_only_kept_when_asked_for(model, tokenizer, prose):
     assert sum(text["items"]["loss"]) / 6 == pytest.approx(text["loss"])
     assert sum(choose["items"]["acc"]) / 8 == choose["acc"]
     assert len(kept["tasks"]["write"]["items"]["match"]) == 3
+
+
+def test_an_item_without_a_number_leaves_the_difference_open():
+    found = _compared([0.5, math.nan, 0.1, 0.4], [0.1, 0.2, 0.3, 0.4])
+    assert math.isnan(found["difference"])
+    assert found["low"] is found["high"] is found["p"] is None

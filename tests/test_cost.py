@@ -1,5 +1,6 @@
 """What a removal saves: counted, or in milliseconds that are measured here."""
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -57,3 +58,22 @@ def test_measured_milliseconds_are_kept_for_a_search_that_goes_on(tmp_path):
     again = pruned(step, tmp_path)
     assert again["subnet"] == first["subnet"]
     assert all(counters["evaluations"] == 0 for counters in again["counters"].values())
+
+
+def test_milliseconds_of_another_model_are_measured_again(tmp_path):
+    path = tmp_path / "latency-decode.json"
+    small, large = pico("llama"), pico("llama", seed=1, intermediate_size=96)
+    cost_of("decode", small, anatomy_of(small), path)
+    kept = path.read_text()
+    cost_of("decode", small, anatomy_of(small), path)
+    assert path.read_text() == kept
+    cost_of("decode", large, anatomy_of(large), path)
+    assert path.read_text() != kept
+    path.write_text(path.read_text()[:50])
+    cost_of("decode", large, anatomy_of(large), path)
+    assert Latency.from_dict(json.loads(path.read_text())).phase == "decode"
+
+
+def test_a_model_of_few_positions_is_timed_on_as_many():
+    model = pico("gpt2", n_positions=32)
+    assert measure_latency(model, anatomy_of(model), "prefill", repeats=1).rest >= 0

@@ -335,3 +335,14 @@ def test_no_more_questions_are_read_than_the_limit(tmp_path):
     path = _lines(tmp_path, *(GOOD | {"context": f"{i}:"} for i in range(5)))
     assert [q.context for q in pliant.questions(path, 2)] == ["0:", "1:"]
     assert len(pliant.questions(path)) == len(pliant.questions(path, 9)) == 5
+
+
+def test_half_a_character_is_refused_with_its_row(tmp_path):
+    path = tmp_path / "scraped.jsonl"
+    path.write_text(r'{"text": "whole \ud83d\ude00"}' + "\n" + r'{"text": "half \ud83d"}', "utf-8")
+    with pytest.raises(DataError, match=r"scraped.jsonl', row 2: '\\ud83d' is half of a character"):
+        pliant.text(path)
+    path.write_text(r'{"text": "whole \ud83d\ude00"}', "utf-8")
+    assert pliant.text(path).rows == ("whole \U0001f600",)
+    with pytest.raises(DataError, match="a list, row 1"):
+        pliant.text(["half \ud83d"])

@@ -6,13 +6,16 @@ import random
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 import pliant
-from pico import VOCABULARY, pico
+from pico import DECODERS, VOCABULARY, config, pico
+from pico import tokenizer as pico_tokenizer
 from pliant.data import Question
-from pliant.errors import DataError, PliantError
+from pliant.errors import ArchitectureError, DataError, MemoryLimitError, PliantError
 from pliant.measure.choose import log_likelihoods
 from pliant.measure.score import kl, nll
 
@@ -249,6 +252,21 @@ def test_choices_of_one_token_share_a_row(model, tokenizer):
     assert shapes == [(3, len("river:"))]
 
 
+def test_a_tokenizer_that_ends_every_sequence_changes_no_choice(model, tokenizer):
+    ending = pico_tokenizer()
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    assert ending("ab")["input_ids"][-1] == 2
+    items = _questions(5)
+    assert log_likelihoods(model, ending, "some", items) == log_likelihoods(model, tokenizer, "some", items)
+
+
+def test_a_model_that_gives_no_numbers_answers_nothing_rightly(model, tokenizer):
+    with torch.no_grad():
+        model.lm_head.weight[40] = math.nan
+    found = pliant.evaluate(model, tasks={"some": [Question("the moon", (" walks", " is"), 0)]}, tokenizer=tokenizer)
+    assert found["tasks"]["some"]["acc"] == found["tasks"]["some"]["acc_norm"] == 0
+
+
 def test_a_choice_after_an_empty_context_is_not_free(model, tokenizer):
     # without a context the first token of a choice has nothing to be predicted from
     items = [Question("", ("the green river", "a"), 1)]
@@ -297,6 +315,50 @@ def test_a_tokenizer_of_another_model_is_refused(tokenizer, prose):
         pliant.evaluate(small, perplexity=prose, tokenizer=tokenizer, seqlen=16)
     with pytest.raises(DataError, match="the model knows only 40: this is the tokenizer of another model"):
         pliant.evaluate(small, tasks={"some": _questions(2)}, tokenizer=tokenizer)
+
+
+def _masked():
+    """A model that sees the tokens it predicts, with a language model's head."""
+    return transformers.BertLMHeadModel(config("bert")).eval()
+
+
+@pytest.mark.parametrize("make", [_masked, lambda: pico("bert"), lambda: pico("vit")], ids=["masked", "bert", "vit"])
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda model, tokenizer, prose: pliant.evaluate(model, perplexity=prose, tokenizer=tokenizer, seqlen=32),
+        lambda model, tokenizer, _: pliant.evaluate(model, tasks={"some": _questions(2)}, tokenizer=tokenizer),
+        lambda model, *_: pliant.bench(model, prompt=4, tokens=1, repeats=1),
+        lambda model, tokenizer, prose: pliant.apply(
+            model, pliant.FisherPruner(ratio=0.1, samples=4, seqlen=32), prose, tokenizer=tokenizer, progress=False
+        ),
+        lambda model, tokenizer, prose: pliant.apply(
+            model, pliant.BlockPruner(ratio=0.1, samples=4, seqlen=32), prose, tokenizer=tokenizer, progress=False
+        ),
+    ],
+    ids=["perplexity", "questions", "bench", "fisher", "blockpruner"],
+)
+def test_a_model_that_predicts_no_next_tokens_is_not_measured_by_them(make, measure, tokenizer, prose):
+    with pytest.raises(ArchitectureError, match="predicts no next tokens"):
+        measure(make(), tokenizer, prose)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_every_causal_family_is_measured(name, tokenizer, prose):
+    found = pliant.evaluate(pico(name), perplexity=prose, tokenizer=tokenizer, seqlen=16, windows=2)
+    assert math.isfinite(found["perplexity"]["prose.txt"]["loss"])
+
+
+def test_a_model_that_is_offloaded_is_refused(model, tokenizer, prose):
+    model.model.layers[1].mlp.to("meta")
+    with pytest.raises(MemoryLimitError, match="offloaded"):
+        pliant.evaluate(model, perplexity=prose, tokenizer=tokenizer, seqlen=16)
+
+
+def test_windows_are_shortened_to_what_the_reference_reads(tokenizer, prose):
+    short = pico("gpt2", n_positions=64)
+    found = pliant.evaluate(pico("gpt2"), perplexity=prose, tokenizer=tokenizer, reference=short, seqlen=128)
+    assert found["perplexity"]["prose.txt"]["seqlen"] == 64
 
 
 def test_too_little_text_is_refused(model, tokenizer):
@@ -353,7 +415,7 @@ def test_bench_times_two_models_in_turn(model):
 
 
 def test_the_speedup_is_that_of_the_model_over_the_other(model):
-    found = pliant.bench(model, pico("llama", num_hidden_layers=16), prompt=4, tokens=2, repeats=3)
+    found = pliant.bench(model, pico("llama", num_hidden_layers=16), prompt=4, tokens=2, repeats=9)
     assert found["speedup"]["prefill"]["median"] > 1.5
     assert found["speedup"]["decode"]["median"] > 1.5
 

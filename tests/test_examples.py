@@ -154,6 +154,26 @@ def test_long_rows_are_cut_off_and_those_that_teach_nothing_left_out(tokenizer):
         pliant.examples(rows[:1]).encode(tokenizer, 8)
 
 
+def test_what_was_dropped_is_still_known_after_a_split(tokenizer):
+    rows = [{"prompt": "x" * 20, "completion": "y"}, *({"prompt": "x", "completion": "y" * n} for n in range(1, 10))]
+    train, held_out = pliant.examples(rows).encode(tokenizer, 8).split(2)
+    assert (len(train), len(held_out), train.dropped) == (7, 2, 1)
+
+
+def test_a_row_of_several_forms_teaches_its_answer_unless_a_column_is_named():
+    row = {"instruction": "Add.", "input": "1 1", "output": "2", "text": "Add. 1 1 2"}
+    assert pliant.examples([row]).rows[0].completion == "2"
+    assert pliant.examples([row], column="text").rows[0].text == "Add. 1 1 2"
+    pair = {"prompt": "1 + 1 =", "completion": " 2", "text": "1 + 1 = 2"}
+    assert pliant.examples([pair]).rows[0].completion == " 2"
+
+
+@pytest.mark.parametrize("row", ["half \ud83d", {"text": "half \ud83d"}, {"prompt": "a", "completion": "\ud83d"}])
+def test_half_a_character_is_refused_with_its_row(row):
+    with pytest.raises(DataError, match=r"row 2: '\\ud83d' is half of a character"):
+        pliant.examples(["whole \U0001f600", row])
+
+
 def test_a_batch_is_filled_up_on_the_right(tokenizer):
     rows = [{"prompt": "", "completion": "yes"}, {"prompt": "ab", "completion": "yes"}]
     encoded = pliant.examples(rows).encode(tokenizer, 16)

@@ -1,6 +1,7 @@
 """Baselines and other searches, all through one interface."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ import torch
 import pliant
 from pico import DECODERS, pico, tokenizer
 from pliant.anatomy import anatomy_of
-from pliant.elastic import Subnet, parameters, ratio
-from pliant.errors import RatioError
+from pliant.elastic import Subnet, extract, parameters, ratio
+from pliant.errors import MissingExtraError, RatioError, SubnetError, WeightError
 from pliant.measure.activation import activation_orders
 from pliant.measure.fisher import damage_of_units
 from pliant.measure.rank import RANKINGS, fisher, influence, relative_magnitude, taylor
@@ -104,6 +105,64 @@ def test_taylor_predicts_a_small_removal():
     walk.close()
     assert taylor(model, anatomy, WINDOWS)["layers.2.mlp"] == pytest.approx(real, rel=0.05)
     assert fisher(model, anatomy, WINDOWS)["layers.2.mlp"] > 0
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2"])
+def test_taylor_predicts_a_small_removal_where_a_norm_follows(family):
+    model = pico(family)
+    layer = model.model.layers[2]
+    norm = layer.post_attention_layernorm
+    with torch.no_grad():  # gemma's norms multiply by 1 + weight
+        norm.weight.copy_(norm.weight * 1e-2 if family == "olmo2" else (1 + norm.weight) * 1e-2 - 1)
+    anatomy = anatomy_of(model)
+    walk = Walk(model, anatomy, WINDOWS)
+    real = walk.score(Subnet().without("layers.2.attention")) - walk.score(Subnet())
+    walk.close()
+    assert taylor(model, anatomy, WINDOWS)["layers.2.attention"] == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        *(pliant.OneShot(**SHARED, by=by) for by in ("influence", "perplexity", "taylor")),
+        pliant.KnapsackPruner(**SHARED, levels=2, group=8),
+        pliant.FisherPruner(**SHARED, group=8),
+    ],
+    ids=lambda step: getattr(step, "by", step.kind),
+)
+def test_weights_that_are_finite_but_give_no_finite_loss_leave_the_model_as_it_was(step):
+    model = pico("llama")
+    with torch.no_grad():
+        for matrix in (model.model.layers[1].mlp.gate_proj, model.model.layers[1].mlp.up_proj):
+            matrix.weight.mul_(1e30)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(WeightError, match="loss"):
+        pliant.apply(model, step, TEXT, tokenizer=tokenizer(), progress=False)
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        pliant.OneShot(ratio=0.05, samples=4, seqlen=64, by="perplexity"),
+        pliant.KnapsackPruner(ratio=0.05, samples=4, seqlen=64, levels=2, group=8),
+        pliant.KnapsackPruner(ratio=0.05, samples=4, seqlen=64, levels=0, group=8),
+    ],
+    ids=["oneshot", "knapsack", "knapsack of whole blocks"],
+)
+def test_a_model_of_one_layer_can_lose_its_mlp(step):
+    model = pico("llama", num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    record = pliant.apply(model, step, TEXT, tokenizer=tokenizer(), progress=False).pliant_history[0]
+    assert record["ratio"] >= 0.05
+
+
+def test_a_failure_after_the_cut_is_told_as_it_is(monkeypatch):
+    def broken(*_):
+        raise SubnetError("does not compute what the search scored")
+
+    monkeypatch.setattr("pliant.search.pruning.cut_exactly", lambda *given: (extract(*given), broken()))
+    with pytest.raises(SubnetError, match="does not compute"):
+        pruned(STEPS["fisher"])
 
 
 def test_ranking_by_perplexity_is_the_first_step_of_the_search(tmp_path):
@@ -266,6 +325,12 @@ def test_a_ratio_that_widths_cannot_reach_is_refused_before_the_gradient(monkeyp
         pruned(pliant.FisherPruner(ratio=0.95, samples=4, seqlen=64))
 
 
+def test_a_ratio_that_no_menu_reaches_is_refused_before_anything_is_scored(monkeypatch):
+    monkeypatch.setattr(Walk, "score", lambda *_: pytest.fail("too late"))
+    with pytest.raises(RatioError, match="every block at its smallest comes to"):
+        pruned(pliant.KnapsackPruner(ratio=0.95, samples=4, seqlen=64))
+
+
 # --- the evolutionary variant --------------------------------------------------------------------------------------------
 
 
@@ -275,6 +340,20 @@ def test_evolution_meets_the_ratio_and_repeats():
     first, again = (pruned(step).pliant_history[0] for _ in range(2))
     assert 0.15 <= first["ratio"] <= 0.20
     assert first["subnet"] == again["subnet"]
+
+
+def test_evolution_is_refused_before_anything_is_scored_where_it_cannot_be_done(monkeypatch):
+    monkeypatch.setattr(Walk, "score", lambda *_: pytest.fail("too late"))
+    monkeypatch.setitem(sys.modules, "pymoo", None)
+    with pytest.raises(MissingExtraError, match="pymoo"):
+        pruned(pliant.MultiPrunerEvol(**SHARED, width_samples=4))
+
+
+def test_evolution_does_not_begin_where_the_blocks_are_too_much():
+    pytest.importorskip("pymoo")
+    step = pliant.MultiPrunerEvol(**SHARED | {"ratio": 0.01}, width_samples=4, mlp_group=8)
+    with pytest.raises(RatioError, match="the blocks alone come to"):
+        pruned(step)
 
 
 # --- bad settings --------------------------------------------------------------------------------------------------------

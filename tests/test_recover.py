@@ -330,6 +330,18 @@ def test_a_time_budget_ends_at_the_first_step_past_it(repeated, tokenizer):
     assert record["curve"][-1]["step"] == record["steps"]
 
 
+def test_minutes_alone_set_how_many_steps_there_are(repeated, tokenizer, capsys):
+    record = recover(cut(), repeated, tokenizer, steps=None, minutes=0.02, every=1000, progress=True)
+    assert record["ended_by"] == "minutes"
+    assert record["steps"] > 6
+    said = capsys.readouterr().err
+    assert "steps of 4, 0.02 minutes" in said
+    assert "the time is enough for about" in said
+    assert "inf" not in said
+    assert pliant.Recover(minutes=3)._most_steps() == math.inf
+    assert pliant.Recover()._most_steps() == 200
+
+
 def plan(**settings):
     given = {"batch": 4, "micro_batch": 4, "lr": 1.0, "weight_decay": 0.0, "clip": 1.0, "every": 5, "seed": 0}
     return Plan(**given | {"steps": 100, "warmup": 0.1, "schedule": "linear", "minutes": None} | settings)

@@ -81,3 +81,16 @@ class Job:
     work: Path | None
     progress: Progress
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def place(self, name: str, key: str) -> Path | None:
+        """Where in the work folder a step keeps something. What is done to a model twice has a place each: ``search.jsonl``,
+        then ``search-2.jsonl``.
+
+        Arguments:
+            key: what the records of steps have that keep such a thing.
+        """
+        if self.work is None:
+            return None
+        before = sum(key in record for record in getattr(self.model, "pliant_history", []))
+        path = self.work / name
+        return path.with_stem(f"{path.stem}-{before + 1}") if before else path

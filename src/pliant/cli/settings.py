@@ -48,7 +48,7 @@ def build(system: str, given: dict[str, str], pairs: list[str]) -> Step:
 def recipe(systems: Sequence[str], given: dict[str, str], pairs: Sequence[str]) -> list[Step]:
     """Steps, one after the other, from ``name=value`` or ``system.name=value`` pairs.
 
-    A name alone sets it in every step that has it.
+    A name alone sets it in every step that has it; a system that comes twice has the same settings both times.
 
     Arguments:
         given: settings that have an option of their own; steps without them are left alone.
@@ -57,24 +57,28 @@ def recipe(systems: Sequence[str], given: dict[str, str], pairs: Sequence[str]) 
         StepError: a name that none of the steps has, or a value of the wrong type.
     """
     classes = {system: step_class(system) for system in systems}
-    return [classes[system](**values) for system, values in _values(classes, given, pairs).items()]
+    values = _values(classes, given, pairs)
+    return [classes[system](**values[system]) for system in systems]
 
 
 def known_subnet(path: Path, model: str, systems: Sequence[str], pairs: Sequence[str]) -> list[Step]:
     """:func:`recipe` without its searches: the model is cut to the sub-network in a file, then the other steps follow.
 
-    Units are put in order by what the first pruner among ``systems`` goes by, unless a pair says something else.
+    Units are put in order by what the first pruner among ``systems`` goes by, on as many rows, unless a pair says something
+    else.
     """
     from pliant.anatomy import anatomy_of
     from pliant.checkpoint.load import load
     from pliant.search import Cut
     from pliant.systems.multipruner import read_config
 
-    orders = [getattr(step_class(name), "order", "l1") for name in systems if name in PRUNERS]
-    classes = {"cut": Cut, **{name: step_class(name) for name in systems if name not in PRUNERS}}
-    values = _values(classes, {"order": orders[0]} if orders else {}, pairs)
+    pruner = next((step_class(name) for name in systems if name in PRUNERS), Cut)
+    rows = getattr(pruner, "width_samples", getattr(pruner, "samples", Cut.samples))
+    others = [name for name in systems if name not in PRUNERS]
+    classes = {"cut": Cut, **{name: step_class(name) for name in others}}
+    values = _values(classes, {"order": getattr(pruner, "order", "l1"), "samples": str(rows)}, pairs)
     values["cut"]["subnet"] = read_config(path, anatomy_of(load(model)))
-    return [classes[name](**of_step) for name, of_step in values.items()]
+    return [classes[name](**values[name]) for name in ("cut", *others)]
 
 
 def _values(

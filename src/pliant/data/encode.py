@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,7 +60,8 @@ class Encoded:
     def split(self, count: int) -> tuple[Encoded, Encoded]:
         """The sequences without ``count`` of them, and these: at even distances, so that both have the same mix."""
         out = {i * len(self) // count for i in range(count)}
-        return self.take(i for i in range(len(self)) if i not in out), self.take(sorted(out))
+        rest = self.take(i for i in range(len(self)) if i not in out)
+        return replace(rest, dropped=self.dropped), self.take(sorted(out))
 
     def batch(self, which: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Some sequences as one batch, filled up on the right.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pliant.data.encode import Encoded, encode
-from pliant.data.text import Text, json_objects, read, set_apart
+from pliant.data.text import Text, check_unicode, json_objects, read, set_apart
 from pliant.errors import DataError
 
 _ALPACA = (
@@ -80,21 +80,21 @@ class Examples:
 def examples(
     source: str | Path | Text | Iterable[str | Mapping[str, Any]],
     *,
-    column: str = "text",
+    column: str | None = None,
     split: str = "train",
     limit: int | None = None,
 ) -> Examples:
     """Examples from a file, a data set on a hub, or a list.
 
-    A row is a string or an object with one of these keys: ``text``; ``prompt`` and ``completion`` (or ``response``);
-    ``instruction``, ``output`` and perhaps ``input``, put into the Alpaca template; ``messages``, put into the chat template of
-    the tokenizer. Completions, outputs and what the assistant says are learned, the rest is only read.
+    A row is a string or an object with the keys of one of these forms, the first that fits: ``messages``, put into the chat
+    template of the tokenizer; ``instruction``, ``output`` and perhaps ``input``, put into the Alpaca template; ``prompt`` and
+    ``completion`` (or ``response``); ``text``. Completions, outputs and what the assistant says are learned, the rest is only read.
 
     Arguments:
         source: a ``.txt`` (rows are paragraphs), ``.jsonl`` or ``.json`` file, perhaps with ``.gz`` behind; a folder in the
             layout of a hub or the id of a data set on one (owner/name; both need the ``train`` extra); ``pliant.text(…)``; or an
             iterable of rows.
-        column: the key that holds plain text.
+        column: the key that holds plain text, whatever else a row has; when left out, ``text`` where nothing else fits.
         split: of a data set on a hub, the part to read; ``train[:1000]`` reads its first rows.
         limit: rows at most.
 
@@ -144,15 +144,16 @@ def _from_hub(source: str, split: str) -> list[Any]:
         raise DataError(f"cannot load {source!r}, split {split!r}: {str(error).splitlines()[0]}") from error
 
 
-def _example(row: Any, column: str, where: str) -> Example:
+def _example(row: Any, column: str | None, where: str) -> Example:
     if isinstance(row, str):
+        check_unicode(row, where)
         return Example(text=row.strip())
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: a string or an object is expected, not {type(row).__name__}")
+    if column is not None and row.get(column) is not None:
+        return Example(text=_string(row, column, where).strip())
     if row.get("messages") is not None:
         return Example(messages=_messages(row["messages"], where))
-    if row.get(column) is not None:
-        return Example(text=_string(row, column, where).strip())
     if "instruction" in row and "output" in row:
         given = _string(row, "input", where) if row.get("input") else ""
         prompt = _ALPACA.format(
@@ -164,6 +165,8 @@ def _example(row: Any, column: str, where: str) -> Example:
     answer = "completion" if "completion" in row else "response"
     if "prompt" in row and answer in row:
         return Example(prompt=_string(row, "prompt", where), completion=_string(row, answer, where))
+    if row.get("text") is not None:
+        return Example(text=_string(row, "text", where).strip())
     raise DataError(
         f"{where}: it has the keys {', '.join(map(str, row))}; expected are {_FORMS}. Plain text under another name: column="
     )
@@ -172,6 +175,7 @@ def _example(row: Any, column: str, where: str) -> Example:
 def _string(row: Mapping[str, Any], key: str, where: str) -> str:
     if not isinstance(row[key], str):
         raise DataError(f"{where}: {key} must be a string, not {type(row[key]).__name__}")
+    check_unicode(row[key], where)
     return row[key]
 
 

@@ -40,7 +40,7 @@ def form_of(row: Row, path: Path) -> Form:
     Raises:
         DataError: it is of none; the message says what the plain form lacks.
     """
-    where = f"{path.parent.name}/{path.name}".lower()
+    where = "/".join(path.resolve().parts[-2:]).lower()
     for form in FORMS:
         if form.named in where and all(key_in(row, names) for names in form.keys):
             return form

@@ -100,6 +100,7 @@ def text(source: str | Path | Iterable[str], *, column: str = "text") -> Text:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, str):
             raise DataError(f"{name}, row {number}: every row must be a string, not {type(row).__name__}")
+        check_unicode(row, f"{name}, row {number}")
     rows = [row.strip() for row in rows]
     kept = tuple(row for row in rows if row)
     if not kept:
@@ -143,6 +144,15 @@ def read(path: Path) -> str:
         raise DataError(f"cannot read {str(path)[:80]!r}: {error.strerror or error}") from None
 
 
+def check_unicode(text: str, where: str) -> None:
+    """Refuse half characters, which JSON can spell and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise DataError(f"{where}: {half} is half of a character; whatever wrote it cut one in two") from None
+
+
 def json_objects(raw: str, path: Path) -> list[dict[str, Any]]:
     """The objects of a ``.jsonl`` file (one a line) or a ``.json`` file (a list)."""
     objects: list[Any] = []
@@ -162,6 +172,8 @@ def json_objects(raw: str, path: Path) -> list[dict[str, Any]]:
     for number, item in enumerate(objects, 1):
         if not isinstance(item, dict):
             raise DataError(f"{str(path)!r}, row {number}: an object is expected, not {type(item).__name__}")
+        if "\\ud" in raw.lower():
+            check_unicode(json.dumps(item, ensure_ascii=False), f"{str(path)!r}, row {number}")
     if not objects:
         raise DataError(f"{str(path)!r} holds no rows")
     return objects

@@ -23,6 +23,10 @@ def homogeneous(model: Any) -> Any:
         ArtefactError: when a layer is only half removed or widths differ; the message says which.
     """
     anatomy = anatomy_of(model)
+    if anatomy.traced:
+        raise ArtefactError(
+            f"the layers of {type(model).__name__} are no list that could be shortened; what is cut loads after 'import pliant'"
+        )
     layers = _whole_layers(anatomy)
     config = _uniform_config(model.config, anatomy, len(layers))
     for key in _BY_LAYER:
@@ -83,8 +87,8 @@ def _uniform_config(old: Any, anatomy: Anatomy, depth: int) -> Any:
     for short, axis in axes:
         spec = anatomy.architecture.axes[short]
         if global_size(config, spec.unit) != axis.unit:
-            key = str(spec.unit).split()[0]
-            if not hasattr(config, key):
+            key = str(spec.unit).split(" or ")[0]
+            if not key.isidentifier() or not hasattr(config, key):
                 raise ArtefactError(
                     f"a {config.model_type} config cannot say that {axis.size} heads are {axis.unit} wide"
                 )

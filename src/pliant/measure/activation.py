@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pliant.anatomy import Anatomy, layers_of
+from pliant.anatomy import Anatomy, evaluating, layers_of
 from pliant.importance import by_falling
 from pliant.measure.units import by_unit, readers
 from pliant.measure.windows import batches_of
@@ -45,8 +45,9 @@ def activation_orders(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> di
         for block, weight in watched
     ]
     try:
-        for ids in batches_of(model, windows):
-            model.base_model(input_ids=ids, use_cache=False)
+        with evaluating(model):
+            for ids in batches_of(model, windows):
+                model.base_model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

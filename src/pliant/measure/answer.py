@@ -9,7 +9,7 @@ import torch
 
 from pliant.data import OpenQuestion
 from pliant.errors import DataError
-from pliant.measure.windows import check_ids, longest_of
+from pliant.measure.windows import check_ids, longest_of, open_ended
 
 ROWS_AT_ONCE = 16
 STOP = "Question:"
@@ -40,7 +40,7 @@ def generate(model: Any, tokenizer: Any, name: str, prompts: Sequence[str], max_
             f"max_new_tokens={max_new_tokens} leaves no room for an answer and its question; the model reads "
             f"{longest_of(model)} tokens"
         )
-    rows: list[list[int]] = [ids[-room:] for ids in tokenizer(list(prompts), verbose=False)["input_ids"]]
+    rows = [ids[-room:] for ids in open_ended(tokenizer, prompts)]
     for number, ids in enumerate(rows, 1):
         if not ids:
             raise DataError(f"task {name!r}, question {number}: the prompt gives no token to go on from")

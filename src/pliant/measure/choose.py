@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 
 from pliant.data import Question
 from pliant.errors import DataError
-from pliant.measure.windows import check_ids, longest_of, tokens_at_once
+from pliant.measure.windows import check_ids, longest_of, open_ended, tokens_at_once
 
 Ids = tuple[int, ...]
 
@@ -20,7 +21,8 @@ def choose(model: Any, tokenizer: Any, name: str, items: Sequence[Question]) -> 
 
     Returns:
         For every question, under ``acc``, whether the likeliest choice is the right one; under ``acc_norm``, whether the
-        likeliest per character is, counted without the space before it as lm-eval does.
+        likeliest per character is, counted without the space before it as lm-eval does. A question of which the model gives
+        some choice no number is not answered rightly.
 
     Raises:
         DataError: an empty context, or a tokenizer made for another model.
@@ -28,8 +30,9 @@ def choose(model: Any, tokenizer: Any, name: str, items: Sequence[Question]) -> 
     right: dict[str, list[bool]] = {"acc": [], "acc_norm": []}
     for item, scores in zip(items, log_likelihoods(model, tokenizer, name, items), strict=True):
         each = [value / len(choice.removeprefix(" ")) for value, choice in zip(scores, item.choices, strict=True)]
-        right["acc"].append(scores.index(max(scores)) == item.answer)
-        right["acc_norm"].append(each.index(max(each)) == item.answer)
+        broken = any(math.isnan(value) for value in scores)
+        right["acc"].append(not broken and scores.index(max(scores)) == item.answer)
+        right["acc_norm"].append(not broken and each.index(max(each)) == item.answer)
     return right
 
 
@@ -68,20 +71,15 @@ def _tokens(tokenizer: Any, name: str, items: Sequence[Question]) -> Iterator[tu
     pairs = [pair for item in items for pair in item.pairs]
     # white space belongs to the word behind it in most tokenizers: at the end of a context it would be a token of its own
     kept = [context.rstrip() or context for context, _ in pairs]
-    contexts = _ids(tokenizer, kept)
-    wholes = _ids(tokenizer, [context + choice for context, choice in pairs])
+    contexts = open_ended(tokenizer, kept)
+    wholes = open_ended(tokenizer, [context + choice for context, choice in pairs])
     for (number, place), context, whole in zip(places, contexts, wholes, strict=True):
         if not len(context) or len(whole) < 2:
             raise DataError(
                 f"task {name!r}, question {number + 1}: the context gives no token to predict a choice from"
             )
-        # a tokenizer may end a sequence with a special token; what follows the context is what counts
         tail = min(max(1, len(whole) - len(context)), len(whole) - 1)
         yield number, place, tuple(whole[:-1]), tuple(whole[-tail:])
-
-
-def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, verbose=False)["input_ids"]
 
 
 def _largest(wanted: Iterable[list[tuple[int, int, Ids]]]) -> int:

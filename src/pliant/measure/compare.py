@@ -23,7 +23,7 @@ def compare(a: dict[str, Any], b: dict[str, Any], *, seed: int = 0) -> dict[str,
         In the layout of the results, for each text under ``loss`` (nats per token) and for each task under its metrics
         ``{"difference": mean of a - b, "low", "high", "p", "items"}``. ``low`` and ``high`` bound the 95 % interval of a
         paired bootstrap with 10,000 resamples; ``p`` is the two-sided probability of a difference as far from 0 when there
-        is none. These three are None for a single item.
+        is none. These three are None for a single item, and where an item has no number.
 
     Raises:
         DataError: results without items, or not made on the same ones.
@@ -76,7 +76,7 @@ def difference(paired: np.ndarray, seed: int = 0) -> dict[str, Any]:
     """
     count = len(paired)
     found: dict[str, Any] = {"difference": float(paired.mean()), "low": None, "high": None, "p": None, "items": count}
-    if count < 2:
+    if count < 2 or not np.isfinite(paired).all():
         return found
     random = np.random.default_rng(seed)
     each = max(1, _AT_ONCE // count)

@@ -21,7 +21,7 @@ from pliant.measure.choose import choose
 from pliant.measure.harness import harness as run_harness
 from pliant.measure.score import kl, nll, nll_sum
 from pliant.measure.stream import Stream
-from pliant.measure.windows import batches_of, check_ids, longest_of, tokens_at_once, windows_for
+from pliant.measure.windows import batches_of, check_ids, check_model, longest_of, tokens_at_once, windows_for
 from pliant.pages import pages_of
 
 Source = str | Path | Text
@@ -67,6 +67,7 @@ def evaluate(
         1 for each question under its metrics.
 
     Raises:
+        ArchitectureError: a model that predicts no next tokens.
         DataError: nothing to measure, or text or questions that cannot be used.
         PliantError: lm-eval is needed and not there, or fails.
     """
@@ -77,9 +78,11 @@ def evaluate(
             asked[_unused(unpacked(Path(path)).stem, asked)] = questions(path, limit)
     if not texts and not asked and not harness:
         raise DataError("nothing to evaluate: give perplexity= some text or tasks= some question files")
-    tokenizer = tokenizer or tokenizer_of(model)
-    seqlen = min(seqlen, longest_of(model))
     measured = [model] if reference is None else [model, reference]
+    for one in measured:
+        check_model(one)
+    tokenizer = tokenizer or tokenizer_of(model)
+    seqlen = min(seqlen, *map(longest_of, measured))
     was_training = [one.training for one in measured]
     for one in measured:
         one.eval()

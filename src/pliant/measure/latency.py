@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from pliant.anatomy import Anatomy, Block
+from pliant.anatomy import Anatomy, Block, evaluating
 from pliant.elastic import Elastic, Subnet
 from pliant.measure.speed import wait
+from pliant.measure.windows import longest_of
 
 NARROWED = (0.75, 0.5, 0.25)  # shares of an axis that go, to time what is left
 PHASES = ("prefill", "decode")
@@ -25,7 +26,7 @@ class Latency:
     """Milliseconds of a forward pass, put together from its blocks.
 
     Attributes:
-        phase: ``prefill`` (a prompt of 256 tokens) or ``decode`` (one token).
+        phase: ``prefill`` (a prompt of 256 tokens, or as many as the model reads) or ``decode`` (one token).
         rest: milliseconds outside the blocks: embeddings, output head, and what a layer costs with all its blocks gone.
         blocks: kind of block -> milliseconds of one of them, whole.
         axes: (kind, axis) -> (share of the axis kept, share of the block's milliseconds), rising; what is between two
@@ -87,16 +88,18 @@ def measure_latency(model: Any, anatomy: Anatomy, phase: str = "prefill", *, rep
                 name = ("narrow", kind, axis.leader, str(units))
                 subnets[name] = _narrowed(anatomy, kind, axis.leader, units / axis.size)
                 narrower[name] = units / axis.size
-    ids = torch.zeros(1, PROMPT if phase == "prefill" else 1, dtype=torch.long, device=next(model.parameters()).device)
+    tokens = min(PROMPT, longest_of(model)) if phase == "prefill" else 1
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=next(model.parameters()).device)
     elastic = Elastic(model, anatomy)
     taken: dict[tuple[str, ...], list[float]] = {name: [] for name in subnets}
-    try:
-        for _ in range(repeats + 1):
-            for name, subnet in subnets.items():
-                elastic.activate(subnet)
-                taken[name].append(_milliseconds(model, ids))
-    finally:
-        elastic.activate(Subnet())
+    with evaluating(model):
+        try:
+            for _ in range(repeats + 1):
+                for name, subnet in subnets.items():
+                    elastic.activate(subnet)
+                    taken[name].append(_milliseconds(model, ids))
+        finally:
+            elastic.activate(Subnet())
     median = {name: statistics.median(times[1:]) for name, times in taken.items()}  # the first round warms up
     dense = median["dense",]
     blocks, axes = {}, {}

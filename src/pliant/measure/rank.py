@@ -82,11 +82,15 @@ def _gates(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> dict[str, tor
         return hook
 
     added: dict[str, torch.Tensor] = {}
+    # a block ends with its module, or with a norm that follows it: what runs last overwrites what ran before
     handles = [
         elastic.layers[block.layer]
-        .get_submodule(block.spec.module)
-        .register_forward_hook(record(name, block.spec.residual), with_kwargs=True)
+        .get_submodule(path)
+        .register_forward_hook(
+            record(name, block.spec.residual if path == block.spec.module else None), with_kwargs=True
+        )
         for name, block in anatomy.blocks.items()
+        for path in (*block.removed, block.spec.module)
     ]
     wanted = [parameter.requires_grad for parameter in model.parameters()]
     found: dict[str, list[float]] = {name: [] for name in anatomy.blocks}

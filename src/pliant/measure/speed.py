@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pliant.errors import DataError
-from pliant.measure.windows import longest_of
+from pliant.measure.windows import check_model, longest_of
 from pliant.progress import peak_memory
 
 
@@ -37,6 +37,7 @@ def bench(
         ``speedup`` as the median over rounds of model/against; ``peak_memory`` of the process in bytes.
 
     Raises:
+        ArchitectureError: a model that predicts no next tokens.
         DataError: a setting below 1, or more tokens than a model has positions for.
     """
     for name, value in {"prompt": prompt, "tokens": tokens, "batch": batch, "repeats": repeats}.items():
@@ -47,6 +48,7 @@ def bench(
     generator = torch.Generator().manual_seed(seed)
     configs = {name: one.config.get_text_config(decoder=True) for name, one in models.items()}
     for name, one in models.items():
+        check_model(one)
         longest = longest_of(one)
         if prompt + tokens > longest:
             raise DataError(f"{prompt} + {tokens} tokens are more than the {longest} positions of {name}")

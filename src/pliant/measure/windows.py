@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from pliant.data import Text
-from pliant.errors import DataError
+from pliant.errors import ArchitectureError, DataError, MemoryLimitError
 from pliant.pages import pages_of
 
 TOKENS_AT_ONCE = 512  # in one forward pass: enough to keep matrix products busy, few enough for their logits
+
+
+def check_model(model: Any) -> None:
+    """Refuse a model of which a loss in predicting text says nothing, or cannot be taken.
+
+    Raises:
+        ArchitectureError: it is no causal language model: it predicts no tokens, or it sees those that it predicts.
+        MemoryLimitError: its weights are not in memory.
+    """
+    sees_all = any(getattr(module, "is_causal", None) is False for module in model.modules())
+    if sees_all or not getattr(model, "can_generate", bool)():
+        raise ArchitectureError(f"{type(model).__name__} predicts no next tokens; a causal language model is needed")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise MemoryLimitError(
+            "some weights of this model are offloaded; load it with memory= (pliant.load) instead of a device_map"
+        )
 
 
 def batches_of(model: Any, windows: torch.Tensor) -> list[torch.Tensor]:
@@ -45,6 +62,13 @@ def windows_for(model: Any, tokenizer: Any, text: Text, seqlen: int, limit: int 
 def longest_of(model: Any) -> int:
     """Tokens that a model can read at once; 2**31 when it sets no bound."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**31
+
+
+def open_ended(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that something follows, without the end that some tokenizers put behind everything."""
+    rows: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
+    end = tokenizer.eos_token_id
+    return [ids[:-1] if end is not None and ids[-1:] == [end] else ids for ids in rows]
 
 
 def check_ids(model: Any, ids: torch.Tensor) -> None:

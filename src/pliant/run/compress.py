@@ -32,7 +32,7 @@ from pliant.run.save import check_target, save
 from pliant.search import ArchiveError
 from pliant.step import Step
 
-ARCHIVE = "search.jsonl"
+ARCHIVES = "search*.jsonl"  # one for each step that searched
 MEASURED = "measured.json"
 _PROMPT = 256  # tokens of context in which speed is predicted and measured
 
@@ -107,21 +107,22 @@ def compress(
         return _compress(source, model, step, calibration, held_out, out, work, measuring, overwrite, progress)
 
     try:
-        earlier = (out / ARCHIVE).exists() and not (work / ARCHIVE).exists()
-        for name in (ARCHIVE, MEASURED):
-            if (out / name).exists() and not (work / name).exists():
-                shutil.copyfile(out / name, work / name)
+        earlier = any(out.glob(ARCHIVES)) and not any(work.glob(ARCHIVES))
+        for made in [*(out.glob(ARCHIVES) if earlier else ()), out / MEASURED]:
+            if made.exists() and not (work / made.name).exists():
+                shutil.copyfile(made, work / made.name)
         try:
             report = run()
         except ArchiveError:
             if not earlier:
                 raise
-            (work / ARCHIVE).unlink()  # what is about to be overwritten came from other settings
+            for made in work.glob(ARCHIVES):  # what is about to be overwritten came from other settings
+                made.unlink()
             report = run()
     except BaseException as error:
         refused = isinstance(error, PliantError)  # then there is nothing to go on from
         trained = any(work.glob("*/state.safetensors"))
-        if not (work / ARCHIVE).exists() and not trained and (refused or not (work / MEASURED).exists()):
+        if not any(work.glob(ARCHIVES)) and not trained and (refused or not (work / MEASURED).exists()):
             shutil.rmtree(work, ignore_errors=True)
         lock.release()
         raise
@@ -186,7 +187,7 @@ def _compress(
     if (pages := pages_of(model)) is not None:
         report["memory"] = {"limit": pages.limit, "peak": pages.peak}
     del before["axes"], after["axes"]
-    archive = {name: work / name for name in (ARCHIVE, MEASURED) if (work / name).exists()}
+    archive = {made.name: made for made in [*sorted(work.glob(ARCHIVES)), work / MEASURED] if made.exists()}
     with progress.stage(f"writing {out}"):
         save(model, out, report=report, extra=archive, overwrite=overwrite)
     return report

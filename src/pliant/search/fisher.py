@@ -13,8 +13,8 @@ from pliant.elastic import Subnet, ratio
 from pliant.errors import RatioError
 from pliant.measure.fisher import damage_of_units
 from pliant.measure.units import read_axes
-from pliant.search.cost import COSTS, Cost, cost_of
-from pliant.search.greedy import Move
+from pliant.search.cost import COSTS, Cost
+from pliant.search.greedy import Move, check_loss
 from pliant.search.groups import cut_until, narrowed, widths
 from pliant.search.order import ordered
 from pliant.search.pruner import OrderedPruner
@@ -61,8 +61,9 @@ class FisherPruner(OrderedPruner):
         with ordered(job, anatomy, self.order, windows):
             with job.progress.stage("fisher information"):
                 damage = damage_of_units(job.model, anatomy, windows, job.progress)
-            cost = cost_of(self.per, job.model, anatomy, job.work)
-            subnet = self._reaching(self._cuts(anatomy, damage, cost), anatomy)
+            for of_units in damage.values():
+                check_loss(of_units.sum().item())
+            subnet = self._reaching(self._cuts(anatomy, damage, pruning.cost(self.per)), anatomy)
             pruning.commit("fisher information", Move("all", subnet), None)
             self.finish(pruning, job)
 

@@ -72,8 +72,7 @@ class Greedy:
             WeightError: when no move has a finite score.
         """
         current, loss = start, score(start)
-        if not math.isfinite(loss):
-            raise WeightError(f"the model's loss on the calibration text is {loss}; its weights or the text are broken")
+        check_loss(loss)
         last: dict[str, float] = {}  # how much each unit hurt when it was last looked at
         step = 0
         while more(current):
@@ -118,6 +117,16 @@ class Greedy:
     def _hope(self, damage: float) -> float:
         """The least that a unit which hurt so much may hurt by now."""
         return damage - self.slack * abs(damage) if math.isfinite(damage) else damage
+
+
+def check_loss(loss: float) -> None:
+    """Refuse to choose by a loss of the whole model, or by what is made of it, that is no number.
+
+    Raises:
+        WeightError: it is not finite.
+    """
+    if not math.isfinite(loss):
+        raise WeightError(f"the model's loss on the calibration text is {loss}; its weights or the text are broken")
 
 
 def _damage(loss: float, before: float) -> float:

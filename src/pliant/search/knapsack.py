@@ -12,7 +12,7 @@ import numpy as np
 from pliant.anatomy import Anatomy, Block
 from pliant.elastic import Subnet, parameters, ratio
 from pliant.errors import RatioError
-from pliant.search.greedy import Move
+from pliant.search.greedy import Move, check_loss
 from pliant.search.groups import widths
 from pliant.search.moves import block_moves
 from pliant.search.order import ordered
@@ -73,17 +73,22 @@ class KnapsackPruner(OrderedPruner):
             self.finish(pruning, job)
 
     def _allocate(self, pruning: Pruning, score: Scorer) -> tuple[Subnet, float]:
-        dense = score(Subnet())
         menus = self._menus(pruning)
+        wanted, most = self.ratio * parameters(pruning.anatomy), sum(menu[-1][1] for menu in menus.values())
+        if most < wanted:
+            raise RatioError(
+                f"ratio {self.ratio} cannot be reached: every block at its smallest comes to {most / parameters(pruning.anatomy):.4f}"
+            )
+        check_loss(dense := score(Subnet()))
         curves = {}
         for done, (name, menu) in enumerate(menus.items(), 1):
             curves[name] = [
                 Choice(kept, saved, score(apply_choice(Subnet(), name, kept)) - dense) for kept, saved in menu
             ]
             pruning.job.progress.step(done / len(menus), f"{done} of {len(menus)} blocks measured")
-        chosen = solve(list(curves.values()), self.ratio * parameters(pruning.anatomy))
+        chosen = solve(list(curves.values()), wanted)
         if chosen is None:
-            raise RatioError(f"ratio {self.ratio} cannot be reached with every block at its smallest")
+            raise RatioError(f"ratio {self.ratio} cannot be reached: too many blocks leave no finite loss")
         return self._swap(pruning, curves, dict(zip(curves, chosen, strict=True)), score)
 
     def _menus(self, pruning: Pruning) -> dict[str, list[tuple[tuple[tuple[str, int], ...] | None, int]]]:
@@ -114,7 +119,7 @@ class KnapsackPruner(OrderedPruner):
         draw = random.Random(self.seed)
         best = _subnet(curves, picked)
         loss = score(best)
-        for done in range(self.swaps):
+        for done in range(self.swaps if len(curves) > 1 else 0):
             down, up = draw.sample(list(curves), 2)
             tried = {**picked, down: picked[down] + 1, up: picked[up] - 1}
             if tried[down] >= len(curves[down]) or tried[up] < 0:

@@ -11,6 +11,7 @@ import torch
 
 from pliant.elastic import Subnet, ratio
 from pliant.measure.rank import RANKINGS
+from pliant.search.greedy import check_loss
 from pliant.search.moves import block_moves, layer_moves
 from pliant.search.pruner import Pruner
 from pliant.search.pruning import Pruning, Scorer
@@ -69,14 +70,16 @@ class OneShot(Pruner):
             generator = random.Random(self.seed)
             return {name: generator.random() for name in blocks}
         if self.by == PERPLEXITY:
+            free = block_moves(pruning.anatomy)(Subnet())
 
             def told(scorer: Scorer) -> None:
-                job.progress.step(scorer.seen / (len(blocks) + 1), f"{scorer.seen} of {len(blocks) + 1} scored")
+                job.progress.step(scorer.seen / (len(free) + 1), f"{scorer.seen} of {len(free) + 1} scored")
 
             with pruning.scoring(f"ranking by {self.metric}", windows, told=told) as score:
-                dense = score(Subnet())
-                ranks = {name: score(Subnet().without(name)) - dense for name in blocks}
+                check_loss(dense := score(Subnet()))
+                ranks = {move.unit: score(move.subnet) - dense for move in free}
         else:
             with job.progress.stage(f"ranking by {self.by}"):
                 ranks = RANKINGS[self.by](job.model, pruning.anatomy, windows)
-        return {name: rank if math.isfinite(rank) else math.inf for name, rank in ranks.items()}
+            check_loss(sum(ranks.values()))
+        return {name: rank if math.isfinite(rank := ranks.get(name, math.inf)) else math.inf for name in blocks}

@@ -26,7 +26,7 @@ def check_order(order: str) -> None:
 
 @contextmanager
 def ordered(job: Job, anatomy: Anatomy, order: str, windows: torch.Tensor | None = None) -> Iterator[None]:
-    """The model with its units in order; back in the old order when what is done meanwhile fails.
+    """The model with its units in order; back in the old order when what is done meanwhile fails before they are cut.
 
     Arguments:
         order: one of ``ORDERS``.
@@ -39,8 +39,11 @@ def ordered(job: Job, anatomy: Anatomy, order: str, windows: torch.Tensor | None
             # experts, which no matrix reads, keep their L1 order
             orders |= activation_orders(job.model, anatomy, windows)
     reorder(job.model, anatomy, orders)
+    shapes = [parameter.shape for parameter in job.model.parameters()]
     try:
         yield
     except BaseException:  # Ctrl-C, too
+        if shapes != [parameter.shape for parameter in job.model.parameters()]:
+            raise  # what failed came after the cut: there are no longer as many units
         reorder(job.model, anatomy, {axis: torch.argsort(permutation) for axis, permutation in orders.items()})
         raise

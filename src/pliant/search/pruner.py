@@ -12,7 +12,7 @@ from pliant.checkpoint.weights import check_finite, fingerprint
 from pliant.data import Text
 from pliant.errors import DataError, MemoryLimitError, RatioError
 from pliant.measure.score import METRICS
-from pliant.measure.windows import windows_for
+from pliant.measure.windows import check_model, windows_for
 from pliant.pages import pages_of
 from pliant.progress import size
 from pliant.search.cost import COSTS
@@ -79,6 +79,7 @@ class Pruner(Step):
         if not isinstance(job.data, Text):
             given = "nothing" if job.data is None else f"pliant.{type(job.data).__name__.lower()}"
             raise DataError(f"{self.kind} needs calibration text, not {given}: pass data=pliant.text('some.txt')")
+        check_model(job.model)
         check_finite(job.model)
         pages = pages_of(job.model)
         if self.repair and pages is not None:

@@ -19,13 +19,14 @@ from pliant.measure.walk import Footprint, Walk, footprint
 from pliant.pages import pages_of
 from pliant.progress import duration, size
 from pliant.search.archive import Archive
-from pliant.search.cost import cost_of
+from pliant.search.cost import Cost, cost_of
 from pliant.search.cut import cut_exactly
 from pliant.search.greedy import Greedy, Move
 from pliant.search.moves import Moves
 from pliant.search.repair import repair
 from pliant.step import Job
 
+ARCHIVE = "search.jsonl"
 ROUGH = 0.25  # share of the windows that a rough score is taken on
 PER_REMOVAL = 5.0  # scores that a lazy search takes for one, as long as it has made none
 
@@ -77,8 +78,7 @@ class Pruning:
 
     def __post_init__(self) -> None:
         self.anatomy = anatomy_of(self.job.model)
-        path = None if self.job.work is None else self.job.work / "search.jsonl"
-        self.archive = Archive(path, self.belongs_to)
+        self.archive = Archive(self.job.place(ARCHIVE, "evaluations"), self.belongs_to)
 
     def stage(
         self,
@@ -96,7 +96,7 @@ class Pruning:
             greedy: how to look.
             per: the cost by which damage is divided; None to remove what hurts least whatever its size.
         """
-        cost = None if per is None else cost_of(per, self.job.model, self.anatomy, self.job.work)
+        cost = None if per is None else self.cost(per)
         start, offered = ratio(self.anatomy, self.subnet), moves(self.subnet)
         first = len(offered)
         typical = statistics.median([ratio(self.anatomy, move.subnet) - start for move in offered] or [1.0])
@@ -171,6 +171,10 @@ class Pruning:
             "seconds": time.monotonic() - began,
             "windows": list(windows.shape),
         }
+
+    def cost(self, per: str) -> Cost:
+        """A cost by name, see :func:`pliant.search.cost.cost_of`; what is measured for it is kept beside the archive."""
+        return cost_of(per, self.job.model, self.anatomy, self.job.place(f"latency-{per}.json", "evaluations"))
 
     def commit(self, stage: str, move: Move, loss: float | None) -> None:
         """Take a move, and mark the point it leads to on the trade curve.

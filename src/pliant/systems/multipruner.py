@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pliant.anatomy import Anatomy
-from pliant.elastic import Subnet, validate
+from pliant.elastic import Subnet, ratio, validate
 from pliant.errors import DataError, SubnetError
 from pliant.search import WidthPruner, block_moves, width_moves
+from pliant.search.moves import pooled
 from pliant.search.order import ordered
 from pliant.step import Job, StepError
 
@@ -76,6 +77,9 @@ class MultiPruner(WidthPruner):
                 last = name == wanted[-1][0]
                 windows = for_blocks if name == "blocks" else for_widths
                 self.stage(pruning, name, moves, windows, self.ratio if last else until)
+            if ratio(anatomy, pruning.subnet) < self.ratio - 1e-12:  # the last one ran dry: whatever earlier ones left
+                left = pooled(*(moves for _, _, moves in wanted))
+                self.stage(pruning, "what is left", left, for_widths, self.ratio)
             self.finish(pruning, job)
 
 

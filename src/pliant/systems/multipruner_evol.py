@@ -46,6 +46,7 @@ class MultiPrunerEvol(WidthPruner):
         self._check_counts(width_samples=1, population=4, generations=1)
 
     def run(self, job: Job) -> None:
+        _pymoo()
         pruning = self.begin(job)
         anatomy = pruning.anatomy
         groups = {**self.mlp_groups(job), **self.head_groups(anatomy)}
@@ -54,21 +55,25 @@ class MultiPrunerEvol(WidthPruner):
         for_blocks = self.windows(job, self.samples, self.seed + 1)
         with ordered(job, anatomy, self.order, for_widths):
             self.stage(pruning, "blocks", block_moves(anatomy), for_blocks, self.ratio / 2)
+            reached = ratio(anatomy, pruning.subnet)
+            if reached > self.ratio + self.tolerance:
+                raise RatioError(
+                    f"the blocks alone come to ratio {reached:.4f}, {self.ratio} within {self.tolerance} was asked for; a larger "
+                    "tolerance or ratio is needed"
+                )
             with pruning.scoring("widths", for_widths) as score:
                 subnet, loss = self._evolve(pruning, score, groups)
             pruning.commit("widths", Move("all", subnet), loss)
             self.finish(pruning, job)
 
     def _evolve(self, pruning: Pruning, score: Scorer, groups: dict[str, int]) -> tuple[Subnet, float]:
-        try:
-            from pymoo.algorithms.moo.nsga2 import NSGA2
-            from pymoo.core.problem import ElementwiseProblem
-            from pymoo.operators.crossover.sbx import SBX
-            from pymoo.operators.mutation.pm import PM
-            from pymoo.operators.repair.rounding import RoundingRepair
-            from pymoo.optimize import minimize
-        except ImportError:
-            raise MissingExtraError("the evolutionary search needs pymoo: pip install 'pliant[search]'") from None
+        from pymoo.algorithms.moo.nsga2 import NSGA2
+        from pymoo.core.problem import ElementwiseProblem
+        from pymoo.operators.crossover.sbx import SBX
+        from pymoo.operators.mutation.pm import PM
+        from pymoo.operators.repair.rounding import RoundingRepair
+        from pymoo.optimize import minimize
+
         base, anatomy = pruning.subnet, pruning.anatomy
         axes = [
             (axis, groups[axis.leader])
@@ -103,7 +108,11 @@ class MultiPrunerEvol(WidthPruner):
             eliminate_duplicates=True,
         )
         minimize(problem, algorithm, ("n_gen", self.generations), seed=self.seed, verbose=False)
-        fitting = {s: loss for s, loss in met.items() if 0 <= ratio(anatomy, s) - self.ratio <= self.tolerance}
+        fitting = {
+            subnet: loss
+            for subnet, loss in met.items()
+            if np.isfinite(loss) and 0 <= ratio(anatomy, subnet) - self.ratio <= self.tolerance
+        }
         if not fitting:
             reached = sorted(ratio(anatomy, subnet) for subnet in met)
             raise RatioError(
@@ -130,6 +139,13 @@ class MultiPrunerEvol(WidthPruner):
                 subnet = subnet.keeping(axes[chosen][0].name, steps[chosen][places[chosen]])
             rows.append(places)
         return np.array(rows)
+
+
+def _pymoo() -> None:
+    try:
+        import pymoo  # noqa: F401 - only to know it is there before anything is scored
+    except ImportError:
+        raise MissingExtraError("the evolutionary search needs pymoo: pip install 'pliant[search]'") from None
 
 
 def _steps(axis: Axis, group: int) -> list[int]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pliant.errors import ArchitectureError
+from pliant.measure.windows import check_model
 
 
 class Halves:
@@ -22,14 +23,11 @@ class Halves:
     scales) is done. The model itself is not touched; both halves read its tensors.
 
     Raises:
-        ArchitectureError: the model makes its logits of something else than its final hidden states.
+        ArchitectureError: the model predicts no next tokens, or makes its logits of something else than its final hidden states.
     """
 
     def __init__(self, model: Any):
-        if not model.can_generate():
-            raise ArchitectureError(
-                f"{type(model).__name__} predicts no next tokens; a causal language model is needed"
-            )
+        check_model(model)
         self._trunk = model.base_model
         self._head = copy.copy(model)
         self._head._modules = {**model._modules, model.base_model_prefix: _Given()}

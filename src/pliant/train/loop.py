@@ -32,9 +32,10 @@ Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train; the fields mean what the settings of the same names mean in :class:`pliant.train.recover.Recover`."""
+    """How to train; the fields mean what the settings of the same names mean in :class:`pliant.train.recover.Recover`. With
+    infinitely many ``steps`` the ``minutes`` end it."""
 
-    steps: int
+    steps: float
     batch: int
     micro_batch: int
     lr: float
@@ -227,16 +228,18 @@ class Training:
     def _line(self, loss: float) -> str:
         last = self.curve[-1]["held_out"]
         seen = "" if last is None else f", held-out {last:.3f}, best at step {self.best}"
-        return f"step {self.step} of {self.plan.steps}, loss {loss:.3f}{seen}"
+        of = "" if math.isinf(self.plan.steps) else f" of {self.plan.steps}"
+        return f"step {self.step}{of}, loss {loss:.3f}{seen}"
 
     def _tell_cost(self, seconds: float) -> None:
-        left = (self.plan.steps - self.step + 1) * seconds
+        steps = self.plan.steps - self.step + 1
         budget = math.inf if self.plan.minutes is None else 60 * self.plan.minutes - self.seconds
-        enough = "" if left <= budget else f", the time is enough for about {max(1, round(budget / seconds))} of them"
-        self._progress.note(
-            f"  a step takes {duration(seconds)}; {self.plan.steps - self.step + 1} steps take about {duration(left)}{enough}; "
-            f"peak memory so far {size(memory_peak(self._device))}"
-        )
+        told = [f"  a step takes {duration(seconds)}"]
+        if math.isfinite(steps):
+            told.append(f"{steps} steps take about {duration(steps * seconds)}")
+        if steps * seconds > budget:
+            told.append(f"the time is enough for about {max(1, round(budget / seconds))} steps")
+        self._progress.note("; ".join([*told, f"peak memory so far {size(memory_peak(self._device))}"]))
 
     def _save(self) -> None:
         tensors = {f"now.{name}": parameter for name, parameter in self._parameters.items()}

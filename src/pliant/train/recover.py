@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ from pliant.train.loss import Distillation
 from pliant.train.state import StateFile
 from pliant.train.trained import Full, Lora, Trained, linear_layers, training_mode
 
+STEPS = 200
 RATES = {"lora": 3e-4, "full": 5e-5}
 MEMORY = ("fast", "small")
 
@@ -39,8 +41,8 @@ class Recover(Step):
     method: str = "lora"
     """lora trains low-rank adapters and merges them at the end (needs the train extra); full trains every weight."""
 
-    steps: int = 200
-    """Optimizer steps."""
+    steps: int | None = None
+    """Optimizer steps; when left out, 200, or with minutes as many as they are enough for."""
 
     minutes: float | None = None
     """Stop at the first optimizer step past so many minutes, if the steps are not over before; the schedule knows."""
@@ -154,11 +156,11 @@ class Recover(Step):
                 "the dense model has the same weights as the model to recover, so there is nothing to learn from it; name the "
                 "one from before the cut with teacher= (or pliant.apply(..., dense=model))"
             )
-        state = StateFile(_place(job), belongs_to)
+        folder = job.place("recover", "recovery")
+        state = StateFile(None if folder is None else folder / "state.safetensors", belongs_to)
         state.read()  # one that belongs to something else is refused before any work
         job.progress.note(
-            f"{given.source}: {len(train)} sequences, {train.tokens:,} tokens; {len(held_out)} held out; "
-            f"{self.steps} steps of {self.batch}, {self.steps * self.batch / len(train):.1f} passes"
+            f"{given.source}: {len(train)} sequences, {train.tokens:,} tokens; {len(held_out)} held out; {self._told(len(train))}"
         )
         was_training = teacher is not None and teacher.training
         try:
@@ -173,7 +175,7 @@ class Recover(Step):
         model = job.model
         micro = self.micro_batch or max(1, (4096 if model.device.type == "cuda" else 512) // self.seqlen)
         plan = Plan(
-            steps=self.steps,
+            steps=self._most_steps(),
             batch=self.batch,
             micro_batch=min(micro, self.batch),
             lr=self.lr or RATES[self.method],
@@ -226,6 +228,15 @@ class Recover(Step):
             "memory_estimate": sum(needs.values()),
             "peak_memory": memory_peak(model.device),
         }
+
+    def _most_steps(self) -> float:
+        return self.steps or (STEPS if self.minutes is None else math.inf)
+
+    def _told(self, sequences: int) -> str:
+        steps = self._most_steps()
+        if math.isinf(steps):
+            return f"steps of {self.batch}, {self.minutes:g} minutes"
+        return f"{steps} steps of {self.batch}, {steps * self.batch / sequences:.1f} passes"
 
     def _trained(self, model: Any, anatomy: Anatomy) -> Trained:
         if self.method == "full":
@@ -283,11 +294,3 @@ class Recover(Step):
     def _check_choice(self, name: str, allowed: Any) -> None:
         if getattr(self, name) not in allowed:
             raise StepError(f"there is no {name} {getattr(self, name)!r}; there are {', '.join(allowed)}")
-
-
-def _place(job: Job) -> Path | None:
-    """The state file. A recipe may recover several times; each has a folder of its own."""
-    if job.work is None:
-        return None
-    before = [one for one in getattr(job.model, "pliant_history", []) if one["settings"]["step"] == Recover.kind]
-    return job.work / (f"recover-{len(before) + 1}" if before else "recover") / "state.safetensors"
