@@ -14,6 +14,7 @@ import pico as tiny
 import pliant
 from pico import ARCHITECTURES, cases, fitted, head_of, inputs, leader, pico, tokenizer
 from pliant.anatomy import anatomy_of
+from pliant.checkpoint.load import tokenizer_of
 from pliant.checkpoint.schema import write
 from pliant.checkpoint.weights import check_finite, fingerprint
 from pliant.elastic import Subnet, extract
@@ -228,6 +229,17 @@ def test_a_path_that_is_not_there_is_refused_without_asking_a_hub(tmp_path):
         pliant.load(tmp_path / "gone.gguf")
 
 
+def test_the_tokenizer_of_a_gguf_file_is_in_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        transformers.AutoTokenizer, "from_pretrained", lambda *given, **options: asked.append((given, options))
+    )
+    model = pico()
+    model.name_or_path = "/models/some.Q4_1.gguf"
+    tokenizer_of(model)
+    assert asked == [(("/models",), {"gguf_file": "some.Q4_1.gguf"})]
+
+
 def test_weights_that_would_be_random_are_refused(folder):
     from safetensors.torch import load_file, save_file
 
@@ -337,6 +349,14 @@ def test_what_an_ordinary_config_cannot_say_is_refused():
         homogeneous(cut("llama", "channels"))
     with pytest.raises(ArtefactError, match="no list that could be shortened"):
         homogeneous(convnets.net("resnet_basic"))
+
+
+def test_layers_that_compute_by_their_number_are_not_renumbered():
+    model = pico("gpt2", scale_attn_by_inverse_layer_idx=True)
+    subnet = Subnet().without(*(f"layers.{layer}.{kind}" for layer in (0, 1) for kind in ("attention", "mlp")))
+    extract(model, anatomy_of(model), subnet)
+    with pytest.raises(ArtefactError, match="when its layers are renumbered"):
+        homogeneous(model)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "stablelm", "opt", "bert", "distilbert"])

@@ -187,13 +187,13 @@ def test_a_recipe_may_do_a_thing_twice():
 @pytest.mark.parametrize(
     ("system", "rows"), [("multipruner", 128), ("fisher", 256), ("knapsack", 256), ("recover", 128)]
 )
-def test_a_known_subnet_is_put_in_order_by_as_many_rows_as_its_search_took(system, rows, folder, tmp_path):
+def test_a_known_subnet_is_put_in_order_by_as_many_rows_as_its_search_took(system, rows, tmp_path):
     found = tmp_path / "found.json"
     found.write_text(json.dumps({"skip": [], "keep": {"layers.1.mlp.channels": 30}}))
-    cut, *others = known_subnet(found, str(folder), [system], [])
+    cut, *others = known_subnet(found, [system], [])
     assert (cut.kind, cut.samples) == ("cut", rows)
     assert [step.kind for step in others] == (["recover"] if system == "recover" else [])
-    assert known_subnet(found, str(folder), [system], ["samples=7"])[0].samples == 7
+    assert known_subnet(found, [system], ["samples=7"])[0].samples == 7
 
 
 def test_an_unknown_system_is_refused_with_those_there_are():

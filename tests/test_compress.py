@@ -11,8 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import convnets
 import pliant
+import test_discover
 from pico import pico
+from pliant.cli.main import app
 from pliant.errors import ArtefactError, BusyError, DataError, RatioError, WeightError
 from pliant.progress import Progress
 from pliant.run.compress import Measuring, compress
@@ -317,8 +320,6 @@ except pliant.PliantError:
 
 def test_the_command_line_makes_shows_and_exports(folder, prose, tmp_path):
     runner = CliRunner()
-    from pliant.cli.main import app
-
     out = tmp_path / "small"
     made = runner.invoke(app, words(folder, prose, out, "--set", "split=1:0:0"))
     assert made.exit_code == 0, made.output
@@ -344,10 +345,6 @@ def test_python_and_command_line_make_the_same_model(folder, prose, tmp_path):
 
 
 def test_a_known_subnet_is_cut_without_a_search(folder, tmp_path):
-    from typer.testing import CliRunner
-
-    from pliant.cli.main import app
-
     config = {"pruned_attn_idx": [3], "pruned_mlp_idx": [], "pruned_attn_width": {}, "pruned_mlp_width": {"1": 30}}
     (tmp_path / "pruning_config.json").write_text(json.dumps(config))
     words = [
@@ -370,8 +367,6 @@ def test_a_known_subnet_is_cut_without_a_search(folder, tmp_path):
 
 @pytest.mark.parametrize("system", ["multipruner", "unified", "knapsack"])
 def test_what_a_search_by_activations_found_can_be_cut_again(system, folder, prose, tmp_path):
-    from pliant.cli.main import app
-
     def compress(name, *more):
         settings = ["--set", "samples=40", "--set", "seqlen=32", "--set", "order=activation"]
         words = ["compress", str(folder), "--system", system, "--no-speed", *settings]
@@ -420,3 +415,121 @@ def test_an_archive_made_with_another_tokenizer_is_not_gone_on_with(folder, pros
     other.backend_tokenizer.normalizer = Lowercase()
     with pytest.raises(ValueError, match=r"belongs to another search \(tokens"):
         pliant.apply(pliant.load(folder), step, calibration, tokenizer=other, work=tmp_path / "work", progress=False)
+
+
+def _saved(model, place, tokenizer=None):
+    model.save_pretrained(place)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize("name", ["olmo", "cohere"])
+def test_a_family_without_a_file_goes_through_the_front_door(name, prose, tokenizer, tmp_path):
+    place = _saved(test_discover.unknown(name), tmp_path / name, tokenizer)
+    step = pliant.BlockPruner(ratio=0.2, samples=8, seqlen=32)
+    report = compress(place, step, prose, tmp_path / "small", measuring=QUICK, progress=Progress())
+    small = pliant.load(tmp_path / "small")
+    assert sum(p.numel() for p in small.parameters()) == report["after"]["parameters"]
+    found = tmp_path / "found.json"
+    found.write_text(json.dumps({"skip": ["layers.1.mlp"], "keep": {}}))
+    made = CliRunner().invoke(app, ["compress", str(place), "--subnet", str(found), "--out", str(tmp_path / "cut")])
+    assert made.exit_code == 0, made.output
+
+
+@pytest.mark.parametrize("name", ["bloom", "olmo2"])
+def test_a_block_that_can_only_go_whole_is_in_the_report(name, prose, tokenizer, tmp_path):
+    place = _saved(pico(name), tmp_path / name, tokenizer)
+    step = pliant.Cut(subnet=pliant.Subnet().without("layers.1.attention"))
+    report = compress(place, step, prose, tmp_path / "small", measuring=QUICK, progress=Progress())
+    assert report["layers"]["layers.1.attention"] == 0
+    assert report["layers"]["layers.2.attention"] == 1
+    page = (tmp_path / "small" / "report.html").read_text()
+    assert "layer 1, attention: 0% kept" in page
+    assert "layer 2, attention: 100% kept" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "auto"),
+    [
+        ("resnet_basic", "AutoModelForImageClassification"),
+        ("vit", "AutoModelForImageClassification"),
+        ("distilbert", "AutoModelForSequenceClassification"),
+    ],
+)
+def test_a_classifier_goes_through_the_front_door_without_text(name, auto, tmp_path):
+    dense = convnets.net(name) if name in convnets.NETS else pico(name)
+    _saved(dense, tmp_path / "dense")
+    words = ["compress", str(tmp_path / "dense"), "--system", "channelpruner", "--ratio", "0.1"]
+    made = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "small")])
+    assert made.exit_code == 0, made.output
+    assert "speed is measured of causal language models only" in made.output
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert f"{auto}.from_pretrained" in card
+    assert "KV cache" not in card
+    assert "<svg" not in (tmp_path / "small" / "report.html").read_text() or name not in convnets.NETS
+    small = pliant.load(tmp_path / "small")
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in dense.parameters())
+
+
+def test_what_another_share_is_of_can_be_set_on_the_command_line(tmp_path):
+    _saved(convnets.net("resnet_basic"), tmp_path / "dense")
+    words = [
+        "compress",
+        str(tmp_path / "dense"),
+        "--system",
+        "channelpruner",
+        "--set",
+        "macs_ratio=0.2",
+        "--set",
+        "group=1",
+    ]
+    made = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "small")])
+    assert made.exit_code == 0, made.output
+    report = json.loads((tmp_path / "small" / "report.json").read_text())
+    assert report["after"]["macs_per_token"] <= 0.8 * report["before"]["macs_per_token"]
+
+
+def test_an_interrupted_overwrite_with_other_settings_goes_on(folder, prose, tmp_path):
+    out = tmp_path / "small"
+    compress(
+        folder, pliant.BlockPruner(ratio=0.2, samples=8, seqlen=32), prose, out, measuring=QUICK, progress=Progress()
+    )
+
+    class Interrupting(Progress):
+        def emit(self, event, **fields):
+            if event == "stage" and fields.get("name", "").startswith("measuring the dense"):
+                raise KeyboardInterrupt
+
+    other = pliant.BlockPruner(ratio=0.2, samples=9, seqlen=32)
+    longer = Measuring(seqlen=32, windows=3, speed=False)
+    with pytest.raises(KeyboardInterrupt):
+        compress(folder, other, prose, out, measuring=longer, progress=Interrupting(), overwrite=True)
+    assert (tmp_path / "small.work" / "search.jsonl").exists()
+    report = compress(folder, other, prose, out, measuring=longer, progress=Progress(), overwrite=True)
+    assert report["steps"][0]["settings"]["samples"] == 9
+
+
+def test_the_folder_one_is_in_is_not_replaced(folder, prose, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ArtefactError, match="the folder you are in"):
+        compress(folder, pliant.BlockPruner(ratio=0.2), prose, ".", progress=Progress())
+
+
+def test_a_link_to_the_folder_stays_a_link(folder, prose, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "small").symlink_to(tmp_path / "disk")
+    step = pliant.BlockPruner(ratio=0.2, samples=8, seqlen=32)
+    compress(folder, step, prose, tmp_path / "small", measuring=QUICK, progress=Progress())
+    pliant.save(pliant.load(folder), tmp_path / "small", overwrite=True)
+    assert (tmp_path / "small").is_symlink()
+    assert (tmp_path / "disk" / "config.json").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"pico-llama", "disk", "small"}
+
+
+def test_a_model_from_nowhere_takes_no_tokenizer_from_the_working_folder(folder, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert model.name_or_path == ""
+    pliant.save(model, tmp_path / "small")
+    assert not (tmp_path / "small" / "tokenizer.json").exists()

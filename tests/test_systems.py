@@ -14,8 +14,8 @@ from pliant.architecture import Part, catalogue
 from pliant.elastic import Subnet, parameters, ratio
 from pliant.errors import DataError, PliantError, RatioError, WeightError
 from pliant.progress import Progress
+from pliant.search.found import parse_config, read_config
 from pliant.step import StepError
-from pliant.systems.multipruner import parse_config, read_config
 
 SMALL = {"samples": 4, "seqlen": 24, "seed": 3}
 WIDTHS = {"width_samples": 3, "mlp_group": 12}

@@ -502,3 +502,11 @@ def test_a_dense_model_is_written_as_it_was(tmp_path):
     write(model)
     model.save_pretrained(tmp_path / "after")
     assert (tmp_path / "before/config.json").read_text() == (tmp_path / "after/config.json").read_text()
+
+
+def test_a_plain_module_may_keep_a_config_of_its_own():
+    model = net("plain_resnet")
+    model.config = {"widths": [8, 12]}
+    before = sum(p.numel() for p in model.parameters())
+    pliant.apply(model, pliant.ChannelPruner(ratio=0.2), progress=False)
+    assert sum(p.numel() for p in model.parameters()) <= 0.8 * before

@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from pliant.search.channels import ChannelPruner as ChannelPruner
     from pliant.search.cut import Cut as Cut
     from pliant.search.fisher import FisherPruner as FisherPruner
+    from pliant.search.found import read_config as read_config
     from pliant.search.knapsack import KnapsackPruner as KnapsackPruner
     from pliant.search.oneshot import OneShot as OneShot
     from pliant.search.unified import UnifiedPruner as UnifiedPruner
     from pliant.systems.blockpruner import BlockPruner as BlockPruner
     from pliant.systems.multipruner import MultiPruner as MultiPruner
-    from pliant.systems.multipruner import read_config as read_config
     from pliant.systems.multipruner_evol import MultiPrunerEvol as MultiPrunerEvol
     from pliant.train import Recover as Recover
 
@@ -70,7 +70,7 @@ _PUBLIC = {
     "homogeneous": "pliant.export.homogeneous",
     "inspect": "pliant.measure.inspect",
     "load": "pliant.checkpoint.load",
-    "read_config": "pliant.systems.multipruner",
+    "read_config": "pliant.search.found",
     "questions": "pliant.data",
     "save": "pliant.run.save",
     "text": "pliant.data",

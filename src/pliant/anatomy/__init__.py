@@ -11,7 +11,7 @@ from pliant.anatomy.anatomy import (
 )
 from pliant.anatomy.block import Attribute, Axis, Block, Weight
 from pliant.anatomy.null import Null
-from pliant.anatomy.probe import answer, evaluating, probe
+from pliant.anatomy.probe import agree, answer, evaluating, probe
 
 __all__ = [
     "Anatomy",
@@ -20,6 +20,7 @@ __all__ = [
     "Block",
     "Null",
     "Weight",
+    "agree",
     "anatomy_of",
     "answer",
     "blocks_of",

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from pliant.errors import ArchitectureError
 
@@ -40,13 +41,13 @@ def probe(model: Any, *, tokens: int = 8, seed: int = 0) -> dict[str, Any]:
     """
     generator = torch.Generator().manual_seed(seed)
     first = next(model.parameters())
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if model in _examples:
         return {
             name: one.to(first.device) if isinstance(one, torch.Tensor) else one
             for name, one in _examples[model].items()
         }
-    if config is None:
+    if not isinstance(config, PreTrainedConfig):  # a plain module
         name = next(iter(inspect.signature(model.forward).parameters))
         pixels = torch.randn(1, _colours(model), 224, 224, generator=generator)
         return {name: pixels.to(first.device, first.dtype)}
@@ -76,6 +77,17 @@ def answer(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
     if isinstance(given, torch.Tensor):
         return given
     return given[0] if isinstance(given, Sequence) else next(iter(given.values()))
+
+
+def agree(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether two answers differ only by the order in which sums are taken; what is no number agrees with nothing.
+
+    Arguments:
+        dtype: of the weights; a coarser one than float32 rounds more.
+    """
+    coarse = min(100.0, torch.finfo(dtype).eps / torch.finfo(torch.float32).eps)
+    one, other = one.float(), other.float()
+    return (one - other).abs().max().item() <= 1e-4 * coarse * max(1.0, other.abs().max().item())
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from typing import Any
 from pliant.errors import ArtefactError, PliantError
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name, or owner/name
+CLASSIFIERS = ("ImageClassification", "SequenceClassification")
+"""What a model may be instead of a causal language model, as classes of transformers end."""
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -79,6 +81,8 @@ def load(
             where, dtype=dtype, output_loading_info=True, **options
         )
     model, told = loaded
+    if "gguf_file" in options:
+        model.name_or_path = str(source)  # the tokenizer is in the file, too
     if told["missing_keys"]:
         missing = sorted(told["missing_keys"])
         raise ArtefactError(
@@ -107,7 +111,7 @@ def _auto_class(source: str, options: dict[str, Any]) -> Any:
     if "gguf_file" not in options:
         known = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
         config, _ = transformers.PreTrainedConfig.get_config_dict(source, **known)
-        for kind in ("ImageClassification", "SequenceClassification"):
+        for kind in CLASSIFIERS:
             if any(name.endswith(f"For{kind}") for name in config.get("architectures") or ()):
                 return getattr(transformers, f"AutoModelFor{kind}")
     return transformers.AutoModelForCausalLM
@@ -174,8 +178,10 @@ def tokenizer_of(model: Any, source: str | Path | None = None) -> Any:
     where = str(source or getattr(model, "name_or_path", "") or "")
     if not where:
         raise ArtefactError("this model was not loaded from anywhere; pass tokenizer=")
+    path = Path(where)
+    place, options = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (where, {})
     try:
-        return AutoTokenizer.from_pretrained(where)
+        return AutoTokenizer.from_pretrained(place, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(
             f"there is no tokenizer with {where!r} ({str(error).splitlines()[0]}); pass tokenizer="

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from pliant.anatomy import Anatomy, anatomy_of, blocks_of, described_by, global_size, layers_of, plain_config
 from pliant.architecture import Architecture, shipped
@@ -44,9 +45,9 @@ def describe(anatomy: Anatomy, config: Any) -> dict[int, dict[str, Any]]:
 def write(model: Any) -> None:
     """Make a model's config say what its tensors are, so that ``save_pretrained`` writes a folder that reloads.
 
-    A plain module has no config and nothing that would read one.
+    A plain module has no such config and nothing that would read one.
     """
-    if getattr(model, "config", None) is None:
+    if not isinstance(getattr(model, "config", None), PreTrainedConfig):
         return
     anatomy = anatomy_of(model)
     if anatomy.traced:

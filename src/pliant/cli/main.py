@@ -196,9 +196,11 @@ def compress(
 
     calibration = None if data is None else text(data, column=column)
     systems = system or ["multipruner"]
+    names = {pair.partition("=")[0].strip().rpartition(".")[2].replace("-", "_") for pair in setting or ()}
+    asked = ratio is not None or names & {"ratio", "macs_ratio"}
     if subnet is not None:
-        steps = known_subnet(subnet, model, systems, setting or [])
-    elif (ratio is None and set(systems) & PRUNERS) or (calibration is None and set(systems) & SEARCHES):
+        steps = known_subnet(subnet, systems, setting or [])
+    elif (not asked and set(systems) & PRUNERS) or (calibration is None and set(systems) & SEARCHES):
         raise PliantError("a search needs --ratio and --data; to cut without a search, give --subnet")
     else:
         steps = recipe(systems, {} if ratio is None else {"ratio": str(ratio)}, setting or [])

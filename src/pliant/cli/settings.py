@@ -61,23 +61,21 @@ def recipe(systems: Sequence[str], given: dict[str, str], pairs: Sequence[str]) 
     return [classes[system](**values[system]) for system in systems]
 
 
-def known_subnet(path: Path, model: str, systems: Sequence[str], pairs: Sequence[str]) -> list[Step]:
+def known_subnet(path: Path, systems: Sequence[str], pairs: Sequence[str]) -> list[Step]:
     """:func:`recipe` without its searches: the model is cut to the sub-network in a file, then the other steps follow.
 
     Units are put in order by what the first pruner among ``systems`` goes by, on as many rows, unless a pair says something
     else.
     """
-    from pliant.anatomy import anatomy_of
-    from pliant.checkpoint.load import load
     from pliant.search import Cut
-    from pliant.systems.multipruner import read_config
+    from pliant.search.found import config_in
 
     pruner = next((step_class(name) for name in systems if name in PRUNERS), Cut)
     rows = getattr(pruner, "width_samples", getattr(pruner, "samples", Cut.samples))
     others = [name for name in systems if name not in PRUNERS]
     classes = {"cut": Cut, **{name: step_class(name) for name in others}}
     values = _values(classes, {"order": getattr(pruner, "order", "l1"), "samples": str(rows)}, pairs)
-    values["cut"]["subnet"] = read_config(path, anatomy_of(load(model)))
+    values["cut"]["subnet"] = config_in(path)
     return [classes[name](**values[name]) for name in ("cut", *others)]
 
 

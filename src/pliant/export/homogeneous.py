@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pliant.anatomy import Anatomy, anatomy_of, global_size, layers_of, plain_config
+from pliant.anatomy import Anatomy, agree, anatomy_of, answer, evaluating, global_size, layers_of, plain_config, probe
 from pliant.errors import ArtefactError
 
 _BY_LAYER = ("layer_types", "no_rope_layers")  # config keys that list one thing a layer
@@ -20,7 +20,8 @@ def homogeneous(model: Any) -> Any:
     The result shares its weights with ``model``, which stays as it is.
 
     Raises:
-        ArtefactError: when a layer is only half removed or widths differ; the message says which.
+        ArtefactError: when a layer is only half removed, widths differ, or what a layer computes depends on its number; the
+            message says which.
     """
     anatomy = anatomy_of(model)
     if anatomy.traced:
@@ -51,10 +52,18 @@ def homogeneous(model: Any) -> Any:
             module, _, attribute = new.rpartition(".")
             setattr(rebuilt.get_submodule(module), attribute, buffer)
     rebuilt.tie_weights()
+    rebuilt.eval()
+    with evaluating(model), torch.inference_mode():
+        inputs = probe(model)
+        same = agree(answer(rebuilt, inputs), answer(model, inputs), next(model.parameters()).dtype)
+    if not same:
+        raise ArtefactError(
+            f"this {config.model_type} model computes something else when its layers are renumbered; it loads after 'import pliant'"
+        )
     if model.can_generate():
         rebuilt.generation_config = copy.deepcopy(model.generation_config)
     rebuilt.name_or_path = model.name_or_path
-    return rebuilt.eval()
+    return rebuilt
 
 
 def _whole_layers(anatomy: Anatomy) -> list[int]:

@@ -21,13 +21,18 @@ def check_model(model: Any) -> None:
         ArchitectureError: it is no causal language model: it predicts no tokens, or it sees those that it predicts.
         MemoryLimitError: its weights are not in memory.
     """
-    sees_all = any(getattr(module, "is_causal", None) is False for module in model.modules())
-    if sees_all or not getattr(model, "can_generate", bool)():
+    if not predicts(model):
         raise ArchitectureError(f"{type(model).__name__} predicts no next tokens; a causal language model is needed")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise MemoryLimitError(
             "some weights of this model are offloaded; load it with memory= (pliant.load) instead of a device_map"
         )
+
+
+def predicts(model: Any) -> bool:
+    """Whether it is a causal language model."""
+    sees_all = any(getattr(module, "is_causal", None) is False for module in model.modules())
+    return not sees_all and getattr(model, "can_generate", bool)()
 
 
 def batches_of(model: Any, windows: torch.Tensor) -> list[torch.Tensor]:

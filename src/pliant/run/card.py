@@ -10,7 +10,11 @@ import torch
 import transformers
 import yaml
 
+from pliant.checkpoint.load import CLASSIFIERS
 from pliant.measure.evaluate import SHARES
+
+READERS = {"pixel_values": ("processor", "AutoImageProcessor")}
+"""What reads the input of a model, by the name of that input; a tokenizer for all others."""
 
 
 def versions() -> dict[str, Any]:
@@ -47,16 +51,19 @@ def card(model: Any, history: list[dict[str, Any]], report: dict[str, Any] | Non
         lines += ["", "| | before | after |", "|---|---|---|"]
         lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table(report)]
         lines += ["", f"Measured on {report['machine']['cpu']}, {report['machine']['threads']} threads."]
+    kinds = [kind for kind in CLASSIFIERS if type(model).__name__.endswith(f"For{kind}")]
+    auto = f"AutoModelFor{kinds[0] if kinds else 'CausalLM'}"
+    name, reader = READERS.get(getattr(model, "main_input_name", ""), ("tokenizer", "AutoTokenizer"))
     lines += [
         "",
         "## Load it",
         "",
         "```python",
         "import pliant  # teaches transformers the per-layer shapes of this model",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {auto}, {reader}",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+        f'model = {auto}.from_pretrained("path/to/this/folder")',
+        f'{name} = {reader}.from_pretrained("path/to/this/folder")',
         "```",
         "",
     ]
@@ -69,8 +76,10 @@ def table(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows = [
         ("parameters", f"{before['parameters']:,}", f"{after['parameters']:,} (-{report['ratio']:.1%})"),
         ("weights", _megabytes(before["weight_bytes"]), _megabytes(after["weight_bytes"])),
-        ("KV cache per token", f"{before['cache_bytes_per_token']:,} B", f"{after['cache_bytes_per_token']:,} B"),
     ]
+    if before["cache_bytes_per_token"]:
+        old, new = (f"{costs['cache_bytes_per_token']:,} B" for costs in (before, after))
+        rows.append(("KV cache per token", old, new))
     for name, old in before.get("quality", {}).get("perplexity", {}).items():
         new = after["quality"]["perplexity"][name]
         rows.append((f"perplexity, {name}", f"{old['perplexity']:.2f}", f"{new['perplexity']:.2f}"))

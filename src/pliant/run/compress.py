@@ -9,21 +9,22 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pliant.anatomy import anatomy_of
+from pliant.anatomy import Anatomy
 from pliant.checkpoint.load import check_folder, load, tokenizer_of
 from pliant.checkpoint.weights import fingerprint
 from pliant.data import Text, text
-from pliant.elastic import Subnet, cache_bytes, macs, parameters, streamed_bytes, weight_bytes
+from pliant.elastic import Subnet, cache_bytes, described, macs, parameters, streamed_bytes, weight_bytes
 from pliant.errors import BusyError, PliantError
 from pliant.machine import machine
 from pliant.measure.evaluate import evaluate
 from pliant.measure.speed import bench
-from pliant.measure.windows import longest_of
+from pliant.measure.windows import longest_of, predicts
 from pliant.pages import pages_of
 from pliant.progress import Console, Progress
 from pliant.run.apply import apply
@@ -84,7 +85,7 @@ def compress(
         BusyError: another run is writing to ``out``.
     """
     progress = progress or Console()
-    out = Path(out)
+    out = Path(out).resolve()
     check_target(out, overwrite)
     calibration = text(data) if isinstance(data, str | Path) else data
     held_out = [one if isinstance(one, Text) else text(one) for one in measuring.perplexity]
@@ -102,21 +103,25 @@ def compress(
         raise BusyError(f"another run is writing to {str(out)!r}; wait for it, or name another folder") from None
 
     def run() -> dict[str, Any]:
+        for made in [*(out.glob(ARCHIVES) if earlier else ()), out / MEASURED]:
+            if made.exists() and not (work / made.name).exists():
+                shutil.copyfile(made, work / made.name)
         with progress.stage(f"loading {source}"):
             model = load(source, dtype=dtype, memory=memory, scratch=work)
         return _compress(source, model, step, calibration, held_out, out, work, measuring, overwrite, progress)
 
     try:
-        earlier = any(out.glob(ARCHIVES)) and not any(work.glob(ARCHIVES))
-        for made in [*(out.glob(ARCHIVES) if earlier else ()), out / MEASURED]:
-            if made.exists() and not (work / made.name).exists():
-                shutil.copyfile(made, work / made.name)
+        # archives of what is about to be overwritten: a start, or of no use if they came from other settings
+        earlier = all((out / made.name).exists() and cmp(made, out / made.name) for made in work.glob(ARCHIVES))
         try:
             report = run()
         except ArchiveError:
-            if not earlier:
+            if not (earlier and any(work.glob(ARCHIVES))):
                 raise
-            for made in work.glob(ARCHIVES):  # what is about to be overwritten came from other settings
+            report = None
+        if report is None:  # outside the handler, which would keep the first model in memory
+            earlier = False
+            for made in work.glob(ARCHIVES):
                 made.unlink()
             report = run()
     except BaseException as error:
@@ -143,7 +148,11 @@ def _compress(
     overwrite: bool,
     progress: Progress,
 ) -> dict[str, Any]:
-    tokenizer = tokenizer_of(model)
+    reads = calibration is not None or held_out or measuring.tasks
+    tokenizer = tokenizer_of(model) if reads else None
+    if measuring.speed and not predicts(model):
+        progress.note("speed is measured of causal language models only")
+        measuring = replace(measuring, speed=False)
     check_target(out, overwrite, need=sum(p.numel() * p.element_size() for p in model.parameters()))
     job = _job(model, tokenizer, step, calibration, held_out, measuring)
     if (done := _finished(out, job)) is not None:
@@ -170,7 +179,7 @@ def _compress(
         "ratio": 1 - after["parameters"] / before["parameters"],
         "before": before,
         "after": after,
-        "layers": _layers(before["axes"], after["axes"]),
+        "layers": _shares(before.pop("units"), after.pop("units")),
         "steps": model.pliant_history,
         "machine": machine(),
         **versions(),
@@ -186,7 +195,6 @@ def _compress(
         }
     if (pages := pages_of(model)) is not None:
         report["memory"] = {"limit": pages.limit, "peak": pages.peak}
-    del before["axes"], after["axes"]
     archive = {made.name: made for made in [*sorted(work.glob(ARCHIVES)), work / MEASURED] if made.exists()}
     with progress.stage(f"writing {out}"):
         save(model, out, report=report, extra=archive, overwrite=overwrite)
@@ -271,7 +279,7 @@ def _remembered(path: Path, key: str, measure: Callable[[], dict[str, Any]]) -> 
 
 
 def _costs(model: Any) -> dict[str, Any]:
-    anatomy = anatomy_of(model)
+    anatomy = described(model)
     element = next(model.parameters()).element_size()
     return {
         "parameters": parameters(anatomy),
@@ -279,10 +287,16 @@ def _costs(model: Any) -> dict[str, Any]:
         "weight_bytes": weight_bytes(anatomy, element=element),
         "streamed_bytes": streamed_bytes(anatomy, element=element, context=_PROMPT),
         "cache_bytes_per_token": cache_bytes(anatomy, element=element),
-        "axes": {axis.name: axis.size for axis in anatomy.axes.values()},
+        "units": _units(anatomy),
     }
 
 
-def _layers(before: dict[str, int], after: dict[str, int]) -> dict[str, float]:
-    """Share kept of every axis: 0 where its block is gone."""
+def _units(anatomy: Anatomy) -> dict[str, int]:
+    """Units of every axis by its name, and 1 by the name of a block that can only go whole."""
+    whole = {block.name: 1 for block in anatomy.blocks.values() if not block.leaders}
+    return {axis.name: axis.size for axis in anatomy.axes.values()} | whole
+
+
+def _shares(before: dict[str, int], after: dict[str, int]) -> dict[str, float]:
+    """Share kept of each: 0 where its block is gone."""
     return {name: after.get(name, 0) / size for name, size in before.items()}

@@ -60,13 +60,11 @@ def _wheel(package: str, folder: Path) -> Path:
 
 def _convert(gguf: Path, to: Path) -> None:
     """A GGUF file as an ordinary transformers folder in float32."""
-    from transformers import AutoTokenizer
-
-    from pliant.checkpoint.load import load
+    from pliant.checkpoint.load import load, tokenizer_of
 
     model = load(gguf, dtype="float32")
     model.save_pretrained(to)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(to)
+    tokenizer_of(model).save_pretrained(to)
 
 
 def _write(path: Path, lines: list[str]) -> None:

@@ -42,8 +42,6 @@ def page(report: dict[str, Any]) -> str:
 <h2>Before and after</h2>
 <table><tr><th></th><th>before</th><th>after</th></tr>{"".join(rows)}</table>
 {_predicted(report)}
-<h2>What is kept</h2>
-<p>Share of each block that is kept, layer by layer. An empty bar is a block that was removed.</p>
 {_picture(report["layers"])}
 {steps}
 </body></html>
@@ -200,7 +198,10 @@ def _plot(xs: list[float], ys: list[float], titles: list[str], marks: dict[int, 
 
 
 def _picture(layers: dict[str, float]) -> str:
-    """For every layer a bar for each axis, filled by the share kept."""
+    """For every layer a bar for each axis, filled by the share kept; nothing where a model has no list of layers."""
+    layers = {name: share for name, share in layers.items() if name.startswith("layers.")}
+    if not layers:
+        return ""
     kinds = list(dict.fromkeys(name.split(".", 2)[2] for name in layers))
     depth = 1 + max(int(name.split(".")[1]) for name in layers)
     left, row, gap = 110, 46, 14
@@ -224,4 +225,7 @@ def _picture(layers: dict[str, float]) -> str:
                 )
     for layer in range(0, depth, max(1, depth // 10)):
         parts.append(f'<text x="{left + layer * bar:.1f}" y="{height - 4}">{layer}</text>')
-    return f'<svg viewBox="0 0 640 {height}" role="img" aria-label="share kept of every block">{"".join(parts)}</svg>'
+    return (
+        "<h2>What is kept</h2><p>Share of each block that is kept, layer by layer. An empty bar is a block that was removed.</p>"
+        f'<svg viewBox="0 0 640 {height}" role="img" aria-label="share kept of every block">{"".join(parts)}</svg>'
+    )

@@ -59,7 +59,7 @@ def save(
     Raises:
         ArtefactError: the folder exists, cannot be written, or the disk is full. Nothing is left behind then.
     """
-    target = Path(folder)
+    target = Path(folder).resolve()
     check_target(target, overwrite, need=sum(p.numel() * p.element_size() for p in model.parameters()))
     write(model)
     history = getattr(model, "pliant_history", [])
@@ -91,6 +91,8 @@ def check_target(target: Path, overwrite: bool, need: int = 0) -> None:
     Raises:
         ArtefactError: saying why not.
     """
+    if target.resolve() == Path.cwd():
+        raise ArtefactError(f"{str(target)!r} is the folder you are in; name one that can be made anew")
     if target.exists() and not target.is_dir():
         raise ArtefactError(f"{str(target)!r} is a file; give a folder")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
@@ -137,12 +139,16 @@ def written_aside(target: Path) -> Iterator[Path]:
 
 def _save_tokenizer(model: Any, tokenizer: Any, aside: Path) -> None:
     source = Path(str(model.name_or_path))
-    if tokenizer is None and source.is_dir():
+    if tokenizer is not None:
+        tokenizer.save_pretrained(aside)
+    elif not model.name_or_path:
+        return  # made here, not loaded from anywhere
+    elif source.is_dir():
         for name in TOKENIZER_FILES:
             if (source / name).exists():
                 shutil.copyfile(source / name, aside / name)
-    else:
-        (tokenizer or tokenizer_of(model)).save_pretrained(aside)
+    elif model.main_input_name != "pixel_values":
+        tokenizer_of(model).save_pretrained(aside)
 
 
 def _short(step: dict[str, Any]) -> dict[str, Any]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from pliant.anatomy import Anatomy, anatomy_of, answer, evaluating, probe
+from pliant.anatomy import Anatomy, agree, anatomy_of, answer, evaluating, probe
 from pliant.checkpoint.weights import check_finite
 from pliant.data import Text
 from pliant.elastic import Elastic, Subnet, extract, ratio, validate
 from pliant.errors import DataError, SubnetError
 from pliant.measure.windows import windows_for
+from pliant.search.found import parse_config
 from pliant.search.order import check_order, ordered
 from pliant.step import Job, Step
 
@@ -23,8 +25,8 @@ class Cut(Step):
 
     kind: ClassVar[str] = "cut"
 
-    subnet: Subnet
-    """What to keep."""
+    subnet: Subnet | Mapping[str, Any]
+    """What to keep; or what a file of :func:`pliant.read_config` says, read for the model that is cut."""
 
     order: str = "l1"
     """What channels and heads were put in order by where the sub-network was found: l1, activation (from
@@ -45,11 +47,12 @@ class Cut(Step):
     def run(self, job: Job) -> None:
         check_finite(job.model)
         anatomy = anatomy_of(job.model)
-        validate(self.subnet, anatomy)
-        order = self.order if self.subnet.keep else "stored"
+        subnet = self.subnet if isinstance(self.subnet, Subnet) else parse_config(self.subnet, anatomy)
+        validate(subnet, anatomy)
+        order = self.order if subnet.keep else "stored"
         with ordered(job, anatomy, order, self._windows(job) if order == "activation" else None):
-            cut_exactly(job.model, anatomy, self.subnet)
-        job.record.update(ratio=ratio(anatomy, self.subnet), subnet=self.subnet.to_dict())
+            cut_exactly(job.model, anatomy, subnet)
+        job.record.update(ratio=ratio(anatomy, subnet), subnet=subnet.to_dict())
 
     def _windows(self, job: Job) -> torch.Tensor:
         if not isinstance(job.data, Text):
@@ -59,7 +62,10 @@ class Cut(Step):
         return windows_for(job.model, job.tokenizer(), job.data.sample(self.samples, self.seed), self.seqlen)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "subnet": self.subnet.to_dict()}
+        return {
+            **super().to_dict(),
+            "subnet": self.subnet.to_dict() if isinstance(self.subnet, Subnet) else dict(self.subnet),
+        }
 
 
 @torch.no_grad()
@@ -70,12 +76,10 @@ def cut_exactly(model: Any, anatomy: Anatomy, subnet: Subnet) -> None:
         inputs = probe(model, tokens=16)
         elastic.activate(subnet)
         try:
-            expected = answer(model, inputs).float()
+            expected = answer(model, inputs)
         finally:
             elastic.activate(Subnet())
         extract(model, anatomy, subnet)
-        actual = answer(model, inputs).float()
-    coarse = min(100.0, torch.finfo(next(model.parameters()).dtype).eps / torch.finfo(torch.float32).eps)
-    bound = 1e-4 * coarse * max(1.0, expected.abs().max().item())
-    if not (actual - expected).abs().max().item() <= bound:
+        actual = answer(model, inputs)
+    if not agree(actual, expected, next(model.parameters()).dtype):
         raise SubnetError("the cut model does not compute what the search scored; please report this model")
