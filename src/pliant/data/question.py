@@ -10,6 +10,7 @@ from dataclasses import astuple, dataclass
 
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")  # the minus of 10-3 is no sign
 _LETTER = re.compile(r"\b[A-J]\b")
+_TOLD = re.compile(r"(?i:answer(?: is|:))\W*([A-J])\b|^\W*([A-J])[.):]")  # "the answer is (B)", "B. Because"
 _CLOSE = 1e-3  # reference answers are rounded by hand
 
 
@@ -42,15 +43,17 @@ class OpenQuestion:
     def matches(self, written: str) -> bool:
         """Whether ``written`` gives the answer.
 
-        An answer that is a number is compared with the last number written, within 0.001; one that is a letter with the last
-        capital A to J that stands alone; any other with the first line, whatever its case, without a full stop at the end.
+        An answer that is a number is compared with the last number written, within 0.001; one that is a letter with the letter
+        that is called the answer or that all begins with, else with the last capital A to J that stands alone; any other with
+        the first line, whatever its case, without a full stop at the end.
         """
         wanted = self.answer.strip()
         if _NUMBER.fullmatch(wanted):
             numbers = _NUMBER.findall(written)
             return bool(numbers) and abs(_value(numbers[-1]) - _value(wanted)) <= _CLOSE
         if _LETTER.fullmatch(wanted):
-            return _LETTER.findall(written)[-1:] == [wanted]
+            told = _TOLD.search(written)
+            return ([told[1] or told[2]] if told else _LETTER.findall(written)[-1:]) == [wanted]
         return _plain(written) == _plain(wanted)
 
 
