@@ -200,7 +200,9 @@ def test_overwriting_with_other_settings_starts_anew(folder, prose, tmp_path):
 def test_work_left_by_other_settings_is_not_mixed_in(folder, prose, tmp_path):
     process = subprocess.Popen([*PROGRAM, *words(folder, prose, tmp_path / "small")], stderr=subprocess.DEVNULL)
     archive = tmp_path / "small.work" / "search.jsonl"
-    while process.poll() is None and not archive.exists():
+    while process.poll() is None and not (
+        archive.exists() and archive.read_bytes()
+    ):  # it exists before it says anything
         time.sleep(0.01)
     process.kill()
     process.wait()
