@@ -169,10 +169,11 @@ def json_objects(raw: str, path: Path) -> list[dict[str, Any]]:
                     objects.append(json.loads(line))
                 except json.JSONDecodeError as error:
                     raise DataError(f"{str(path)!r}, line {number}: not JSON: {error.msg}") from None
+    escaped = "\\ud" in raw.lower()  # half characters come in no other way
     for number, item in enumerate(objects, 1):
         if not isinstance(item, dict):
             raise DataError(f"{str(path)!r}, row {number}: an object is expected, not {type(item).__name__}")
-        if "\\ud" in raw.lower():
+        if escaped:
             check_unicode(json.dumps(item, ensure_ascii=False), f"{str(path)!r}, row {number}")
     if not objects:
         raise DataError(f"{str(path)!r} holds no rows")
