@@ -11,7 +11,7 @@ from pliant.anatomy.anatomy import (
 )
 from pliant.anatomy.block import Attribute, Axis, Block, Weight
 from pliant.anatomy.null import Null
-from pliant.anatomy.probe import agree, answer, evaluating, probe
+from pliant.anatomy.probe import agree, answer, evaluating, probe, rounding
 
 __all__ = [
     "Anatomy",
@@ -30,4 +30,5 @@ __all__ = [
     "layers_of",
     "plain_config",
     "probe",
+    "rounding",
 ]

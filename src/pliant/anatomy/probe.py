@@ -85,9 +85,14 @@ def agree(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:
     Arguments:
         dtype: of the weights; a coarser one than float32 rounds more.
     """
-    coarse = min(100.0, torch.finfo(dtype).eps / torch.finfo(torch.float32).eps)
     one, other = one.float(), other.float()
-    return (one - other).abs().max().item() <= 1e-4 * coarse * max(1.0, other.abs().max().item())
+    return (one - other).abs().max().item() <= 1e-4 * rounding(other, dtype)
+
+
+def rounding(reference: torch.Tensor, dtype: torch.dtype) -> float:
+    """What a tolerance is a share of: the largest value of an answer, times how much coarser than float32 its weights are."""
+    coarse = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+    return min(coarse, 100.0) * max(1.0, reference.abs().max().item())
 
 
 @contextmanager

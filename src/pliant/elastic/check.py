@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pliant.anatomy import Anatomy, anatomy_of, answer, evaluating, layers_of, probe
+from pliant.anatomy import Anatomy, anatomy_of, answer, evaluating, layers_of, probe, rounding
 from pliant.elastic.activate import Elastic
 from pliant.elastic.reorder import reorder
 from pliant.elastic.subnet import Subnet
@@ -46,11 +46,6 @@ def _source(anatomy: Anatomy) -> str:
     return f"what was traced of {name}" if anatomy.traced else f"{name}.yaml"
 
 
-def _tolerance(reference: torch.Tensor, dtype: torch.dtype) -> float:
-    coarse = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
-    return TOLERANCE * min(coarse, 100.0) * max(1.0, reference.abs().max().item())
-
-
 def _check_reorder(
     model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any], dense: torch.Tensor, generator: torch.Generator
 ) -> None:
@@ -60,7 +55,7 @@ def _check_reorder(
         difference = (_output(model, inputs) - dense).abs().max().item()
     finally:
         reorder(model, anatomy, {name: torch.argsort(order) for name, order in orders.items()})
-    if not difference <= _tolerance(dense, next(model.parameters()).dtype):
+    if not difference <= TOLERANCE * rounding(dense, next(model.parameters()).dtype):
         raise ArchitectureError(
             f"{_source(anatomy)} is wrong for this model: reordering units moved the logits by {difference:.3g}"
         )
@@ -149,7 +144,7 @@ def _check_narrow(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any], ge
         ) from error
     finally:
         elastic.activate(Subnet())
-    if not difference <= _tolerance(silenced, next(model.parameters()).dtype):
+    if not difference <= TOLERANCE * rounding(silenced, next(model.parameters()).dtype):
         raise ArchitectureError(
             f"{_source(anatomy)} is wrong for this model: cutting units moved the logits by {difference:.3g} "
             "against silencing them"
