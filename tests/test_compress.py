@@ -469,7 +469,8 @@ def test_a_classifier_goes_through_the_front_door_without_text(name, auto, tmp_p
     card = (tmp_path / "small" / "README.md").read_text()
     assert f"{auto}.from_pretrained" in card
     assert "KV cache" not in card
-    assert "<svg" not in (tmp_path / "small" / "report.html").read_text() or name not in convnets.NETS
+    page = (tmp_path / "small" / "report.html").read_text()
+    assert ("<svg" in page) == (name not in convnets.NETS)  # a convnet has no list of layers to draw
     small = pliant.load(tmp_path / "small")
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in dense.parameters())
 
