@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from typer.testing import CliRunner
 
 import convnets
@@ -536,3 +538,19 @@ def test_a_model_from_nowhere_takes_no_tokenizer_from_the_working_folder(folder,
     assert model.name_or_path == ""
     pliant.save(model, tmp_path / "small")
     assert not (tmp_path / "small" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("fault", [None, ImportError, OSError, ValueError])
+def test_an_image_model_of_a_hub_is_saved_with_the_processor_it_has(fault, tmp_path, monkeypatch):
+    def from_pretrained(name):
+        if fault is not None:
+            raise fault
+        return SimpleNamespace(save_pretrained=lambda place: (place / "preprocessor_config.json").write_text(name))
+
+    monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", from_pretrained)
+    model = pico("vit")
+    model.name_or_path = "owner/name"
+    pliant.save(model, tmp_path / "small")
+    written = [path.read_text() for path in (tmp_path / "small").glob("preprocessor_config.json")]
+    assert written == ([] if fault else ["owner/name"])
+    assert pliant.load(tmp_path / "small").config.model_type == "vit"

@@ -149,6 +149,14 @@ def _save_tokenizer(model: Any, tokenizer: Any, aside: Path) -> None:
                 shutil.copyfile(source / name, aside / name)
     elif model.main_input_name != "pixel_values":
         tokenizer_of(model).save_pretrained(aside)
+    else:
+        from transformers import AutoImageProcessor
+
+        try:
+            processor = AutoImageProcessor.from_pretrained(model.name_or_path)
+        except (ImportError, OSError, ValueError):  # it has none, or one that needs packages which are not here
+            return
+        processor.save_pretrained(aside)
 
 
 def _short(step: dict[str, Any]) -> dict[str, Any]:
