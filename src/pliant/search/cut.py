@@ -47,8 +47,11 @@ class Cut(Step):
     def run(self, job: Job) -> None:
         check_finite(job.model)
         anatomy = anatomy_of(job.model)
-        subnet = self.subnet if isinstance(self.subnet, Subnet) else parse_config(self.subnet, anatomy)
-        validate(subnet, anatomy)
+        if isinstance(self.subnet, Subnet):
+            subnet = self.subnet
+            validate(subnet, anatomy)
+        else:
+            subnet = parse_config(self.subnet, anatomy)
         order = self.order if subnet.keep else "stored"
         with ordered(job, anatomy, order, self._windows(job) if order == "activation" else None):
             cut_exactly(job.model, anatomy, subnet)
