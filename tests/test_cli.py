@@ -237,6 +237,19 @@ def test_a_ratio_that_means_nothing_is_refused(ratio):
         build("multipruner", {"ratio": ratio}, [])
 
 
+@pytest.mark.parametrize(
+    ("systems", "pairs", "told"),
+    [
+        (["fisher"], [], "needs --ratio"),
+        (["fisher", "knapsack"], ["fisher.ratio=0.1"], "needs --ratio"),
+        (["channelpruner"], [], "give either ratio .* or macs_ratio"),
+    ],
+)
+def test_a_pruner_without_a_ratio_is_refused(systems, pairs, told):
+    with pytest.raises(StepError, match=told):
+        recipe(systems, {}, pairs)
+
+
 # exit codes
 
 

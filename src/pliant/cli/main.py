@@ -186,22 +186,20 @@ def compress(
 
     Interrupted work is kept beside the output folder; the same command goes on from there.
     """
-    from pliant.cli.settings import known_subnet, recipe
+    from pliant.cli.settings import NEEDED, known_subnet, recipe
     from pliant.cli.show import show_report
     from pliant.data import text
     from pliant.progress import Console, Events
     from pliant.run.compress import Measuring
     from pliant.run.compress import compress as run
-    from pliant.systems import PRUNERS, SEARCHES
+    from pliant.systems import SEARCHES
 
     calibration = None if data is None else text(data, column=column)
     systems = system or ["multipruner"]
-    names = {pair.partition("=")[0].strip().rpartition(".")[2].replace("-", "_") for pair in setting or ()}
-    asked = ratio is not None or names & {"ratio", "macs_ratio"}
     if subnet is not None:
         steps = known_subnet(subnet, systems, setting or [])
-    elif (not asked and set(systems) & PRUNERS) or (calibration is None and set(systems) & SEARCHES):
-        raise PliantError("a search needs --ratio and --data; to cut without a search, give --subnet")
+    elif calibration is None and set(systems) & SEARCHES:
+        raise PliantError(NEEDED)
     else:
         steps = recipe(systems, {} if ratio is None else {"ratio": str(ratio)}, setting or [])
     report = run(

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pliant.step import Step, StepError, help_texts
-from pliant.systems import PRUNERS, SYSTEMS
+from pliant.systems import PRUNERS, SEARCHES, SYSTEMS
+
+NEEDED = "a search needs --ratio and --data; to cut without a search, give --subnet"
 
 
 def step_class(system: str) -> type[Step]:
@@ -54,10 +56,12 @@ def recipe(systems: Sequence[str], given: dict[str, str], pairs: Sequence[str]) 
         given: settings that have an option of their own; steps without them are left alone.
 
     Raises:
-        StepError: a name that none of the steps has, or a value of the wrong type.
+        StepError: a name that none of the steps has, a value of the wrong type, or a search without a ratio.
     """
     classes = {system: step_class(system) for system in systems}
     values = _values(classes, given, pairs)
+    if any("ratio" not in values[system] for system in SEARCHES & set(classes)):
+        raise StepError(NEEDED)
     return [classes[system](**values[system]) for system in systems]
 
 
