@@ -7,7 +7,7 @@ TORCH  ?= torch==2.13.0
 
 .PHONY: demo test unit lint clean
 
-$(VENV)/.demo: pyproject.toml
+$(VENV)/.demo: pyproject.toml CMakeLists.txt $(wildcard src/pliant/runtime/native/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH)

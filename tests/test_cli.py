@@ -268,6 +268,8 @@ def test_success_is_0(entry):
         (["evaluate", "FOLDER", "--perplexity", "gone.txt"], "there is no file 'gone.txt'"),
         (["evaluate", "FOLDER", "--tasks", "gone.jsonl"], "there is no file 'gone.jsonl'"),
         (["bench", "FOLDER", "--tokens", "0"], "tokens"),
+        (["bench", "FOLDER", "--formats", "--batch", "2"], "a sequence at a time"),
+        (["compress", "FOLDER", "--system", "packed", "--set", "format=int3", "--out", "x"], "format is one of"),
         (["inspect", "FOLDER", "--dtype", "float31"], "float31"),
         (["generate", "FOLDER", "Hello", "--chat"], "chat template"),
         (["generate", "FOLDER", ""], "prompt"),
@@ -401,6 +403,21 @@ def test_bench_prints_rates_and_speedup(folder):
     assert "peak memory" in shown
     assert "speed-up" not in shown
     assert "speed-up" in run(*words, "--against", folder).stdout
+
+
+def test_bench_compares_formats_and_recommends_one(folder, prose):
+    words = ["bench", folder, "--formats", "--prompt", 8, "--tokens", 4, "--repeats", 1]
+    found = json.loads(run(*words, "--perplexity", prose, "--json").stdout)
+    assert set(found["formats"]) == {"float32", "bf16", "int8", "int4, groups of 32", "int4, groups of 128"}
+    for row in found["formats"].values():
+        split = row["split"]
+        assert split["total"] == pytest.approx(split["linears"] + split["attention"] + split["rest"])
+        assert min(split["linears"], split["attention"]) > 0
+        assert row["perplexity"] > 1
+    assert found["recommended"] in found["formats"]
+    shown = run(*words).stdout
+    assert "Take " in shown
+    assert "Leaving zeros out is faster here" in shown
 
 
 def test_generate_continues_the_prompt(folder, model, tokenizer):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from pliant.compat.layers import install as _install
+from pliant.compat.hook import install as _install
 
 if TYPE_CHECKING:
     from pliant.anatomy import anatomy_of as anatomy_of
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from pliant.measure.inspect import inspect as inspect
     from pliant.measure.speed import bench as bench
     from pliant.run.apply import apply as apply
+    from pliant.run.formats import compare_formats as compare_formats
     from pliant.run.save import save as save
+    from pliant.runtime.cache import BlockCache as BlockCache
     from pliant.search.channels import ChannelPruner as ChannelPruner
     from pliant.search.cut import Cut as Cut
     from pliant.search.fisher import FisherPruner as FisherPruner
@@ -41,11 +43,17 @@ if TYPE_CHECKING:
     from pliant.systems.multipruner import MultiPruner as MultiPruner
     from pliant.systems.multipruner_evol import MultiPrunerEvol as MultiPrunerEvol
     from pliant.train import Recover as Recover
+    from pliant.values.magnitude import Magnitude as Magnitude
+    from pliant.values.packed import PackedLinear as PackedLinear
+    from pliant.values.rtn import RTN as RTN
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "Cut": "pliant.search.cut",
+    "Magnitude": "pliant.values.magnitude",
+    "PackedLinear": "pliant.values.packed",
+    "RTN": "pliant.values.rtn",
     "BlockPruner": "pliant.systems.blockpruner",
     "ChannelPruner": "pliant.search.channels",
     "FisherPruner": "pliant.search.fisher",
@@ -61,7 +69,9 @@ _PUBLIC = {
     "add_architecture": "pliant.architecture",
     "anatomy_of": "pliant.anatomy",
     "apply": "pliant.run.apply",
+    "BlockCache": "pliant.runtime.cache",
     "bench": "pliant.measure.speed",
+    "compare_formats": "pliant.run.formats",
     "check": "pliant.elastic",
     "compare": "pliant.measure.compare",
     "examples": "pliant.data",

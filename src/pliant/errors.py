@@ -29,6 +29,10 @@ class WeightError(PliantError, ValueError):
     """The model's weights are not finite numbers."""
 
 
+class PackedError(PliantError, ValueError):
+    """A packed matrix is damaged, cut short, or none; or a layer cannot be packed as asked."""
+
+
 class ArtefactError(PliantError, OSError):
     """A model folder is missing, incomplete, damaged, or cannot be written."""
 

@@ -26,6 +26,9 @@ class Step:
     trains: ClassVar[bool] = False
     """Whether it trains the model, for which all weights have to be in memory."""
 
+    reshapes: ClassVar[bool] = True
+    """Whether it changes what tensors a model has; if not, the model's config stays as it is."""
+
     def run(self, job: Job) -> None:
         """Change ``job.model`` in place."""
         raise NotImplementedError

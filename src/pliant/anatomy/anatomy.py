@@ -14,6 +14,7 @@ from pliant.anatomy.block import Attribute, Axis, Block, Weight
 from pliant.anatomy.null import Null
 from pliant.architecture import Architecture, BlockSpec, Part, architecture_of, catalogue, parse
 from pliant.errors import ArchitectureError
+from pliant.runtime.linear import Packed
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def anatomy_of(model: Any, *, example: Any = None) -> Anatomy:
     layers = layers_of(model, architecture)
     blocks = {b.name: b for i, layer in enumerate(layers) for b in blocks_of(layer, i, architecture, plain)}
     total = sum(parameter.numel() for parameter in model.parameters())  # tied parameters come once
+    total += sum(module.parameters_held() for module in model.modules() if isinstance(module, Packed))
     inside = sum(block.parameters({}) for block in blocks.values())
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return Anatomy(
@@ -139,7 +141,7 @@ def anatomy_of(model: Any, *, example: Any = None) -> Anatomy:
         depth=len(layers),
         layer_types=tuple(getattr(plain, "layer_types", None) or ("full_attention",) * len(layers)),
         rest=total - inside,
-        head=0 if head is None else head.weight.numel(),
+        head=0 if head is None else Weight("weight", ()).tensor(head).numel(),
     )
 
 
@@ -184,7 +186,7 @@ def _read_block(layer: nn.Module, spec: BlockSpec, architecture: Architecture, p
             continue
         if target is None:
             raise ArchitectureError(f"{name} has no {child!r}, which {file} lists")
-        matrix = target if isinstance(target, nn.Parameter) else target.weight
+        matrix = target if isinstance(target, nn.Parameter) else Weight("weight", ()).tensor(target)
         if dims is None:  # never cut: its dimensions are what they are
             fixed |= {f"{child}.{place}": size for place, size in enumerate(matrix.shape)}
             dims = tuple((Part(f"{child}.{place}"),) for place in range(matrix.dim()))
@@ -194,7 +196,7 @@ def _read_block(layer: nn.Module, spec: BlockSpec, architecture: Architecture, p
         if isinstance(target, Conv1D):  # a linear layer that is stored (in, out)
             weights.append(Weight(f"{path}.weight", dims[::-1], reads=0))
             attributes += [Attribute(path, "nf", dims[0]), Attribute(path, "nx", dims[1])]
-        elif isinstance(target, nn.Linear):
+        elif isinstance(target, nn.Linear | Packed):
             weights.append(Weight(f"{path}.weight", dims, reads=1))
             attributes += [Attribute(path, "out_features", dims[0]), Attribute(path, "in_features", dims[1])]
         else:

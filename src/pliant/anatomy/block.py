@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pliant.architecture import BlockSpec, Part
+from pliant.runtime.linear import Packed
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,12 @@ class Weight:
     buffer: bool = False
 
     def tensor(self, layer: nn.Module) -> torch.Tensor:
-        """The parameter or buffer itself."""
+        """The parameter or buffer itself; of a packed layer, which has no such tensor, one of its shape without values."""
+        owner, _, name = self.path.rpartition(".")
+        holder = layer.get_submodule(owner)
+        if isinstance(holder, Packed):
+            shape = (holder.out_features, holder.in_features)
+            return torch.empty(shape if name == "weight" else shape[:1], device="meta")
         return layer.get_buffer(self.path) if self.buffer else layer.get_parameter(self.path)
 
 

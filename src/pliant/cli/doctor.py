@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pliant.machine import machine
+from pliant.runtime import library
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 EXTRAS = {"gguf": "read .gguf files"}
@@ -27,7 +28,8 @@ def diagnose() -> dict[str, Any]:
         "instructions": " ".join(here["isa"]) or "unknown",
         "memory": _memory(),
         "disk free": f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB here",
-        "kernels": "PyTorch's own",
+        "kernels": library.state(),
+        "bandwidth": _bandwidth(here["cores"]),
     }
     for name, use in EXTRAS.items():
         version = _version(name)
@@ -35,6 +37,14 @@ def diagnose() -> dict[str, Any]:
             f"{version} ({use})" if version != "missing" else f"missing: pip install 'pliant[{name}]' to {use}"
         )
     return found
+
+
+def _bandwidth(cores: int) -> str:
+    """What memory gives, which is what limits token generation."""
+    rates = {threads: library.bandwidth(threads) / 1e9 for threads in sorted({1, cores})}
+    if not all(rates.values()):
+        return "not measured: it takes the kernels"
+    return ", ".join(f"{rate:.0f} GB/s with {threads} thread{'s' * (threads > 1)}" for threads, rate in rates.items())
 
 
 def _version(package: str) -> str:

@@ -271,7 +271,7 @@ def evaluate(
     show_comparison(comparison)
 
 
-@app.command(epilog="Example: pliant bench small --against ./smollm2")
+@app.command(epilog="Example: pliant bench ./smollm2 --formats --perplexity notes.txt")
 def bench(
     model: Model,
     against: Annotated[str, typer.Option(help="Another model, timed in turn with this one.")] = "",
@@ -279,14 +279,36 @@ def bench(
     tokens: Annotated[int, typer.Option(help="Tokens decoded.")] = 32,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
+    formats: Annotated[
+        bool, typer.Option("--formats", help="Pack the model as bf16, int8 and int4, and say which to take.")
+    ] = False,
+    perplexity: Annotated[
+        Path | None, typer.Option(help="With --formats: text that tells how much harm each does.")
+    ] = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Time prefill and decode on this machine."""
     from pliant.checkpoint.load import load
-    from pliant.cli.show import show_speed
+    from pliant.cli.show import show_formats, show_speed
     from pliant.measure.speed import bench as measure
 
+    if (formats and (against or batch != 1)) or (perplexity and not formats):
+        raise PliantError("--formats compares one model with itself, a sequence at a time; --perplexity goes with it")
+    if formats:
+        from pliant.progress import Console, Events
+        from pliant.run.formats import compare_formats
+
+        found = compare_formats(
+            load(model, dtype=dtype),
+            perplexity=perplexity,
+            prompt=prompt,
+            tokens=tokens,
+            repeats=repeats,
+            progress=Events() if as_json else Console(),
+        )
+        _print(json.dumps(found, indent=1)) if as_json else show_formats(found)
+        return
     found = measure(
         load(model, dtype=dtype),
         load(against, dtype=dtype) if against else None,

@@ -115,6 +115,8 @@ def _convert(name: str, value: str, kind: typing.Any) -> object:
         if value.lower() in ("none", ""):
             return None
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if typing.get_origin(kind) is Mapping:
+        return value  # the step reads it
     if kind is bool:
         if value.lower() not in ("true", "false"):
             raise StepError(f"{name} is true or false, not {value!r}")

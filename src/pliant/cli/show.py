@@ -131,6 +131,38 @@ def show_speed(found: dict[str, Any]) -> None:
     _print(f"{found['threads']} threads, peak memory {size(found['peak_memory'])}")
 
 
+def show_formats(found: dict[str, Any]) -> None:
+    """What each packed format gives on this machine, and which to take."""
+    rows = found["formats"]
+    shown = Table(
+        "",
+        "bits",
+        "prefill, tokens/s",
+        "decode, tokens/s",
+        "perplexity",
+        Column("a token, ms: linears + attention + rest", justify="right"),
+    )
+    for name, row in rows.items():
+        split = row["split"]
+        times = {
+            kind: f"{row[kind]['median']:.0f}"
+            + (f" ({row['speedup'][kind]['median']:.2f}x)" if "speedup" in row else "")
+            for kind in ("prefill", "decode")
+        }
+        shown.add_row(
+            name,
+            f"{row['bits']:.2f}" if "bits" in row else "",
+            times["prefill"],
+            times["decode"],
+            "" if row["perplexity"] is None else f"{row['perplexity']:.2f}",
+            f"{split['linears']:.2f} + {split['attention']:.2f} + {split['rest']:.2f} = {split['total']:.2f}",
+        )
+    _print(shown)
+    pays = [f"{form} from {at:.0%} zeros on" for form, at in found["break_even"].items() if at <= 1]
+    _print(f"Leaving zeros out is faster here: {', '.join(pays) or 'in no format'}. Kernels: {found['kernels']}.")
+    _print(f"Take {found['recommended']}.")
+
+
 def _spread(row: dict[str, float], form: str) -> str:
     return f"{row['median']:{form}} ({row['p10']:{form}} to {row['p90']:{form}})"
 

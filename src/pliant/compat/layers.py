@@ -12,24 +12,11 @@ of any model walks every name of the package first: 0.6 s, where loading a tiny 
 from __future__ import annotations
 
 import functools
-import importlib.abc
-import sys
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_PACKAGE = "transformers.models."
 _MARK = "_pliant_shapes_layers"
-
-
-def install() -> None:
-    """Arrange for every family's models to be wrapped when (or because already) its modeling file is imported."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
-    for name, module in list(sys.modules.items()):
-        if _is_modeling(name):
-            wrap_models(module)
 
 
 def wrap_models(module: ModuleType) -> None:
@@ -65,36 +52,3 @@ def _shaping(original: Callable[..., None], has_layers: bool) -> Callable[..., N
 
     setattr(construct, _MARK, True)
     return construct
-
-
-def _is_modeling(name: str) -> bool:
-    return name.startswith(_PACKAGE) and name.rpartition(".")[2].startswith("modeling_")
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    """Finds transformers' modeling files the usual way and has ``wrap_models`` called once they are executed."""
-
-    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if not _is_modeling(fullname):
-            return None
-        for finder in sys.meta_path:
-            if finder is not self and (spec := finder.find_spec(fullname, path, target)) is not None:
-                if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader)
-                return spec
-        return None
-
-
-class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: Any):
-        self._loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        wrap_models(module)
-
-    def __getattr__(self, name: str) -> Any:  # get_source, get_data …: inspect and the debugger ask for them
-        return getattr(self._loader, name)

@@ -79,10 +79,8 @@ def bench(
 @torch.inference_mode()
 def _once(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float]:
     """Seconds of one prefill and of ``tokens`` decoding steps after it."""
-    from transformers import DynamicCache
-
     gc.collect()
-    cache = DynamicCache(config=model.config)
+    cache = new_cache(model)
     wait(model)
     began = time.perf_counter()
     out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -92,6 +90,13 @@ def _once(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float]:
         out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=cache, use_cache=True)
     wait(model)
     return middle - began, time.perf_counter() - middle
+
+
+def new_cache(model: Any) -> Any:
+    """An empty cache, as ``generate`` makes it."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
 
 
 def wait(model: Any) -> None:

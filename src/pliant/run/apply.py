@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pliant.anatomy import anatomy_of
 from pliant.checkpoint.load import load, tokenizer_of
+from pliant.checkpoint.quantized import is_packed
 from pliant.checkpoint.schema import write
 from pliant.data import Examples, Text, text
 from pliant.elastic import described, parameters
@@ -56,7 +56,7 @@ def apply(
                 "training keeps all weights in memory; save the cut model and train it in a run without a memory limit"
             )
     for one in steps:
-        before = parameters(described(model))
+        before = _parameters(model)
         job = Job(
             model=model,
             tokenizer=lambda: tokenizer if tokenizer is not None else tokenizer_of(model),
@@ -71,14 +71,15 @@ def apply(
             one.run(job)
         finally:
             model.train(was_training)
-        write(model)
+        if one.reshapes:
+            write(model)
         history = [*getattr(model, "pliant_history", [])]
         history.append(
             {
                 "settings": one.to_dict(),
                 "data": None if data is None else {"source": data.source, "rows": len(data.rows), "hash": data.digest},
                 "parameters_before": before,
-                "parameters_after": parameters(anatomy_of(model)),
+                "parameters_after": _parameters(model) if one.reshapes else before,
                 "seconds": time.monotonic() - began,
                 "peak_memory": peak_memory(),
                 **job.record,
@@ -86,6 +87,17 @@ def apply(
         )
         model.pliant_history = history
     return model
+
+
+def _parameters(model: Any) -> int:
+    """Parameters of a model.
+
+    Raises:
+        StepError: it is packed.
+    """
+    if is_packed(model):
+        raise StepError("this model is packed, and packing comes last; start from the model it was packed from")
+    return parameters(described(model))
 
 
 def _loaded_again(model: Any) -> Any:

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from pliant.anatomy import Anatomy
 from pliant.checkpoint.load import check_folder, load, tokenizer_of
+from pliant.checkpoint.quantized import packed_bytes
 from pliant.checkpoint.weights import fingerprint
 from pliant.data import Text, text
 from pliant.elastic import Subnet, cache_bytes, described, macs, parameters, streamed_bytes, weight_bytes
@@ -281,11 +282,16 @@ def _remembered(path: Path, key: str, measure: Callable[[], dict[str, Any]]) -> 
 def _costs(model: Any) -> dict[str, Any]:
     anatomy = described(model)
     element = next(model.parameters()).element_size()
+    weights = weight_bytes(anatomy, element=element)
+    streamed = streamed_bytes(anatomy, element=element, context=_PROMPT)
+    if packed := packed_bytes(model):
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+        streamed = packed + _PROMPT * cache_bytes(anatomy, element=element)
     return {
         "parameters": parameters(anatomy),
         "macs_per_token": macs(anatomy, Subnet(), tokens=1, context=_PROMPT),
-        "weight_bytes": weight_bytes(anatomy, element=element),
-        "streamed_bytes": streamed_bytes(anatomy, element=element, context=_PROMPT),
+        "weight_bytes": weights,
+        "streamed_bytes": streamed,
         "cache_bytes_per_token": cache_bytes(anatomy, element=element),
         "units": _units(anatomy),
     }

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from pliant.checkpoint.load import sync, tokenizer_of
 from pliant.checkpoint.paged import save_paged
+from pliant.checkpoint.quantized import is_packed
 from pliant.checkpoint.schema import write
 from pliant.errors import ArtefactError
 from pliant.pages import pages_of
@@ -60,8 +61,9 @@ def save(
         ArtefactError: the folder exists, cannot be written, or the disk is full. Nothing is left behind then.
     """
     target = Path(folder).resolve()
-    check_target(target, overwrite, need=sum(p.numel() * p.element_size() for p in model.parameters()))
-    write(model)
+    check_target(target, overwrite, need=sum(t.numel() * t.element_size() for t in model.state_dict().values()))
+    if not is_packed(model):  # packing comes last: its shapes were written before
+        write(model)
     history = getattr(model, "pliant_history", [])
     with written_aside(target) as aside:
         if (pages := pages_of(model)) is None:

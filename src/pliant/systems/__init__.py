@@ -24,7 +24,15 @@ SYSTEMS = {
     ),
     "fisher": ("pliant.search.fisher", "FisherPruner", "narrow what the loss depends on least; no search"),
     "channelpruner": ("pliant.search.channels", "ChannelPruner", "narrow every layer by importance; needs no data"),
+    "magnitude": ("pliant.values.magnitude", "Magnitude", "zero the smallest weights"),
+    "rtn": ("pliant.values.rtn", "RTN", "round weights to nearest on a grid of few bits"),
+    "packed": (
+        "pliant.values.packed",
+        "PackedLinear",
+        "pack linear layers to bf16, int8 or int4 for pliant's CPU kernels",
+    ),
     "recover": ("pliant.train.recover", "Recover", "train what was cut for a while, with or without the dense model"),
 }
-PRUNERS = set(SYSTEMS) - {"recover"}  # they need a ratio
+VALUES = {"magnitude", "rtn", "packed"}  # they change no shape
+PRUNERS = set(SYSTEMS) - VALUES - {"recover"}  # they need a ratio
 SEARCHES = PRUNERS - {"channelpruner"}  # and these need calibration text

@@ -1,0 +1,86 @@
+"""Where the time of a decoded token goes: matrix products, attention, the rest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from pliant.measure.speed import new_cache
+from pliant.measure.windows import check_model
+from pliant.runtime.decoder import Native, decoder_of
+from pliant.runtime.linear import Packed
+
+
+@torch.inference_mode()
+def token_time(model: Any, *, prompt: int = 64, tokens: int = 32, seed: int = 0) -> dict[str, float]:
+    """Decode random tokens one at a time after a prompt, and time the parts.
+
+    Attention is what its module takes beside the matrix products in it: positions, cache, softmax. Where the layers run natively
+    it is the softmax attention and the cache alone.
+
+    Returns:
+        ``linears``, ``attention``, ``rest`` and ``total``, in milliseconds a token.
+    """
+    check_model(model)
+    size = model.config.get_text_config(decoder=True).vocab_size
+    ids = torch.randint(size, (1, prompt + tokens), generator=torch.Generator().manual_seed(seed))
+    cache = new_cache(model)
+    model(input_ids=ids[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    decoder = decoder_of(model.base_model) if isinstance(model.base_model, Native) else None
+    if decoder is not None:
+        decoder.spent[0] = decoder.spent[1] = 0
+    with _timed(model) as spent:
+        began = time.perf_counter()
+        for at in range(prompt, prompt + tokens):
+            model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+        total = time.perf_counter() - began
+    linears, attention = spent["linears"], max(0.0, spent["attention"] - spent["within"])
+    if decoder is not None:
+        linears += decoder.spent[0] / 1e9
+        attention += decoder.spent[1] / 1e9
+    parts = {"linears": linears, "attention": attention, "rest": total - linears - attention, "total": total}
+    return {name: 1e3 * seconds / tokens for name, seconds in parts.items()}
+
+
+@contextmanager
+def _timed(model: nn.Module) -> Iterator[dict[str, float]]:
+    """Seconds spent in linear layers, in attention modules, and in linear layers within these."""
+    spent = {"linears": 0.0, "attention": 0.0, "within": 0.0}
+    inside: list[nn.Module] = []
+    begun: dict[nn.Module, float] = {}
+
+    def before(module: nn.Module, _: Any) -> None:
+        begun[module] = time.perf_counter()
+        if not _is_linear(module):
+            inside.append(module)
+
+    def after(module: nn.Module, *_: Any) -> None:
+        took = time.perf_counter() - begun[module]
+        if not _is_linear(module):
+            inside.pop()
+            spent["attention"] += took
+            return
+        spent["linears"] += took
+        spent["within"] += took if inside else 0.0
+
+    wanted = [
+        m
+        for n, m in model.named_modules()
+        if _is_linear(m) or n.rpartition(".")[2] in ("self_attn", "attn", "attention")
+    ]
+    handles = [module.register_forward_pre_hook(before) for module in wanted]
+    handles += [module.register_forward_hook(after) for module in wanted]
+    try:
+        yield spent
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Packed) or type(module).__name__ == "Conv1D"

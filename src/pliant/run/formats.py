@@ -1,0 +1,103 @@
+"""The same model in every packed format, side by side on this machine."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from pliant.checkpoint.load import tokenizer_of
+from pliant.checkpoint.quantized import is_packed, packed_bytes
+from pliant.errors import PackedError
+from pliant.measure.evaluate import evaluate
+from pliant.measure.speed import bench
+from pliant.measure.split import token_time
+from pliant.progress import Progress
+from pliant.run.apply import apply
+from pliant.runtime import library
+from pliant.runtime.pays import break_even
+from pliant.values.packed import PackedLinear
+
+FORMATS = {
+    "bf16": {"format": "bf16", "head": "bf16"},
+    "int8": {"format": "int8"},
+    "int4, groups of 32": {"format": "int4", "group": 32},
+    "int4, groups of 128": {"format": "int4"},
+}
+HARM = 1.02  # perplexity over that of the model as it is that a recommended format may have
+
+
+def compare_formats(
+    model: Any,
+    *,
+    perplexity: Any = None,
+    windows: int = 16,
+    prompt: int = 128,
+    tokens: int = 32,
+    repeats: int = 5,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Pack copies of a model in every format and measure each in turn with the model as it is.
+
+    Arguments:
+        perplexity: text to measure quality on; without it bf16 and int8 are taken to do no harm.
+        windows: windows of that text at most.
+        prompt, tokens, repeats: as in :func:`pliant.bench`.
+
+    Returns:
+        ``formats``: name -> ``decode``, ``prefill`` (tokens per second), ``speedup`` of both over the model as it is, ``bits`` of
+        a weight, ``bytes`` that a token reads of them, milliseconds of a token as in ``token_time``, ``perplexity``;
+        ``break_even``: the sparsity from which on leaving zeros out is faster, of each format (above 1: never);
+        ``recommended``: a format, or the model as it is.
+
+    Raises:
+        PackedError: the model is packed already.
+    """
+    if is_packed(model):
+        raise PackedError("this model is packed already; compare the formats of the model that it was made from")
+    progress = progress or Progress()
+    tokenizer = tokenizer_of(model) if perplexity is not None else None
+
+    def quality(of: Any) -> float | None:
+        if perplexity is None:
+            return None
+        found = evaluate(of, perplexity=perplexity, tokenizer=tokenizer, windows=windows)["perplexity"]
+        return next(iter(found.values()))["perplexity"]
+
+    asis = str(model.dtype).removeprefix("torch.")
+    rows: dict[str, dict[str, Any]] = {}
+    with progress.stage("formats") as shown:
+        rows[asis] = {"perplexity": quality(model), "split": token_time(model, tokens=tokens)}
+        for done, (name, settings) in enumerate(FORMATS.items(), 1):
+            shown.step(done / (len(FORMATS) + 1), name)
+            packed = apply(copy.deepcopy(model), PackedLinear(**settings), progress=False)
+            timed = bench(packed, model, prompt=prompt, tokens=tokens, repeats=repeats)
+            rows[name] = {
+                "decode": timed["model"]["decode"],
+                "prefill": timed["model"]["prefill"],
+                "speedup": timed["speedup"],
+                "bits": packed.pliant_history[-1]["bits"],
+                "bytes": packed_bytes(packed),
+                "split": token_time(packed, tokens=tokens),
+                "perplexity": quality(packed),
+            }
+            rows[asis] |= {"decode": timed["against"]["decode"], "prefill": timed["against"]["prefill"]}
+    return {
+        "formats": rows,
+        "break_even": {form: break_even(form) for form in ("bf16", "int8", "int4")},
+        "recommended": _recommended(rows, asis),
+        "kernels": library.state(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _recommended(rows: dict[str, dict[str, Any]], asis: str) -> str:
+    """The fastest in decoding of those that do no harm."""
+    limit = rows[asis]["perplexity"]
+    harmless = [
+        name
+        for name, row in rows.items()
+        if name == asis or (not name.startswith("int4") if limit is None else row["perplexity"] <= HARM * limit)
+    ]
+    return max(harmless, key=lambda name: rows[name]["decode"]["median"])

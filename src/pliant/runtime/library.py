@@ -1,0 +1,134 @@
+"""The compiled kernels: found, loaded and described without importing torch.
+
+Plain C behind ``ctypes``, so that one build serves every version of Python and torch. Without them (no compiler when pliant
+was installed, an unknown processor) everything is computed with PyTorch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import time
+from importlib import metadata
+from pathlib import Path
+
+ABI = 1
+_FILE = "native.so"
+_P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_SIGNATURES = {
+    "pliant_abi": (_I, []),
+    "pliant_message": (ctypes.c_char_p, []),
+    "pliant_available": (ctypes.c_char_p, [_I]),
+    "pliant_isa": (ctypes.c_char_p, []),
+    "pliant_choose": (_I, [ctypes.c_char_p]),
+    "pliant_allocate": (_P, [_L]),
+    "pliant_free": (None, [_P]),
+    "pliant_stream": (ctypes.c_uint64, [_P, _L, _I]),
+    "pliant_pack": (_P, [_P, _L, _L, _I, _I, _L, _P, _I, ctypes.POINTER(_L)]),
+    "pliant_pack_write": (None, [_P, _P, _I]),
+    "pliant_pack_end": (None, [_P]),
+    "pliant_verify": (_I, [_P, _L, _I]),
+    "pliant_unpack": (_I, [_P, _L, _P, _I]),
+    "pliant_cache_new": (_P, [_L, _L, _P]),
+    "pliant_cache_end": (None, [_P]),
+    "pliant_cache_length": (_L, [_P]),
+    "pliant_cache_bytes": (_L, [_P]),
+    "pliant_cache_crop": (None, [_P, _L]),
+    "pliant_cache_append": (None, [_P, _P, _P, _L, _L]),
+    "pliant_cache_settle": (None, [_P, _I]),
+    "pliant_cache_read": (None, [_P, _P, _P]),
+    "pliant_cache_attend": (None, [_P, _P, _L, _L, ctypes.c_double, _L, _P, _I]),
+    "pliant_decoder_new": (_P, [_P]),
+    "pliant_decoder_end": (None, [_P]),
+    "pliant_decoder_add": (_I, [_P, _P]),
+    "pliant_decoder_run": (None, [_P, _P, _L, _P, _P, _L, _P, _I, _P]),
+    "pliant_linear": (_I, [_P, _L, _L, _L, _P, _I, _L, _L, _P, _P, _I, _L, _I]),
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The kernels, or None where there are none; :func:`state` says why."""
+    return _load()[0]
+
+
+def state() -> str:
+    """In words: which kernels are used here, or why none are."""
+    loaded, why = _load()
+    return why if loaded is None else f"{isa()} of {', '.join(available())}"
+
+
+def available() -> list[str]:
+    """Instruction sets that can be chosen here, the best first. Those named ``emulated`` are for tests."""
+    loaded = library()
+    names: list[str] = []
+    while loaded is not None and (name := loaded.pliant_available(len(names))) is not None:
+        names.append(name.decode())
+    return names
+
+
+def isa() -> str:
+    """The instruction set in use; ``torch`` where there are no kernels."""
+    loaded = library()
+    return "torch" if loaded is None else loaded.pliant_isa().decode()
+
+
+def bandwidth(threads: int, size: int = 64 << 20) -> float:
+    """Bytes a second that so many threads read from memory, the best of a few looks; 0 where there are no kernels."""
+    loaded = library()
+    if loaded is None:
+        return 0.0
+    memory = loaded.pliant_allocate(size)
+    try:
+        ctypes.memset(memory, 1, size)
+        looks = []
+        for _ in range(5):
+            began = time.perf_counter()
+            loaded.pliant_stream(memory, size, threads)
+            looks.append(size / (time.perf_counter() - began))
+        return max(looks)
+    finally:
+        loaded.pliant_free(memory)
+
+
+def choose(name: str) -> None:
+    """Use another instruction set from now on, as the environment variable ``PLIANT_ISA`` does from the start.
+
+    Raises:
+        ValueError: there is no such set here.
+    """
+    loaded = library()
+    if loaded is None or loaded.pliant_choose(name.encode()):
+        raise ValueError(f"there is no instruction set {name!r} here; there are {', '.join(available()) or 'none'}")
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    asked = os.environ.get("PLIANT_LIBRARY")
+    if asked == "":
+        return None, "PyTorch's own: PLIANT_LIBRARY is empty"
+    path = Path(asked) if asked else _find()
+    if path is None:
+        return None, "PyTorch's own: pliant was installed without its kernels (no C++ compiler was found)"
+    try:
+        loaded = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(loaded, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        return None, f"PyTorch's own: {error}"
+    if loaded.pliant_abi() != ABI:
+        return None, f"PyTorch's own: {path} belongs to another version of pliant; install pliant again"
+    return loaded, ""
+
+
+def _find() -> Path | None:
+    beside = Path(__file__).with_name(_FILE)
+    if beside.exists():
+        return beside
+    try:  # an editable install keeps what was compiled elsewhere
+        files = metadata.files("pliant") or []
+    except metadata.PackageNotFoundError:
+        return None
+    return next((Path(str(file.locate())) for file in files if file.name == _FILE), None)

@@ -1,0 +1,179 @@
+"""The op ``pliant::linear`` and the layer that calls it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pliant.errors import PackedError
+from pliant.runtime.library import library
+from pliant.runtime.packed import Header, check, header, pack, room, unpack, verify
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_ops = torch.library.Library("pliant", "DEF")
+_ops.define("linear(Tensor x, Tensor weight, Tensor? bias, int out_features) -> Tensor")
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
+    """``x W^T + bias`` with a packed W.
+
+    In int8 and int4, x is rounded to 8 bits as well, with a scale for every row and 32 inputs. A row's result does not
+    depend on the rows beside it, nor on the number of threads.
+
+    Arguments:
+        x: shape ``(..., in_features)``, float32, bfloat16 or float16.
+        weight: a packed matrix, shape ``(bytes,)``.
+        bias: shape ``(out_features,)``, or None.
+
+    Returns:
+        Shape ``(..., out_features)``, of x's dtype.
+
+    Raises:
+        PackedError: the matrix is none, or of another size than x.
+    """
+    native = library()
+    if native is None or x.dtype not in TYPES:
+        dense = unpack(weight).to(x.dtype)
+        return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
+    if bias is not None and bias.dtype != torch.float32:
+        bias = bias.float()
+    columns = x.shape[-1]
+    y = x.new_empty((*x.shape[:-1], out_features))
+    if x.stride(-1) != 1 or not (x.dim() <= 2 or x.is_contiguous()):
+        x = x.contiguous()
+    rows = x.numel() // columns if columns else 0
+    stride = x.stride(-2) if x.dim() == 2 else columns
+    kind = TYPES[x.dtype]
+    failed = native.pliant_linear(
+        weight.data_ptr(),
+        weight.numel(),
+        columns,
+        out_features,
+        x.data_ptr(),
+        kind,
+        rows,
+        stride,
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        kind,
+        out_features,
+        torch.get_num_threads(),
+    )
+    if failed:
+        check(failed)
+    return y
+
+
+def _fake(x: torch.Tensor, _: torch.Tensor, __: torch.Tensor | None, out_features: int) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001  (named by torch)
+    ctx.save_for_backward(inputs[1])
+
+
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor | None, None]:
+    """The gradient of x goes back through the weights as they are; the weights themselves have none."""
+    (weight,) = ctx.saved_tensors
+    of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+    return gradient @ unpack(weight).to(gradient.dtype), None, of_bias, None
+
+
+_ops.impl("linear", linear, "CPU")
+torch.library.register_fake("pliant::linear", _fake, lib=_ops)
+torch.library.register_autograd("pliant::linear", _backward, setup_context=_remember, lib=_ops)
+
+
+class Packed(nn.Module):
+    """A linear layer whose weight is packed.
+
+    Its state has ``weight``, the packed matrix as bytes, and ``bias``. It runs on the CPU.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    tied: bool = False
+    """Whether it was made from the weight of the embedding, which is stored beside it: no parameters of its own."""
+
+    def __init__(self, in_features: int, out_features: int, weight: torch.Tensor, bias: torch.Tensor | None = None):
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
+
+    @classmethod
+    def of(cls, layer: nn.Module, format: str, *, sparse: bool = False, group: int = 128) -> Packed:
+        """The packed form of a ``torch.nn.Linear``, or of transformers' ``Conv1D``.
+
+        Raises:
+            PackedError: for any other layer.
+        """
+        dense: Any = layer
+        if isinstance(layer, nn.Linear):
+            weight = dense.weight
+        elif type(layer).__name__ == "Conv1D":
+            weight = dense.weight.T
+        else:
+            raise PackedError(f"a linear layer is packed, not {type(layer).__name__}")
+        return cls(weight.shape[1], weight.shape[0], pack(weight, format, sparse=sparse, group=group), dense.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shape ``(..., in_features)`` to ``(..., out_features)``."""
+        if torch.compiler.is_compiling() or type(x) is not torch.Tensor or not self._plain(x):
+            return torch.ops.pliant.linear(x, self.weight, self.bias, self.out_features)
+        return linear(x, self.weight, self.bias, self.out_features)
+
+    def _plain(self, x: torch.Tensor) -> bool:
+        """Whether the dispatcher has nothing to do: no gradient is wanted, everything is on the CPU."""
+        return x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad)
+
+    def header(self) -> Header:
+        """What the packed weight says of itself."""
+        return header(self.weight)
+
+    def parameters_held(self) -> int:
+        """Parameters that it stands for."""
+        own = 0 if self.tied else self.in_features * self.out_features
+        return own + (0 if self.bias is None else self.out_features)
+
+    def dense(self) -> nn.Linear:
+        """An ordinary layer with the weights that the packed one stands for."""
+        layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        with torch.no_grad():
+            layer.weight.copy_(unpack(self.weight))
+            if self.bias is not None:
+                layer.bias.copy_(self.bias)
+        return layer
+
+    def settle(self) -> None:
+        """After the weight has come from a file: look at all of it, then move it to where it is read fastest.
+
+        Raises:
+            PackedError: it is damaged, or of another size than the layer.
+        """
+        verify(self.weight)
+        found = self.header()
+        if (found.rows, found.columns) != (self.out_features, self.in_features):
+            raise PackedError(
+                f"a packed matrix of {found.rows} x {found.columns} was loaded into a layer of "
+                f"{self.out_features} x {self.in_features}"
+            )
+        self.weight = room(self.weight.numel()).copy_(self.weight)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        given = state_dict.get(f"{prefix}weight")
+        if isinstance(given, torch.Tensor) and given.dtype == torch.uint8:
+            self.weight = room(given.numel())  # another sparsity is another size
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.settle()
+
+    def extra_repr(self) -> str:
+        found = self.header()
+        form = f"{found.format} of {found.group}" if found.group else found.format
+        how = f"{form}{' sparse' if found.sparse else ''}, {found.bits:.2f} bits a weight"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {how}"

@@ -1,0 +1,413 @@
+// AVX2 with FMA, F16C, BMI2 and POPCNT.
+//
+// There is no instruction here that spreads packed elements over the places that a mask names. 16-bit elements are moved by a
+// byte shuffle from a table of 256 patterns, and straight into the upper halves of floats where one row is multiplied; 8- and
+// 4-bit ones by PDEP, eight bytes at a time. Both need more cycles than memory does bytes on most cores: sparse int8 and int4
+// save memory here, seldom time.
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "multiply.h"
+
+namespace pliant {
+namespace {
+
+__m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+__m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+
+template <class T>
+T read(const void* p) {
+  T value;
+  std::memcpy(&value, p, sizeof value);
+  return value;
+}
+
+__m256 bf16_to_float(const uint8_t* p) {  // 8 of them
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(p)), 16));
+}
+
+// Where a byte shuffle takes each byte from, for every mask of 8 elements of 16 bits.
+struct Tables {
+  alignas(32) uint8_t upper[256][32];  // element i into the upper half of float i; the same 16 source bytes in both lanes
+  alignas(16) uint8_t pairs[256][16];  // element i into element i
+  alignas(8) uint64_t bytes[256];      // bit i into byte i, all of its bits
+  Tables() {
+    for (int mask = 0; mask < 256; ++mask) {
+      uint64_t wide = 0;
+      for (int i = 0, from = 0; i < 8; ++i) {
+        const bool there = mask >> i & 1;
+        uint8_t* up = upper[mask] + 4 * i;
+        up[0] = up[1] = 0x80;
+        up[2] = pairs[mask][2 * i] = static_cast<uint8_t>(there ? 2 * from : 0x80);
+        up[3] = pairs[mask][2 * i + 1] = static_cast<uint8_t>(there ? 2 * from + 1 : 0x80);
+        if (there) wide |= uint64_t{0xff} << 8 * i, ++from;
+      }
+      bytes[mask] = wide;
+    }
+  }
+};
+const Tables tables;
+
+template <int R>
+struct Rows {  // of x, those that a kernel works on
+  const float* values[R];
+  const int8_t* codes[R];
+  const float* scales[R];
+  const int32_t* sums[R];
+  Rows(const Input& x, int64_t row) {
+    for (int r = 0; r < R; ++r) {
+      values[r] = x.values + (row + r) * x.stride;
+      codes[r] = x.codes + (row + r) * x.stride;
+      scales[r] = x.scales + (row + r) * x.slices;
+      sums[r] = x.sums + (row + r) * x.slices;
+    }
+  }
+};
+
+template <Format F, bool fused, int R, int P>
+struct SumOf;
+
+// Even and odd inputs are summed apart and added at the end.
+template <int R, int P>
+struct SumOf<Format::bf16, false, R, P> {
+  Rows<R> x;
+  __m256 even[R][P][2], odd[R][P][2];
+
+  SumOf(const Matrix&, int64_t, const Input& input, int64_t row) : x(input, row) {
+    for (int r = 0; r < R; ++r)
+      for (int p = 0; p < P; ++p)
+        for (int h = 0; h < 2; ++h) even[r][p][h] = odd[r][p][h] = _mm256_setzero_ps();
+  }
+
+  void add(const uint8_t* const (&w)[P], int64_t chunk, int64_t steps) {
+    const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+    const int64_t first = chunk * kChunk;
+    __m256 a[R][P][2], b[R][P][2];  // in registers
+    std::memcpy(a, even, sizeof a);
+    std::memcpy(b, odd, sizeof b);
+    for (int64_t i = 0; i < steps; ++i) {
+      for (int p = 0; p < P; ++p) {
+        for (int h = 0; h < 2; ++h) {
+          const __m256i both = load(w[p] + kStepBytes * i + 32 * h);
+          const __m256 w0 = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+          const __m256 w1 = _mm256_castsi256_ps(_mm256_and_si256(both, upper));
+          for (int r = 0; r < R; ++r) {
+            const float* pair = x.values[r] + first + 2 * i;
+            a[r][p][h] = _mm256_fmadd_ps(w0, _mm256_broadcast_ss(pair), a[r][p][h]);
+            b[r][p][h] = _mm256_fmadd_ps(w1, _mm256_broadcast_ss(pair + 1), b[r][p][h]);
+          }
+        }
+      }
+    }
+    std::memcpy(even, a, sizeof a);
+    std::memcpy(odd, b, sizeof b);
+  }
+
+  void store(float* out, int64_t stride) const {
+    for (int r = 0; r < R; ++r)
+      for (int p = 0; p < P; ++p)
+        for (int h = 0; h < 2; ++h)
+          _mm256_storeu_ps(out + r * stride + p * kPanel + 8 * h, _mm256_add_ps(even[r][p][h], odd[r][p][h]));
+  }
+};
+
+// The same sums, even and odd next to each other: 4 outputs in a register.
+template <int P>
+struct SumOf<Format::bf16, true, 1, P> {
+  const float* x;
+  __m256 sums[P][4];
+
+  SumOf(const Matrix&, int64_t, const Input& input, int64_t row) : x(input.values + row * input.stride) {
+    for (auto& panel : sums)
+      for (auto& sum : panel) sum = _mm256_setzero_ps();
+  }
+
+  void add(const uint8_t* (&masks)[P], const uint8_t* (&values)[P], int64_t, int64_t steps) {
+    __m256 s[P][4];  // in registers
+    std::memcpy(s, sums, sizeof s);
+    const uint8_t *m[P], *v[P];
+    for (int p = 0; p < P; ++p) m[p] = masks[p], v[p] = values[p];
+    for (int64_t i = 0; i < steps; ++i) {
+      const __m256 pair = _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(x + 2 * i)));
+      for (int p = 0; p < P; ++p) {
+        const uint64_t mask = read<uint32_t>(m[p] + 4 * i);
+        const int64_t before[4] = {0, _mm_popcnt_u64(mask & 0xff), _mm_popcnt_u64(mask & 0xffff), _mm_popcnt_u64(mask & 0xffffff)};
+        for (int q = 0; q < 4; ++q) {
+          const __m256i there = _mm256_broadcastsi128_si256(load16(v[p] + 2 * before[q]));
+          const __m256i pattern = _mm256_load_si256(reinterpret_cast<const __m256i*>(tables.upper[m[p][4 * i + q]]));
+          s[p][q] = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_shuffle_epi8(there, pattern)), pair, s[p][q]);
+        }
+        v[p] += 2 * _mm_popcnt_u64(mask);
+      }
+    }
+    x += 2 * steps;
+    for (int p = 0; p < P; ++p) masks[p] = m[p] + 4 * steps, values[p] = v[p];
+    std::memcpy(sums, s, sizeof s);
+  }
+
+  void store(float* out, int64_t) const {
+    for (int p = 0; p < P; ++p) {
+      for (int q = 0; q < 4; ++q) {
+        const __m256 sum = _mm256_hadd_ps(sums[p][q], sums[p][q]);
+        float* to = out + p * kPanel + 4 * q;
+        _mm_storel_pi(reinterpret_cast<__m64*>(to), _mm256_castps256_ps128(sum));
+        _mm_storel_pi(reinterpret_cast<__m64*>(to + 2), _mm256_extractf128_ps(sum, 1));
+      }
+    }
+  }
+};
+
+// |w| times x with the sign of w: bytes times bytes stay within 16 bits.
+template <int R, int P>
+struct SumOf<Format::int8, false, R, P> {
+  Rows<R> x;
+  const uint8_t* scales;
+  __m256 sums[R][P][2];
+
+  SumOf(const Matrix& w, int64_t panel, const Input& input, int64_t row)
+      : x(input, row), scales(w.scales + panel * kPanel * sizeof(float)) {
+    for (auto& rows : sums)
+      for (auto& panels : rows) panels[0] = panels[1] = _mm256_setzero_ps();
+  }
+
+  void add(const uint8_t* const (&w)[P], int64_t chunk, int64_t steps) {
+    constexpr int64_t slice_steps = kSlice / 4;
+    const __m256i one = _mm256_set1_epi16(1);
+    for (int64_t begin = 0; begin < steps; begin += slice_steps) {
+      const int64_t end = begin + slice_steps < steps ? begin + slice_steps : steps;
+      const int64_t slice = chunk * (kChunk / kSlice) + begin / slice_steps;
+      __m256i dots[R][P][2];
+      for (auto& rows : dots)
+        for (auto& panels : rows) panels[0] = panels[1] = _mm256_setzero_si256();
+      for (int64_t i = begin; i < end; ++i) {
+        for (int p = 0; p < P; ++p) {
+          for (int h = 0; h < 2; ++h) {
+            const __m256i code = load(w[p] + kStepBytes * i + 32 * h);
+            const __m256i size = _mm256_abs_epi8(code);
+            for (int r = 0; r < R; ++r) {
+              const __m256i four = _mm256_set1_epi32(read<int32_t>(x.codes[r] + chunk * kChunk + 4 * i));
+              const __m256i products = _mm256_maddubs_epi16(size, _mm256_sign_epi8(four, code));
+              dots[r][p][h] = _mm256_add_epi32(dots[r][p][h], _mm256_madd_epi16(products, one));
+            }
+          }
+        }
+      }
+      for (int r = 0; r < R; ++r) {
+        const __m256 scale = _mm256_broadcast_ss(x.scales[r] + slice);
+        for (int p = 0; p < P; ++p)
+          for (int h = 0; h < 2; ++h)
+            sums[r][p][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[r][p][h]), scale, sums[r][p][h]);
+      }
+    }
+  }
+
+  void store(float* out, int64_t stride) const {
+    for (int p = 0; p < P; ++p) {
+      for (int h = 0; h < 2; ++h) {
+        const __m256 scale = _mm256_castsi256_ps(load(scales + (p * kPanel + 8 * h) * sizeof(float)));
+        for (int r = 0; r < R; ++r)
+          _mm256_storeu_ps(out + r * stride + p * kPanel + 8 * h, _mm256_mul_ps(sums[r][p][h], scale));
+      }
+    }
+  }
+};
+
+// Nibbles as code + 8, between 0 and 15: the products of a slice, eight a lane, fit into 16 bits.
+template <int R, int P>
+struct SumOf<Format::int4, false, R, P> {
+  Rows<R> x;
+  const int64_t slices;  // in a group
+  const uint8_t* scales[P];
+  __m256 sums[R][P][2];
+
+  SumOf(const Matrix& w, int64_t panel, const Input& input, int64_t row) : x(input, row), slices(w.group / kSlice) {
+    for (int p = 0; p < P; ++p) scales[p] = w.scales + (panel + p) * w.groups * kPanel * 2;
+    for (auto& rows : sums)
+      for (auto& panels : rows) panels[0] = panels[1] = _mm256_setzero_ps();
+  }
+
+  void add(const uint8_t* const (&w)[P], int64_t chunk, int64_t steps) {
+    constexpr int64_t slice_steps = kSlice / 8;
+    const __m256i low = _mm256_set1_epi8(15);
+    const __m256i eights = _mm256_set1_epi8(static_cast<char>(0x88));
+    const __m256i one = _mm256_set1_epi16(1);
+    __m256 of_group[R][P][2];
+    for (auto& rows : of_group)
+      for (auto& panels : rows) panels[0] = panels[1] = _mm256_setzero_ps();
+    for (int64_t begin = 0; begin < steps; begin += slice_steps) {
+      const int64_t end = begin + slice_steps < steps ? begin + slice_steps : steps;
+      const int64_t slice = chunk * (kChunk / kSlice) + begin / slice_steps;
+      __m256i half[R][P][2];
+      for (auto& rows : half)
+        for (auto& panels : rows) panels[0] = panels[1] = _mm256_setzero_si256();
+      for (int64_t i = begin; i < end; ++i) {
+        for (int p = 0; p < P; ++p) {
+          for (int h = 0; h < 2; ++h) {
+            const __m256i both = _mm256_xor_si256(load(w[p] + kStepBytes * i + 32 * h), eights);
+            const __m256i first = _mm256_and_si256(both, low);
+            const __m256i second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+            for (int r = 0; r < R; ++r) {
+              const int8_t* codes = x.codes[r] + chunk * kChunk + 8 * i;
+              const __m256i four = _mm256_set1_epi32(read<int32_t>(codes));
+              const __m256i next = _mm256_set1_epi32(read<int32_t>(codes + 4));
+              half[r][p][h] = _mm256_add_epi16(half[r][p][h], _mm256_maddubs_epi16(first, four));
+              half[r][p][h] = _mm256_add_epi16(half[r][p][h], _mm256_maddubs_epi16(second, next));
+            }
+          }
+        }
+      }
+      for (int r = 0; r < R; ++r) {
+        const __m256i surplus = _mm256_set1_epi32(8 * x.sums[r][slice]);
+        const __m256 scale = _mm256_broadcast_ss(x.scales[r] + slice);
+        for (int p = 0; p < P; ++p) {
+          for (int h = 0; h < 2; ++h) {
+            const __m256i dots = _mm256_sub_epi32(_mm256_madd_epi16(half[r][p][h], one), surplus);
+            of_group[r][p][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), scale, of_group[r][p][h]);
+          }
+        }
+      }
+      if ((slice + 1) % slices && end != steps) continue;
+      for (int p = 0; p < P; ++p) {
+        for (int h = 0; h < 2; ++h) {
+          const __m256 scale = bf16_to_float(scales[p] + (slice / slices * kPanel + 8 * h) * 2);
+          for (int r = 0; r < R; ++r) {
+            sums[r][p][h] = _mm256_fmadd_ps(of_group[r][p][h], scale, sums[r][p][h]);
+            of_group[r][p][h] = _mm256_setzero_ps();
+          }
+        }
+      }
+    }
+  }
+
+  void store(float* out, int64_t stride) const {
+    for (int r = 0; r < R; ++r)
+      for (int p = 0; p < P; ++p)
+        for (int h = 0; h < 2; ++h) _mm256_storeu_ps(out + r * stride + p * kPanel + 8 * h, sums[r][p][h]);
+  }
+};
+
+struct Avx2 {
+  template <Format F>
+  static constexpr int rows = F == Format::bf16 ? 2 : 4;
+  template <Format F>
+  static constexpr int paired = F == Format::bf16 ? 1 : 2;
+  template <Format F, int R>
+  static constexpr bool fused = F == Format::bf16 && R == 1;
+  template <Format F, bool fused, int R, int P>
+  using Sum = SumOf<F, fused, R, P>;
+
+  template <Format F>
+  static const uint8_t* expand(const uint8_t* masks, const uint8_t* values, int64_t steps, uint8_t* out) {
+    if constexpr (F == Format::bf16) {
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < 4 * steps; ++i) {
+        const __m128i pattern = _mm_load_si128(reinterpret_cast<const __m128i*>(tables.pairs[masks[i]]));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * i), _mm_shuffle_epi8(load16(values), pattern));
+        values += 2 * _mm_popcnt_u32(masks[i]);
+      }
+    } else if constexpr (F == Format::int8) {
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < 8 * steps; ++i) {
+        const uint64_t there = _pdep_u64(read<uint64_t>(values), tables.bytes[masks[i]]);
+        std::memcpy(out + 8 * i, &there, 8);
+        values += _mm_popcnt_u32(masks[i]);
+      }
+    } else {
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < 8 * steps; ++i) {
+        const uint64_t mask = read<uint16_t>(masks + 2 * i);
+        const uint64_t bits = _pdep_u64(mask, 0x1111111111111111);
+        const uint64_t there = _pdep_u64(read<uint64_t>(values), (bits << 4) - bits);
+        std::memcpy(out + 8 * i, &there, 8);
+        values += _mm_popcnt_u64(mask) >> 1;
+      }
+    }
+    return values;
+  }
+};
+
+void widen(const void* x, Type type, int64_t n, float* out, int64_t padded) {
+  int64_t i = 0;
+  switch (type) {
+    case Type::f32:
+      std::memcpy(out, x, static_cast<size_t>(n) * sizeof(float));
+      i = n;
+      break;
+    case Type::bf16: {
+      const auto* from = static_cast<const uint8_t*>(x);
+      for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, bf16_to_float(from + 2 * i));
+      for (; i < n; ++i) {
+        const uint32_t bits = uint32_t{read<uint16_t>(from + 2 * i)} << 16;
+        std::memcpy(out + i, &bits, 4);
+      }
+      break;
+    }
+    case Type::f16: {
+      const auto* from = static_cast<const uint8_t*>(x);
+      for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(load16(from + 2 * i)));
+      for (; i < n; ++i) out[i] = _cvtsh_ss(read<uint16_t>(from + 2 * i));
+      break;
+    }
+  }
+  for (; i < padded; ++i) out[i] = 0;
+}
+
+void narrow(const float* x, int64_t n, Type type, void* out) {
+  int64_t i = 0;
+  switch (type) {
+    case Type::f32:
+      std::memcpy(out, x, static_cast<size_t>(n) * sizeof(float));
+      break;
+    case Type::bf16: {
+      auto* to = static_cast<uint16_t*>(out);
+      for (; i < n; ++i) {
+        const uint32_t bits = read<uint32_t>(x + i);
+        const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+        to[i] = static_cast<uint16_t>(nan ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+      }
+      break;
+    }
+    case Type::f16: {
+      auto* to = static_cast<uint16_t*>(out);
+      for (; i < n; ++i) to[i] = _cvtss_sh(x[i], _MM_FROUND_TO_NEAREST_INT);
+      break;
+    }
+  }
+}
+
+void quantise(const float* x, int64_t padded, int8_t* codes, float* scales, int32_t* sums) {
+  const __m256i unsigned_bits = _mm256_set1_epi32(0x7fffffff);
+  for (int64_t first = 0, g = 0; first < padded; first += kSlice, ++g) {
+    constexpr int64_t n = kSlice;
+    __m256i most = _mm256_setzero_si256();  // as integers, floats without their sign compare the same, and NaN is the largest
+    for (int64_t i = 0; i < n; i += 8) most = _mm256_max_epu32(_mm256_and_si256(load(x + first + i), unsigned_bits), most);
+    uint32_t lanes[8], bits = 0;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), most);
+    for (const uint32_t lane : lanes) bits = lane > bits ? lane : bits;
+    const Scale scale(bits);
+    const __m256 inverse = _mm256_set1_ps(scale.inverse);
+    __m256i sum = _mm256_setzero_si256();
+    for (int64_t i = 0; i < n; i += 8) {
+      const __m256i code = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + first + i), inverse));
+      sum = _mm256_add_epi32(sum, code);
+      const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + first + i), _mm_packs_epi16(words, words));
+    }
+    int32_t parts[8], total = 0;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(parts), sum);
+    for (const int32_t part : parts) total += part;
+    scales[g] = scale.value;
+    sums[g] = total;
+  }
+}
+
+}  // namespace
+
+const Kernels& avx2_kernels() {
+  static const Kernels kernels{"avx2",  multiply<Avx2>, expand<Avx2>, widen,     narrow,
+                               quantise, gate,           block_scores, block_mix, block_exponentials};
+  return kernels;
+}
+
+}  // namespace pliant

@@ -1,0 +1,448 @@
+// Kernels for AVX-512 with VBMI2 and VNNI, in operations on 512 bits: `L` is one of the two kinds in lanes512.h.
+//
+// A step of the stream is a register. In a sparse one, VPEXPAND puts a step's values where its mask says, and the step is
+// multiplied at once, for up to four rows of x: nothing goes through memory. Dot products take unsigned bytes times signed ones,
+// so codes of W are shifted to 0 and up, and what that adds, a multiple of the sum of x, is taken away again.
+//
+// bf16 is summed as AVX2 does it, even and odd inputs apart. In int8 and int4 a slice is a whole number, and slices are added
+// in AVX2's order, too: all formats have the results of AVX2, to the bit.
+#pragma once
+
+#include "lanes512.h"
+#include "multiply.h"
+
+namespace pliant {
+namespace {
+
+constexpr int64_t kAhead = 2048;  // bytes that a stream is fetched before its use
+
+template <class T>
+T read(const void* p) {
+  T value;
+  std::memcpy(&value, p, sizeof value);
+  return value;
+}
+
+// Registers that a step fills: in int4 there are two nibbles in a byte.
+constexpr int registers(Format f) { return f == Format::int4 ? 2 : 1; }
+
+// The next steps of P dense streams, G of each. int4: the lower nibbles, then the higher ones, something in the rest of a byte.
+template <class L, Format F, int P>
+struct Dense {
+  static constexpr bool sparse = false;
+  const uint8_t* values[P];
+
+  template <int G>
+  void take(typename L::Ints (&out)[G * P * registers(F)]) {
+    constexpr int n = registers(F);
+    for (int g = 0; g < G; ++g) {
+      for (int p = 0; p < P; ++p) {
+        out[(g * P + p) * n] = L::load(values[p] + kStepBytes * g);
+        if constexpr (n == 2) out[(g * P + p) * n + 1] = L::right4(out[(g * P + p) * n]);
+      }
+    }
+    for (auto& at : values) {
+      L::prefetch(at + kAhead);
+      at += kStepBytes * G;
+    }
+  }
+};
+
+// The same of sparse ones. int4: in the order of the stream, inputs 0 4 1 5 2 6 3 7 of outputs 0 to 7, then of 8 to 15.
+template <class L, Format F, int P>
+struct Sparse {
+  static constexpr bool sparse = true;
+  const uint8_t* masks[P];
+  const uint8_t* values[P];
+
+  template <int G>
+  void take(typename L::Ints (&out)[G * P * registers(F)]) {
+    for (int g = 0; g < G; ++g) {
+      for (int p = 0; p < P; ++p) {
+        const uint8_t* from = masks[p] + mask_bytes(F) * g;
+        if constexpr (F == Format::bf16) {
+          const auto mask = read<uint32_t>(from);
+          out[g * P + p] = L::expand16(mask, values[p]);
+          values[p] += 2 * __builtin_popcount(mask);
+        } else if constexpr (F == Format::int8) {
+          const auto mask = read<uint64_t>(from);
+          out[g * P + p] = L::expand8(mask, values[p]);
+          values[p] += __builtin_popcountll(mask);
+        } else {
+          for (int h = 0; h < 2; ++h) {
+            const auto mask = read<uint64_t>(from + 8 * h);
+            out[2 * (g * P + p) + h] = L::expand8(mask, L::nibbles(values[p]));
+            values[p] += __builtin_popcountll(mask) >> 1;
+          }
+        }
+      }
+    }
+    if constexpr (G * P * registers(F) == 4) L::apart(out[0], out[1], out[2], out[3]);
+    for (int p = 0; p < P; ++p) {
+      L::prefetch(values[p] + kAhead);
+      masks[p] += mask_bytes(F) * G;
+    }
+  }
+};
+
+template <int R>
+struct Rows {  // of x, those that a kernel works on
+  const float* values[R];
+  const int8_t* codes[R];
+  const float* scales[R];
+  const int32_t* sums[R];
+  Rows(const Input& x, int64_t row) {
+    for (int r = 0; r < R; ++r) {
+      values[r] = x.values + (row + r) * x.stride;
+      codes[r] = x.codes + (row + r) * x.stride;
+      scales[r] = x.scales + (row + r) * x.slices;
+      sums[r] = x.sums + (row + r) * x.slices;
+    }
+  }
+};
+
+// Both kinds of stream, for a sum that says what to do with the steps: `run(from, chunk, steps)`.
+template <class Sum, class L, Format F, int P>
+struct Streams {
+  void add(const uint8_t* const (&w)[P], int64_t chunk, int64_t steps) {
+    Dense<L, F, P> from;
+    for (int p = 0; p < P; ++p) from.values[p] = w[p];
+    static_cast<Sum*>(this)->run(from, chunk, steps);
+  }
+  void add(const uint8_t* (&masks)[P], const uint8_t* (&values)[P], int64_t chunk, int64_t steps) {
+    Sparse<L, F, P> from;
+    for (int p = 0; p < P; ++p) from.masks[p] = masks[p], from.values[p] = values[p];
+    static_cast<Sum*>(this)->run(from, chunk, steps);
+    for (int p = 0; p < P; ++p) masks[p] = from.masks[p], values[p] = from.values[p];
+  }
+};
+
+template <class L, Format F, int R, int P>
+struct SumOf;
+
+template <class L, int R, int P>
+struct SumOf<L, Format::bf16, R, P> : Streams<SumOf<L, Format::bf16, R, P>, L, Format::bf16, P> {
+  using Ints = typename L::Ints;
+  using Floats = typename L::Floats;
+  Rows<R> x;
+  Floats even[R][P], odd[R][P];
+
+  SumOf(const Matrix&, int64_t, const Input& input, int64_t row) : x(input, row) {
+    for (int r = 0; r < R; ++r)
+      for (int p = 0; p < P; ++p) even[r][p] = odd[r][p] = L::floats(0);
+  }
+
+  template <int G, class From>
+  [[gnu::always_inline]] static void step(From& from, const float* const (&at)[R], int64_t k, Floats (&a)[R][P],
+                                          Floats (&b)[R][P]) {
+    const Ints upper = L::ints(static_cast<int32_t>(0xffff0000));
+    Ints w[G * P];
+    from.template take<G>(w);
+    for (int g = 0; g < G; ++g) {
+      for (int p = 0; p < P; ++p) {
+        const Floats w0 = L::as_floats(L::left16(w[g * P + p]));
+        const Floats w1 = L::as_floats(L::both(w[g * P + p], upper));
+        for (int r = 0; r < R; ++r) {
+          a[r][p] = L::fma(w0, L::floats(at[r][k + 2 * g]), a[r][p]);
+          b[r][p] = L::fma(w1, L::floats(at[r][k + 2 * g + 1]), b[r][p]);
+        }
+      }
+    }
+  }
+
+  template <class From>
+  void run(From& stream, int64_t chunk, int64_t steps) {
+    constexpr int G = 4 / P;
+    From from = stream;  // all of it in registers
+    Floats a[R][P], b[R][P];
+    std::memcpy(a, even, sizeof a);
+    std::memcpy(b, odd, sizeof b);
+    const float* at[R];
+    for (int r = 0; r < R; ++r) at[r] = x.values[r] + chunk * kChunk;
+    int64_t i = 0;
+    for (; i + G <= steps; i += G) step<G>(from, at, 2 * i, a, b);
+    for (; i < steps; ++i) step<1>(from, at, 2 * i, a, b);
+    std::memcpy(even, a, sizeof a);
+    std::memcpy(odd, b, sizeof b);
+    stream = from;
+  }
+
+  void store(float* out, int64_t stride) const {
+    for (int r = 0; r < R; ++r)
+      for (int p = 0; p < P; ++p) L::store(out + r * stride + p * kPanel, L::add(even[r][p], odd[r][p]));
+  }
+};
+
+// Codes from 0 to 255, 128 more than they are.
+template <class L, int R, int P>
+struct SumOf<L, Format::int8, R, P> : Streams<SumOf<L, Format::int8, R, P>, L, Format::int8, P> {
+  using Ints = typename L::Ints;
+  using Floats = typename L::Floats;
+  Rows<R> x;
+  const uint8_t* scales;
+  Floats sums[R][P];
+
+  SumOf(const Matrix& w, int64_t panel, const Input& input, int64_t row)
+      : x(input, row), scales(w.scales + panel * kPanel * 4) {
+    for (auto& row_sums : sums)
+      for (auto& sum : row_sums) sum = L::floats(0);
+  }
+
+  template <int G, class From>
+  [[gnu::always_inline]] static void step(From& from, const int8_t* const (&at)[R], int64_t k, Ints (&dots)[R][P]) {
+    const Ints shift = L::ints(static_cast<int32_t>(0x80808080));
+    Ints w[G * P];
+    from.template take<G>(w);
+    for (int g = 0; g < G; ++g) {
+      for (int p = 0; p < P; ++p) {
+        const Ints codes = L::exclusive_or(w[g * P + p], shift);
+        for (int r = 0; r < R; ++r) dots[r][p] = L::dot(dots[r][p], codes, L::four(at[r] + k + 4 * g));
+      }
+    }
+  }
+
+  template <class From>
+  void run(From& stream, int64_t chunk, int64_t steps) {
+    constexpr int64_t slice_steps = kSlice / 4;
+    constexpr int G = 4 / P;
+    From from = stream;
+    Floats s[R][P];
+    std::memcpy(s, sums, sizeof s);
+    int64_t slice = chunk * (kChunk / kSlice);
+    for (int64_t begin = 0; begin < steps; begin += slice_steps, ++slice) {
+      const int64_t n = steps - begin < slice_steps ? steps - begin : slice_steps;
+      Ints dots[R][P];
+      const int8_t* at[R];
+      for (int r = 0; r < R; ++r) {
+        at[r] = x.codes[r] + slice * kSlice;
+        for (int p = 0; p < P; ++p) dots[r][p] = L::ints(-128 * x.sums[r][slice]);
+      }
+      int64_t i = 0;
+      for (; i + G <= n; i += G) step<G>(from, at, 4 * i, dots);
+      for (; i < n; ++i) step<1>(from, at, 4 * i, dots);
+      for (int r = 0; r < R; ++r) {
+        const Floats scale = L::floats(x.scales[r][slice]);
+        for (int p = 0; p < P; ++p) s[r][p] = L::fma(L::to_floats(dots[r][p]), scale, s[r][p]);
+      }
+    }
+    std::memcpy(sums, s, sizeof s);
+    stream = from;
+  }
+
+  void store(float* out, int64_t stride) const {
+    for (int p = 0; p < P; ++p) {
+      const Floats scale = L::load_floats(scales + p * kPanel * 4);
+      for (int r = 0; r < R; ++r) L::store(out + r * stride + p * kPanel, L::multiply(sums[r][p], scale));
+    }
+  }
+};
+
+// Codes from 0 to 15, 8 more than they are. Of a dense step, the first register holds inputs 0 to 3 of all outputs and the second
+// one 4 to 7; of a sparse one, the first holds all inputs of outputs 0 to 7, two sums for each. x is laid out to match.
+template <class L, int R, int P>
+struct SumOf<L, Format::int4, R, P> : Streams<SumOf<L, Format::int4, R, P>, L, Format::int4, P> {
+  using Ints = typename L::Ints;
+  using Floats = typename L::Floats;
+  Rows<R> x;
+  const int64_t slices;  // in a group
+  const uint8_t* scales[P];
+  Floats sums[R][P];
+
+  SumOf(const Matrix& w, int64_t panel, const Input& input, int64_t row) : x(input, row), slices(w.group / kSlice) {
+    for (int p = 0; p < P; ++p) scales[p] = w.scales + (panel + p) * w.groups * kPanel * 2;
+    for (auto& row_sums : sums)
+      for (auto& sum : row_sums) sum = L::floats(0);
+  }
+
+  template <int G, class From>
+  [[gnu::always_inline]] static void step(From& from, const int8_t* const (&at)[R], int64_t k, Ints (&dots)[R][P][2]) {
+    const Ints low = L::ints(0x0f0f0f0f), shift = L::ints(0x08080808);
+    Ints w[G * P * 2];
+    from.template take<G>(w);
+    for (int g = 0; g < G; ++g) {
+      for (int p = 0; p < P; ++p) {
+        for (int h = 0; h < 2; ++h) {
+          const Ints codes = L::both_xor(w[2 * (g * P + p) + h], low, shift);
+          for (int r = 0; r < R; ++r) {
+            const int8_t* eight = at[r] + k + 8 * g;
+            const Ints inputs = From::sparse ? L::eight(eight) : L::four(eight + 4 * h);
+            dots[r][p][h] = L::dot(dots[r][p][h], codes, inputs);
+          }
+        }
+      }
+    }
+  }
+
+  template <class From>
+  void run(From& stream, int64_t chunk, int64_t steps) {
+    constexpr int64_t slice_steps = kSlice / 8;
+    constexpr int G = 2 / P;
+    From from = stream;
+    alignas(64) int8_t mixed[R][From::sparse ? kChunk : 1];  // inputs 0 4 1 5 2 6 3 7 of every 8
+    if constexpr (From::sparse) {
+      static constexpr int8_t order[16] = {0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15};
+      int8_t all[64];
+      for (int i = 0; i < 4; ++i) std::memcpy(all + 16 * i, order, 16);
+      const Ints from_byte = L::load(all);
+      for (int r = 0; r < R; ++r)
+        for (int64_t k = 0; k < kChunk; k += 64)
+          L::store(mixed[r] + k, L::shuffle(L::load(x.codes[r] + chunk * kChunk + k), from_byte));
+    }
+    Floats s[R][P], of_group[R][P];
+    std::memcpy(s, sums, sizeof s);
+    for (auto& row_sums : of_group)
+      for (auto& sum : row_sums) sum = L::floats(0);
+    int64_t slice = chunk * (kChunk / kSlice);
+    for (int64_t begin = 0; begin < steps; begin += slice_steps, ++slice) {
+      const int64_t n = steps - begin < slice_steps ? steps - begin : slice_steps;
+      Ints dots[R][P][2];
+      const int8_t* at[R];
+      for (int r = 0; r < R; ++r) {
+        at[r] = From::sparse ? mixed[r] + 8 * begin : x.codes[r] + slice * kSlice;
+        for (int p = 0; p < P; ++p) dots[r][p][0] = dots[r][p][1] = L::ints(-4 * x.sums[r][slice]);
+      }
+      int64_t i = 0;
+      for (; i + G <= n; i += G) step<G>(from, at, 8 * i, dots);
+      for (; i < n; ++i) step<1>(from, at, 8 * i, dots);
+      for (int r = 0; r < R; ++r) {
+        const Floats scale = L::floats(x.scales[r][slice]);
+        for (int p = 0; p < P; ++p) {
+          const Ints first = dots[r][p][0], second = dots[r][p][1];
+          const Ints dot = From::sparse ? L::add(L::evens(first, second), L::odds(first, second)) : L::add(first, second);
+          of_group[r][p] = L::fma(L::to_floats(dot), scale, of_group[r][p]);
+        }
+      }
+      if ((slice + 1) % slices && begin + n != steps) continue;
+      for (int p = 0; p < P; ++p) {
+        const Floats scale = L::load_bf16(scales[p] + slice / slices * kPanel * 2);
+        for (int r = 0; r < R; ++r) {
+          s[r][p] = L::fma(of_group[r][p], scale, s[r][p]);
+          of_group[r][p] = L::floats(0);
+        }
+      }
+    }
+    std::memcpy(sums, s, sizeof s);
+    stream = from;
+  }
+
+  void store(float* out, int64_t stride) const {
+    for (int r = 0; r < R; ++r)
+      for (int p = 0; p < P; ++p) L::store(out + r * stride + p * kPanel, sums[r][p]);
+  }
+};
+
+template <class L>
+struct Avx512 {
+  template <Format F>
+  static constexpr int rows = 4;
+  template <Format F>
+  static constexpr int paired = 2;
+  template <Format F, int R>
+  static constexpr bool fused = true;
+  template <Format F, bool, int R, int P>
+  using Sum = SumOf<L, F, R, P>;
+
+  template <Format F>
+  static const uint8_t* expand(const uint8_t* masks, const uint8_t* values, int64_t steps, uint8_t* out) {
+    constexpr int G = 4 / registers(F);
+    Sparse<L, F, 1> from{{masks}, {values}};
+    int64_t i = 0;
+    for (; i + G <= steps; i += G) expand_steps<G>(from, out + kStepBytes * i);
+    for (; i < steps; ++i) expand_steps<1>(from, out + kStepBytes * i);
+    return from.values[0];
+  }
+
+ private:
+  template <int G, Format F>
+  [[gnu::always_inline]] static void expand_steps(Sparse<L, F, 1>& from, uint8_t* out) {
+    typename L::Ints w[G * registers(F)];
+    from.template take<G>(w);
+    for (int g = 0; g < G; ++g) {
+      if constexpr (F == Format::int4) {
+        for (int h = 0; h < 2; ++h) {  // a byte of every two
+          const auto apart = L::both(w[2 * g + h], L::ints(0x0f0f0f0f));
+          w[2 * g + h] = L::either(apart, L::right4(apart));
+        }
+        L::store(out + kStepBytes * g, L::even_bytes(w[2 * g], w[2 * g + 1]));
+      } else {
+        L::store(out + kStepBytes * g, w[g]);
+      }
+    }
+  }
+};
+
+// Calls `whole(at)` for every 16 of n elements, and `part(at, count)` for the rest.
+template <class Whole, class Part>
+void by_sixteen(int64_t n, Whole whole, Part part) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) whole(i);
+  if (i < n) part(i, static_cast<size_t>(n - i));
+}
+
+template <class L>
+void widen(const void* x, Type type, int64_t n, float* out, int64_t padded) {
+  if (type == Type::f32) {
+    std::memcpy(out, x, static_cast<size_t>(n) * 4);
+  } else {
+    const auto* from = static_cast<const uint16_t*>(x);
+    const auto floats = [type](const void* p) { return type == Type::bf16 ? L::load_bf16(p) : L::load_f16(p); };
+    by_sixteen(
+        n, [&](int64_t i) { L::store(out + i, floats(from + i)); },
+        [&](int64_t i, size_t count) {
+          uint16_t some[16] = {};
+          std::memcpy(some, from + i, 2 * count);
+          const auto wide = floats(some);
+          std::memcpy(out + i, &wide, 4 * count);
+        });
+  }
+  for (int64_t i = n; i < padded; ++i) out[i] = 0;
+}
+
+template <class L>
+void narrow(const float* x, int64_t n, Type type, void* out) {
+  if (type == Type::f32) {
+    std::memcpy(out, x, static_cast<size_t>(n) * 4);
+    return;
+  }
+  auto* to = static_cast<uint16_t*>(out);
+  const auto store = [type](void* p, const float* from) {
+    type == Type::bf16 ? L::store_bf16(p, L::load_floats(from)) : L::store_f16(p, L::load_floats(from));
+  };
+  by_sixteen(
+      n, [&](int64_t i) { store(to + i, x + i); },
+      [&](int64_t i, size_t count) {
+        float some[16] = {};
+        std::memcpy(some, x + i, 4 * count);
+        uint16_t halves[16];
+        store(halves, some);
+        std::memcpy(to + i, halves, 2 * count);
+      });
+}
+
+template <class L>
+void quantise(const float* x, int64_t padded, int8_t* codes, float* scales, int32_t* sums) {
+  const auto unsigned_bits = L::ints(0x7fffffff);
+  for (int64_t g = 0; g * kSlice < padded; ++g) {
+    const float* from = x + g * kSlice;
+    // as integers, floats without their sign compare the same, and NaN is the largest
+    const auto most = L::largest(L::both(L::load(from), unsigned_bits), L::both(L::load(from + 16), unsigned_bits));
+    const Scale scale(L::most(most));
+    const auto inverse = L::floats(scale.inverse);
+    const auto first = L::to_ints(L::multiply(L::load_floats(from), inverse));
+    const auto second = L::to_ints(L::multiply(L::load_floats(from + 16), inverse));
+    L::store_bytes(codes + g * kSlice, first);
+    L::store_bytes(codes + g * kSlice + 16, second);
+    scales[g] = scale.value;
+    sums[g] = L::total(L::add(first, second));
+  }
+}
+static_assert(kSlice == 32);
+
+template <class L>
+Kernels kernels_of(const char* name) {
+  using I = Avx512<L>;
+  return {name, multiply<I>, expand<I>, widen<L>, narrow<L>, quantise<L>, gate, block_scores, block_mix, block_exponentials};
+}
+
+}  // namespace
+}  // namespace pliant

@@ -1,0 +1,286 @@
+#include "cache.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "cpu.h"
+#include "pool.h"
+
+namespace pliant {
+namespace {
+
+constexpr int64_t kSpan = 128;        // tokens that are summed up together: the same sums with any number of threads
+constexpr int64_t kRowsAtOnce = 32;   // query rows of a unit of work
+constexpr int64_t kWidest = 256;      // of a head
+
+// Zeroes the `share` smallest of n values with a stride, ties in order.
+void prune(float* values, int64_t n, float share) {
+  const auto count = static_cast<int64_t>(std::llround(share * static_cast<float>(n)));
+  if (count < 1) return;
+  std::vector<float> sizes(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) sizes[static_cast<size_t>(i)] = std::fabs(values[i]);
+  std::nth_element(sizes.begin(), sizes.begin() + (count - 1), sizes.end());
+  const float border = sizes[static_cast<size_t>(count - 1)];
+  int64_t left = count;
+  for (int64_t i = 0; i < n; ++i) left -= std::fabs(values[i]) < border;
+  for (int64_t i = 0; i < n; ++i) {
+    const float size = std::fabs(values[i]);
+    if (size < border || (size == border && left-- > 0)) values[i] = 0;
+  }
+}
+
+}  // namespace
+
+// What rows have summed up of some tokens: the largest score, the sum of e^(score - largest), and the values times these.
+struct Cache::Partial {
+  float most = -INFINITY, sum = 0;
+  alignas(64) float mixed[kWidest];
+};
+
+void Cache::open_block(int64_t head) {
+  Block block;
+  block.keys.resize(static_cast<size_t>(width_ * kBlock));
+  block.values.resize(static_cast<size_t>(width_ * kBlock));
+  blocks_[static_cast<size_t>(head)].push_back(std::move(block));
+}
+
+void Cache::append(const float* keys, const float* values, int64_t tokens, int64_t stride) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int64_t place = (length_ + t) % kBlock;
+    for (int64_t h = 0; h < heads_; ++h) {
+      auto& blocks = blocks_[static_cast<size_t>(h)];
+      if (place == 0) open_block(h);
+      Block& block = blocks.back();
+      const float* k = keys + t * stride + h * width_;
+      for (int64_t d = 0; d < width_; ++d) block.keys[static_cast<size_t>(d * kBlock + place)] = k[d];
+      std::memcpy(block.values.data() + place * width_, values + t * stride + h * width_, static_cast<size_t>(width_) * 4);
+    }
+  }
+  length_ += tokens;
+}
+
+void Cache::pack_block(Block& block, int64_t begin) const {
+  // the first tokens are left whole: pruned by rows behind them
+  const int64_t whole = std::clamp<int64_t>(keeping_.first - begin, 0, kBlock);
+  std::vector<float> keys(block.keys.size()), values(block.values.size());
+  for (int64_t t = 0; t < kBlock; ++t)
+    for (int64_t d = 0; d < width_; ++d) keys[static_cast<size_t>(t * width_ + d)] = block.keys[static_cast<size_t>(d * kBlock + t)];
+  prune(keys.data() + whole * width_, (kBlock - whole) * width_, keeping_.key_sparsity);
+  std::vector<float> rows = block.values;
+  prune(rows.data() + whole * width_, (kBlock - whole) * width_, keeping_.value_sparsity);
+  for (int64_t t = 0; t < kBlock; ++t)
+    for (int64_t d = 0; d < width_; ++d) values[static_cast<size_t>(d * kBlock + t)] = rows[static_cast<size_t>(t * width_ + d)];
+  const auto format = static_cast<Format>(keeping_.format);
+  const Packing k(keys.data(), kBlock, width_, format, keeping_.key_sparsity > 0, 0, nullptr, 1);
+  const Packing v(values.data(), width_, kBlock, format, keeping_.value_sparsity > 0, 0, nullptr, 1);
+  block.packed_keys.resize(static_cast<size_t>(k.size()));
+  block.packed_values.resize(static_cast<size_t>(v.size()));
+  k.write(block.packed_keys.data(), 1);
+  v.write(block.packed_values.data(), 1);
+  open(block.packed_keys.data(), k.size(), false, 1, &block.key_matrix);
+  open(block.packed_values.data(), v.size(), false, 1, &block.value_matrix);
+  block.keys = {};
+  block.values = {};
+}
+
+void Cache::unpack_block(Block& block) const {
+  std::vector<float> keys(static_cast<size_t>(kBlock * width_)), values(keys.size());
+  unpack(block.key_matrix, keys.data(), 1);
+  unpack(block.value_matrix, values.data(), 1);
+  block.keys.resize(keys.size());
+  block.values.resize(keys.size());
+  for (int64_t t = 0; t < kBlock; ++t) {
+    for (int64_t d = 0; d < width_; ++d) {
+      block.keys[static_cast<size_t>(d * kBlock + t)] = keys[static_cast<size_t>(t * width_ + d)];
+      block.values[static_cast<size_t>(t * width_ + d)] = values[static_cast<size_t>(d * kBlock + t)];
+    }
+  }
+  block.packed_keys = {};
+  block.packed_values = {};
+}
+
+void Cache::settle(int threads) {
+  if (!keeping_.packed) return;
+  const int64_t full = std::max<int64_t>(0, length_ - keeping_.recent) / kBlock;
+  if (full <= settled_) return;
+  const int64_t fresh = full - settled_;
+  parallel(threads, heads_ * fresh, [&](int64_t i) {
+    const int64_t b = settled_ + i % fresh;
+    pack_block(blocks_[static_cast<size_t>(i / fresh)][static_cast<size_t>(b)], b * kBlock);
+  });
+  settled_ = full;
+}
+
+void Cache::crop(int64_t length) {
+  if (length >= length_) return;
+  const int64_t blocks = ceil_div(length, kBlock);
+  for (auto& of_head : blocks_) {
+    of_head.resize(static_cast<size_t>(blocks));
+    if (length % kBlock && !of_head.back().packed_keys.empty()) unpack_block(of_head.back());
+  }
+  settled_ = std::min(settled_, length / kBlock);
+  length_ = length;
+}
+
+void Cache::read(float* keys, float* values) const {
+  for (int64_t h = 0; h < heads_; ++h) {
+    for (int64_t b = 0; b * kBlock < length_; ++b) {
+      Block block = blocks_[static_cast<size_t>(h)][static_cast<size_t>(b)];
+      if (!block.packed_keys.empty()) {
+        open(block.packed_keys.data(), static_cast<int64_t>(block.packed_keys.size()), false, 1, &block.key_matrix);
+        open(block.packed_values.data(), static_cast<int64_t>(block.packed_values.size()), false, 1, &block.value_matrix);
+        unpack_block(block);
+      }
+      for (int64_t t = 0; t < std::min(kBlock, length_ - b * kBlock); ++t) {
+        float* k = keys + (h * length_ + b * kBlock + t) * width_;
+        for (int64_t d = 0; d < width_; ++d) k[d] = block.keys[static_cast<size_t>(d * kBlock + t)];
+        std::memcpy(values + (h * length_ + b * kBlock + t) * width_, block.values.data() + t * width_,
+                    static_cast<size_t>(width_) * 4);
+      }
+    }
+  }
+}
+
+int64_t Cache::bytes() const {
+  size_t sum = 0;
+  for (const auto& of_head : blocks_) {
+    for (const Block& b : of_head) sum += (b.keys.size() + b.values.size()) * 4 + b.packed_keys.size() + b.packed_values.size();
+  }
+  return static_cast<int64_t>(sum);
+}
+
+// Rows are query heads of one key-value head, `per_token` of a token; row r stands at position first_position + r / per_token.
+void Cache::attend_span(const float* q, int64_t rows, int64_t per_token, int64_t first_position, int64_t head, int64_t span,
+                        float scale, int64_t window, Partial* partials) const {
+  const Kernels& k = kernels();
+  thread_local Rows of_q, of_p;
+  thread_local std::vector<uint8_t> scratch(kBlock * kWidest * 2);
+  alignas(64) float scores[kRowsAtOnce * kBlock];
+  alignas(64) float mixed[kRowsAtOnce * kWidest];
+  const int64_t last_position = first_position + (rows - 1) / per_token;
+  const int64_t end = std::min((span + 1) * kSpan, last_position + 1);
+  bool read = false;
+  for (int64_t begin = span * kSpan; begin < end; begin += kBlock) {
+    const Block& block = blocks_[static_cast<size_t>(head)][static_cast<size_t>(begin / kBlock)];
+    const bool packed = !block.packed_keys.empty();
+    if (packed) {
+      const bool codes = block.key_matrix.format != Format::bf16;
+      if (!read) of_q.read(q, Type::f32, rows, width_, width_, codes, 1);
+      read = true;
+      for (int64_t p = 0; p < block.key_matrix.panels; p += kTogether)
+        k.multiply(block.key_matrix, p, kTogether, of_q.input(), scores + p * kPanel, kBlock, scratch.data());
+    } else {
+      for (int64_t r = 0; r < rows; ++r) k.scores(q + r * width_, block.keys.data(), width_, scores + r * kBlock);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t position = first_position + r / per_token;
+      const int64_t from = window > 0 ? std::max<int64_t>(0, position - window + 1 - begin) : 0;
+      const int64_t to = std::min(kBlock, position + 1 - begin);
+      float* s = scores + r * kBlock;
+      Partial& partial = partials[r];
+      if (from >= to) {
+        std::fill_n(s, kBlock, 0.0f);
+        continue;
+      }
+      float most = partial.most;
+      for (int64_t t = from; t < to; ++t) {
+        s[t] *= scale;
+        most = s[t] > most ? s[t] : most;
+      }
+      if (most > partial.most) {
+        const float less = std::exp(partial.most - most);
+        for (int64_t d = 0; d < width_; ++d) partial.mixed[d] *= less;
+        partial.sum *= less;
+        partial.most = most;
+      }
+      std::fill_n(s, from, 0.0f);
+      partial.sum += k.exponentials(s + from, to - from, most);
+      std::fill(s + to, s + kBlock, 0.0f);
+    }
+    if (packed) {
+      of_p.read(scores, Type::f32, rows, kBlock, kBlock, block.value_matrix.format != Format::bf16, 1);
+      const int64_t panels = block.value_matrix.panels;
+      for (int64_t p = 0; p < panels; p += kTogether)
+        k.multiply(block.value_matrix, p, std::min(kTogether, panels - p), of_p.input(), mixed + p * kPanel, kWidest,
+                   scratch.data());
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t d = 0; d < width_; ++d) partials[r].mixed[d] += mixed[r * kWidest + d];
+    } else {
+      const int64_t tokens = std::min(kBlock, end - begin);
+      for (int64_t r = 0; r < rows; ++r) k.mix(scores + r * kBlock, block.values.data(), tokens, width_, partials[r].mixed);
+    }
+  }
+}
+
+void Cache::attend(const float* q, int64_t tokens, int64_t query_heads, float scale, int64_t window, float* out,
+                   int threads) const {
+  const int64_t per_token = query_heads / heads_;
+  const int64_t begin = length_ - tokens;
+  const int64_t tokens_at_once = std::max<int64_t>(1, kRowsAtOnce / per_token);
+  const int64_t chunks = ceil_div(tokens, tokens_at_once);
+  const int64_t spans = tokens == 1 ? ceil_div(length_, kSpan) : 1;  // of a unit of work
+  const int64_t first_span = tokens == 1 && window > 0 ? std::max<int64_t>(0, length_ - window) / kSpan : 0;
+  std::vector<Partial> shared(tokens == 1 ? static_cast<size_t>(heads_ * spans * per_token) : 0);
+  const auto merge = [&](Partial& into, const Partial& other) {
+    if (other.sum == 0) return;
+    if (into.sum == 0) {
+      into = other;
+      return;
+    }
+    const float most = std::max(into.most, other.most);
+    const float a = std::exp(into.most - most), b = std::exp(other.most - most);
+    for (int64_t d = 0; d < width_; ++d) into.mixed[d] = into.mixed[d] * a + other.mixed[d] * b;
+    into.sum = into.sum * a + other.sum * b;
+    into.most = most;
+  };
+  const auto finish = [&](const Partial& sum, float* to) {
+    for (int64_t d = 0; d < width_; ++d) to[d] = sum.mixed[d] / sum.sum;
+  };
+  if (tokens == 1) {
+    parallel(threads, heads_ * spans, [&](int64_t unit) {
+      const int64_t head = unit / spans, span = unit % spans;
+      Partial* mine = shared.data() + unit * per_token;
+      for (int64_t r = 0; r < per_token; ++r) std::fill_n(mine[r].mixed, width_, 0.0f);
+      if (span >= first_span)
+        attend_span(q + head * per_token * width_, per_token, per_token, begin, head, span, scale, window, mine);
+    });
+    for (int64_t row = 0; row < query_heads; ++row) {
+      const int64_t head = row / per_token;
+      Partial sum;
+      for (int64_t span = 0; span < spans; ++span)
+        merge(sum, shared[static_cast<size_t>((head * spans + span) * per_token + row % per_token)]);
+      finish(sum, out + row * width_);
+    }
+    return;
+  }
+  parallel(threads, heads_ * chunks, [&](int64_t unit) {
+    const int64_t head = unit % heads_, first = unit / heads_ * tokens_at_once;
+    const int64_t count = std::min(tokens_at_once, tokens - first), rows = count * per_token;
+    thread_local std::vector<Partial> sums, parts;
+    thread_local std::vector<float> mine;
+    sums.assign(static_cast<size_t>(rows), Partial{});
+    parts.resize(static_cast<size_t>(rows));
+    mine.resize(static_cast<size_t>(rows * width_));
+    for (int64_t r = 0; r < rows; ++r)
+      std::memcpy(mine.data() + r * width_,
+                  q + ((first + r / per_token) * query_heads + head * per_token + r % per_token) * width_,
+                  static_cast<size_t>(width_) * 4);
+    const int64_t position = begin + first;
+    const int64_t from = window > 0 ? std::max<int64_t>(0, position - window + 1) / kSpan : 0;
+    for (int64_t span = from; span * kSpan < position + count; ++span) {
+      for (Partial& part : parts) {
+        part.most = -INFINITY;
+        part.sum = 0;
+        std::fill_n(part.mixed, width_, 0.0f);
+      }
+      attend_span(mine.data(), rows, per_token, position, head, span, scale, window, parts.data());
+      for (int64_t r = 0; r < rows; ++r) merge(sums[static_cast<size_t>(r)], parts[static_cast<size_t>(r)]);
+    }
+    for (int64_t r = 0; r < rows; ++r)
+      finish(sums[static_cast<size_t>(r)],
+             out + ((first + r / per_token) * query_heads + head * per_token + r % per_token) * width_);
+  });
+}
+
+}  // namespace pliant

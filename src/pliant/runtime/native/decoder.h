@@ -1,0 +1,65 @@
+// The layers of a Llama-like decoder: norm, attention with rotary positions, norm, gated MLP. Any block may be missing, and
+// every layer has sizes of its own.
+#pragma once
+
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "cache.h"
+
+namespace pliant {
+
+// One packed matrix with a bias or none; no bytes where there is no such matrix. As Python fills it in.
+struct Projection {
+  const uint8_t* data;
+  int64_t size;
+  const float* bias;
+};
+
+struct LayerPlan {
+  Projection q, k, v, o, gate, up, down;
+  const float* attention_norm;  // [hidden]
+  const float* mlp_norm;
+  const float* q_norm;  // [head width], or null
+  const float* k_norm;
+  int64_t heads, kv_heads;
+  int64_t window;  // tokens that a token sees, 0 for all
+  int64_t rotary;  // whether positions are rotated in
+};
+
+struct DecoderPlan {
+  int64_t hidden, width;  // of the residual stream, of a head
+  int64_t activation;     // Activation
+  double epsilon;         // of the norms
+  double scale;           // of the scores
+  const float* final_norm;
+};
+
+class Decoder {
+ public:
+  explicit Decoder(const DecoderPlan& plan) : plan_(plan) {}
+
+  // What is wrong with a layer, or nothing.
+  std::string add(const LayerPlan& plan);
+
+
+  // stream[tokens][hidden]: embeddings in, the normed hidden state out. cosine and sine are [tokens][rotated]. Nanoseconds
+  // spent in matrix products and in attention are added to `spent`.
+  void run(float* stream, int64_t tokens, const float* cosine, const float* sine, int64_t rotated, Cache* const* caches,
+           int threads, int64_t* spent);
+
+ private:
+  struct Layer {
+    LayerPlan plan;
+    Matrix q, k, v, o, gate, up, down;
+    bool attention = false, mlp = false;
+  };
+  std::mutex running_;
+  DecoderPlan plan_;
+  std::vector<Layer> layers_;
+  Rows rows_;
+  std::vector<float> normed_, q_, k_, v_, mixed_, inner_;
+};
+
+}  // namespace pliant

@@ -1,0 +1,104 @@
+// Rows of x times panels of W, the loop that every instruction set shares. What a set brings along, as static members of `I`:
+//
+//   template <Format F> constexpr int rows            rows at once, at most: 2 or 4
+//   template <Format F> constexpr int paired          rows, at most, of which two panels are multiplied at once: 1 or 2
+//   template <Format F, int R> constexpr bool fused   whether a sparse stream is multiplied as it is, not made dense before
+//   template <Format F, bool fused, int R, int P> struct Sum      what R rows and P panels have summed up so far
+//     Sum(const Matrix&, int64_t panel, const Input&, int64_t row)
+//     void add(const uint8_t* const (&w)[P], int64_t chunk, int64_t steps)                    the next steps of dense streams
+//     void add(const uint8_t* (&masks)[P], const uint8_t* (&values)[P], chunk, steps)         the same of sparse ones, if fused
+//     void store(float* out, int64_t stride)
+//   template <Format F> const uint8_t* expand(masks, values, steps, out)   makes a sparse stream dense; returns where its values
+//                                                                          end
+//
+// Every output is summed in an order that depends on its own row and column alone. A token's result is the same, to the bit,
+// next to other tokens or alone, and with any number of threads.
+#include "kernels.h"
+
+namespace pliant {
+namespace {
+
+template <class I, Format F, bool S, int R, int P>
+void block(const Matrix& w, int64_t panel, const Input& x, int64_t row, float* out, int64_t stride, const uint8_t* expanded) {
+  constexpr int64_t chunk_steps = kChunk / step_inputs(F);
+  constexpr bool fused = S && I::template fused<F, R>;
+  typename I::template Sum<F, fused, R, P> sum(w, panel, x, row);
+  const uint8_t* values[P];
+  const uint8_t* masks[P];
+  for (int p = 0; p < P; ++p) {
+    values[p] = expanded ? expanded + p * w.steps * kStepBytes : w.panel_values(panel + p);
+    masks[p] = S ? w.panel_masks(panel + p) : nullptr;
+  }
+  alignas(64) uint8_t buffer[S && !fused ? P : 1][S && !fused ? chunk_steps * kStepBytes : 1];
+  for (int64_t chunk = 0; chunk < w.chunks; ++chunk) {
+    const int64_t steps = chunk + 1 < w.chunks ? chunk_steps : w.steps - chunk * chunk_steps;
+    if constexpr (fused) {
+      sum.add(masks, values, chunk, steps);
+    } else if constexpr (S) {
+      const uint8_t* dense[P];
+      for (int p = 0; p < P; ++p) {
+        values[p] = I::template expand<F>(masks[p], values[p], steps, buffer[p]);
+        masks[p] += steps * mask_bytes(F);
+        dense[p] = buffer[p];
+      }
+      sum.add(dense, chunk, steps);
+    } else {
+      sum.add(values, chunk, steps);
+      for (int p = 0; p < P; ++p) values[p] += steps * kStepBytes;
+    }
+  }
+  sum.store(out, stride);
+}
+
+template <class I, Format F, bool S, int P>
+void rows_of(const Matrix& w, int64_t panel, const Input& x, float* out, int64_t stride, const uint8_t* expanded) {
+  int64_t row = 0;
+  constexpr int most = I::template rows<F>;
+  if constexpr (most >= 4 && P == 1) {
+    for (; row + 4 <= x.rows; row += 4) block<I, F, S, 4, P>(w, panel, x, row, out + row * stride, stride, expanded);
+  }
+  if constexpr (P == 1 || I::template paired<F> == 2) {
+    for (; row + 2 <= x.rows; row += 2) block<I, F, S, 2, P>(w, panel, x, row, out + row * stride, stride, expanded);
+  }
+  for (; row < x.rows; ++row) block<I, F, S, 1, P>(w, panel, x, row, out + row * stride, stride, expanded);
+}
+
+template <class I, Format F>
+void panels_of(const Matrix& w, int64_t panel, int64_t count, const Input& x, float* out, int64_t stride, uint8_t* scratch) {
+  if (w.sparse && x.rows > I::template rows<F>) {  // make room once, for all rows
+    for (int64_t p = 0; p < count; ++p) {
+      uint8_t* dense = scratch;
+      I::template expand<F>(w.panel_masks(panel + p), w.panel_values(panel + p), w.steps, dense);
+      rows_of<I, F, false, 1>(w, panel + p, x, out + p * kPanel, stride, dense);
+    }
+    return;
+  }
+  const auto one = w.sparse ? rows_of<I, F, true, 1> : rows_of<I, F, false, 1>;
+  if (count == 2 && x.rows <= I::template paired<F>) {
+    const auto two = w.sparse ? rows_of<I, F, true, 2> : rows_of<I, F, false, 2>;
+    two(w, panel, x, out, stride, nullptr);
+  } else {
+    for (int64_t p = 0; p < count; ++p) one(w, panel + p, x, out + p * kPanel, stride, nullptr);
+  }
+}
+
+template <class I>
+void multiply(const Matrix& w, int64_t panel, int64_t count, const Input& x, float* out, int64_t stride, uint8_t* scratch) {
+  switch (w.format) {
+    case Format::bf16: return panels_of<I, Format::bf16>(w, panel, count, x, out, stride, scratch);
+    case Format::int8: return panels_of<I, Format::int8>(w, panel, count, x, out, stride, scratch);
+    case Format::int4: return panels_of<I, Format::int4>(w, panel, count, x, out, stride, scratch);
+  }
+}
+
+template <class I>
+void expand(const Matrix& w, int64_t panel, uint8_t* out) {
+  switch (w.format) {
+    case Format::bf16: I::template expand<Format::bf16>(w.panel_masks(panel), w.panel_values(panel), w.steps, out); break;
+    case Format::int8: I::template expand<Format::int8>(w.panel_masks(panel), w.panel_values(panel), w.steps, out); break;
+    case Format::int4: I::template expand<Format::int4>(w.panel_masks(panel), w.panel_values(panel), w.steps, out); break;
+  }
+}
+
+}  // namespace
+}  // namespace pliant

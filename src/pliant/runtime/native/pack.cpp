@@ -1,0 +1,386 @@
+#include "pack.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+
+#include "cpu.h"
+#include "pool.h"
+
+namespace pliant {
+namespace {
+
+constexpr int64_t kAlign = 64;
+
+int64_t aligned(int64_t size) { return ceil_div(size, kAlign) * kAlign; }
+
+uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+float from_bf16(uint16_t bits) {
+  const uint32_t wide = uint32_t{bits} << 16;
+  float x;
+  std::memcpy(&x, &wide, 4);
+  return x;
+}
+
+float rounded(float x) { return (x + 12582912.0f) - 12582912.0f; }  // to the nearest integer, of |x| < 2^22
+
+float clamped(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+
+float error_of(const float* w, int64_t n, float scale) {
+  const float inverse = 1 / scale;
+  float lanes[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (int l = 0; l < 8; ++l) {
+      const float off = w[i + l] - clamped(rounded(w[i + l] * inverse), -8, 7) * scale;
+      lanes[l] += off * off;
+    }
+  }
+  float sum = 0;
+  for (; i < n; ++i) {
+    const float off = w[i] - clamped(rounded(w[i] * inverse), -8, 7) * scale;
+    sum += off * off;
+  }
+  for (const float lane : lanes) sum += lane;
+  return sum;
+}
+
+// The scale of a group of int4 weights that leaves the least squared error. What was rounded to such a grid before finds its
+// scale again, as the largest weight is 7 or 8 steps of it.
+float scale_of_group(const float* w, int64_t n) {
+  float low = 0, high = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    low = std::min(low, w[i]);
+    high = std::max(high, w[i]);
+  }
+  const float largest = std::max(-low, high);
+  if (!(largest > 1e-30f)) return 0;
+  const float sign = -low >= high ? 1.0f : -1.0f;  // -8 is the code of the largest, whatever its sign
+  float best = 0, least = INFINITY;
+  for (const float steps : {7.0f, 8.0f, 7.5f, 8.5f, 9.0f, 9.5f, 10.0f}) {
+    const float scale = from_bf16(to_bf16((steps == 7.0f ? 1.0f : sign) * largest / steps));
+    if (scale == 0) continue;
+    const float error = error_of(w, n, scale);
+    if (error < least) least = error, best = scale;
+    if (error == 0) break;
+  }
+  return best;
+}
+
+// Of all words of 8 bytes with their places, the word of the checksum itself as 0.
+uint64_t checksum(const uint8_t* data, int64_t size, int threads) {
+  constexpr int64_t part = 1 << 17;  // words
+  const int64_t words = size / 8;
+  std::vector<uint64_t> sums(static_cast<size_t>(ceil_div(words, part)));
+  parallel(threads, static_cast<int64_t>(sums.size()), [&](int64_t p) {
+    uint64_t sum = 0;
+    for (int64_t i = p * part; i < std::min(words, (p + 1) * part); ++i) {
+      uint64_t word = 0;
+      if (i != static_cast<int64_t>(offsetof(Header, checksum) / 8)) std::memcpy(&word, data + 8 * i, 8);
+      word ^= static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15;
+      word *= 0xff51afd7ed558ccd;
+      word ^= word >> 32;
+      sum += word * 0xc4ceb9fe1a85ec53;
+    }
+    sums[static_cast<size_t>(p)] = sum;
+  });
+  uint64_t sum = 0;
+  for (const uint64_t one : sums) sum += one;
+  return sum;
+}
+
+// Bits of the elements of a step that are there. Of every 16 nibbles an even number is kept.
+void mask_of(Format format, const uint8_t* step, uint8_t* mask) {
+  std::memset(mask, 0, static_cast<size_t>(mask_bytes(format)));
+  if (format == Format::bf16) {
+    for (int e = 0; e < 32; ++e) {
+      const bool there = step[2 * e] || step[2 * e + 1];
+      mask[e >> 3] = static_cast<uint8_t>(mask[e >> 3] | there << (e & 7));
+    }
+  } else if (format == Format::int8) {
+    for (int e = 0; e < 64; ++e) mask[e >> 3] = static_cast<uint8_t>(mask[e >> 3] | (step[e] != 0) << (e & 7));
+  } else {
+    for (int sixteen = 0; sixteen < 8; ++sixteen) {
+      uint32_t bits = 0;
+      for (int b = 0; b < 8; ++b) {
+        const int byte = step[8 * sixteen + b];
+        bits |= static_cast<uint32_t>((byte & 15) != 0) << 2 * b | static_cast<uint32_t>((byte >> 4) != 0) << (2 * b + 1);
+      }
+      if (__builtin_popcount(bits) & 1) bits |= ~bits & (bits + 1);  // the lowest that is missing
+      mask[2 * sixteen] = static_cast<uint8_t>(bits);
+      mask[2 * sixteen + 1] = static_cast<uint8_t>(bits >> 8);
+    }
+  }
+}
+
+int64_t count(const uint8_t* mask, int64_t bytes) {
+  int64_t bits = 0;
+  for (; bytes >= 8; bytes -= 8, mask += 8) {
+    uint64_t word;
+    std::memcpy(&word, mask, 8);
+    bits += __builtin_popcountll(word);
+  }
+  for (; bytes > 0; --bytes, ++mask) bits += __builtin_popcount(*mask);
+  return bits;
+}
+
+int64_t bytes_of(Format format, int64_t elements) {
+  return format == Format::bf16 ? 2 * elements : format == Format::int8 ? elements : elements / 2;
+}
+
+uint8_t* compress(Format format, const uint8_t* step, const uint8_t* mask, uint8_t* out) {
+  int64_t nibbles = 0;
+  for (int64_t e = 0; e < 8 * mask_bytes(format); ++e) {
+    if (!(mask[e >> 3] >> (e & 7) & 1)) continue;
+    if (format == Format::bf16) {
+      std::memcpy(out, step + 2 * e, 2);
+      out += 2;
+    } else if (format == Format::int8) {
+      *out++ = step[e];
+    } else {
+      const int there = step[e >> 1] >> 4 * (e & 1) & 15;
+      if (nibbles++ & 1) {
+        *out = static_cast<uint8_t>(*out | there << 4);
+        ++out;
+      } else {
+        *out = static_cast<uint8_t>(there);
+      }
+    }
+  }
+  return out;
+}
+
+}  // namespace
+
+Packing::Packing(const float* weight, int64_t rows, int64_t columns, Format format, bool sparse, int64_t group,
+                 const float* scales, int threads)
+    : panels_(ceil_div(rows, kPanel)),
+      steps_(ceil_div(columns, step_inputs(format))),
+      group_(format == Format::int4 ? group : columns),
+      groups_(ceil_div(columns, group_)) {
+  const auto elements = static_cast<size_t>(rows * columns);
+  if (format == Format::bf16) {
+    bf16_.resize(elements);
+  } else {
+    codes_.resize(elements);
+    format == Format::int8 ? scales_.resize(static_cast<size_t>(rows)) : bf16_.resize(static_cast<size_t>(rows * groups_));
+  }
+  parallel(threads, rows, [&](int64_t r) {
+    const float* w = weight + r * columns;
+    if (format == Format::bf16) {
+      for (int64_t k = 0; k < columns; ++k) {
+        const uint16_t bits = to_bf16(w[k]);
+        bf16_[static_cast<size_t>(r * columns + k)] = bits == 0x8000 ? 0 : bits;  // minus zero is zero
+      }
+      return;
+    }
+    int8_t* codes = codes_.data() + r * columns;
+    if (format == Format::int8) {
+      float largest = 0;
+      for (int64_t k = 0; k < columns; ++k) largest = std::max(largest, std::fabs(w[k]));
+      const float scale = scales ? scales[r] : largest > 1e-30f ? largest / 127 : 0;
+      scales_[static_cast<size_t>(r)] = scale;
+      const float inverse = scale != 0 ? 1 / scale : 0;
+      for (int64_t k = 0; k < columns; ++k) codes[k] = static_cast<int8_t>(clamped(rounded(w[k] * inverse), -127, 127));
+      return;
+    }
+    for (int64_t g = 0; g < groups_; ++g) {
+      const int64_t begin = g * group_, n = std::min(group_, columns - begin);
+      const float scale = scales ? scales[r * groups_ + g] : scale_of_group(w + begin, n);
+      bf16_[static_cast<size_t>(r * groups_ + g)] = to_bf16(scale);
+      const float inverse = scale != 0 ? 1 / scale : 0;
+      for (int64_t k = begin; k < begin + n; ++k) codes[k] = static_cast<int8_t>(clamped(rounded(w[k] * inverse), -8, 7));
+    }
+  });
+
+  std::memcpy(header_.magic, kMagic, sizeof kMagic);
+  header_.version = kVersion;
+  header_.format = static_cast<uint32_t>(format);
+  header_.sparse = sparse;
+  header_.group = format == Format::int4 ? static_cast<uint32_t>(group) : 0;
+  header_.rows = rows;
+  header_.columns = columns;
+  const int64_t scale_bytes = format == Format::bf16   ? 0
+                              : format == Format::int8 ? panels_ * kPanel * 4
+                                                       : panels_ * groups_ * kPanel * 2;
+  header_.scales = sizeof(Header);
+  header_.offsets = aligned(header_.scales + scale_bytes);
+  header_.masks = aligned(header_.offsets + (sparse ? 8 * (panels_ + 1) : 0));
+  header_.values = aligned(header_.masks + (sparse ? panels_ * steps_ * mask_bytes(format) : 0));
+  header_.stored = rows * columns;
+  int64_t bytes = panels_ * steps_ * kStepBytes;
+  if (sparse) {
+    offsets_.resize(static_cast<size_t>(panels_) + 1);
+    std::vector<int64_t> counts(static_cast<size_t>(panels_));
+    parallel(threads, panels_, [&](int64_t p) {
+      uint8_t step[kStepBytes], mask[16];
+      for (int64_t i = 0; i < steps_; ++i) {
+        stream(p, i, step);
+        mask_of(format, step, mask);
+        counts[static_cast<size_t>(p)] += count(mask, mask_bytes(format));
+      }
+    });
+    header_.stored = 0;
+    for (size_t p = 0; p < counts.size(); ++p) {
+      header_.stored += counts[p];
+      offsets_[p + 1] = offsets_[p] + bytes_of(format, counts[p]);
+    }
+    bytes = offsets_.back();
+  }
+  header_.size = aligned(header_.values + bytes + kSlack);
+}
+
+void Packing::stream(int64_t panel, int64_t step, uint8_t* out) const {
+  const auto format = static_cast<Format>(header_.format);
+  const int64_t inputs = step_inputs(format), first = step * inputs;
+  std::memset(out, 0, kStepBytes);
+  for (int64_t c = 0; c < std::min(kPanel, header_.rows - panel * kPanel); ++c) {
+    const int64_t row = (panel * kPanel + c) * header_.columns;
+    for (int64_t k = 0; k < std::min(inputs, header_.columns - first); ++k) {
+      const auto at = static_cast<size_t>(row + first + k);
+      if (format == Format::bf16) {
+        std::memcpy(out + 2 * (2 * c + k), &bf16_[at], 2);
+      } else if (format == Format::int8) {
+        out[4 * c + k] = static_cast<uint8_t>(codes_[at]);
+      } else {
+        uint8_t& byte = out[4 * c + (k & 3)];
+        byte = static_cast<uint8_t>(byte | (codes_[at] & 15) << (k < 4 ? 0 : 4));
+      }
+    }
+  }
+}
+
+void Packing::write(uint8_t* out, int threads) const {
+  const auto format = static_cast<Format>(header_.format);
+  std::memset(out, 0, static_cast<size_t>(header_.values));
+  for (int64_t r = 0; r < header_.rows; ++r) {
+    const int64_t p = r / kPanel, c = r % kPanel;
+    if (format == Format::int8) {
+      std::memcpy(out + header_.scales + r * 4, &scales_[static_cast<size_t>(r)], 4);
+    } else if (format == Format::int4) {
+      for (int64_t g = 0; g < groups_; ++g) {
+        std::memcpy(out + header_.scales + ((p * groups_ + g) * kPanel + c) * 2, &bf16_[static_cast<size_t>(r * groups_ + g)], 2);
+      }
+    }
+  }
+  if (header_.sparse) std::memcpy(out + header_.offsets, offsets_.data(), offsets_.size() * 8);
+  parallel(threads, panels_, [&](int64_t p) {
+    uint8_t* values = out + header_.values + (header_.sparse ? offsets_[static_cast<size_t>(p)] : p * steps_ * kStepBytes);
+    uint8_t step[kStepBytes];
+    for (int64_t i = 0; i < steps_; ++i) {
+      stream(p, i, step);
+      if (header_.sparse) {
+        uint8_t* mask = out + header_.masks + (p * steps_ + i) * mask_bytes(format);
+        mask_of(format, step, mask);
+        values = compress(format, step, mask, values);
+      } else {
+        std::memcpy(values, step, kStepBytes);
+        values += kStepBytes;
+      }
+    }
+  });
+  const int64_t end = header_.values + (header_.sparse ? offsets_.back() : panels_ * steps_ * kStepBytes);
+  std::memset(out + end, 0, static_cast<size_t>(header_.size - end));
+  Header header = header_;
+  std::memcpy(out, &header, sizeof header);
+  header.checksum = checksum(out, header.size, threads);
+  std::memcpy(out, &header, sizeof header);
+}
+
+std::string open(const uint8_t* data, int64_t size, bool full, int threads, Matrix* out) {
+  Header h;
+  if (size < static_cast<int64_t>(sizeof h)) return "it has " + std::to_string(size) + " bytes, fewer than its header";
+  std::memcpy(&h, data, sizeof h);
+  if (std::memcmp(h.magic, kMagic, sizeof kMagic) != 0) return "it is no packed matrix: its first bytes are others";
+  if (h.version != kVersion) return "it has version " + std::to_string(h.version) + ", known is " + std::to_string(kVersion);
+  if (h.format > 2 || h.sparse > 1) return "its header names an unknown format";
+  constexpr int64_t most = int64_t{1} << 31;
+  if (h.rows < 1 || h.columns < 1 || h.rows > most || h.columns > most) return "its header gives impossible sizes";
+  if (h.size != size || size % 8) return "it has " + std::to_string(size) + " bytes, its header speaks of " + std::to_string(h.size);
+  Matrix& m = *out;
+  m.format = static_cast<Format>(h.format);
+  m.sparse = h.sparse;
+  m.rows = h.rows;
+  m.columns = h.columns;
+  m.panels = ceil_div(h.rows, kPanel);
+  m.steps = ceil_div(h.columns, step_inputs(m.format));
+  m.chunks = ceil_div(h.columns, kChunk);
+  const bool grouped = m.format == Format::int4;
+  if (grouped ? h.group != 32 && h.group != 64 && h.group != 128 : h.group != 0) return "its header gives an impossible group";
+  m.group = grouped ? h.group : h.columns;
+  m.groups = ceil_div(h.columns, m.group);
+  const int64_t scale_bytes = m.format == Format::bf16   ? 0
+                              : m.format == Format::int8 ? m.panels * kPanel * 4
+                                                         : m.panels * m.groups * kPanel * 2;
+  const int64_t offset_bytes = h.sparse ? 8 * (m.panels + 1) : 0;
+  const int64_t masks = h.sparse ? m.panels * m.steps * mask_bytes(m.format) : 0;
+  const bool fits = h.scales == static_cast<int64_t>(sizeof h) && h.offsets >= h.scales + scale_bytes &&
+                    h.masks >= h.offsets + offset_bytes && h.values >= h.masks + masks && h.offsets <= size &&
+                    h.masks <= size && h.values <= size;
+  if (!fits) return "the parts that its header speaks of do not fit into it";
+  m.scales = data + h.scales;
+  m.offsets = data + h.offsets;
+  m.masks = data + h.masks;
+  m.values = data + h.values;
+  const int64_t room = size - kSlack - h.values;
+  if (!h.sparse && m.panels * m.steps * kStepBytes > room) return "its values do not fit into it";
+  if (!full) return "";
+  if (checksum(data, size, threads) != h.checksum) return "its checksum is another: it was damaged";
+  if (!h.sparse) return "";
+  std::atomic<bool> good{true};
+  const auto offset = [&](int64_t p) { return m.panel_values(p) - m.values; };
+  parallel(threads, m.panels, [&](int64_t p) {
+    const int64_t bytes = m.steps * mask_bytes(m.format);
+    const uint8_t* mask = m.panel_masks(p);
+    bool right = offset(p) >= 0 && offset(p + 1) <= room && offset(p + 1) - offset(p) == bytes_of(m.format, count(mask, bytes));
+    if (m.format == Format::int4) {
+      for (int64_t i = 0; i < bytes; i += 2) right = right && __builtin_popcount(mask[i] | mask[i + 1] << 8) % 2 == 0;
+    }
+    if (!right) good = false;
+  });
+  return good && offset(0) == 0 ? "" : "its masks and its values do not belong together";
+}
+
+void unpack(const Matrix& w, float* out, int threads) {
+  const Kernels& k = kernels();
+  parallel(threads, w.panels, [&](int64_t p) {
+    thread_local std::vector<uint8_t> expanded;
+    const uint8_t* stream = w.panel_values(p);
+    if (w.sparse) {
+      expanded.resize(static_cast<size_t>(w.steps * kStepBytes));
+      k.expand(w, p, expanded.data());
+      stream = expanded.data();
+    }
+    const int64_t inputs = step_inputs(w.format);
+    for (int64_t c = 0; c < std::min(kPanel, w.rows - p * kPanel); ++c) {
+      float* row = out + (p * kPanel + c) * w.columns;
+      float scale = 1;
+      if (w.format == Format::int8) std::memcpy(&scale, w.scales + (p * kPanel + c) * 4, 4);
+      for (int64_t i = 0; i < w.columns; ++i) {
+        const uint8_t* step = stream + i / inputs * kStepBytes;
+        const int64_t k_in = i % inputs;
+        if (w.format == Format::bf16) {
+          uint16_t bits;
+          std::memcpy(&bits, step + 2 * (2 * c + k_in), 2);
+          row[i] = from_bf16(bits);
+        } else if (w.format == Format::int8) {
+          row[i] = static_cast<float>(static_cast<int8_t>(step[4 * c + k_in])) * scale;
+        } else {
+          uint16_t bits;
+          std::memcpy(&bits, w.scales + ((p * w.groups + i / w.group) * kPanel + c) * 2, 2);
+          const int nibble = step[4 * c + (k_in & 3)] >> (k_in < 4 ? 0 : 4) & 15;
+          row[i] = static_cast<float>((nibble ^ 8) - 8) * from_bf16(bits);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace pliant

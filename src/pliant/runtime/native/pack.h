@@ -1,0 +1,40 @@
+// Dense weights to the packed form and back.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "format.h"
+
+namespace pliant {
+
+// A matrix on its way to its packed form: values chosen, nothing laid out yet.
+class Packing {
+ public:
+  // `weight` is [rows][columns]. `scales`, if given, are what codes are multiples of: float[rows] for int8,
+  // float[rows][groups] that are bf16 numbers for int4, which `group` counts for. Otherwise they are chosen here.
+  Packing(const float* weight, int64_t rows, int64_t columns, Format format, bool sparse, int64_t group,
+          const float* scales, int threads);
+
+  int64_t size() const { return header_.size; }
+  void write(uint8_t* out, int threads) const;
+
+ private:
+  void stream(int64_t panel, int64_t step, uint8_t* out) const;  // 64 bytes
+
+  Header header_{};
+  int64_t panels_, steps_, group_, groups_;
+  std::vector<uint16_t> bf16_;   // weights, or scales of int4
+  std::vector<int8_t> codes_;    // [rows][columns]
+  std::vector<float> scales_;    // [rows] of int8
+  std::vector<int64_t> offsets_;
+};
+
+// Looks at a packed matrix without touching its values; `full` also counts masks and compares the checksum. Returns what is
+// wrong with it, or nothing.
+std::string open(const uint8_t* data, int64_t size, bool full, int threads, Matrix* out);
+
+// All weights as floats, [rows][columns].
+void unpack(const Matrix& w, float* out, int threads);
+
+}  // namespace pliant

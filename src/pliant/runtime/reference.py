@@ -1,0 +1,167 @@
+"""The packed form in plain PyTorch and numpy: what is used where there are no kernels, and what they are tested against."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import torch
+
+from pliant.runtime.grid import codes_of, scales_of
+
+PANEL, STEP = 16, 64
+INPUTS = (2, 4, 8)  # of a step, in bf16, int8, int4
+MASK = (4, 8, 16)  # bytes of mask of a step
+HEADER = struct.Struct("<8s4I8qQ32x")
+MAGIC, VERSION, SLACK = b"PLIANTW\n", 1, 64
+BF16, INT8, INT4 = range(3)
+
+
+def pack(weight: torch.Tensor, kind: int, sparse: bool, group: int, scales: torch.Tensor | None) -> torch.Tensor:
+    """Shape ``(out, in)`` float32 to shape ``(bytes,)``."""
+    rows, columns = weight.shape
+    panels, steps, groups = -(-rows // PANEL), -(-columns // INPUTS[kind]), -(-columns // group)
+    scale_bytes = b""
+    if kind == BF16:
+        elements = weight.to(torch.bfloat16).view(torch.int16).numpy()
+        elements = np.where(elements == -32768, 0, elements).astype("<i2")  # minus zero is zero
+    else:
+        bits, width = (8, None) if kind == INT8 else (4, group)
+        if scales is None:
+            scales = scales_of(weight, bits, width)
+        elements = codes_of(weight, scales.view(rows, -1), bits, width).to(torch.int8).numpy()
+        padded = np.zeros((panels * PANEL, scales.numel() // rows), "<f4")
+        padded[:rows] = scales.view(rows, -1).numpy()
+        if kind == INT8:
+            scale_bytes = padded.tobytes()
+        else:
+            by_group = torch.from_numpy(padded).to(torch.bfloat16).view(torch.int16).numpy()
+            scale_bytes = by_group.reshape(panels, PANEL, groups).transpose(0, 2, 1).tobytes()
+    stream = _stream(elements, kind, panels, steps)
+    masks, values, offsets, stored = b"", stream.tobytes(), b"", rows * columns
+    if sparse:
+        masks, values, offsets, stored = _sparse(stream, kind, panels)
+    places, at = [], HEADER.size
+    for part in (scale_bytes, offsets, masks, values):
+        places.append(at)
+        at = _aligned(at + len(part))
+    size = _aligned(places[3] + len(values) + SLACK)
+    packed = np.zeros(size, np.uint8)
+    for place, part in zip(places, (scale_bytes, offsets, masks, values), strict=True):
+        packed[place : place + len(part)] = np.frombuffer(part, np.uint8)
+    fields = (MAGIC, VERSION, kind, int(sparse), group if kind == INT4 else 0, rows, columns, stored, *places, size)
+    packed[: HEADER.size] = np.frombuffer(HEADER.pack(*fields, 0), np.uint8)
+    packed[: HEADER.size] = np.frombuffer(HEADER.pack(*fields, checksum(packed)), np.uint8)
+    return torch.from_numpy(packed)
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """Shape ``(bytes,)`` to shape ``(out, in)`` float32."""
+    data = packed.numpy()
+    _, _, kind, sparse, group, rows, columns, _, at_scales, at_offsets, at_masks, at_values, _, _ = HEADER.unpack(
+        data[: HEADER.size].tobytes()
+    )
+    panels, steps, groups = -(-rows // PANEL), -(-columns // INPUTS[kind]), -(-columns // (group or columns))
+    if sparse:
+        there = _bits(data[at_masks : at_masks + panels * steps * MASK[kind]])
+        ends = np.frombuffer(data[at_offsets : at_offsets + 8 * (panels + 1)].tobytes(), "<i8")
+        values = data[at_values : at_values + int(ends[-1])]
+        stream = np.zeros(there.shape, "<i2" if kind == BF16 else np.uint8)
+        stream[there] = values.view("<i2") if kind == BF16 else values if kind == INT8 else _nibbles(values)
+        if kind == INT4:
+            stream = stream[0::2] | stream[1::2] << 4
+    else:
+        stream = data[at_values : at_values + panels * steps * STEP]
+        stream = stream.view("<i2") if kind == BF16 else stream
+    inputs = INPUTS[kind]
+    if kind == INT4:
+        halves = _nibbles(stream).reshape(panels, steps, PANEL, 4, 2).transpose(0, 1, 2, 4, 3)  # k, then 4 + k
+        codes = (halves.astype(np.int8) ^ 8) - 8
+    else:
+        codes = stream.view(np.int8) if kind == INT8 else stream
+    elements = codes.reshape(panels, steps, PANEL, inputs).transpose(0, 2, 1, 3).reshape(panels * PANEL, steps * inputs)
+    elements = torch.from_numpy(np.ascontiguousarray(elements[:rows, :columns]))
+    if kind == BF16:
+        return elements.view(torch.bfloat16).float()
+    if kind == INT8:
+        scales = data[at_scales : at_scales + panels * PANEL * 4].view("<f4")[:rows]
+        return elements.float() * torch.from_numpy(scales.copy())[:, None]
+    scales = data[at_scales : at_scales + panels * groups * PANEL * 2].view("<i2").reshape(panels, groups, PANEL)
+    scales = torch.from_numpy(scales.transpose(0, 2, 1).reshape(panels * PANEL, groups)[:rows].copy())
+    return elements.float() * scales.view(torch.bfloat16).float().repeat_interleave(group, 1)[:, :columns]
+
+
+def verify(packed: torch.Tensor) -> str:
+    """What is wrong with a packed matrix, or nothing."""
+    data = packed.numpy()
+    fields = HEADER.unpack(data[: HEADER.size].tobytes())
+    _, version, kind, sparse, _, rows, columns, _, at_scales, at_offsets, at_masks, at_values, size, expected = fields
+    if version != VERSION:
+        return f"it has version {version}, known is {VERSION}"
+    if size != data.size or size % 8:
+        return f"it has {data.size} bytes, its header speaks of {size}"
+    if checksum(data) != expected:
+        return "its checksum is another: it was damaged"
+    panels, steps = -(-rows // PANEL), -(-columns // INPUTS[kind])
+    if not HEADER.size <= at_scales <= at_offsets <= at_masks <= at_values <= size:
+        return "the parts that its header speaks of do not fit into it"
+    if not sparse:
+        return "" if at_values + panels * steps * STEP <= size else "its values do not fit into it"
+    counts = _bits(data[at_masks : at_masks + panels * steps * MASK[kind]]).reshape(panels, -1).sum(1)
+    ends = np.frombuffer(data[at_offsets : at_offsets + 8 * (panels + 1)].tobytes(), "<i8")
+    wanted = np.cumsum([0, *(counts * 2 if kind == BF16 else counts if kind == INT8 else counts // 2)])
+    return "" if (ends == wanted).all() else "its masks and its values do not belong together"
+
+
+def checksum(data: np.ndarray) -> int:
+    """Of all 8-byte words with their places, the word of the checksum itself as 0."""
+    words = data.view("<u8").copy()
+    words[11] = 0
+    with np.errstate(over="ignore"):
+        words ^= np.arange(words.size, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        words *= np.uint64(0xFF51AFD7ED558CCD)
+        words ^= words >> np.uint64(32)
+        words *= np.uint64(0xC4CEB9FE1A85EC53)
+        return int(words.sum(dtype=np.uint64))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 64) * 64
+
+
+def _stream(elements: np.ndarray, kind: int, panels: int, steps: int) -> np.ndarray:
+    """Elements of shape ``(out, in)`` in the order of the dense stream, flat."""
+    inputs = INPUTS[kind]
+    padded = np.zeros((panels * PANEL, steps * inputs), elements.dtype)
+    padded[: elements.shape[0], : elements.shape[1]] = elements
+    ordered = padded.reshape(panels, PANEL, steps, inputs).transpose(0, 2, 1, 3)
+    if kind == INT4:
+        codes = ordered.reshape(panels, steps, PANEL, 2, 4).view(np.uint8) & 15
+        ordered = codes[..., 0, :] | codes[..., 1, :] << 4
+    return np.ascontiguousarray(ordered).reshape(-1)
+
+
+def _sparse(stream: np.ndarray, kind: int, panels: int) -> tuple[bytes, bytes, bytes, int]:
+    """Masks, values, offsets of panels, and how many elements are stored."""
+    elements = _nibbles(stream) if kind == INT4 else stream
+    there = elements != 0
+    if kind == INT4:  # an even number of every 16
+        sixteens = there.reshape(-1, 16)
+        odd = sixteens.sum(1) % 2 == 1
+        sixteens[odd, (~sixteens[odd]).argmax(1)] = True
+    masks = np.packbits(there, bitorder="little").tobytes()
+    kept = elements[there]
+    values = (kept[0::2] | kept[1::2] << 4).tobytes() if kind == INT4 else kept.tobytes()
+    ends = np.cumsum([0, *there.reshape(panels, -1).sum(1)])
+    in_bytes = ends * 2 if kind == BF16 else ends if kind == INT8 else ends // 2
+    return masks, values, in_bytes.astype("<i8").tobytes(), len(kept)
+
+
+def _bits(masks: np.ndarray) -> np.ndarray:
+    return np.unpackbits(masks, bitorder="little").astype(bool)
+
+
+def _nibbles(data: np.ndarray) -> np.ndarray:
+    """Two of every byte, the low one first."""
+    data = data.view(np.uint8)
+    return np.stack([data & 15, data >> 4], -1).reshape(-1)

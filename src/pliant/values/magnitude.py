@@ -1,0 +1,66 @@
+"""Zero the smallest weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from pliant.checkpoint.weights import check_finite
+from pliant.step import Job, Step, StepError, is_number
+from pliant.values.matrix import matrices
+
+
+@dataclass(frozen=True, kw_only=True)
+class Magnitude(Step):
+    """Zero the weights of smallest absolute value in every matrix of the blocks (Han et al. 2015). Needs no data.
+
+    The simplest sparsifier there is: without training afterwards, half of the weights is more than most models bear.
+    """
+
+    kind: ClassVar[str] = "magnitude"
+    reshapes: ClassVar[bool] = False
+
+    sparsity: float
+    """Share of the weights to zero, from 0 to 1."""
+
+    within: str = "matrix"
+    """What the share is taken of: matrix, or row (the weights of one output)."""
+
+    def __post_init__(self) -> None:
+        if not is_number(self.sparsity) or not 0 <= self.sparsity <= 1:
+            raise StepError(f"sparsity is a share from 0 to 1, not {self.sparsity!r}")
+        if self.within not in ("matrix", "row"):
+            raise StepError(f"within is matrix or row, not {self.within!r}")
+
+    @torch.no_grad()
+    def run(self, job: Job) -> None:
+        check_finite(job.model)
+        zeros = total = 0
+        for matrix in matrices(job.model):
+            for one in matrix.weight if matrix.weight.dim() == 3 else (matrix.weight,):
+                zero_smallest(one, self.sparsity, within=self.within)
+            zeros += int((matrix.weight == 0).sum())
+            total += matrix.weight.numel()
+        job.record.update(sparsity=zeros / total, weights=total)
+
+
+def zero_smallest(weight: torch.Tensor, sparsity: float, *, within: str = "matrix") -> None:
+    """Set the ``round(sparsity * n)`` smallest weights to zero, in place; of equal ones those that come first.
+
+    Arguments:
+        weight: shape ``(out, in)``.
+        within: ``matrix`` or ``row``: what n counts.
+    """
+    sizes = weight.abs().float()
+    sizes = sizes.reshape(1, -1) if within == "matrix" else sizes
+    count = round(sparsity * sizes.shape[1])
+    smallest = torch.zeros_like(sizes, dtype=torch.bool)
+    if count:
+        border = sizes.kthvalue(count, dim=1, keepdim=True).values
+        smallest = sizes < border
+        left = count - smallest.sum(1, keepdim=True)
+        level = sizes == border
+        smallest |= level & (level.cumsum(1) <= left)
+    weight.masked_fill_(smallest.view(weight.shape), 0)

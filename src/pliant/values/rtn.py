@@ -1,0 +1,49 @@
+"""Round weights to nearest, on a grid of few bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from pliant.checkpoint.weights import check_finite
+from pliant.runtime.grid import round_to_grid
+from pliant.step import Job, Step, StepError
+from pliant.values.matrix import matrices
+
+
+@dataclass(frozen=True, kw_only=True)
+class RTN(Step):
+    """Round every matrix of the blocks to nearest on a symmetric grid of few bits. Needs no data.
+
+    The weights stay floating-point numbers that lie on the grid: any tool opens the model. ``PackedLinear`` finds a grid of
+    8 bits a row or 4 bits a group of 128 again, and stores what is on it without another error.
+    """
+
+    kind: ClassVar[str] = "rtn"
+    reshapes: ClassVar[bool] = False
+
+    bits: int = 4
+    """Bits of a weight, from 2 to 8."""
+
+    group: int | None = 128
+    """Inputs that share a scale; none for one scale for every output."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 2 <= self.bits <= 8:
+            raise StepError(f"bits is a whole number from 2 to 8, not {self.bits!r}")
+        if self.group is not None and (not isinstance(self.group, int) or self.group < 1):
+            raise StepError(f"group is a whole number from 1, or none, not {self.group!r}")
+
+    @torch.no_grad()
+    def run(self, job: Job) -> None:
+        check_finite(job.model)
+        error = size = 0.0
+        for matrix in matrices(job.model):
+            flat = matrix.weight.flatten(0, -2)
+            rounded = round_to_grid(flat.float(), self.bits, self.group)
+            error += float((rounded - flat.float()).square().sum())
+            size += float(flat.float().square().sum())
+            matrix.weight.copy_(rounded.view(matrix.weight.shape))
+        job.record["relative_error"] = (error / size) ** 0.5 if size else 0.0

@@ -1,0 +1,263 @@
+"""Packed layers in models: the step, the op, the folder."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+import pliant
+from pico import DECODERS, IDS, logits, pico
+from pliant.checkpoint.quantized import is_packed
+from pliant.errors import ArtefactError, PackedError
+from pliant.runtime import library
+from pliant.runtime.linear import Packed, linear
+from pliant.runtime.pays import break_even, pays
+from pliant.step import StepError
+from pliant.values.magnitude import zero_smallest
+from pliant.values.matrix import matrices
+
+needs_kernels = pytest.mark.skipif(library.library() is None, reason=library.state())
+
+
+def packed(name="llama", steps=(), **settings):
+    model = pico(name)
+    return pliant.apply(model, [*steps, pliant.PackedLinear(**settings)], progress=False)
+
+
+def rounded(name, **settings):
+    """The dense model with the weights that the packed one stands for."""
+    model, dense = packed(name, **settings), pico(name)
+    for path, layer in model.named_modules():
+        if isinstance(layer, Packed):
+            there = dense.get_submodule(path)
+            weight = layer.dense().weight.detach()
+            there.weight = torch.nn.Parameter(weight if isinstance(there, torch.nn.Linear) else weight.T.contiguous())
+    return model, dense.eval()
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_packed_model_is_its_rounded_self(name):
+    """bf16 rounds no activations, so the logits are those of the dense model with rounded weights."""
+    model, dense = rounded(name, format="bf16", head="bf16")
+    assert is_packed(model)
+    torch.testing.assert_close(logits(model), logits(dense), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_it_reloads_with_plain_transformers(tmp_path, name):
+    model = packed(name, format="int4", sparse="always", steps=[pliant.Magnitude(sparsity=0.5)])
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), expected)
+    assert torch.equal(logits(pliant.load(tmp_path)), expected)
+    entry = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert entry["quant_method"] == "pliant"
+    again.save_pretrained(tmp_path / "twice")
+    assert torch.equal(logits(pliant.load(tmp_path / "twice")), expected)
+
+
+def test_a_cut_model_is_packed_and_reloads(tmp_path):
+    model = pico("llama")
+    cut = pliant.Cut(subnet=pliant.Subnet().keeping("layers.1.mlp.channels", 17).without("layers.2.attention"))
+    pliant.apply(model, [cut, pliant.PackedLinear(format="int8")], progress=False)
+    expected = logits(model)
+    pliant.save(model, tmp_path / "small")
+    assert torch.equal(logits(pliant.load(tmp_path / "small")), expected)
+    history = model.pliant_history
+    assert history[1]["parameters_after"] == history[1]["parameters_before"] == history[0]["parameters_after"]
+
+
+def test_transformers_alone_refuses_it(tmp_path):
+    packed(format="int8").save_pretrained(tmp_path)
+    program = (
+        "import sys; sys.modules['pliant'] = None\nimport transformers\n"
+        f"transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
+    )
+    outcome = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert outcome.returncode
+    assert "Error" in outcome.stderr
+
+
+def test_a_damaged_folder_is_refused(tmp_path):
+    packed(format="int8").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    begin = data.find(b"PLIANTW\n")
+    data[begin + 300] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(ArtefactError, match="checksum"):
+        pliant.load(tmp_path)
+    file.write_bytes(bytes(data[:-100]))
+    with pytest.raises(ArtefactError, match="truncated"):
+        pliant.load(tmp_path)
+
+
+def test_auto_keeps_weights_as_they_are():
+    plain = packed()
+    forms = {layer.header().format for layer in plain.modules() if isinstance(layer, Packed)}
+    assert forms == {"bf16", "int8"}  # the head
+    for bits, group, form in ((4, 128, "int4"), (4, 32, "int4"), (8, None, "int8")):
+        model, dense = pico("llama"), pico("llama")
+        pliant.apply(dense, pliant.RTN(bits=bits, group=group), progress=False)
+        pliant.apply(model, [pliant.RTN(bits=bits, group=group), pliant.PackedLinear()], progress=False)
+        for matrix in matrices(dense):
+            layer = model.get_submodule(matrix.name)
+            assert layer.header().format == form
+            assert torch.equal(layer.dense().weight, matrix.weight)
+
+
+def test_rules_choose_by_name():
+    model = packed(format="int4", head="dense", rules={r"layers\.0\.": "dense", "down_proj": "int8"})
+    form = {name: layer.header().format for name, layer in model.named_modules() if isinstance(layer, Packed)}
+    assert not any("layers.0." in name for name in form)
+    assert form["model.layers.1.mlp.down_proj"] == "int8"
+    assert form["model.layers.1.mlp.up_proj"] == "int4"
+    assert isinstance(model.lm_head, torch.nn.Linear)
+    assert pliant.PackedLinear(rules="down_proj=int8, q=dense").rules == {"down_proj": "int8", "q": "dense"}
+
+
+def test_settings_that_make_no_sense_are_refused():
+    for settings, said in (
+        ({"format": "int3"}, "format is one of"),
+        ({"head": "int3"}, "head is one of"),
+        ({"rules": {"(": "int8"}}, "no regular expression"),
+        ({"rules": "int8"}, "pattern=format"),
+        ({"group": 16}, "group is one of"),
+        ({"sparse": "yes"}, "auto, always or never"),
+    ):
+        with pytest.raises(StepError, match=said):
+            pliant.PackedLinear(**settings)
+    with pytest.raises(StepError, match="no linear layer's name"):
+        packed(rules={"nothing_like_it": "int8"})
+    with pytest.raises(StepError, match="packing comes last"):
+        pliant.apply(packed(), pliant.Magnitude(sparsity=0.1), progress=False)
+    with pytest.raises(StepError, match="none of the layers"):
+        packed(format="dense", head="dense")
+
+
+@pytest.mark.parametrize("within", ["matrix", "row"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 1.0])
+def test_the_smallest_weights_go(sparsity, within):
+    weight = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
+    pruned = weight.clone()
+    zero_smallest(pruned, sparsity, within=within)
+    gone = pruned == 0
+    assert int(gone.sum()) == round(sparsity * (400 if within == "matrix" else 50)) * (1 if within == "matrix" else 8)
+    for part, left in zip(weight if within == "row" else [weight], gone if within == "row" else [gone], strict=True):
+        if left.any() and not left.all():
+            assert part[left].abs().max() <= part[~left].abs().min()
+    assert torch.equal(pruned[~gone], weight[~gone])
+    level = torch.ones(4, 4)
+    zero_smallest(level, 0.5)
+    assert int((level == 0).sum()) == 8
+
+
+def test_steps_on_values_reach_every_matrix():
+    model = pliant.apply(pico("mixtral"), pliant.Magnitude(sparsity=0.5), progress=False)
+    for matrix in matrices(model):
+        assert float((matrix.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+    assert model.pliant_history[0]["sparsity"] == pytest.approx(0.5, abs=0.01)
+    before = copy.deepcopy(model)
+    pliant.apply(model, pliant.RTN(bits=3, group=32), progress=False)
+    for matrix, old in zip(matrices(model), matrices(before), strict=True):
+        assert torch.equal(matrix.weight[old.weight == 0], old.weight[old.weight == 0])
+        assert len(matrix.weight.flatten(0, -2)[0][:32].unique()) <= 8
+    assert 0 < model.pliant_history[1]["relative_error"] < 0.5
+    for step, said in (
+        (lambda: pliant.Magnitude(sparsity=1.5), "from 0 to 1"),
+        (lambda: pliant.Magnitude(sparsity=0.5, within="model"), "matrix or row"),
+        (lambda: pliant.RTN(bits=9), "from 2 to 8"),
+        (lambda: pliant.RTN(group=0), "from 1, or none"),
+    ):
+        with pytest.raises(StepError, match=said):
+            step()
+
+
+def test_it_compiles_as_one_graph():
+    layer = Packed.of(torch.nn.Linear(64, 40), "int8")
+    x = torch.randn(3, 64)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
+    torch.library.opcheck(
+        torch.ops.pliant.linear.default,
+        (x, layer.weight, layer.bias, 40),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_gradients_pass_through_to_x():
+    layer = Packed.of(torch.nn.Linear(64, 40), "bf16")
+    x = torch.randn(3, 64, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.dense().weight.sum(0).expand(3, 64), rtol=1e-5, atol=1e-5)
+
+
+def test_any_dtype_and_layout_of_x():
+    dense = torch.nn.Linear(64, 40)
+    layer = Packed.of(dense, "bf16")
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        expected = layer(x)
+        assert expected.shape == (2, 5, 40)
+        assert torch.equal(layer(x[:, ::2]), expected[:, ::2])
+        assert torch.equal(layer(x.transpose(0, 1)), expected.transpose(0, 1))
+        assert torch.equal(layer(x[0, 0]), expected[0, 0])
+        assert layer(x[:0]).shape == (0, 5, 40)
+        for dtype in (torch.bfloat16, torch.float16, torch.float64):
+            assert layer(x.to(dtype)).dtype == dtype
+            torch.testing.assert_close(layer(x.to(dtype)).float(), expected, rtol=0.02, atol=0.02)
+        layer.to(torch.bfloat16)  # casts the bias
+        torch.testing.assert_close(layer(x), expected, rtol=0.01, atol=0.01)
+
+
+def test_state_is_loaded_with_another_sparsity():
+    layer, other = Packed.of(torch.nn.Linear(64, 40), "int8"), Packed.of(torch.nn.Linear(64, 40), "int4", sparse=True)
+    layer.load_state_dict(other.state_dict())
+    x = torch.randn(1, 64)
+    with torch.no_grad():
+        assert torch.equal(layer(x), other(x))
+    with pytest.raises(PackedError, match="30 x 64 was loaded into a layer of 40 x 64"):
+        layer.load_state_dict(Packed.of(torch.nn.Linear(64, 30), "int8").state_dict() | {"bias": torch.zeros(40)})
+    with pytest.raises(PackedError, match="a linear layer is packed"):
+        Packed.of(torch.nn.Conv1d(1, 1, 1), "int8")
+    assert "int4 of 128 sparse" in repr(other)
+
+
+@needs_kernels
+def test_sparsity_pays_from_where_it_does():
+    border = break_even("bf16")
+    assert border > 0
+    assert not pays("bf16", border - 0.01)
+    assert pays("bf16", border)
+    model = packed(format="bf16", sparse="auto", head="dense")
+    assert not any(layer.header().sparse for layer in model.modules() if isinstance(layer, Packed))
+
+
+def test_a_copy_is_a_model_of_its_own():
+    model = packed(format="int8")
+    again = copy.deepcopy(model)
+    assert torch.equal(logits(again), logits(model))
+    with torch.no_grad():
+        again.model.norm.weight.mul_(0)
+    assert not torch.equal(logits(again), logits(model)) or library.library() is not None
+
+
+def test_the_layer_is_the_function():
+    layer = Packed.of(torch.nn.Linear(64, 40), "int8", sparse=True)
+    x = torch.randn(4, 64)
+    with torch.no_grad():
+        assert torch.equal(layer(x), linear(x, layer.weight, layer.bias, 40))
+
+
+def test_generation_goes_on_as_it_began():
+    model = packed(format="int8")
+    with torch.inference_mode():
+        found = model.generate(IDS[:1], max_new_tokens=12, do_sample=False)
+        for length in range(IDS.shape[1], found.shape[1]):
+            assert int(model(found[:, :length]).logits[0, -1].argmax()) == int(found[0, length])
