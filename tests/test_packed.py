@@ -178,6 +178,29 @@ def test_steps_on_values_reach_every_matrix():
             step()
 
 
+def test_sparamx_packs_what_is_sparse(tmp_path):
+    model = pliant.apply(pico("llama"), pliant.SparAMX(sparsity=0.5, sparse="always"), progress=False)
+    layers = {name: layer.header() for name, layer in model.named_modules() if isinstance(layer, Packed)}
+    assert all(found.sparse and found.format == "bf16" for found in layers.values())
+    assert isinstance(model.lm_head, torch.nn.Linear)
+    model.save_pretrained(tmp_path)
+    again = pliant.load(tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    cache = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["cache"]
+    assert cache == {"format": "bf16", "key_sparsity": 0.3, "value_sparsity": 0.5}
+    if library.library() is not None:
+        kept = transformers.DynamicCache(config=again.config)
+        with torch.inference_mode():
+            again(torch.arange(3, 203)[None], past_key_values=kept)
+        keys, values = kept.layers[0].read()
+        assert float((keys[:, :, 64:128] == 0).float().mean()) == pytest.approx(0.3, abs=0.01)
+        assert float((values[:, :, 64:128] == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+    with pytest.raises(StepError, match="bf16 or int8"):
+        pliant.SparAMX(format="int4")
+    with pytest.raises(StepError, match="from 0 to below 1"):
+        pliant.SparAMX(key_sparsity=1.0)
+
+
 def test_it_compiles_as_one_graph():
     layer = Packed.of(torch.nn.Linear(64, 40), "int8")
     x = torch.randn(3, 64)

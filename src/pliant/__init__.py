@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from pliant.systems.blockpruner import BlockPruner as BlockPruner
     from pliant.systems.multipruner import MultiPruner as MultiPruner
     from pliant.systems.multipruner_evol import MultiPrunerEvol as MultiPrunerEvol
+    from pliant.systems.sparamx import SparAMX as SparAMX
     from pliant.train import Recover as Recover
     from pliant.values.magnitude import Magnitude as Magnitude
     from pliant.values.packed import PackedLinear as PackedLinear
@@ -61,6 +62,7 @@ _PUBLIC = {
     "MultiPruner": "pliant.systems.multipruner",
     "MultiPrunerEvol": "pliant.systems.multipruner_evol",
     "OneShot": "pliant.search.oneshot",
+    "SparAMX": "pliant.systems.sparamx",
     "UnifiedPruner": "pliant.search.unified",
     "PliantError": "pliant.errors",
     "Recover": "pliant.train",

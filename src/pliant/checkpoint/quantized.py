@@ -4,7 +4,8 @@
 
     "quantization_config": {
       "quant_method": "pliant", "version": 1,
-      "modules": {"model.layers.0.self_attn.q_proj": {"format": "int4", "sparse": false, "bytes": 188544}, ...}
+      "modules": {"model.layers.0.self_attn.q_proj": {"format": "int4", "sparse": false, "bytes": 188544}, ...},
+      "cache": {"format": "int8"}
     }
 
 The bytes of a packed layer are stored as the tensor that its weight would be. Without pliant, transformers says that it
@@ -35,8 +36,8 @@ def packed_bytes(model: nn.Module) -> int:
     return sum(module.weight.numel() for module in model.modules() if isinstance(module, Packed))
 
 
-def record_packed(model: Any) -> None:
-    """Make a model's config say which of its layers are packed."""
+def record_packed(model: Any, cache: Mapping[str, Any]) -> None:
+    """Make a model's config say which of its layers are packed, and how its caches keep tokens."""
     modules: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
         if isinstance(module, Packed):
@@ -47,7 +48,7 @@ def record_packed(model: Any) -> None:
     if not modules:
         return
     kept: Any = PackedConfig
-    model.config.quantization_config = kept(modules=modules)
+    model.config.quantization_config = kept(modules=modules, cache=dict(cache))
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if isinstance(head, Packed):  # its weight is no longer that of the embedding
         model.config.tie_word_embeddings = False

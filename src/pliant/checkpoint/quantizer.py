@@ -21,12 +21,20 @@ class PackedConfig(QuantizationConfigMixin):
 
     Attributes:
         modules: name of a layer -> ``format``, ``sparse``, ``bytes``.
+        cache: settings of :class:`pliant.runtime.cache.Keeping` for the caches that the model makes itself.
     """
 
-    def __init__(self, version: int = VERSION, modules: dict[str, Any] | None = None, **_: Any):
+    def __init__(
+        self,
+        version: int = VERSION,
+        modules: dict[str, Any] | None = None,
+        cache: dict[str, Any] | None = None,
+        **_: Any,
+    ):
         self.quant_method: Any = METHOD
         self.version = version
         self.modules = modules or {}
+        self.cache = cache or {}
 
 
 @register_quantizer(METHOD)

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from pliant.runtime.cache import BlockLayer
+from pliant.runtime.cache import BlockLayer, Keeping
 from pliant.runtime.library import library
 from pliant.runtime.linear import Packed
 from pliant.runtime.packed import check
@@ -135,7 +135,7 @@ class Native:
         keeps = use_cache if use_cache is not None else self.config.use_cache
         if keeps and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None and (given.shape[0] != 1 or not _in_blocks(past_key_values)):
+        if past_key_values is not None and (given.shape[0] != 1 or not _in_blocks(past_key_values, self)):
             return stock()
         decoder = decoder_of(self)
         if decoder is None:
@@ -234,15 +234,16 @@ def _sees_all(mask: torch.Tensor) -> bool:
     return mask.dim() == 2 and bool(mask.all())
 
 
-def _in_blocks(cache: Any) -> bool:
-    """Whether a cache keeps blocks; an empty dynamic one, as ``generate`` makes it, is made to."""
+def _in_blocks(cache: Any, base: Any) -> bool:
+    """Whether a cache keeps blocks; an empty dynamic one, as ``generate`` makes it, is made to, as the model's config says."""
     layers = cache.layers
     if layers and all(type(layer) is BlockLayer for layer in layers):
         return True
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
     if type(cache) is not DynamicCache or not layers or not plain or cache.get_seq_length():
         return False
-    layers[:] = [BlockLayer() for _ in layers]
+    keeping = Keeping(**getattr(getattr(base.config, "quantization_config", None), "cache", {}))
+    layers[:] = [BlockLayer(keeping) for _ in layers]
     return True
 
 

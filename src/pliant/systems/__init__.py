@@ -24,6 +24,11 @@ SYSTEMS = {
     ),
     "fisher": ("pliant.search.fisher", "FisherPruner", "narrow what the loss depends on least; no search"),
     "channelpruner": ("pliant.search.channels", "ChannelPruner", "narrow every layer by importance; needs no data"),
+    "sparamx": (
+        "pliant.systems.sparamx",
+        "SparAMX",
+        "run a sparse model on a CPU, weights and cache without their zeros",
+    ),
     "magnitude": ("pliant.values.magnitude", "Magnitude", "zero the smallest weights"),
     "rtn": ("pliant.values.rtn", "RTN", "round weights to nearest on a grid of few bits"),
     "packed": (
@@ -33,6 +38,6 @@ SYSTEMS = {
     ),
     "recover": ("pliant.train.recover", "Recover", "train what was cut for a while, with or without the dense model"),
 }
-VALUES = {"magnitude", "rtn", "packed"}  # they change no shape
+VALUES = {"sparamx", "magnitude", "rtn", "packed"}  # they change no shape
 PRUNERS = set(SYSTEMS) - VALUES - {"recover"}  # they need a ratio
 SEARCHES = PRUNERS - {"channelpruner"}  # and these need calibration text

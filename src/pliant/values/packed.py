@@ -12,7 +12,9 @@ from torch import nn
 
 from pliant.checkpoint.quantized import record_packed
 from pliant.checkpoint.weights import check_finite
+from pliant.errors import PackedError
 from pliant.pages import pages_of
+from pliant.runtime.cache import Keeping
 from pliant.runtime.decoder import run_natively
 from pliant.runtime.grid import round_to_grid
 from pliant.runtime.linear import Packed
@@ -48,6 +50,15 @@ class PackedLinear(Step):
     """Other formats for some layers: a regular expression that is looked for in the layer's name, and a format, or dense to
     leave it. The first that matches counts. On the command line: 'down_proj=int8,layers.0.=bf16'."""
 
+    cache: str = "bf16"
+    """What the keys and values of older tokens are kept as while the model generates: bf16, int8 or float32."""
+
+    key_sparsity: float = 0.0
+    """Share of these keys, the smallest of every 64 tokens and head, that is zeroed."""
+
+    value_sparsity: float = 0.0
+    """The same of values."""
+
     sparse: str = "auto"
     """Whether zeros are left out: always, never, or auto: where a layer has so many that it is faster on this machine."""
 
@@ -61,11 +72,18 @@ class PackedLinear(Step):
             raise StepError(f"group is one of {', '.join(map(str, GROUPS))}, not {self.group!r}")
         if self.sparse not in ("auto", "always", "never"):
             raise StepError(f"sparse is auto, always or never, not {self.sparse!r}")
+        try:
+            Keeping(**self._cache())
+        except PackedError as error:
+            raise StepError(str(error)) from None
         for pattern in self.rules:
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise StepError(f"{pattern!r} is no regular expression: {error}") from None
+
+    def _cache(self) -> dict[str, Any]:
+        return {"format": self.cache, "key_sparsity": self.key_sparsity, "value_sparsity": self.value_sparsity}
 
     @torch.no_grad()
     def run(self, job: Job) -> None:
@@ -90,7 +108,7 @@ class PackedLinear(Step):
                 model.set_submodule(name, packed)
                 found = packed.header()
                 layers[name] = {"format": form, "sparse": sparse, "sparsity": zeros, "bits": found.bits}
-        record_packed(model)
+        record_packed(model, self._cache())
         why_not = run_natively(model)
         if not layers:
             raise StepError("none of the layers is packed by these settings")

@@ -60,7 +60,7 @@ PLIANT_API void pliant_free(void* memory) { std::free(memory); }
 
 // Does nothing with memory but read it, on every thread in two places at once: what any kernel can hope for.
 PLIANT_API uint64_t pliant_stream(const uint8_t* memory, int64_t size, int threads) {
-  constexpr int64_t part = 1 << 18;
+  constexpr int64_t part = 1 << 16;
   std::atomic<uint64_t> all{0};
   parallel(threads, size / (2 * part), [&](int64_t chunk) {
     const uint8_t* first = memory + chunk * 2 * part;

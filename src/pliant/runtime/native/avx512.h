@@ -23,22 +23,38 @@ T read(const void* p) {
   return value;
 }
 
-// Registers that a step fills: in int4 there are two nibbles in a byte.
+// Registers that a step fills: in int4 there are two codes in a byte.
 constexpr int registers(Format f) { return f == Format::int4 ? 2 : 1; }
 
-// The next steps of P dense streams, G of each. int4: the lower nibbles, then the higher ones, something in the rest of a byte.
+// Codes as they are multiplied: unsigned. int4: of the lower halves of bytes.
+template <class L, Format F>
+struct Code {
+  using Ints = typename L::Ints;
+  static Ints zero() {
+    if constexpr (F == Format::bf16) return L::zeros();
+    return L::ints(F == Format::int8 ? static_cast<int32_t>(0x80808080) : 0x08080808);
+  }
+  static Ints of(Ints v) {
+    if constexpr (F == Format::bf16) return v;
+    if constexpr (F == Format::int8) return L::exclusive_or(v, zero());
+    return L::both_xor(v, L::ints(0x0f0f0f0f), zero());
+  }
+};
+
+// The next steps of P dense streams, G of each. int4: inputs 0 to 3 of all outputs, then 4 to 7.
 template <class L, Format F, int P>
 struct Dense {
   static constexpr bool sparse = false;
   const uint8_t* values[P];
 
   template <int G>
-  void take(typename L::Ints (&out)[G * P * registers(F)]) {
+  [[gnu::always_inline]] void take(typename L::Ints (&out)[G * P * registers(F)]) {
     constexpr int n = registers(F);
     for (int g = 0; g < G; ++g) {
       for (int p = 0; p < P; ++p) {
-        out[(g * P + p) * n] = L::load(values[p] + kStepBytes * g);
-        if constexpr (n == 2) out[(g * P + p) * n + 1] = L::right4(out[(g * P + p) * n]);
+        const auto step = L::load(values[p] + kStepBytes * g);
+        out[(g * P + p) * n] = Code<L, F>::of(step);
+        if constexpr (n == 2) out[(g * P + p) * n + 1] = Code<L, F>::of(L::right4(step));
       }
     }
     for (auto& at : values) {
@@ -56,28 +72,28 @@ struct Sparse {
   const uint8_t* values[P];
 
   template <int G>
-  void take(typename L::Ints (&out)[G * P * registers(F)]) {
+  [[gnu::always_inline]] void take(typename L::Ints (&out)[G * P * registers(F)]) {
+    const auto zero = Code<L, F>::zero();
     for (int g = 0; g < G; ++g) {
       for (int p = 0; p < P; ++p) {
         const uint8_t* from = masks[p] + mask_bytes(F) * g;
         if constexpr (F == Format::bf16) {
           const auto mask = read<uint32_t>(from);
-          out[g * P + p] = L::expand16(mask, values[p]);
-          values[p] += 2 * __builtin_popcount(mask);
+          out[g * P + p] = L::expand16(zero, mask, L::load(values[p]));
+          values[p] += 2 * int64_t{__builtin_popcount(mask)};
         } else if constexpr (F == Format::int8) {
           const auto mask = read<uint64_t>(from);
-          out[g * P + p] = L::expand8(mask, values[p]);
+          out[g * P + p] = L::expand8(zero, mask, Code<L, F>::of(L::load(values[p])));
           values[p] += __builtin_popcountll(mask);
         } else {
           for (int h = 0; h < 2; ++h) {
             const auto mask = read<uint64_t>(from + 8 * h);
-            out[2 * (g * P + p) + h] = L::expand8(mask, L::nibbles(values[p]));
+            out[2 * (g * P + p) + h] = L::expand8(zero, mask, Code<L, F>::of(L::nibbles(values[p])));
             values[p] += __builtin_popcountll(mask) >> 1;
           }
         }
       }
     }
-    if constexpr (G * P * registers(F) == 4) L::apart(out[0], out[1], out[2], out[3]);
     for (int p = 0; p < P; ++p) {
       L::prefetch(values[p] + kAhead);
       masks[p] += mask_bytes(F) * G;
@@ -190,13 +206,11 @@ struct SumOf<L, Format::int8, R, P> : Streams<SumOf<L, Format::int8, R, P>, L, F
 
   template <int G, class From>
   [[gnu::always_inline]] static void step(From& from, const int8_t* const (&at)[R], int64_t k, Ints (&dots)[R][P]) {
-    const Ints shift = L::ints(static_cast<int32_t>(0x80808080));
     Ints w[G * P];
     from.template take<G>(w);
     for (int g = 0; g < G; ++g) {
       for (int p = 0; p < P; ++p) {
-        const Ints codes = L::exclusive_or(w[g * P + p], shift);
-        for (int r = 0; r < R; ++r) dots[r][p] = L::dot(dots[r][p], codes, L::four(at[r] + k + 4 * g));
+        for (int r = 0; r < R; ++r) dots[r][p] = L::dot(dots[r][p], w[g * P + p], L::four(at[r] + k + 4 * g));
       }
     }
   }
@@ -237,6 +251,14 @@ struct SumOf<L, Format::int8, R, P> : Streams<SumOf<L, Format::int8, R, P>, L, F
   }
 };
 
+struct Order {  // of 16 bytes: 0 4 1 5 2 6 3 7, and so for the next eight
+  alignas(64) int8_t from[64];
+  constexpr Order() : from() {
+    for (int i = 0; i < 64; ++i) from[i] = static_cast<int8_t>((i & 8) + (i & 1) * 4 + (i >> 1 & 3));
+  }
+};
+constexpr Order mixed_order;
+
 // Codes from 0 to 15, 8 more than they are. Of a dense step, the first register holds inputs 0 to 3 of all outputs and the second
 // one 4 to 7; of a sparse one, the first holds all inputs of outputs 0 to 7, two sums for each. x is laid out to match.
 template <class L, int R, int P>
@@ -244,11 +266,12 @@ struct SumOf<L, Format::int4, R, P> : Streams<SumOf<L, Format::int4, R, P>, L, F
   using Ints = typename L::Ints;
   using Floats = typename L::Floats;
   Rows<R> x;
-  const int64_t slices;  // in a group
+  const int slices;  // in a group, as a power of 2
   const uint8_t* scales[P];
   Floats sums[R][P];
 
-  SumOf(const Matrix& w, int64_t panel, const Input& input, int64_t row) : x(input, row), slices(w.group / kSlice) {
+  SumOf(const Matrix& w, int64_t panel, const Input& input, int64_t row)
+      : x(input, row), slices(__builtin_ctzll(static_cast<uint64_t>(w.group / kSlice))) {
     for (int p = 0; p < P; ++p) scales[p] = w.scales + (panel + p) * w.groups * kPanel * 2;
     for (auto& row_sums : sums)
       for (auto& sum : row_sums) sum = L::floats(0);
@@ -256,17 +279,16 @@ struct SumOf<L, Format::int4, R, P> : Streams<SumOf<L, Format::int4, R, P>, L, F
 
   template <int G, class From>
   [[gnu::always_inline]] static void step(From& from, const int8_t* const (&at)[R], int64_t k, Ints (&dots)[R][P][2]) {
-    const Ints low = L::ints(0x0f0f0f0f), shift = L::ints(0x08080808);
     Ints w[G * P * 2];
     from.template take<G>(w);
     for (int g = 0; g < G; ++g) {
       for (int p = 0; p < P; ++p) {
         for (int h = 0; h < 2; ++h) {
-          const Ints codes = L::both_xor(w[2 * (g * P + p) + h], low, shift);
+#pragma GCC unroll 4
           for (int r = 0; r < R; ++r) {
             const int8_t* eight = at[r] + k + 8 * g;
             const Ints inputs = From::sparse ? L::eight(eight) : L::four(eight + 4 * h);
-            dots[r][p][h] = L::dot(dots[r][p][h], codes, inputs);
+            dots[r][p][h] = L::dot(dots[r][p][h], w[2 * (g * P + p) + h], inputs);
           }
         }
       }
@@ -280,13 +302,10 @@ struct SumOf<L, Format::int4, R, P> : Streams<SumOf<L, Format::int4, R, P>, L, F
     From from = stream;
     alignas(64) int8_t mixed[R][From::sparse ? kChunk : 1];  // inputs 0 4 1 5 2 6 3 7 of every 8
     if constexpr (From::sparse) {
-      static constexpr int8_t order[16] = {0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15};
-      int8_t all[64];
-      for (int i = 0; i < 4; ++i) std::memcpy(all + 16 * i, order, 16);
-      const Ints from_byte = L::load(all);
+      const Ints order = L::load(mixed_order.from);
       for (int r = 0; r < R; ++r)
         for (int64_t k = 0; k < kChunk; k += 64)
-          L::store(mixed[r] + k, L::shuffle(L::load(x.codes[r] + chunk * kChunk + k), from_byte));
+          L::store(mixed[r] + k, L::shuffle(L::load(x.codes[r] + chunk * kChunk + k), order));
     }
     Floats s[R][P], of_group[R][P];
     std::memcpy(s, sums, sizeof s);
@@ -297,6 +316,7 @@ struct SumOf<L, Format::int4, R, P> : Streams<SumOf<L, Format::int4, R, P>, L, F
       const int64_t n = steps - begin < slice_steps ? steps - begin : slice_steps;
       Ints dots[R][P][2];
       const int8_t* at[R];
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         at[r] = From::sparse ? mixed[r] + 8 * begin : x.codes[r] + slice * kSlice;
         for (int p = 0; p < P; ++p) dots[r][p][0] = dots[r][p][1] = L::ints(-4 * x.sums[r][slice]);
@@ -304,6 +324,7 @@ struct SumOf<L, Format::int4, R, P> : Streams<SumOf<L, Format::int4, R, P>, L, F
       int64_t i = 0;
       for (; i + G <= n; i += G) step<G>(from, at, 8 * i, dots);
       for (; i < n; ++i) step<1>(from, at, 8 * i, dots);
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const Floats scale = L::floats(x.scales[r][slice]);
         for (int p = 0; p < P; ++p) {
@@ -312,9 +333,10 @@ struct SumOf<L, Format::int4, R, P> : Streams<SumOf<L, Format::int4, R, P>, L, F
           of_group[r][p] = L::fma(L::to_floats(dot), scale, of_group[r][p]);
         }
       }
-      if ((slice + 1) % slices && begin + n != steps) continue;
+      const int64_t group = slice >> slices;
+      if ((slice + 1) >> slices == group && begin + n != steps) continue;
       for (int p = 0; p < P; ++p) {
-        const Floats scale = L::load_bf16(scales[p] + slice / slices * kPanel * 2);
+        const Floats scale = L::load_bf16(scales[p] + group * kPanel * 2);
         for (int r = 0; r < R; ++r) {
           s[r][p] = L::fma(of_group[r][p], scale, s[r][p]);
           of_group[r][p] = L::floats(0);
@@ -358,14 +380,14 @@ struct Avx512 {
     typename L::Ints w[G * registers(F)];
     from.template take<G>(w);
     for (int g = 0; g < G; ++g) {
-      if constexpr (F == Format::int4) {
-        for (int h = 0; h < 2; ++h) {  // a byte of every two
-          const auto apart = L::both(w[2 * g + h], L::ints(0x0f0f0f0f));
-          w[2 * g + h] = L::either(apart, L::right4(apart));
-        }
-        L::store(out + kStepBytes * g, L::even_bytes(w[2 * g], w[2 * g + 1]));
-      } else {
+      if constexpr (F == Format::bf16) {
         L::store(out + kStepBytes * g, w[g]);
+      } else if constexpr (F == Format::int8) {
+        L::store(out + kStepBytes * g, Code<L, F>::of(w[g]));
+      } else {  // two codes into the lower byte of every two, then those bytes side by side
+        for (int h = 0; h < 2; ++h) w[2 * g + h] = L::either(w[2 * g + h], L::right4(w[2 * g + h]));
+        const auto codes = L::even_bytes(w[2 * g], w[2 * g + 1]);
+        L::store(out + kStepBytes * g, L::exclusive_or(codes, L::ints(static_cast<int32_t>(0x88888888))));
       }
     }
   }

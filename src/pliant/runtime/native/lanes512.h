@@ -46,23 +46,19 @@ struct Intrinsics {
     return _mm512_set1_epi64(x);
   }
 
-  // Elements, one after the other, to the places that the mask names; zeros elsewhere. Loaded apart from that: an expand that
-  // reads memory itself is slow on some processors.
-  static Ints expand16(uint32_t mask, const void* p) {
-    Ints v = load(p);
+  // Elements, one after the other, to the places that the mask names; what was there before in the others. This form costs a copy
+  // of `there`, which processors make for nothing. Where it zeroes the others, an expand waits on Zen 5 for the old value of the
+  // register it writes, whichever a compiler chose. One that reads memory itself is slow on some processors.
+  static Ints expand16(Ints there, uint32_t mask, Ints v) {
     asm("" : "+v"(v));
-    return _mm512_maskz_expand_epi16(mask, v);
+    return _mm512_mask_expand_epi16(there, mask, v);
   }
-  static Ints expand8(uint64_t mask, Ints v) { return _mm512_maskz_expand_epi8(mask, v); }
-  static Ints expand8(uint64_t mask, const void* p) {
-    Ints v = load(p);
+  static Ints expand8(Ints there, uint64_t mask, Ints v) { return _mm512_mask_expand_epi8(there, mask, v); }
+  static Ints zeros() {  // no constant to the compiler, which would turn to the zeroing form
+    Ints v = _mm512_setzero_si512();
     asm("" : "+v"(v));
-    return _mm512_maskz_expand_epi8(mask, v);
+    return v;
   }
-
-  // Four registers, all of them written before one is read on. Zen 5 lets an expand wait for the old value of the register it
-  // writes: four in turn hide that, where a compiler would write one again and again.
-  static void apart(Ints& a, Ints& b, Ints& c, Ints& d) { asm volatile("" : "+v"(a), "+v"(b), "+v"(c), "+v"(d)); }
 
   // 64 nibbles as bytes; the upper half of a byte is what follows the nibble, if anything.
   static Ints nibbles(const void* p) {
@@ -87,10 +83,10 @@ struct Intrinsics {
 
   static Ints shuffle(Ints v, Ints from) { return _mm512_shuffle_epi8(v, from); }  // of every 16 bytes
   // Every second element, of a and then of b.
-  static Ints evens(Ints a, Ints b) { return _mm512_permutex2var_epi32(a, every_second<int32_t>(0), b); }
-  static Ints odds(Ints a, Ints b) { return _mm512_permutex2var_epi32(a, every_second<int32_t>(1), b); }
-  static Ints even_bytes(Ints a, Ints b) { return _mm512_permutex2var_epi8(a, every_second<uint8_t>(0), b); }
-  static Ints odd_bytes(Ints a, Ints b) { return _mm512_permutex2var_epi8(a, every_second<uint8_t>(1), b); }
+  static Ints evens(Ints a, Ints b) { return _mm512_permutex2var_epi32(a, every_second<int32_t, 0>(), b); }
+  static Ints odds(Ints a, Ints b) { return _mm512_permutex2var_epi32(a, every_second<int32_t, 1>(), b); }
+  static Ints even_bytes(Ints a, Ints b) { return _mm512_permutex2var_epi8(a, every_second<uint8_t, 0>(), b); }
+  static Ints odd_bytes(Ints a, Ints b) { return _mm512_permutex2var_epi8(a, every_second<uint8_t, 1>(), b); }
 
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
@@ -130,10 +126,16 @@ struct Intrinsics {
  private:
   static __m256i half(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   template <class T>
-  static Ints every_second(int first) {
+  struct Places {
     alignas(64) T from[64 / sizeof(T)];
-    for (int i = 0; i < static_cast<int>(64 / sizeof(T)); ++i) from[i] = static_cast<T>(2 * i + first);
-    return _mm512_load_si512(from);
+    constexpr explicit Places(int first) : from() {
+      for (int i = 0; i < static_cast<int>(64 / sizeof(T)); ++i) from[i] = static_cast<T>(2 * i + first);
+    }
+  };
+  template <class T, int first>
+  static Ints every_second() {
+    static constexpr Places<T> places{first};
+    return _mm512_load_si512(places.from);
   }
 };
 
@@ -164,10 +166,9 @@ struct Emulated {
     return each<uint64_t>([&](int) { return copy<uint64_t>(p); });
   }
 
-  static Ints expand16(uint32_t mask, const void* p) { return expand<uint16_t>(mask, load(p)); }
-  static Ints expand8(uint64_t mask, const Ints& v) { return expand<uint8_t>(mask, v); }
-  static Ints expand8(uint64_t mask, const void* p) { return expand<uint8_t>(mask, load(p)); }
-  static void apart(Ints&, Ints&, Ints&, Ints&) {}
+  static Ints expand16(const Ints& there, uint32_t mask, const Ints& v) { return expand<uint16_t>(there, mask, v); }
+  static Ints expand8(const Ints& there, uint64_t mask, const Ints& v) { return expand<uint8_t>(there, mask, v); }
+  static Ints zeros() { return ints(0); }
 
   static Ints nibbles(const void* p) {
     return each<uint8_t>([&](int i) { return copy<uint32_t>(static_cast<const uint8_t*>(p) + i / 8 * 4) >> i % 8 * 4; });
@@ -323,9 +324,9 @@ struct Emulated {
     return out;
   }
   template <class T>
-  static Ints expand(uint64_t mask, const Ints& v) {
+  static Ints expand(const Ints& there, uint64_t mask, const Ints& v) {
     int from = 0;
-    return each<T>([&](int i) { return mask >> i & 1 ? at<T>(v, from++) : T{0}; });
+    return each<T>([&](int i) { return mask >> i & 1 ? at<T>(v, from++) : at<T>(there, i); });
   }
   template <class T>
   static Ints every_second(const Ints& a, const Ints& b, int first) {
