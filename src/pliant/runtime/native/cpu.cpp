@@ -6,6 +6,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace pliant {
 namespace {
@@ -38,14 +42,41 @@ uint64_t saved() {
          && bit(seven.b, 5) && bit(seven.b, 3) && bit(seven.b, 8);                     // AVX2, BMI1, BMI2
 }
 
+[[maybe_unused]] bool has_avx512() {
+  const Registers seven = cpuid(7), more = cpuid(7, 1);
+  return has_avx2() && (saved() & 0xe6) == 0xe6                                                      //
+         && bit(seven.b, 16) && bit(seven.b, 17) && bit(seven.b, 30) && bit(seven.b, 31)             // F, DQ, BW, VL
+         && bit(seven.c, 1) && bit(seven.c, 6) && bit(seven.c, 11) && bit(more.a, 5);                // VBMI, VBMI2, VNNI, BF16
+}
+
+[[maybe_unused]] bool has_amx() {
+  const Registers seven = cpuid(7);
+  if (!has_avx512() || !bit(seven.d, 24) || !bit(seven.d, 22) || !bit(seven.d, 25)) return false;  // TILE, BF16, INT8
+  if ((saved() & 0x60000) != 0x60000) return false;
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int request_permission = 0x1023, tile_data = 18;  // once for the process, threads have it then
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
 #endif
 
 std::vector<const Kernels*> find() {
   std::vector<const Kernels*> found;
+#if defined(PLIANT_AMX)
+  if (has_amx()) found.push_back(&amx_kernels());
+#endif
+#if defined(PLIANT_AVX512)
+  if (has_avx512()) found.push_back(&avx512_kernels());
+#endif
 #if defined(PLIANT_AVX2)
   if (has_avx2()) found.push_back(&avx2_kernels());
 #endif
   found.push_back(&scalar_kernels());
+  found.push_back(&emulated_avx512_kernels());
+  found.push_back(&emulated_amx_kernels());
   return found;
 }
 
