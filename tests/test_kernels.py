@@ -46,7 +46,8 @@ def read_as(x, format, isa):
         return x.bfloat16().double() if isa.startswith("amx") else x.double()
     slices = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
     largest = slices.abs().amax(2, keepdim=True)
-    codes = torch.where(largest > 1e-30, (slices * (127 / largest)).round(), 0)
+    inverse = torch.full_like(largest, 127) / largest  # a number over a tensor is not one division in torch
+    codes = torch.where(largest > 1e-30, (slices * inverse).round(), 0)
     return (codes.double() * (largest / 127).double()).flatten(1)[:, : x.shape[1]]
 
 

@@ -84,9 +84,7 @@ struct Amx {
       const int64_t steps = chunk + 1 < w.chunks ? kChunk / 2 : w.steps - chunk * (kChunk / 2);
       for (int64_t r = 0; r < rows; ++r) {
         const float* from = x.values + (row + r) * x.stride + chunk * kChunk;
-        for (int64_t k = 0; k < kChunk; k += 32) {
-          L::store(rounded[r] + 2 * k, L::rounded(L::load_floats(from + k), L::load_floats(from + k + 16)));
-        }
+        for (int64_t k = 0; k < kChunk; k += 16) L::store_flushed_bf16(rounded[r] + 2 * k, L::load_floats(from + k));
       }
       const uint8_t* at[P];
       for (int p = 0; p < P; ++p) at[p] = weights[p].next(steps, buffer[p]);

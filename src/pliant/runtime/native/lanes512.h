@@ -31,7 +31,10 @@ struct Intrinsics {
   static Floats load_floats(const void* p) { return _mm512_loadu_ps(p); }
   static void store(void* p, Ints v) { _mm512_storeu_si512(p, v); }
   static void store(void* p, Floats v) { _mm512_storeu_ps(p, v); }
-  static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+  // always_inline: GCC 12 takes calls of a function that only prefetches for needless.
+  [[gnu::always_inline]] static void prefetch(const uint8_t* p) {
+    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+  }
 
   static Ints ints(int32_t x) { return _mm512_set1_epi32(x); }
   static Floats floats(float x) { return _mm512_set1_ps(x); }
@@ -104,7 +107,7 @@ struct Intrinsics {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half(p)), 16));
   }
   static Floats load_f16(const void* p) { return _mm512_cvtph_ps(half(p)); }
-  static void store_bf16(void* p, Floats v) {  // the instruction for it takes the smallest numbers for zero
+  static void store_bf16(void* p, Floats v) {
     const Ints bits = _mm512_castps_si512(v), high = _mm512_srli_epi32(bits, 16);
     const Ints last = _mm512_and_si512(high, _mm512_set1_epi32(1));
     const Ints near = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
@@ -115,12 +118,9 @@ struct Intrinsics {
   static void store_f16(void* p, Floats v) {
     _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
-  // 32 floats as bf16, numbers below 2^-126 as zero.
-  static Ints rounded(Floats first, Floats second) {
-    const __m512bh both = _mm512_cvtne2ps_pbh(second, first);
-    Ints out;
-    std::memcpy(&out, &both, sizeof out);
-    return out;
+  static void store_flushed_bf16(void* p, Floats v) {  // that instruction: what is below 2^-126 becomes zero
+    const __m256bh out = _mm512_cvtneps_pbh(v);
+    std::memcpy(p, &out, sizeof out);
   }
 
  private:
@@ -283,11 +283,11 @@ struct Emulated {
       }
     }
   }
-  static Ints rounded(const Floats& first, const Floats& second) {
-    return each<uint16_t>([&](int i) {
-      const uint32_t all = bits(i < 16 ? first.lanes[i] : second.lanes[i - 16]);
-      return all & 0x7f800000 ? nearest(all) : all >> 16 & 0x8000;
-    });
+  static void store_flushed_bf16(void* p, const Floats& v) {
+    for (int i = 0; i < 16; ++i) {
+      const uint32_t all = bits(v.lanes[i]);
+      put(p, i, all & 0x7f800000 ? nearest(all) : all >> 16 & 0x8000);
+    }
   }
 
  private:

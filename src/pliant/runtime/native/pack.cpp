@@ -96,26 +96,47 @@ uint64_t checksum(const uint8_t* data, int64_t size, int threads) {
   return sum;
 }
 
+uint64_t word_of(const uint8_t* p) {
+  uint64_t word;
+  std::memcpy(&word, p, 8);
+  return word;
+}
+
+// Bit i of the result: whether byte i is not zero; whether 16 bits at 2i, or 4 bits at i / 2, are not.
+uint64_t bytes_there(uint64_t w) {
+  constexpr uint64_t low = 0x7f7f7f7f7f7f7f7f;
+  w = (((w & low) + low) | w) >> 7 & 0x0101010101010101;
+  return w * 0x0102040810204080 >> 56;
+}
+
+uint64_t halves_there(uint64_t w) {
+  constexpr uint64_t low = 0x7fff7fff7fff7fff;
+  w = (((w & low) + low) | w) >> 15 & 0x0001000100010001;
+  return (w | w >> 15 | w >> 30 | w >> 45) & 15;
+}
+
+uint64_t nibbles_there(uint64_t w) {
+  w = (w | w >> 1 | w >> 2 | w >> 3) & 0x1111111111111111;
+  w = (w | w >> 3) & 0x0303030303030303;
+  w = (w | w >> 6) & 0x000f000f000f000f;
+  w = (w | w >> 12) & 0x000000ff000000ff;
+  return (w | w >> 24) & 0xffff;
+}
+
 // Bits of the elements of a step that are there. Of every 16 nibbles an even number is kept.
 void mask_of(Format format, const uint8_t* step, uint8_t* mask) {
-  std::memset(mask, 0, static_cast<size_t>(mask_bytes(format)));
-  if (format == Format::bf16) {
-    for (int e = 0; e < 32; ++e) {
-      const bool there = step[2 * e] || step[2 * e + 1];
-      mask[e >> 3] = static_cast<uint8_t>(mask[e >> 3] | there << (e & 7));
-    }
-  } else if (format == Format::int8) {
-    for (int e = 0; e < 64; ++e) mask[e >> 3] = static_cast<uint8_t>(mask[e >> 3] | (step[e] != 0) << (e & 7));
-  } else {
-    for (int sixteen = 0; sixteen < 8; ++sixteen) {
-      uint32_t bits = 0;
-      for (int b = 0; b < 8; ++b) {
-        const int byte = step[8 * sixteen + b];
-        bits |= static_cast<uint32_t>((byte & 15) != 0) << 2 * b | static_cast<uint32_t>((byte >> 4) != 0) << (2 * b + 1);
-      }
+  for (int w = 0; w < 8; ++w) {
+    const uint64_t word = word_of(step + 8 * w);
+    if (format == Format::bf16) {
+      const uint64_t bits = halves_there(word);
+      mask[w / 2] = static_cast<uint8_t>(w & 1 ? mask[w / 2] | bits << 4 : bits);
+    } else if (format == Format::int8) {
+      mask[w] = static_cast<uint8_t>(bytes_there(word));
+    } else {
+      auto bits = static_cast<uint32_t>(nibbles_there(word));
       if (__builtin_popcount(bits) & 1) bits |= ~bits & (bits + 1);  // the lowest that is missing
-      mask[2 * sixteen] = static_cast<uint8_t>(bits);
-      mask[2 * sixteen + 1] = static_cast<uint8_t>(bits >> 8);
+      mask[2 * w] = static_cast<uint8_t>(bits);
+      mask[2 * w + 1] = static_cast<uint8_t>(bits >> 8);
     }
   }
 }
@@ -136,21 +157,27 @@ int64_t bytes_of(Format format, int64_t elements) {
 }
 
 uint8_t* compress(Format format, const uint8_t* step, const uint8_t* mask, uint8_t* out) {
-  int64_t nibbles = 0;
-  for (int64_t e = 0; e < 8 * mask_bytes(format); ++e) {
-    if (!(mask[e >> 3] >> (e & 7) & 1)) continue;
-    if (format == Format::bf16) {
-      std::memcpy(out, step + 2 * e, 2);
-      out += 2;
-    } else if (format == Format::int8) {
-      *out++ = step[e];
-    } else {
-      const int there = step[e >> 1] >> 4 * (e & 1) & 15;
-      if (nibbles++ & 1) {
-        *out = static_cast<uint8_t>(*out | there << 4);
-        ++out;
+  if (format == Format::int4) {
+    for (int w = 0; w < 8; ++w) {
+      const uint64_t word = word_of(step + 8 * w);
+      uint64_t kept = 0;
+      int at = 0;
+      for (uint32_t bits = mask[2 * w] | mask[2 * w + 1] << 8; bits; bits &= bits - 1, at += 4) {
+        kept |= (word >> 4 * __builtin_ctz(bits) & 15) << at;
+      }
+      std::memcpy(out, &kept, static_cast<size_t>(at / 8));
+      out += at / 8;
+    }
+    return out;
+  }
+  for (int64_t byte = 0; byte < mask_bytes(format); ++byte) {
+    for (uint32_t bits = mask[byte]; bits; bits &= bits - 1) {
+      const int64_t e = 8 * byte + __builtin_ctz(bits);
+      if (format == Format::bf16) {
+        std::memcpy(out, step + 2 * e, 2);
+        out += 2;
       } else {
-        *out = static_cast<uint8_t>(there);
+        *out++ = step[e];
       }
     }
   }
@@ -240,19 +267,21 @@ Packing::Packing(const float* weight, int64_t rows, int64_t columns, Format form
 void Packing::stream(int64_t panel, int64_t step, uint8_t* out) const {
   const auto format = static_cast<Format>(header_.format);
   const int64_t inputs = step_inputs(format), first = step * inputs;
+  const int64_t rows = std::min(kPanel, header_.rows - panel * kPanel);
+  const int64_t there = std::min(inputs, header_.columns - first);
   std::memset(out, 0, kStepBytes);
-  for (int64_t c = 0; c < std::min(kPanel, header_.rows - panel * kPanel); ++c) {
-    const int64_t row = (panel * kPanel + c) * header_.columns;
-    for (int64_t k = 0; k < std::min(inputs, header_.columns - first); ++k) {
-      const auto at = static_cast<size_t>(row + first + k);
-      if (format == Format::bf16) {
-        std::memcpy(out + 2 * (2 * c + k), &bf16_[at], 2);
-      } else if (format == Format::int8) {
-        out[4 * c + k] = static_cast<uint8_t>(codes_[at]);
-      } else {
-        uint8_t& byte = out[4 * c + (k & 3)];
-        byte = static_cast<uint8_t>(byte | (codes_[at] & 15) << (k < 4 ? 0 : 4));
-      }
+  for (int64_t c = 0; c < rows; ++c) {
+    const int64_t at = (panel * kPanel + c) * header_.columns + first;
+    if (format == Format::bf16) {
+      std::memcpy(out + 4 * c, bf16_.data() + at, static_cast<size_t>(2 * there));
+    } else if (format == Format::int8) {
+      std::memcpy(out + 4 * c, codes_.data() + at, static_cast<size_t>(there));
+    } else {
+      uint64_t codes = 0;
+      std::memcpy(&codes, codes_.data() + at, static_cast<size_t>(there));
+      codes &= 0x0f0f0f0f0f0f0f0f;
+      const auto four = static_cast<uint32_t>(codes | codes >> 28);
+      std::memcpy(out + 4 * c, &four, 4);
     }
   }
 }

@@ -1,0 +1,146 @@
+"""Keys and values in blocks: what packing and zeroing them saves, and what it costs.
+
+    python benchmarks/cache.py --model build/demo/parts/smollm2-135m --text wikipedia.txt --out benchmarks/results/cache.json
+
+For every context length and setting: bytes of the cache, milliseconds of attention and of a whole token (int8 weights), perplexity
+of the text that follows the context, and whether a five-digit number from anywhere in the context is told when it is asked for.
+``float32`` keeps everything as it comes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pliant
+from machine import machine
+from pliant.checkpoint.load import tokenizer_of
+from pliant.runtime import library
+from pliant.runtime.decoder import decoder_of
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "float32": {"format": "float32"},
+    "bf16": {"format": "bf16"},
+    "int8": {"format": "int8"},
+    **{
+        f"{form}, {keys:.0%} of keys and {values:.0%} of values zeroed": {
+            "format": form,
+            "key_sparsity": keys,
+            "value_sparsity": values,
+        }
+        for form, keys, values in (
+            ("bf16", 0.3, 0.5),
+            ("bf16", 0.5, 0.5),
+            ("bf16", 0.5, 0.7),
+            ("bf16", 0.7, 0.7),
+            ("int8", 0.3, 0.5),
+            ("int8", 0.5, 0.7),
+        )
+    },
+}
+AHEAD = 64  # tokens predicted after the context
+NEEDLES = 20  # numbers hidden, one in a context each
+
+
+@torch.inference_mode()
+def filled(model: Any, ids: torch.Tensor, settings: dict[str, Any], piece: int = 512) -> Any:
+    """A cache that holds so many tokens, read in pieces, of which each attends to what is packed by then."""
+    cache = pliant.BlockCache(model.config, **settings)
+    for at in range(0, ids.shape[1], piece):
+        model(input_ids=ids[:, at : at + piece], past_key_values=cache, logits_to_keep=1)
+    return cache
+
+
+@torch.inference_mode()
+def step_by_step(model: Any, cache: Any, ids: torch.Tensor) -> tuple[float, float, float]:
+    """Mean loss of ids after the first, milliseconds of attention and of everything, a token."""
+    decoder = decoder_of(model.base_model)
+    decoder.spent[0] = decoder.spent[1] = 0
+    loss = 0.0
+    began = time.perf_counter()
+    for at in range(ids.shape[1] - 1):
+        logits = model(input_ids=ids[:, at : at + 1], past_key_values=cache).logits[0, -1].float()
+        loss -= float(logits.log_softmax(-1)[ids[0, at + 1]])
+    steps = ids.shape[1] - 1
+    return loss / steps, decoder.spent[1] / 1e6 / steps, 1e3 * (time.perf_counter() - began) / steps
+
+
+@torch.inference_mode()
+def tells(model: Any, tokenizer: Any, filler: torch.Tensor, settings: dict[str, Any], draw: random.Random) -> bool:
+    """Whether a number that stands somewhere in the filler is the likeliest answer at its end."""
+    number = str(draw.randrange(10_000, 100_000))
+    encode = lambda text: tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]  # noqa: E731
+    needle = encode(f" The pass key is {number}. Remember it: {number} is the pass key. ")
+    question = encode(" What is the pass key? The pass key is ")
+    at = draw.randrange(filler.shape[1])
+    cache = filled(model, torch.cat([filler[:, :at], needle, filler[:, at:]], 1), settings)
+    told, ids = "", question
+    for _ in range(8):
+        logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+        ids = logits.argmax().view(1, 1)
+        told += tokenizer.decode(ids[0])
+    return number in told.replace(" ", "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--contexts", type=int, nargs="*", default=[2048, 4096, 8000])
+    parser.add_argument("--texts", type=int, default=8)
+    parser.add_argument("--needles", type=int, default=NEEDLES)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    model = pliant.load(arguments.model, dtype="float32")
+    tokenizer = tokenizer_of(model)
+    pliant.apply(model, pliant.PackedLinear(format="int8"), progress=False)
+    ids = tokenizer(arguments.text.read_text("utf-8"), return_tensors="pt")["input_ids"]
+    result: dict[str, Any] = {**machine(), "kernels": library.state(), "ahead": AHEAD, "rows": []}
+    for context in arguments.contexts:
+        need = context + AHEAD + 1
+        starts = [i * (ids.shape[1] - need) // max(1, arguments.texts - 1) for i in range(arguments.texts)]
+        for name, settings in SETTINGS.items():
+            losses, attention, whole, size = [], [], [], 0
+            for start in starts:
+                window = ids[:, start : start + need]
+                cache = filled(model, window[:, :context], settings)
+                loss, in_attention, in_all = step_by_step(model, cache, window[:, context:])
+                losses.append(loss)
+                attention.append(in_attention)
+                whole.append(in_all)
+                size = cache.bytes()
+            draw = random.Random(0)
+            told = [
+                tells(
+                    model,
+                    tokenizer,
+                    ids[:, draw.randrange(ids.shape[1] - context) :][:, : context - 64],
+                    settings,
+                    draw,
+                )
+                for _ in range(arguments.needles)
+            ]
+            row = {
+                "context": context,
+                "cache": name,
+                "bytes": size,
+                "perplexity": math.exp(sum(losses) / len(losses)),
+                "attention_ms": sorted(attention)[len(attention) // 2],
+                "token_ms": sorted(whole)[len(whole) // 2],
+                "told": sum(told),
+                "asked": len(told),
+            }
+            result["rows"].append(row)
+            print(row, flush=True)
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
