@@ -113,6 +113,18 @@ def test_copies_and_pickles_run_on_their_own():
     assert torch.equal(logits(revived), expected)
 
 
+def test_a_whole_model_compiles_as_one_graph():
+    model = packed(format="int8")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    places = torch.arange(IDS.shape[1])[None]
+    with torch.no_grad():
+        expected = model(IDS, use_cache=False).logits
+        torch.testing.assert_close(compiled(IDS, use_cache=False).logits, expected, rtol=1e-3, atol=1e-4)
+        static = StaticCache(config=model.config, max_cache_len=32)
+        found = compiled(IDS[:1], past_key_values=static, position_ids=places).logits
+        torch.testing.assert_close(found, expected[:1], rtol=1e-3, atol=1e-4)
+
+
 def test_a_model_that_computes_something_else_is_found_out():
     model = packed("granite")
     assert "compute something else" in model.pliant_history[-1]["why_not_native"]

@@ -52,15 +52,14 @@ struct Dense {
     constexpr int n = registers(F);
     for (int g = 0; g < G; ++g) {
       for (int p = 0; p < P; ++p) {
-        const auto step = L::load(values[p] + kStepBytes * g);
+        const uint8_t* from = values[p] + kStepBytes * g;
+        L::prefetch(from + kAhead);
+        const auto step = L::load(from);
         out[(g * P + p) * n] = Code<L, F>::of(step);
         if constexpr (n == 2) out[(g * P + p) * n + 1] = Code<L, F>::of(L::right4(step));
       }
     }
-    for (auto& at : values) {
-      L::prefetch(at + kAhead);
-      at += kStepBytes * G;
-    }
+    for (auto& at : values) at += kStepBytes * G;
   }
 };
 
@@ -77,6 +76,7 @@ struct Sparse {
     for (int g = 0; g < G; ++g) {
       for (int p = 0; p < P; ++p) {
         const uint8_t* from = masks[p] + mask_bytes(F) * g;
+        if (g % 2 == 0) L::prefetch(values[p] + kAhead);
         if constexpr (F == Format::bf16) {
           const auto mask = read<uint32_t>(from);
           out[g * P + p] = L::expand16(zero, mask, L::load(values[p]));
@@ -94,10 +94,7 @@ struct Sparse {
         }
       }
     }
-    for (int p = 0; p < P; ++p) {
-      L::prefetch(values[p] + kAhead);
-      masks[p] += mask_bytes(F) * G;
-    }
+    for (auto& at : masks) at += mask_bytes(F) * G;
   }
 };
 
