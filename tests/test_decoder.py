@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache
 import pliant
 from pico import DECODERS, IDS, logits, pico
 from pliant.runtime import library
-from pliant.runtime.decoder import Native, decoder_of, run_natively
+from pliant.runtime.decoder import Native, _window, decoder_of, run_natively
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=library.state())
 NATIVE = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -68,6 +68,28 @@ def test_cached_is_uncached_to_the_bit_while_nothing_is_packed(format):
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("mistral", {"sliding_window": 6}),
+        ("qwen2", {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 2}),
+        ("qwen3", {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 2}),
+    ],
+)
+def test_layers_that_see_a_few_tokens_back(name, settings):
+    model = pliant.apply(pico(name, **settings), pliant.PackedLinear(format="bf16"), progress=False)
+    assert isinstance(model.base_model, Native)
+    base = model.base_model
+    assert any(_window(layer.self_attn, base.config, index) for index, layer in enumerate(base.layers))
+    ids = torch.arange(3, 83)[None]
+    with torch.inference_mode():
+        found = model(ids, use_cache=False).logits
+        torch.testing.assert_close(found, layer_by_layer(model)(ids, use_cache=False).logits, rtol=1e-3, atol=1e-4)
+        cache = DynamicCache(config=model.config)
+        steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(60)]
+    assert torch.equal(torch.cat(steps, 1), found[:, :60])
+
+
 def test_what_it_does_not_do_is_left_to_transformers():
     model = packed()
     stock = layer_by_layer(model)
@@ -79,6 +101,7 @@ def test_what_it_does_not_do_is_left_to_transformers():
             {"output_hidden_states": True},
             {"output_attentions": True},
             {"use_cache": True},  # two sequences in one cache
+            {"return_dict": True},
         ):
             torch.testing.assert_close(
                 model(IDS, **given).logits, stock(IDS, **given).logits, rtol=1e-3, atol=1e-4, msg=str(given)
