@@ -181,13 +181,16 @@ def test_zeros_take_a_bit_each(format):
 
 
 @pytest.mark.usefixtures("isa")
-def test_one_number_that_is_none_makes_a_row_none():
-    packed = pack(weights(20, 64), "int8")
-    x = inputs(3, 64)
-    x[1, 5] = float("nan")
-    found = linear(x, packed, None, 20)
-    assert found[1].isnan().all()
-    assert found[[0, 2]].isfinite().all()
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+def test_one_number_that_is_none_makes_a_row_none(format, sparse):
+    packed = pack(weights(20, 64), format, sparse=sparse)
+    for none in (float("nan"), float("inf"), -float("inf")):
+        x = inputs(3, 64)
+        x[1, 5] = none
+        found = linear(x, packed, None, 20)
+        assert not found[1].isfinite().any()
+        assert found[[0, 2]].isfinite().all()
     assert torch.equal(linear(torch.zeros(1, 64), packed, None, 20), torch.zeros(1, 20))
 
 

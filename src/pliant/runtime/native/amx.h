@@ -1,7 +1,7 @@
 // Kernels for AMX, over the operations `L` of lanes512.h and the tiles `T` of tiles.h.
 //
-// A step of the stream is a row of a tile of weights. What is dense is loaded from where it lies; what is sparse, packed two in a
-// byte or short of a whole tile is made ready for one chunk first.
+// A step of the stream is a row of a tile of weights, in int4 it is two. What is dense is loaded from where it lies; what is
+// sparse, packed two in a byte or short of a whole tile is made ready first, chunk by chunk.
 //
 // int8 and int4: tiles multiply slices, whole numbers, which are then added in the order of the other sets, with the same
 // results. Few rows are left to AVX-512, which needs no tiles.

@@ -32,22 +32,24 @@ struct Tables {
   alignas(32) uint8_t upper[256][32];  // element i into the upper half of float i; the same 16 source bytes in both lanes
   alignas(16) uint8_t pairs[256][16];  // element i into element i
   alignas(8) uint64_t bytes[256];      // bit i into byte i, all of its bits
-  Tables() {
+  constexpr Tables() : upper(), pairs(), bytes() {
     for (int mask = 0; mask < 256; ++mask) {
       uint64_t wide = 0;
       for (int i = 0, from = 0; i < 8; ++i) {
         const bool there = mask >> i & 1;
-        uint8_t* up = upper[mask] + 4 * i;
-        up[0] = up[1] = 0x80;
-        up[2] = pairs[mask][2 * i] = static_cast<uint8_t>(there ? 2 * from : 0x80);
-        up[3] = pairs[mask][2 * i + 1] = static_cast<uint8_t>(there ? 2 * from + 1 : 0x80);
-        if (there) wide |= uint64_t{0xff} << 8 * i, ++from;
+        upper[mask][4 * i] = upper[mask][4 * i + 1] = 0x80;
+        upper[mask][4 * i + 2] = pairs[mask][2 * i] = static_cast<uint8_t>(there ? 2 * from : 0x80);
+        upper[mask][4 * i + 3] = pairs[mask][2 * i + 1] = static_cast<uint8_t>(there ? 2 * from + 1 : 0x80);
+        if (there) {
+          wide |= uint64_t{0xff} << 8 * i;
+          ++from;
+        }
       }
       bytes[mask] = wide;
     }
   }
 };
-const Tables tables;
+constexpr Tables tables;  // not filled in when the library is loaded: the processor may lack AVX2
 
 template <int R>
 struct Rows {  // of x, those that a kernel works on
@@ -217,11 +219,11 @@ struct SumOf<Format::int8, false, R, P> {
 template <int R, int P>
 struct SumOf<Format::int4, false, R, P> {
   Rows<R> x;
-  const int64_t slices;  // in a group
+  const int slices;  // in a group, as a power of 2
   const uint8_t* scales[P];
   __m256 sums[R][P][2];
 
-  SumOf(const Matrix& w, int64_t panel, const Input& input, int64_t row) : x(input, row), slices(w.group / kSlice) {
+  SumOf(const Matrix& w, int64_t panel, const Input& input, int64_t row) : x(input, row), slices(__builtin_ctzll(static_cast<uint64_t>(w.group / kSlice))) {
     for (int p = 0; p < P; ++p) scales[p] = w.scales + (panel + p) * w.groups * kPanel * 2;
     for (auto& rows : sums)
       for (auto& panels : rows) panels[0] = panels[1] = _mm256_setzero_ps();
@@ -267,10 +269,11 @@ struct SumOf<Format::int4, false, R, P> {
           }
         }
       }
-      if ((slice + 1) % slices && end != steps) continue;
+      const int64_t of_w = slice >> slices;
+      if ((slice + 1) >> slices == of_w && end != steps) continue;
       for (int p = 0; p < P; ++p) {
         for (int h = 0; h < 2; ++h) {
-          const __m256 scale = bf16_to_float(scales[p] + (slice / slices * kPanel + 8 * h) * 2);
+          const __m256 scale = bf16_to_float(scales[p] + (of_w * kPanel + 8 * h) * 2);
           for (int r = 0; r < R; ++r) {
             sums[r][p][h] = _mm256_fmadd_ps(of_group[r][p][h], scale, sums[r][p][h]);
             of_group[r][p][h] = _mm256_setzero_ps();
@@ -389,7 +392,9 @@ void quantise(const float* x, int64_t padded, int8_t* codes, float* scales, int3
     const __m256 inverse = _mm256_set1_ps(scale.inverse);
     __m256i sum = _mm256_setzero_si256();
     for (int64_t i = 0; i < n; i += 8) {
-      const __m256i code = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + first + i), inverse));
+      const __m256 steps = _mm256_mul_ps(_mm256_loadu_ps(x + first + i), inverse);
+      const __m256 numbers = _mm256_cmp_ps(steps, steps, _CMP_ORD_Q);  // what is none is 0
+      const __m256i code = _mm256_cvtps_epi32(_mm256_and_ps(steps, numbers));
       sum = _mm256_add_epi32(sum, code);
       const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
       _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + first + i), _mm_packs_epi16(words, words));

@@ -49,9 +49,9 @@ struct Intrinsics {
     return _mm512_set1_epi64(x);
   }
 
-  // Elements, one after the other, to the places that the mask names; what was there before in the others. This form costs a copy
-  // of `there`, which processors make for nothing. Where it zeroes the others, an expand waits on Zen 5 for the old value of the
-  // register it writes, whichever a compiler chose. One that reads memory itself is slow on some processors.
+  // Elements, one after the other, to the places that the mask names; `there` keeps the others. That costs a copy of `there`,
+  // which processors make for nothing. The form that zeroes the others waits on Zen 5 for the old value of the register that
+  // it writes, whichever a compiler chose. One that reads memory itself is slow on some processors.
   static Ints expand16(Ints there, uint32_t mask, Ints v) {
     asm("" : "+v"(v));
     return _mm512_mask_expand_epi16(there, mask, v);
@@ -198,7 +198,10 @@ struct Emulated {
     return each<uint8_t>([&](int i) { return a.bytes[i] | b.bytes[i]; });
   }
   static Ints largest(const Ints& a, const Ints& b) {
-    return each<uint32_t>([&](int i) { return at<uint32_t>(a, i) > at<uint32_t>(b, i) ? at<uint32_t>(a, i) : at<uint32_t>(b, i); });
+    return each<uint32_t>([&](int i) {
+      const auto one = at<uint32_t>(a, i), other = at<uint32_t>(b, i);
+      return one > other ? one : other;
+    });
   }
   static Ints left16(const Ints& v) {
     return each<uint32_t>([&](int i) { return at<uint32_t>(v, i) << 16; });

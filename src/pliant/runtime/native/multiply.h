@@ -13,6 +13,8 @@
 //
 // Every output is summed in an order that depends on its own row and column alone. A token's result is the same, to the bit,
 // next to other tokens or alone, and with any number of threads.
+#pragma once
+
 #include "kernels.h"
 
 namespace pliant {

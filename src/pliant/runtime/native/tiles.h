@@ -1,4 +1,4 @@
-// The eight tiles of AMX, twice: those of the processor, and in plain C++, for tests where it has none. Both give the same bits.
+// The eight tiles of AMX, twice: those of the processor, and in plain C++ for tests where it has none. Both give the same bits.
 //
 // All kernels use them in one way. 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 weights: 16 rows of x at most in tiles 0, 1 and
 // 4, as many again in 2, 3 and 5. Tiles belong to a thread; it has them for as long as the object lives.
