@@ -76,7 +76,10 @@ def step_by_step(model: Any, cache: Any, ids: torch.Tensor) -> tuple[float, floa
 def tells(model: Any, tokenizer: Any, filler: torch.Tensor, settings: dict[str, Any], draw: random.Random) -> bool:
     """Whether a number that stands somewhere in the filler is the likeliest answer at its end."""
     number = str(draw.randrange(10_000, 100_000))
-    encode = lambda text: tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]  # noqa: E731
+
+    def encode(text: str) -> torch.Tensor:
+        return tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+
     needle = encode(f" The pass key is {number}. Remember it: {number} is the pass key. ")
     question = encode(" What is the pass key? The pass key is ")
     at = draw.randrange(filler.shape[1])

@@ -1,6 +1,7 @@
 """The packed form and the kernels, each instruction set against the reference in plain PyTorch."""
 
 import ctypes
+import shutil
 import subprocess
 import sys
 
@@ -236,6 +237,13 @@ def test_another_size_or_kind_is_refused():
         pack(torch.tensor([[1.0, float("inf")]]), "int8")
     with pytest.raises(PackedError, match="tensor of bytes"):
         header(torch.zeros(200))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+def test_where_there_is_a_compiler_there_are_kernels():
+    """The tests that need them would all be skipped."""
+    assert library.library() is not None, library.state()
+    assert {"scalar", "avx512-emulated", "amx-emulated"} <= set(library.available())
 
 
 @needs_kernels

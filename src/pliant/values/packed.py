@@ -94,6 +94,8 @@ class PackedLinear(Step):
             raise StepError("packed layers run on the CPU; load the model there")
         check_finite(model)
         wanted = self._wanted(model)
+        if not wanted:
+            raise StepError("none of the layers is packed by these settings")
         layers: dict[str, dict[str, Any]] = {}
         with job.progress.stage("packing") as shown:
             for done, (name, choice) in enumerate(wanted.items()):
@@ -110,8 +112,6 @@ class PackedLinear(Step):
                 layers[name] = {"format": form, "sparse": sparse, "sparsity": zeros, "bits": found.bits}
         record_packed(model, self._cache())
         why_not = run_natively(model)
-        if not layers:
-            raise StepError("none of the layers is packed by these settings")
         weights = {name: model.get_submodule(name) for name in layers}
         total = sum(one.in_features * one.out_features for one in weights.values())
         stored = sum(one.weight.numel() for one in weights.values())

@@ -16,13 +16,6 @@ namespace {
 __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
-template <class T>
-T read(const void* p) {
-  T value;
-  std::memcpy(&value, p, sizeof value);
-  return value;
-}
-
 __m256 bf16_to_float(const uint8_t* p) {  // 8 of them
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(p)), 16));
 }
@@ -50,22 +43,6 @@ struct Tables {
   }
 };
 constexpr Tables tables;  // not filled in when the library is loaded: the processor may lack AVX2
-
-template <int R>
-struct Rows {  // of x, those that a kernel works on
-  const float* values[R];
-  const int8_t* codes[R];
-  const float* scales[R];
-  const int32_t* sums[R];
-  Rows(const Input& x, int64_t row) {
-    for (int r = 0; r < R; ++r) {
-      values[r] = x.values + (row + r) * x.stride;
-      codes[r] = x.codes + (row + r) * x.stride;
-      scales[r] = x.scales + (row + r) * x.slices;
-      sums[r] = x.sums + (row + r) * x.slices;
-    }
-  }
-};
 
 template <Format F, bool fused, int R, int P>
 struct SumOf;

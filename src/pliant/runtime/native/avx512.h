@@ -16,13 +16,6 @@ namespace {
 
 constexpr int64_t kAhead = 2048;  // bytes that a stream is fetched before its use
 
-template <class T>
-T read(const void* p) {
-  T value;
-  std::memcpy(&value, p, sizeof value);
-  return value;
-}
-
 // Registers that a step fills: in int4 there are two codes in a byte.
 constexpr int registers(Format f) { return f == Format::int4 ? 2 : 1; }
 
@@ -95,22 +88,6 @@ struct Sparse {
       }
     }
     for (auto& at : masks) at += mask_bytes(F) * G;
-  }
-};
-
-template <int R>
-struct Rows {  // of x, those that a kernel works on
-  const float* values[R];
-  const int8_t* codes[R];
-  const float* scales[R];
-  const int32_t* sums[R];
-  Rows(const Input& x, int64_t row) {
-    for (int r = 0; r < R; ++r) {
-      values[r] = x.values + (row + r) * x.stride;
-      codes[r] = x.codes + (row + r) * x.stride;
-      scales[r] = x.scales + (row + r) * x.slices;
-      sums[r] = x.sums + (row + r) * x.slices;
-    }
   }
 };
 

@@ -15,10 +15,35 @@
 // next to other tokens or alone, and with any number of threads.
 #pragma once
 
+#include <cstring>
+
 #include "kernels.h"
 
 namespace pliant {
 namespace {
+
+template <class T>
+T read(const void* p) {
+  T value;
+  std::memcpy(&value, p, sizeof value);
+  return value;
+}
+
+template <int R>
+struct Rows {  // of x, those that a kernel works on
+  const float* values[R];
+  const int8_t* codes[R];
+  const float* scales[R];
+  const int32_t* sums[R];
+  Rows(const Input& x, int64_t row) {
+    for (int r = 0; r < R; ++r) {
+      values[r] = x.values + (row + r) * x.stride;
+      codes[r] = x.codes + (row + r) * x.stride;
+      scales[r] = x.scales + (row + r) * x.slices;
+      sums[r] = x.sums + (row + r) * x.slices;
+    }
+  }
+};
 
 template <class I, Format F, bool S, int R, int P>
 void block(const Matrix& w, int64_t panel, const Input& x, int64_t row, float* out, int64_t stride, const uint8_t* expanded) {

@@ -7,13 +7,6 @@
 namespace pliant {
 namespace {
 
-template <class T>
-T read(const void* p) {
-  T value;
-  std::memcpy(&value, p, sizeof value);
-  return value;
-}
-
 float bf16_to_float(uint16_t bits) {
   const uint32_t wide = uint32_t{bits} << 16;
   return read<float>(&wide);
