@@ -2,8 +2,8 @@
 //
 // There is no instruction here that spreads packed elements over the places that a mask names. 16-bit elements are moved by a
 // byte shuffle from a table of 256 patterns, and straight into the upper halves of floats where one row is multiplied; 8- and
-// 4-bit ones by PDEP, eight bytes at a time. Both need more cycles than memory does bytes on most cores: sparse int8 and int4
-// save memory here, seldom time.
+// 4-bit ones by PDEP, eight bytes at a time, into masks that vectors widen from bits. Both need more cycles than memory does
+// bytes on most cores: sparse int8 and int4 save memory here, seldom time.
 #include <immintrin.h>
 
 #include <cstring>
@@ -24,21 +24,15 @@ __m256 bf16_to_float(const uint8_t* p) {  // 8 of them
 struct Tables {
   alignas(32) uint8_t upper[256][32];  // element i into the upper half of float i; the same 16 source bytes in both lanes
   alignas(16) uint8_t pairs[256][16];  // element i into element i
-  alignas(8) uint64_t bytes[256];      // bit i into byte i, all of its bits
-  constexpr Tables() : upper(), pairs(), bytes() {
+  constexpr Tables() : upper(), pairs() {
     for (int mask = 0; mask < 256; ++mask) {
-      uint64_t wide = 0;
       for (int i = 0, from = 0; i < 8; ++i) {
         const bool there = mask >> i & 1;
         upper[mask][4 * i] = upper[mask][4 * i + 1] = 0x80;
         upper[mask][4 * i + 2] = pairs[mask][2 * i] = static_cast<uint8_t>(there ? 2 * from : 0x80);
         upper[mask][4 * i + 3] = pairs[mask][2 * i + 1] = static_cast<uint8_t>(there ? 2 * from + 1 : 0x80);
-        if (there) {
-          wide |= uint64_t{0xff} << 8 * i;
-          ++from;
-        }
+        from += there;
       }
-      bytes[mask] = wide;
     }
   }
 };
@@ -110,14 +104,17 @@ struct SumOf<Format::bf16, true, 1, P> {
     for (int64_t i = 0; i < steps; ++i) {
       const __m256 pair = _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(x + 2 * i)));
       for (int p = 0; p < P; ++p) {
-        const uint64_t mask = read<uint32_t>(m[p] + 4 * i);
-        const int64_t before[4] = {0, _mm_popcnt_u64(mask & 0xff), _mm_popcnt_u64(mask & 0xffff), _mm_popcnt_u64(mask & 0xffffff)};
+        // Each byte of the mask times 32, the size of a pattern, in 16 bits of its own.
+        const uint64_t mask = _pdep_u64(read<uint32_t>(m[p] + 4 * i), 0x1fe01fe01fe01fe0);
+        const uint64_t at[4] = {mask & 0xffff, mask >> 16 & 0xffff, mask >> 32 & 0xffff, mask >> 48};
+        const int64_t all = _mm_popcnt_u64(mask);
+        const int64_t before[4] = {0, _mm_popcnt_u64(at[0]), _mm_popcnt_u32(static_cast<uint32_t>(mask)), all - _mm_popcnt_u64(at[3])};
         for (int q = 0; q < 4; ++q) {
           const __m256i there = _mm256_broadcastsi128_si256(load16(v[p] + 2 * before[q]));
-          const __m256i pattern = _mm256_load_si256(reinterpret_cast<const __m256i*>(tables.upper[m[p][4 * i + q]]));
+          const __m256i pattern = load(tables.upper[0] + at[q]);
           s[p][q] = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_shuffle_epi8(there, pattern)), pair, s[p][q]);
         }
-        v[p] += 2 * _mm_popcnt_u64(mask);
+        v[p] += 2 * all;
       }
     }
     x += 2 * steps;
@@ -277,6 +274,42 @@ struct Avx2 {
   template <Format F, bool fused, int R, int P>
   using Sum = SumOf<F, fused, R, P>;
 
+  // A bit for each of the codes in 32 bytes, made as wide as a code.
+  template <Format F>
+  static __m256i widened(const uint8_t* masks) {
+    if constexpr (F == Format::int8) {
+      const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+      const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
+      const __m256i bits = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(read<int32_t>(masks)), byte), bit);
+      return _mm256_cmpeq_epi8(bits, bit);
+    } else {  // two bits a byte: 0-1 or 2-3 of its half of a byte of masks, looked up
+      const __m256i halves = _mm256_srlv_epi64(_mm256_set1_epi64x(read<int64_t>(masks)), _mm256_setr_epi64x(0, 4, 0, 4));
+      const __m256i byte = _mm256_setr_epi32(0x08080000, 0x09090101, 0x0a0a0202, 0x0b0b0303, 0x0c0c0404, 0x0d0d0505, 0x0e0e0606, 0x0f0f0707);
+      const __m256i bits = _mm256_and_si256(_mm256_shuffle_epi8(halves, byte), _mm256_set1_epi16(0x0c03));
+      const __m128i nibbles = _mm_setr_epi8(0, 0x0f, -0x10, -1, 0x0f, 0, 0, 0, -0x10, 0, 0, 0, -1, 0, 0, 0);
+      return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(nibbles), bits);
+    }
+  }
+
+  // How many bytes of values come before each eight of 32 bytes, and how many there are.
+  template <Format F>
+  static void places(const uint8_t* masks, int64_t (&before)[5]) {
+    before[0] = 0;
+    if constexpr (F == Format::int8) {
+      const uint32_t mask = read<uint32_t>(masks);
+      before[1] = _mm_popcnt_u32(mask & 0xff);
+      before[2] = _mm_popcnt_u32(mask & 0xffff);
+      before[3] = _mm_popcnt_u32(mask << 8);
+      before[4] = _mm_popcnt_u32(mask);
+    } else {
+      const uint64_t mask = read<uint64_t>(masks);
+      before[1] = _mm_popcnt_u64(mask & 0xffff) >> 1;
+      before[2] = _mm_popcnt_u32(static_cast<uint32_t>(mask)) >> 1;
+      before[3] = _mm_popcnt_u64(mask << 16) >> 1;
+      before[4] = _mm_popcnt_u64(mask) >> 1;
+    }
+  }
+
   template <Format F>
   static const uint8_t* expand(const uint8_t* masks, const uint8_t* values, int64_t steps, uint8_t* out) {
     if constexpr (F == Format::bf16) {
@@ -286,21 +319,26 @@ struct Avx2 {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * i), _mm_shuffle_epi8(load16(values), pattern));
         values += 2 * _mm_popcnt_u32(masks[i]);
       }
-    } else if constexpr (F == Format::int8) {
-#pragma GCC unroll 8
-      for (int64_t i = 0; i < 8 * steps; ++i) {
-        const uint64_t there = _pdep_u64(read<uint64_t>(values), tables.bytes[masks[i]]);
-        std::memcpy(out + 8 * i, &there, 8);
-        values += _mm_popcnt_u32(masks[i]);
-      }
     } else {
-#pragma GCC unroll 8
-      for (int64_t i = 0; i < 8 * steps; ++i) {
-        const uint64_t mask = read<uint16_t>(masks + 2 * i);
-        const uint64_t bits = _pdep_u64(mask, 0x1111111111111111);
-        const uint64_t there = _pdep_u64(read<uint64_t>(values), (bits << 4) - bits);
-        std::memcpy(out + 8 * i, &there, 8);
-        values += _mm_popcnt_u64(mask) >> 1;
+      constexpr int64_t most = 16;  // steps whose masks are made at once: what is stored is not read back too soon
+      for (int64_t begin = 0; begin < steps; begin += most) {
+        const int64_t count = begin + most < steps ? most : steps - begin;
+        uint8_t* to = out + begin * kStepBytes;
+        const uint8_t* from = masks + begin * mask_bytes(F);
+#pragma GCC unroll 2
+        for (int64_t i = 0; i < 2 * count; ++i)
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 * i), widened<F>(from + mask_bytes(F) / 2 * i));
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < 2 * count; ++i) {
+          int64_t before[5];
+          places<F>(from + mask_bytes(F) / 2 * i, before);
+          for (int q = 0; q < 4; ++q) {
+            uint8_t* eight = to + 32 * i + 8 * q;
+            const uint64_t there = _pdep_u64(read<uint64_t>(values + before[q]), read<uint64_t>(eight));
+            std::memcpy(eight, &there, 8);
+          }
+          values += before[4];
+        }
       }
     }
     return values;
