@@ -74,7 +74,7 @@ def isa() -> str:
     return "torch" if loaded is None else loaded.pliant_isa().decode()
 
 
-def bandwidth(threads: int, size: int = 64 << 20) -> float:
+def bandwidth(threads: int, size: int = 3 << 25) -> float:
     """Bytes a second that so many threads read from memory, the best of a few looks; 0 where there are no kernels."""
     loaded = library()
     if loaded is None:

@@ -14,6 +14,10 @@ namespace pliant {
 namespace {
 
 __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+// A line of a stream is fetched this many bytes before its use: the processor's own fetching alone does not fill memory's lanes.
+constexpr int64_t kAhead = 1024;
+void fetch(const uint8_t* line) { _mm_prefetch(reinterpret_cast<const char*>(line + kAhead), _MM_HINT_T0); }
+
 __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
 __m256 bf16_to_float(const uint8_t* p) {  // 8 of them
@@ -48,38 +52,43 @@ struct SumOf<Format::bf16, false, R, P> {
   __m256 even[R][P][2], odd[R][P][2];
 
   SumOf(const Matrix&, int64_t, const Input& input, int64_t row) : x(input, row) {
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
       for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
         for (int h = 0; h < 2; ++h) even[r][p][h] = odd[r][p][h] = _mm256_setzero_ps();
   }
 
   void add(const uint8_t* const (&w)[P], int64_t chunk, int64_t steps) {
     const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000));
     const int64_t first = chunk * kChunk;
-    __m256 a[R][P][2], b[R][P][2];  // in registers
-    std::memcpy(a, even, sizeof a);
-    std::memcpy(b, odd, sizeof b);
     for (int64_t i = 0; i < steps; ++i) {
+#pragma GCC unroll 2
       for (int p = 0; p < P; ++p) {
+        fetch(w[p] + kStepBytes * i);
+#pragma GCC unroll 2
         for (int h = 0; h < 2; ++h) {
           const __m256i both = load(w[p] + kStepBytes * i + 32 * h);
           const __m256 w0 = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
           const __m256 w1 = _mm256_castsi256_ps(_mm256_and_si256(both, upper));
+#pragma GCC unroll 2
           for (int r = 0; r < R; ++r) {
             const float* pair = x.values[r] + first + 2 * i;
-            a[r][p][h] = _mm256_fmadd_ps(w0, _mm256_broadcast_ss(pair), a[r][p][h]);
-            b[r][p][h] = _mm256_fmadd_ps(w1, _mm256_broadcast_ss(pair + 1), b[r][p][h]);
+            even[r][p][h] = _mm256_fmadd_ps(w0, _mm256_broadcast_ss(pair), even[r][p][h]);
+            odd[r][p][h] = _mm256_fmadd_ps(w1, _mm256_broadcast_ss(pair + 1), odd[r][p][h]);
           }
         }
       }
     }
-    std::memcpy(even, a, sizeof a);
-    std::memcpy(odd, b, sizeof b);
   }
 
   void store(float* out, int64_t stride) const {
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
       for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
         for (int h = 0; h < 2; ++h)
           _mm256_storeu_ps(out + r * stride + p * kPanel + 8 * h, _mm256_add_ps(even[r][p][h], odd[r][p][h]));
   }
@@ -97,33 +106,36 @@ struct SumOf<Format::bf16, true, 1, P> {
   }
 
   void add(const uint8_t* (&masks)[P], const uint8_t* (&values)[P], int64_t, int64_t steps) {
-    __m256 s[P][4];  // in registers
-    std::memcpy(s, sums, sizeof s);
     const uint8_t *m[P], *v[P];
+#pragma GCC unroll 2
     for (int p = 0; p < P; ++p) m[p] = masks[p], v[p] = values[p];
     for (int64_t i = 0; i < steps; ++i) {
       const __m256 pair = _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(x + 2 * i)));
+#pragma GCC unroll 2
       for (int p = 0; p < P; ++p) {
         // Each byte of the mask times 32, the size of a pattern, in 16 bits of its own.
         const uint64_t mask = _pdep_u64(read<uint32_t>(m[p] + 4 * i), 0x1fe01fe01fe01fe0);
         const uint64_t at[4] = {mask & 0xffff, mask >> 16 & 0xffff, mask >> 32 & 0xffff, mask >> 48};
         const int64_t all = _mm_popcnt_u64(mask);
         const int64_t before[4] = {0, _mm_popcnt_u64(at[0]), _mm_popcnt_u32(static_cast<uint32_t>(mask)), all - _mm_popcnt_u64(at[3])};
+#pragma GCC unroll 4
         for (int q = 0; q < 4; ++q) {
           const __m256i there = _mm256_broadcastsi128_si256(load16(v[p] + 2 * before[q]));
           const __m256i pattern = load(tables.upper[0] + at[q]);
-          s[p][q] = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_shuffle_epi8(there, pattern)), pair, s[p][q]);
+          sums[p][q] = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_shuffle_epi8(there, pattern)), pair, sums[p][q]);
         }
         v[p] += 2 * all;
       }
     }
     x += 2 * steps;
+#pragma GCC unroll 2
     for (int p = 0; p < P; ++p) masks[p] = m[p] + 4 * steps, values[p] = v[p];
-    std::memcpy(sums, s, sizeof s);
   }
 
   void store(float* out, int64_t) const {
+#pragma GCC unroll 2
     for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
       for (int q = 0; q < 4; ++q) {
         const __m256 sum = _mm256_hadd_ps(sums[p][q], sums[p][q]);
         float* to = out + p * kPanel + 4 * q;
@@ -157,10 +169,14 @@ struct SumOf<Format::int8, false, R, P> {
       for (auto& rows : dots)
         for (auto& panels : rows) panels[0] = panels[1] = _mm256_setzero_si256();
       for (int64_t i = begin; i < end; ++i) {
+#pragma GCC unroll 2
         for (int p = 0; p < P; ++p) {
+          fetch(w[p] + kStepBytes * i);
+#pragma GCC unroll 2
           for (int h = 0; h < 2; ++h) {
             const __m256i code = load(w[p] + kStepBytes * i + 32 * h);
             const __m256i size = _mm256_abs_epi8(code);
+#pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
               const __m256i four = _mm256_set1_epi32(read<int32_t>(x.codes[r] + chunk * kChunk + 4 * i));
               const __m256i products = _mm256_maddubs_epi16(size, _mm256_sign_epi8(four, code));
@@ -169,9 +185,12 @@ struct SumOf<Format::int8, false, R, P> {
           }
         }
       }
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const __m256 scale = _mm256_broadcast_ss(x.scales[r] + slice);
+#pragma GCC unroll 2
         for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
           for (int h = 0; h < 2; ++h)
             sums[r][p][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[r][p][h]), scale, sums[r][p][h]);
       }
@@ -179,9 +198,12 @@ struct SumOf<Format::int8, false, R, P> {
   }
 
   void store(float* out, int64_t stride) const {
+#pragma GCC unroll 2
     for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) {
         const __m256 scale = _mm256_castsi256_ps(load(scales + (p * kPanel + 8 * h) * sizeof(float)));
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r)
           _mm256_storeu_ps(out + r * stride + p * kPanel + 8 * h, _mm256_mul_ps(sums[r][p][h], scale));
       }
@@ -198,6 +220,7 @@ struct SumOf<Format::int4, false, R, P> {
   __m256 sums[R][P][2];
 
   SumOf(const Matrix& w, int64_t panel, const Input& input, int64_t row) : x(input, row), slices(__builtin_ctzll(static_cast<uint64_t>(w.group / kSlice))) {
+#pragma GCC unroll 2
     for (int p = 0; p < P; ++p) scales[p] = w.scales + (panel + p) * w.groups * kPanel * 2;
     for (auto& rows : sums)
       for (auto& panels : rows) panels[0] = panels[1] = _mm256_setzero_ps();
@@ -218,11 +241,15 @@ struct SumOf<Format::int4, false, R, P> {
       for (auto& rows : half)
         for (auto& panels : rows) panels[0] = panels[1] = _mm256_setzero_si256();
       for (int64_t i = begin; i < end; ++i) {
+#pragma GCC unroll 2
         for (int p = 0; p < P; ++p) {
+          fetch(w[p] + kStepBytes * i);
+#pragma GCC unroll 2
           for (int h = 0; h < 2; ++h) {
             const __m256i both = _mm256_xor_si256(load(w[p] + kStepBytes * i + 32 * h), eights);
             const __m256i first = _mm256_and_si256(both, low);
             const __m256i second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+#pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
               const int8_t* codes = x.codes[r] + chunk * kChunk + 8 * i;
               const __m256i four = _mm256_set1_epi32(read<int32_t>(codes));
@@ -233,10 +260,13 @@ struct SumOf<Format::int4, false, R, P> {
           }
         }
       }
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const __m256i surplus = _mm256_set1_epi32(8 * x.sums[r][slice]);
         const __m256 scale = _mm256_broadcast_ss(x.scales[r] + slice);
+#pragma GCC unroll 2
         for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 2
           for (int h = 0; h < 2; ++h) {
             const __m256i dots = _mm256_sub_epi32(_mm256_madd_epi16(half[r][p][h], one), surplus);
             of_group[r][p][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), scale, of_group[r][p][h]);
@@ -245,9 +275,12 @@ struct SumOf<Format::int4, false, R, P> {
       }
       const int64_t of_w = slice >> slices;
       if ((slice + 1) >> slices == of_w && end != steps) continue;
+#pragma GCC unroll 2
       for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 2
         for (int h = 0; h < 2; ++h) {
           const __m256 scale = bf16_to_float(scales[p] + (of_w * kPanel + 8 * h) * 2);
+#pragma GCC unroll 4
           for (int r = 0; r < R; ++r) {
             sums[r][p][h] = _mm256_fmadd_ps(of_group[r][p][h], scale, sums[r][p][h]);
             of_group[r][p][h] = _mm256_setzero_ps();
@@ -258,8 +291,11 @@ struct SumOf<Format::int4, false, R, P> {
   }
 
   void store(float* out, int64_t stride) const {
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
       for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
         for (int h = 0; h < 2; ++h) _mm256_storeu_ps(out + r * stride + p * kPanel + 8 * h, sums[r][p][h]);
   }
 };

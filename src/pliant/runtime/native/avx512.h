@@ -118,23 +118,27 @@ struct SumOf<L, Format::bf16, R, P> : Streams<SumOf<L, Format::bf16, R, P>, L, F
   Floats even[R][P], odd[R][P];
 
   SumOf(const Matrix&, int64_t, const Input& input, int64_t row) : x(input, row) {
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
       for (int p = 0; p < P; ++p) even[r][p] = odd[r][p] = L::floats(0);
   }
 
   template <int G, class From>
-  [[gnu::always_inline]] static void step(From& from, const float* const (&at)[R], int64_t k, Floats (&a)[R][P],
-                                          Floats (&b)[R][P]) {
+  [[gnu::always_inline]] void step(From& from, const float* const (&at)[R], int64_t k) {
     const Ints upper = L::ints(static_cast<int32_t>(0xffff0000));
     Ints w[G * P];
     from.template take<G>(w);
+#pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 2
       for (int p = 0; p < P; ++p) {
         const Floats w0 = L::as_floats(L::left16(w[g * P + p]));
         const Floats w1 = L::as_floats(L::both(w[g * P + p], upper));
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-          a[r][p] = L::fma(w0, L::floats(at[r][k + 2 * g]), a[r][p]);
-          b[r][p] = L::fma(w1, L::floats(at[r][k + 2 * g + 1]), b[r][p]);
+          even[r][p] = L::fma(w0, L::floats(at[r][k + 2 * g]), even[r][p]);
+          odd[r][p] = L::fma(w1, L::floats(at[r][k + 2 * g + 1]), odd[r][p]);
         }
       }
     }
@@ -144,21 +148,19 @@ struct SumOf<L, Format::bf16, R, P> : Streams<SumOf<L, Format::bf16, R, P>, L, F
   void run(From& stream, int64_t chunk, int64_t steps) {
     constexpr int G = 4 / P;
     From from = stream;  // all of it in registers
-    Floats a[R][P], b[R][P];
-    std::memcpy(a, even, sizeof a);
-    std::memcpy(b, odd, sizeof b);
     const float* at[R];
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) at[r] = x.values[r] + chunk * kChunk;
     int64_t i = 0;
-    for (; i + G <= steps; i += G) step<G>(from, at, 2 * i, a, b);
-    for (; i < steps; ++i) step<1>(from, at, 2 * i, a, b);
-    std::memcpy(even, a, sizeof a);
-    std::memcpy(odd, b, sizeof b);
+    for (; i + G <= steps; i += G) step<G>(from, at, 2 * i);
+    for (; i < steps; ++i) step<1>(from, at, 2 * i);
     stream = from;
   }
 
   void store(float* out, int64_t stride) const {
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
       for (int p = 0; p < P; ++p) L::store(out + r * stride + p * kPanel, L::add(even[r][p], odd[r][p]));
   }
 };
@@ -182,8 +184,11 @@ struct SumOf<L, Format::int8, R, P> : Streams<SumOf<L, Format::int8, R, P>, L, F
   [[gnu::always_inline]] static void step(From& from, const int8_t* const (&at)[R], int64_t k, Ints (&dots)[R][P]) {
     Ints w[G * P];
     from.template take<G>(w);
+#pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 2
       for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) dots[r][p] = L::dot(dots[r][p], w[g * P + p], L::four(at[r] + k + 4 * g));
       }
     }
@@ -194,32 +199,35 @@ struct SumOf<L, Format::int8, R, P> : Streams<SumOf<L, Format::int8, R, P>, L, F
     constexpr int64_t slice_steps = kSlice / 4;
     constexpr int G = 4 / P;
     From from = stream;
-    Floats s[R][P];
-    std::memcpy(s, sums, sizeof s);
     int64_t slice = chunk * (kChunk / kSlice);
     for (int64_t begin = 0; begin < steps; begin += slice_steps, ++slice) {
       const int64_t n = steps - begin < slice_steps ? steps - begin : slice_steps;
       Ints dots[R][P];
       const int8_t* at[R];
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         at[r] = x.codes[r] + slice * kSlice;
+#pragma GCC unroll 2
         for (int p = 0; p < P; ++p) dots[r][p] = L::ints(-128 * x.sums[r][slice]);
       }
       int64_t i = 0;
       for (; i + G <= n; i += G) step<G>(from, at, 4 * i, dots);
       for (; i < n; ++i) step<1>(from, at, 4 * i, dots);
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const Floats scale = L::floats(x.scales[r][slice]);
-        for (int p = 0; p < P; ++p) s[r][p] = L::fma(L::to_floats(dots[r][p]), scale, s[r][p]);
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) sums[r][p] = L::fma(L::to_floats(dots[r][p]), scale, sums[r][p]);
       }
     }
-    std::memcpy(sums, s, sizeof s);
     stream = from;
   }
 
   void store(float* out, int64_t stride) const {
+#pragma GCC unroll 2
     for (int p = 0; p < P; ++p) {
       const Floats scale = L::load_floats(scales + p * kPanel * 4);
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) L::store(out + r * stride + p * kPanel, L::multiply(sums[r][p], scale));
     }
   }
@@ -246,6 +254,7 @@ struct SumOf<L, Format::int4, R, P> : Streams<SumOf<L, Format::int4, R, P>, L, F
 
   SumOf(const Matrix& w, int64_t panel, const Input& input, int64_t row)
       : x(input, row), slices(__builtin_ctzll(static_cast<uint64_t>(w.group / kSlice))) {
+#pragma GCC unroll 2
     for (int p = 0; p < P; ++p) scales[p] = w.scales + (panel + p) * w.groups * kPanel * 2;
     for (auto& row_sums : sums)
       for (auto& sum : row_sums) sum = L::floats(0);
@@ -255,8 +264,11 @@ struct SumOf<L, Format::int4, R, P> : Streams<SumOf<L, Format::int4, R, P>, L, F
   [[gnu::always_inline]] static void step(From& from, const int8_t* const (&at)[R], int64_t k, Ints (&dots)[R][P][2]) {
     Ints w[G * P * 2];
     from.template take<G>(w);
+#pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 2
       for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 2
         for (int h = 0; h < 2; ++h) {
 #pragma GCC unroll 4
           for (int r = 0; r < R; ++r) {
@@ -277,12 +289,12 @@ struct SumOf<L, Format::int4, R, P> : Streams<SumOf<L, Format::int4, R, P>, L, F
     alignas(64) int8_t mixed[R][From::sparse ? kChunk : 1];  // inputs 0 4 1 5 2 6 3 7 of every 8
     if constexpr (From::sparse) {
       const Ints order = L::load(mixed_order.from);
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r)
         for (int64_t k = 0; k < kChunk; k += 64)
           L::store(mixed[r] + k, L::shuffle(L::load(x.codes[r] + chunk * kChunk + k), order));
     }
-    Floats s[R][P], of_group[R][P];
-    std::memcpy(s, sums, sizeof s);
+    Floats of_group[R][P];
     for (auto& row_sums : of_group)
       for (auto& sum : row_sums) sum = L::floats(0);
     int64_t slice = chunk * (kChunk / kSlice);
@@ -293,6 +305,7 @@ struct SumOf<L, Format::int4, R, P> : Streams<SumOf<L, Format::int4, R, P>, L, F
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         at[r] = From::sparse ? mixed[r] + 8 * begin : x.codes[r] + slice * kSlice;
+#pragma GCC unroll 2
         for (int p = 0; p < P; ++p) dots[r][p][0] = dots[r][p][1] = L::ints(-4 * x.sums[r][slice]);
       }
       int64_t i = 0;
@@ -301,6 +314,7 @@ struct SumOf<L, Format::int4, R, P> : Streams<SumOf<L, Format::int4, R, P>, L, F
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const Floats scale = L::floats(x.scales[r][slice]);
+#pragma GCC unroll 2
         for (int p = 0; p < P; ++p) {
           const Ints first = dots[r][p][0], second = dots[r][p][1];
           const Ints dot = From::sparse ? L::add(L::evens(first, second), L::odds(first, second)) : L::add(first, second);
@@ -309,20 +323,23 @@ struct SumOf<L, Format::int4, R, P> : Streams<SumOf<L, Format::int4, R, P>, L, F
       }
       const int64_t group = slice >> slices;
       if ((slice + 1) >> slices == group && begin + n != steps) continue;
+#pragma GCC unroll 2
       for (int p = 0; p < P; ++p) {
         const Floats scale = L::load_bf16(scales[p] + group * kPanel * 2);
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-          s[r][p] = L::fma(of_group[r][p], scale, s[r][p]);
+          sums[r][p] = L::fma(of_group[r][p], scale, sums[r][p]);
           of_group[r][p] = L::floats(0);
         }
       }
     }
-    std::memcpy(sums, s, sizeof s);
     stream = from;
   }
 
   void store(float* out, int64_t stride) const {
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
       for (int p = 0; p < P; ++p) L::store(out + r * stride + p * kPanel, sums[r][p]);
   }
 };
@@ -353,12 +370,14 @@ struct Avx512 {
   [[gnu::always_inline]] static void expand_steps(Sparse<L, F, 1>& from, uint8_t* out) {
     typename L::Ints w[G * registers(F)];
     from.template take<G>(w);
+#pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
       if constexpr (F == Format::bf16) {
         L::store(out + kStepBytes * g, w[g]);
       } else if constexpr (F == Format::int8) {
         L::store(out + kStepBytes * g, Code<L, F>::of(w[g]));
       } else {  // two codes into the lower byte of every two, then those bytes side by side
+#pragma GCC unroll 2
         for (int h = 0; h < 2; ++h) w[2 * g + h] = L::either(w[2 * g + h], L::right4(w[2 * g + h]));
         const auto codes = L::even_bytes(w[2 * g], w[2 * g + 1]);
         L::store(out + kStepBytes * g, L::exclusive_or(codes, L::ints(static_cast<int32_t>(0x88888888))));

@@ -13,6 +13,9 @@
 //
 // Every output is summed in an order that depends on its own row and column alone. A token's result is the same, to the bit,
 // next to other tokens or alone, and with any number of threads.
+//
+// Loops over rows, panels and halves of a register are unrolled by pragma. GCC else leaves sums in memory, where it has kept them
+// by the time it unrolls such loops by itself, and stores each at every step.
 #pragma once
 
 #include <cstring>
