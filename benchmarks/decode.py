@@ -2,10 +2,10 @@
 
     python benchmarks/decode.py --model build/demo/parts/smollm2-135m --gguf SmolLM2-135M-Instruct.Q4_1.gguf \
         --held-out build/demo/parts/held-out.jsonl --out benchmarks/results/decode.json
-    python benchmarks/decode.py --billion --out benchmarks/results/decode_billion.json
+    python benchmarks/decode.py --billion --gguf build/random.gguf --out benchmarks/results/decode_billion.json
 
 ``--gguf`` is a file of the same model that llama.cpp requantises to Q8_0 and Q4_0. ``--billion`` takes a Llama of 1.1 B random
-parameters. A round decodes so many tokens with every candidate; rates are medians over rounds with 10th and 90th percentiles.
+parameters and writes that file to ``--gguf``, if it is given. A round decodes so many tokens with every candidate; rates are medians over rounds with 10th and 90th percentiles.
 Candidates that stand for a whole family of settings (compiled, sparse) are made and freed one after the other, each in turn with
 int8, so that ratios to int8 are those of the same minutes.
 """
@@ -153,6 +153,32 @@ def billion() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
+def written(model: Any, path: Path) -> Path:
+    """A Llama as a GGUF file of float16, without a vocabulary."""
+    import gguf
+
+    config, writer = model.config, gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        dtype = torch.float32 if tensor.dim() == 1 else torch.float16
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.to(dtype).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path)
@@ -165,6 +191,8 @@ def main() -> None:
     arguments = parser.parse_args()
     threads = torch.get_num_threads()
     dense = billion() if arguments.billion else pliant.load(arguments.model, dtype="float32")
+    if arguments.billion and arguments.gguf is not None:
+        written(dense, arguments.gguf)
 
     def perplexity(of: Any) -> float | None:
         if arguments.held_out is None:

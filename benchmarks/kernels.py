@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from machine import machine
 from pliant.runtime import library
 from pliant.runtime.linear import linear
-from pliant.runtime.packed import pack, room
+from pliant.runtime.packed import FORMATS, pack, room
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (2048, 8192), (576, 1536))
 COLD = 160 << 20
@@ -75,6 +75,22 @@ def torchs(weight: torch.Tensor) -> dict[str, tuple[list[Callable[[torch.Tensor]
         [lambda x, w=w: torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), w, 128, both) for w in packs],
         weight.numel() // 2 + both.numel() * 2,
     )
+    return found
+
+
+def packing() -> dict[str, float]:
+    """Seconds to pack the first shape, half of it zeros where zeros are left out: medians of all threads together."""
+    weight = torch.randn(SHAPES[0]) * 0.02
+    zeroed = weight * (torch.rand(SHAPES[0]) >= 0.5)
+    found = {}
+    for format in FORMATS:
+        for name, w, sparse in ((format, weight, False), (f"{format}, 50% zeros", zeroed, True)):
+            seconds = []
+            for _ in range(9):
+                began = time.perf_counter()
+                pack(w, format, sparse=sparse)
+                seconds.append(time.perf_counter() - began)
+            found[name] = float(np.median(seconds))
     return found
 
 
@@ -155,13 +171,20 @@ def main() -> None:
         ggml: Ggml | None = Ggml()
     except (ImportError, OSError, AttributeError):
         ggml = None
-    result: dict[str, Any] = {**machine(), "kernels": library.state(), "rounds": ROUNDS, "rows": []}
+    result: dict[str, Any] = {
+        **machine(),
+        "kernels": library.state(),
+        "rounds": ROUNDS,
+        "packing_s": packing(),
+        "rows": [],
+    }
+    print(result["packing_s"], flush=True)
     with torch.inference_mode():
         for rows, columns in SHAPES:
             weight = torch.randn(rows, columns) * 0.02
             order = torch.rand(rows, columns)
             ours = {}
-            for format in ("bf16", "int8", "int4"):
+            for format in FORMATS:
                 ours[f"{format}"] = own(weight, format, False)
                 for sparsity in (0.5, 0.7):
                     ours[f"{format}, {sparsity:.0%} zeros"] = own(weight * (order >= sparsity), format, True)
