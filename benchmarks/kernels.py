@@ -27,7 +27,7 @@ from pliant.runtime.packed import FORMATS, pack, room
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (2048, 8192), (576, 1536))
 COLD = 160 << 20
-ROUNDS = 25
+ROUNDS = 15
 
 
 def copies(make: Callable[[], Any], size: int) -> list[Any]:

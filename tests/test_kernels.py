@@ -1,6 +1,7 @@
 """The packed form and the kernels, each instruction set against the reference in plain PyTorch."""
 
 import ctypes
+import os
 import shutil
 import subprocess
 import sys
@@ -309,10 +310,26 @@ dense = packed.dense()
 assert torch.allclose(packed(x), dense(x), atol=1e-6)
 packed.settle()
 """
-    import os
-
     environment = {**os.environ, "PLIANT_LIBRARY": ""}
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120, env=environment)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("name", "said"), [("scalar", ""), ("avx1024", "PLIANT_ISA names 'avx1024', which is not here")]
+)
+def test_the_environment_chooses_kernels_or_is_told_that_it_cannot(name, said):
+    program = "from pliant.runtime import library; print(library.isa())"
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PLIANT_ISA": name},
+    )
+    assert (ran.stdout.strip() == "scalar") == (name == "scalar")
+    assert said in ran.stderr
+    assert bool(ran.stderr) == bool(said)
 
 
 def test_a_library_of_another_version_is_not_used(monkeypatch):

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import os
 import time
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -120,6 +121,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"PyTorch's own: {error}"
     if loaded.pliant_abi() != ABI:
         return None, f"PyTorch's own: {path} belongs to another version of pliant; install pliant again"
+    wanted = os.environ.get("PLIANT_ISA")
+    if wanted and loaded.pliant_choose(wanted.encode()):
+        warnings.warn(f"PLIANT_ISA names {wanted!r}, which is not here: nothing was chosen", stacklevel=2)
     return loaded, ""
 
 

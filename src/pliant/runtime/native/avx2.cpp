@@ -45,23 +45,21 @@ constexpr Tables tables;  // not filled in when the library is loaded: the proce
 template <Format F, bool fused, int R, int P>
 struct SumOf;
 
-// Even and odd inputs are summed apart and added at the end.
-template <int R, int P>
-struct SumOf<Format::bf16, false, R, P> {
+// Even and odd inputs are summed next to each other, 4 outputs in a register, and added at the end.
+template <bool fused, int R, int P>
+struct SumOf<Format::bf16, fused, R, P> {
   Rows<R> x;
-  __m256 even[R][P][2], odd[R][P][2];
+  __m256 sums[R][P][4];
 
   SumOf(const Matrix&, int64_t, const Input& input, int64_t row) : x(input, row) {
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-      for (int p = 0; p < P; ++p)
-#pragma GCC unroll 2
-        for (int h = 0; h < 2; ++h) even[r][p][h] = odd[r][p][h] = _mm256_setzero_ps();
+    for (auto& rows : sums)
+      for (auto& panels : rows)
+        for (auto& sum : panels) sum = _mm256_setzero_ps();
   }
 
+  static __m256 pair(const float* at) { return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(at))); }
+
   void add(const uint8_t* const (&w)[P], int64_t chunk, int64_t steps) {
-    const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000));
     const int64_t first = chunk * kChunk;
     for (int64_t i = 0; i < steps; ++i) {
 #pragma GCC unroll 2
@@ -70,47 +68,26 @@ struct SumOf<Format::bf16, false, R, P> {
 #pragma GCC unroll 2
         for (int h = 0; h < 2; ++h) {
           const __m256i both = load(w[p] + kStepBytes * i + 32 * h);
-          const __m256 w0 = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
-          const __m256 w1 = _mm256_castsi256_ps(_mm256_and_si256(both, upper));
-#pragma GCC unroll 2
+          const __m256 low = _mm256_castsi256_ps(_mm256_unpacklo_epi16(_mm256_setzero_si256(), both));
+          const __m256 high = _mm256_castsi256_ps(_mm256_unpackhi_epi16(_mm256_setzero_si256(), both));
+#pragma GCC unroll 4
           for (int r = 0; r < R; ++r) {
-            const float* pair = x.values[r] + first + 2 * i;
-            even[r][p][h] = _mm256_fmadd_ps(w0, _mm256_broadcast_ss(pair), even[r][p][h]);
-            odd[r][p][h] = _mm256_fmadd_ps(w1, _mm256_broadcast_ss(pair + 1), odd[r][p][h]);
+            const __m256 inputs = pair(x.values[r] + first + 2 * i);
+            sums[r][p][2 * h] = _mm256_fmadd_ps(low, inputs, sums[r][p][2 * h]);
+            sums[r][p][2 * h + 1] = _mm256_fmadd_ps(high, inputs, sums[r][p][2 * h + 1]);
           }
         }
       }
     }
   }
 
-  void store(float* out, int64_t stride) const {
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-      for (int p = 0; p < P; ++p)
-#pragma GCC unroll 2
-        for (int h = 0; h < 2; ++h)
-          _mm256_storeu_ps(out + r * stride + p * kPanel + 8 * h, _mm256_add_ps(even[r][p][h], odd[r][p][h]));
-  }
-};
-
-// The same sums, even and odd next to each other: 4 outputs in a register.
-template <int P>
-struct SumOf<Format::bf16, true, 1, P> {
-  const float* x;
-  __m256 sums[P][4];
-
-  SumOf(const Matrix&, int64_t, const Input& input, int64_t row) : x(input.values + row * input.stride) {
-    for (auto& panel : sums)
-      for (auto& sum : panel) sum = _mm256_setzero_ps();
-  }
-
-  void add(const uint8_t* (&masks)[P], const uint8_t* (&values)[P], int64_t, int64_t steps) {
+  void add(const uint8_t* (&masks)[P], const uint8_t* (&values)[P], int64_t chunk, int64_t steps) {
+    static_assert(fused && R == 1);
     const uint8_t *m[P], *v[P];
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p) m[p] = masks[p], v[p] = values[p];
     for (int64_t i = 0; i < steps; ++i) {
-      const __m256 pair = _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(x + 2 * i)));
+      const __m256 inputs = pair(x.values[0] + chunk * kChunk + 2 * i);
 #pragma GCC unroll 2
       for (int p = 0; p < P; ++p) {
         // Each byte of the mask times 32, the size of a pattern, in 16 bits of its own.
@@ -121,26 +98,29 @@ struct SumOf<Format::bf16, true, 1, P> {
 #pragma GCC unroll 4
         for (int q = 0; q < 4; ++q) {
           const __m256i there = _mm256_broadcastsi128_si256(load16(v[p] + 2 * before[q]));
-          const __m256i pattern = load(tables.upper[0] + at[q]);
-          sums[p][q] = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_shuffle_epi8(there, pattern)), pair, sums[p][q]);
+          const __m256i weights = _mm256_shuffle_epi8(there, load(tables.upper[0] + at[q]));
+          sums[0][p][q] = _mm256_fmadd_ps(_mm256_castsi256_ps(weights), inputs, sums[0][p][q]);
         }
         v[p] += 2 * all;
       }
     }
-    x += 2 * steps;
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p) masks[p] = m[p] + 4 * steps, values[p] = v[p];
   }
 
-  void store(float* out, int64_t) const {
-#pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) {
+  void store(float* out, int64_t stride) const {
 #pragma GCC unroll 4
-      for (int q = 0; q < 4; ++q) {
-        const __m256 sum = _mm256_hadd_ps(sums[p][q], sums[p][q]);
-        float* to = out + p * kPanel + 4 * q;
-        _mm_storel_pi(reinterpret_cast<__m64*>(to), _mm256_castps256_ps128(sum));
-        _mm_storel_pi(reinterpret_cast<__m64*>(to + 2), _mm256_extractf128_ps(sum, 1));
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) {
+          const __m256 sum = _mm256_hadd_ps(sums[r][p][q], sums[r][p][q]);
+          // Dense: a step's 16-byte parts 0 and 2 have been in one register, 1 and 3 of each half in the other.
+          float* first = out + r * stride + p * kPanel + (fused ? 4 * q : 8 * (q / 2) + 2 * (q % 2));
+          _mm_storel_pi(reinterpret_cast<__m64*>(first), _mm256_castps256_ps128(sum));
+          _mm_storel_pi(reinterpret_cast<__m64*>(first + (fused ? 2 : 4)), _mm256_extractf128_ps(sum, 1));
+        }
       }
     }
   }

@@ -1,7 +1,6 @@
 #include "cpu.h"
 
 #include <atomic>
-#include <cstdlib>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -81,13 +80,7 @@ std::vector<const Kernels*> find() {
 }
 
 std::atomic<const Kernels*>& current() {
-  static std::atomic<const Kernels*> chosen = [] {
-    const char* wanted = std::getenv("PLIANT_ISA");
-    for (const Kernels* one : available()) {
-      if (wanted && std::string(wanted) == one->name) return one;
-    }
-    return available().front();
-  }();
+  static std::atomic<const Kernels*> chosen = available().front();
   return chosen;
 }
 
