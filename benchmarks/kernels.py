@@ -120,12 +120,14 @@ class Ggml:
             ("ggml_build_forward_expand", None, [pointer, pointer]),
             ("ggml_get_data", pointer, [pointer]),
             ("ggml_nbytes", size, [pointer]),
+            ("ggml_free", None, [pointer]),
         ):
             function = getattr(self.base, name)
             function.restype, function.argtypes = result, arguments
         self.compute = self.cpu.ggml_graph_compute_with_ctx
         self.compute.restype, self.compute.argtypes = ctypes.c_int, [pointer, pointer, ctypes.c_int]
         self.cpu.ggml_cpu_init()
+        self.contexts: list[int] = []
 
     def products(self, rows: int, columns: int, kind: int, batch: int, threads: int) -> tuple[list[Any], int]:
         size = rows * columns * 2 + batch * (rows + columns) * 4 + (64 << 20)
@@ -140,7 +142,12 @@ class Ggml:
             graph = self.base.ggml_new_graph(context)
             self.base.ggml_build_forward_expand(graph, self.base.ggml_mul_mat(context, w, x))
             made.append((context, graph, bytes_))
+            self.contexts.append(context)
         return [lambda _, c=c, g=g: self.compute(c, g, threads) for c, g, _ in made], bytes_
+
+    def clear(self) -> None:
+        while self.contexts:
+            self.base.ggml_free(self.contexts.pop())
 
 
 def timed(calls: dict[str, tuple[list[Callable[[torch.Tensor], Any]], int]], x: torch.Tensor) -> dict[str, Any]:
@@ -163,6 +170,9 @@ def timed(calls: dict[str, tuple[list[Callable[[torch.Tensor], Any]], int]], x: 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--shapes", type=int, nargs="*", default=range(len(SHAPES)), help="which of them, counted from 0"
+    )
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 8])
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     arguments = parser.parse_args()
@@ -180,7 +190,7 @@ def main() -> None:
     }
     print(result["packing_s"], flush=True)
     with torch.inference_mode():
-        for rows, columns in SHAPES:
+        for rows, columns in (SHAPES[i] for i in arguments.shapes):
             weight = torch.randn(rows, columns) * 0.02
             order = torch.rand(rows, columns)
             ours = {}
@@ -198,6 +208,8 @@ def main() -> None:
                         for name, kind in TYPES.items():
                             calls[name] = ggml.products(rows, columns, kind, batch, threads)
                     found = timed(calls, x)
+                    if ggml is not None:
+                        ggml.clear()
                     stream = library.bandwidth(threads, 3 << 26) / 1e9
                     entry = {"shape": [rows, columns], "threads": threads, "batch": batch, "stream_gb_s": stream}
                     result["rows"].append({**entry, "times": found})

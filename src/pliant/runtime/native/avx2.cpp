@@ -14,11 +14,11 @@ namespace pliant {
 namespace {
 
 __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-// A line of a stream is fetched this many bytes before its use: the processor's own fetching alone does not fill memory's lanes.
+__m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+
+// A line of a stream is fetched this many bytes before its use: what the processor fetches by itself does not keep memory busy.
 constexpr int64_t kAhead = 1024;
 void fetch(const uint8_t* line) { _mm_prefetch(reinterpret_cast<const char*>(line + kAhead), _MM_HINT_T0); }
-
-__m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
 __m256 bf16_to_float(const uint8_t* p) {  // 8 of them
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(p)), 16));
@@ -116,7 +116,7 @@ struct SumOf<Format::bf16, fused, R, P> {
 #pragma GCC unroll 4
         for (int q = 0; q < 4; ++q) {
           const __m256 sum = _mm256_hadd_ps(sums[r][p][q], sums[r][p][q]);
-          // Dense: a step's 16-byte parts 0 and 2 have been in one register, 1 and 3 of each half in the other.
+          // Dense ones are of outputs 0, 1, 4, 5 and 2, 3, 6, 7 of a half: unpacking takes 16 bytes at a time.
           float* first = out + r * stride + p * kPanel + (fused ? 4 * q : 8 * (q / 2) + 2 * (q % 2));
           _mm_storel_pi(reinterpret_cast<__m64*>(first), _mm256_castps256_ps128(sum));
           _mm_storel_pi(reinterpret_cast<__m64*>(first + (fused ? 2 : 4)), _mm256_extractf128_ps(sum, 1));
