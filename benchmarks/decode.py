@@ -37,6 +37,7 @@ PACKED = {
     "int4, groups of 32": ([], {"format": "int4", "group": 32}),
     "int4, groups of 128": ([], {"format": "int4"}),
     "int4, groups of 128, head too": ([], {"format": "int4", "head": "int4"}),
+    "int4, 50% zeros, left out where that is faster": ([0.5], {"format": "int4"}),
     **{
         f"{form}, {zeros:.0%} zeros": (
             [zeros],

@@ -16,9 +16,15 @@ namespace {
 __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
-// A line of a stream is fetched this many bytes before its use: what the processor fetches by itself does not keep memory busy.
-constexpr int64_t kAhead = 1024;
-void fetch(const uint8_t* line) { _mm_prefetch(reinterpret_cast<const char*>(line + kAhead), _MM_HINT_T0); }
+// A line of a stream is fetched 1024 bytes before its use: what the processor fetches by itself does not keep memory busy, least
+// of all where a panel begins. Of two panels that are read at once, the next but one is next.
+template <int P>
+struct Ahead {
+  int64_t last, others;
+  explicit Ahead(const Matrix& w) : last(w.chunks - 1), others((P - 1) * w.steps * kStepBytes) {}
+  int64_t in(int64_t chunk) const { return chunk == last ? 1024 + others : 1024; }
+};
+void fetch(const uint8_t* line) { _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T0); }
 
 __m256 bf16_to_float(const uint8_t* p) {  // 8 of them
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(p)), 16));
@@ -49,9 +55,10 @@ struct SumOf;
 template <bool fused, int R, int P>
 struct SumOf<Format::bf16, fused, R, P> {
   Rows<R> x;
+  Ahead<P> ahead;
   __m256 sums[R][P][4];
 
-  SumOf(const Matrix&, int64_t, const Input& input, int64_t row) : x(input, row) {
+  SumOf(const Matrix& w, int64_t, const Input& input, int64_t row) : x(input, row), ahead(w) {
     for (auto& rows : sums)
       for (auto& panels : rows)
         for (auto& sum : panels) sum = _mm256_setzero_ps();
@@ -60,11 +67,11 @@ struct SumOf<Format::bf16, fused, R, P> {
   static __m256 pair(const float* at) { return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(at))); }
 
   void add(const uint8_t* const (&w)[P], int64_t chunk, int64_t steps) {
-    const int64_t first = chunk * kChunk;
+    const int64_t first = chunk * kChunk, bytes = ahead.in(chunk);
     for (int64_t i = 0; i < steps; ++i) {
 #pragma GCC unroll 2
       for (int p = 0; p < P; ++p) {
-        fetch(w[p] + kStepBytes * i);
+        fetch(w[p] + kStepBytes * i + bytes);
 #pragma GCC unroll 2
         for (int h = 0; h < 2; ++h) {
           const __m256i both = load(w[p] + kStepBytes * i + 32 * h);
@@ -130,17 +137,19 @@ struct SumOf<Format::bf16, fused, R, P> {
 template <int R, int P>
 struct SumOf<Format::int8, false, R, P> {
   Rows<R> x;
+  Ahead<P> ahead;
   const uint8_t* scales;
   __m256 sums[R][P][2];
 
   SumOf(const Matrix& w, int64_t panel, const Input& input, int64_t row)
-      : x(input, row), scales(w.scales + panel * kPanel * sizeof(float)) {
+      : x(input, row), ahead(w), scales(w.scales + panel * kPanel * sizeof(float)) {
     for (auto& rows : sums)
       for (auto& panels : rows) panels[0] = panels[1] = _mm256_setzero_ps();
   }
 
   void add(const uint8_t* const (&w)[P], int64_t chunk, int64_t steps) {
     constexpr int64_t slice_steps = kSlice / 4;
+    const int64_t bytes = ahead.in(chunk);
     const __m256i one = _mm256_set1_epi16(1);
     for (int64_t begin = 0; begin < steps; begin += slice_steps) {
       const int64_t end = begin + slice_steps < steps ? begin + slice_steps : steps;
@@ -151,7 +160,7 @@ struct SumOf<Format::int8, false, R, P> {
       for (int64_t i = begin; i < end; ++i) {
 #pragma GCC unroll 2
         for (int p = 0; p < P; ++p) {
-          fetch(w[p] + kStepBytes * i);
+          fetch(w[p] + kStepBytes * i + bytes);
 #pragma GCC unroll 2
           for (int h = 0; h < 2; ++h) {
             const __m256i code = load(w[p] + kStepBytes * i + 32 * h);
@@ -195,11 +204,12 @@ struct SumOf<Format::int8, false, R, P> {
 template <int R, int P>
 struct SumOf<Format::int4, false, R, P> {
   Rows<R> x;
+  Ahead<P> ahead;
   const int slices;  // in a group, as a power of 2
   const uint8_t* scales[P];
   __m256 sums[R][P][2];
 
-  SumOf(const Matrix& w, int64_t panel, const Input& input, int64_t row) : x(input, row), slices(__builtin_ctzll(static_cast<uint64_t>(w.group / kSlice))) {
+  SumOf(const Matrix& w, int64_t panel, const Input& input, int64_t row) : x(input, row), ahead(w), slices(__builtin_ctzll(static_cast<uint64_t>(w.group / kSlice))) {
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p) scales[p] = w.scales + (panel + p) * w.groups * kPanel * 2;
     for (auto& rows : sums)
@@ -208,6 +218,7 @@ struct SumOf<Format::int4, false, R, P> {
 
   void add(const uint8_t* const (&w)[P], int64_t chunk, int64_t steps) {
     constexpr int64_t slice_steps = kSlice / 8;
+    const int64_t bytes = ahead.in(chunk);
     const __m256i low = _mm256_set1_epi8(15);
     const __m256i eights = _mm256_set1_epi8(static_cast<char>(0x88));
     const __m256i one = _mm256_set1_epi16(1);
@@ -223,7 +234,7 @@ struct SumOf<Format::int4, false, R, P> {
       for (int64_t i = begin; i < end; ++i) {
 #pragma GCC unroll 2
         for (int p = 0; p < P; ++p) {
-          fetch(w[p] + kStepBytes * i);
+          fetch(w[p] + kStepBytes * i + bytes);
 #pragma GCC unroll 2
           for (int h = 0; h < 2; ++h) {
             const __m256i both = _mm256_xor_si256(load(w[p] + kStepBytes * i + 32 * h), eights);
