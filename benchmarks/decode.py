@@ -2,11 +2,12 @@
 
     python benchmarks/decode.py --model build/demo/parts/smollm2-135m --gguf SmolLM2-135M-Instruct.Q4_1.gguf \
         --held-out build/demo/parts/held-out.jsonl --out benchmarks/results/decode.json
+    python benchmarks/decode.py --model build/demo/parts/smollm2-135m --compiled --only --out benchmarks/results/decode_compiled.json
     python benchmarks/decode.py --billion --gguf build/random.gguf --out benchmarks/results/decode_billion.json
 
 ``--gguf`` is a file of the same model that llama.cpp requantises to Q8_0 and Q4_0. ``--billion`` takes a Llama of 1.1 B random
-parameters and writes that file to ``--gguf``, if it is given. A round decodes so many tokens with every candidate; rates are medians over rounds with 10th and 90th percentiles.
-Candidates that stand for a whole family of settings (compiled, sparse) are made and freed one after the other, each in turn with
+parameters and writes that file to ``--gguf``, if it is given. A round decodes so many tokens with every candidate; rates are
+medians over rounds with 10th and 90th percentiles. Candidates that stand for a whole family of settings (compiled, sparse) are made and freed one after the other, each in turn with
 int8, so that ratios to int8 are those of the same minutes.
 """
 
@@ -69,11 +70,12 @@ def compiled(model: Any) -> Callable[[], Rates]:
     from transformers import StaticCache
 
     step = torch.compile(model.forward, fullgraph=True)
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT + TOKENS + 1)
 
     @torch.inference_mode()
     def run() -> Rates:
         ids = torch.randint(model.config.vocab_size, (1, PROMPT))
-        cache = StaticCache(config=model.config, max_cache_len=PROMPT + TOKENS + 1)
+        cache.reset()
         began = time.perf_counter()
         out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         middle = time.perf_counter()
