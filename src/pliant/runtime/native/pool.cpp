@@ -16,6 +16,8 @@ namespace {
 
 constexpr auto kSpin = std::chrono::microseconds(40);  // how long a worker looks for the next job before it sleeps
 
+constexpr uint64_t kNone = 0xffffffff;  // a chunk that no job has
+
 void relax() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -34,12 +36,13 @@ class Pool {
     for (auto place = static_cast<int>(workers_.size()); place + 1 < threads; ++place) {
       workers_.emplace_back([this, place] { serve(place); });
     }
+    const auto job = static_cast<uint32_t>((next_ >> 32) + 1);
+    next_ = uint64_t{job} << 32 | kNone;  // first: who still looks at the last job must not find the chunks of this one
     work_ = work;
     argument_ = argument;
     chunks_ = static_cast<uint32_t>(chunks);
     helpers_ = threads - 1;
     done_ = 0;
-    const auto job = static_cast<uint32_t>((next_ >> 32) + 1);
     next_ = uint64_t{job} << 32;
     job_ = job;
     if (asleep_ > 0) {
