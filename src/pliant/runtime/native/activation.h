@@ -11,11 +11,18 @@ enum class Activation : int32_t { none = 0, silu = 1, gelu = 2, gelu_tanh = 3, r
 
 namespace {
 
-// e^x within 2 units in the last place, without a branch, so that it is vectorised.
+// e^x within one unit in the last place for x from -87 to 88, and what lies beyond, NaN too, as its end. Without a branch, so that
+// it is vectorised; the ends by whole numbers, which are ordered as floats of one sign are: compilers make branches of floats.
 inline float exponential(float x) {
-  x = x < 88.0f ? x : 88.0f;  // NaN, too
-  x = x > -87.0f ? x : -87.0f;
-  const float n = std::nearbyint(x * 1.44269504f);
+  int32_t bits;
+  std::memcpy(&bits, &x, 4);
+  bits = bits < 0x42b00000 ? bits : 0x42b00000;
+  auto pattern = static_cast<uint32_t>(bits);
+  pattern = pattern < 0xc2ae0000 ? pattern : 0xc2ae0000;
+  std::memcpy(&x, &pattern, 4);
+  constexpr float whole = 12582912;  // 1.5 * 2^23: what is added to it is rounded, and stands in its last bits
+  const float moved = x * 1.44269504f + whole;
+  const float n = moved - whole;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -24,9 +31,10 @@ inline float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  std::memcpy(&pattern, &moved, 4);
+  pattern = (pattern + 127) << 23;
   float scale;
-  std::memcpy(&scale, &bits, 4);
+  std::memcpy(&scale, &pattern, 4);
   return p * scale;
 }
 

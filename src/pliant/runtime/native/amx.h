@@ -82,13 +82,14 @@ struct Amx {
     Weights<L, Format::bf16> weights[2] = {{w, panel}, {w, panel + P - 1}};
     for (int64_t chunk = 0; chunk < w.chunks; ++chunk) {
       const int64_t steps = chunk + 1 < w.chunks ? kChunk / 2 : w.steps - chunk * (kChunk / 2);
+      const int64_t tile_loads = ceil_div(steps, tile_steps);
       for (int64_t r = 0; r < rows; ++r) {
         const float* from = x.values + (row + r) * x.stride + chunk * kChunk;
-        for (int64_t k = 0; k < kChunk; k += 16) L::store_flushed_bf16(rounded[r] + 2 * k, L::load_floats(from + k));
+        for (int64_t k = 0; k < 32 * tile_loads; k += 16) L::store_flushed_bf16(rounded[r] + 2 * k, L::load_floats(from + k));
       }
       const uint8_t* at[P];
       for (int p = 0; p < P; ++p) at[p] = weights[p].next(steps, buffer[p]);
-      for (int64_t i = 0; i < ceil_div(steps, tile_steps); ++i) {
+      for (int64_t i = 0; i < tile_loads; ++i) {
         tiles.template load<4>(rounded[0] + 64 * i, line);
         tiles.template load<6>(at[0] + tile_bytes * i, kStepBytes);
         tiles.template dot_bf16<0, 4, 6>();

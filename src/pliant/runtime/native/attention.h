@@ -1,4 +1,4 @@
-// Softmax attention over one block of 64 tokens at a time. Compiled for each instruction set.
+// What softmax attention is made of: scores and mixtures by blocks of 64 tokens. Compiled for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -40,8 +40,23 @@ inline void block_mix(const float* p, const float* values, int64_t tokens, int64
   }
 }
 
+// Compared as whole numbers that are ordered as the floats are: of these, a compiler may take the largest in any order.
+inline float largest_score(const float* scores, int64_t n) {
+  const auto ordered = [](int32_t bits) { return bits ^ (bits >> 31 & 0x7fffffff); };
+  int32_t most = ordered(static_cast<int32_t>(0xff800000));  // -infinity
+  for (int64_t t = 0; t < n; ++t) {
+    int32_t bits;
+    std::memcpy(&bits, scores + t, 4);
+    most = ordered(bits) > most ? ordered(bits) : most;
+  }
+  const int32_t bits = ordered(most);
+  float largest;
+  std::memcpy(&largest, &bits, 4);
+  return largest;
+}
+
 // p = e^(scores - most); returns their sum. Eight sums side by side, in the same order everywhere.
-inline float block_exponentials(float* scores, int64_t n, float most) {
+inline float exponentials(float* scores, int64_t n, float most) {
   float lanes[8] = {};
   int64_t t = 0;
   for (; t + 8 <= n; t += 8) {

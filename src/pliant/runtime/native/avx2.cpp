@@ -17,12 +17,16 @@ __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256
 __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
 // A line of a stream is fetched 1024 bytes before its use: what the processor fetches by itself does not keep memory busy, least
-// of all where a panel begins. Of two panels that are read at once, the next but one is next.
+// of all where a panel begins. Of two panels that are read at once, the next but one is next. Of a small matrix, the line of the
+// following matrix is fetched.
 template <int P>
 struct Ahead {
-  int64_t last, others;
-  explicit Ahead(const Matrix& w) : last(w.chunks - 1), others((P - 1) * w.steps * kStepBytes) {}
-  int64_t in(int64_t chunk) const { return chunk == last ? 1024 + others : 1024; }
+  int64_t last, bytes, in_last;
+  explicit Ahead(const Matrix& w)
+      : last(w.chunks - 1),
+        bytes(w.following ? w.following : 1024),
+        in_last(w.following ? w.following : 1024 + (P - 1) * w.steps * kStepBytes) {}
+  int64_t in(int64_t chunk) const { return chunk == last ? in_last : bytes; }
 };
 void fetch(const uint8_t* line) { _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T0); }
 
@@ -59,21 +63,25 @@ struct SumOf<Format::bf16, fused, R, P> {
   __m256 sums[R][P][4];
 
   SumOf(const Matrix& w, int64_t, const Input& input, int64_t row) : x(input, row), ahead(w) {
+#pragma GCC unroll 4
     for (auto& rows : sums)
+#pragma GCC unroll 2
       for (auto& panels : rows)
+#pragma GCC unroll 4
         for (auto& sum : panels) sum = _mm256_setzero_ps();
   }
 
   static __m256 pair(const float* at) { return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(at))); }
 
-  void add(const uint8_t* const (&w)[P], int64_t chunk, int64_t steps) {
-    const int64_t first = chunk * kChunk, bytes = ahead.in(chunk);
+  // Of all steps the halves from `begin` to `end`; the first half fetches.
+  template <int begin, int end>
+  void add_halves(const uint8_t* const (&w)[P], int64_t first, int64_t steps, int64_t bytes) {
     for (int64_t i = 0; i < steps; ++i) {
 #pragma GCC unroll 2
       for (int p = 0; p < P; ++p) {
-        fetch(w[p] + kStepBytes * i + bytes);
+        if (begin == 0) fetch(w[p] + kStepBytes * i + bytes);
 #pragma GCC unroll 2
-        for (int h = 0; h < 2; ++h) {
+        for (int h = begin; h < end; ++h) {
           const __m256i both = load(w[p] + kStepBytes * i + 32 * h);
           const __m256 low = _mm256_castsi256_ps(_mm256_unpacklo_epi16(_mm256_setzero_si256(), both));
           const __m256 high = _mm256_castsi256_ps(_mm256_unpackhi_epi16(_mm256_setzero_si256(), both));
@@ -85,6 +93,15 @@ struct SumOf<Format::bf16, fused, R, P> {
           }
         }
       }
+    }
+  }
+
+  void add(const uint8_t* const (&w)[P], int64_t chunk, int64_t steps) {
+    if constexpr (R * P <= 2) {
+      add_halves<0, 2>(w, chunk * kChunk, steps, ahead.in(chunk));
+    } else {  // all sums would take more registers than there are
+      add_halves<0, 1>(w, chunk * kChunk, steps, ahead.in(chunk));
+      add_halves<1, 2>(w, chunk * kChunk, steps, 0);
     }
   }
 
@@ -293,8 +310,6 @@ struct SumOf<Format::int4, false, R, P> {
 
 struct Avx2 {
   template <Format F>
-  static constexpr int rows = F == Format::bf16 ? 2 : 4;
-  template <Format F>
   static constexpr int paired = F == Format::bf16 ? 1 : 2;
   template <Format F, int R>
   static constexpr bool fused = F == Format::bf16 && R == 1;
@@ -453,7 +468,7 @@ void quantise(const float* x, int64_t padded, int8_t* codes, float* scales, int3
 
 const Kernels& avx2_kernels() {
   static const Kernels kernels{"avx2",  multiply<Avx2>, expand<Avx2>, widen,     narrow,
-                               quantise, gate,           block_scores, block_mix, block_exponentials};
+                               quantise, gate, block_scores, largest_score, block_mix, exponentials};
   return kernels;
 }
 

@@ -291,7 +291,7 @@ struct SumOf<L, Format::int4, R, P> : Streams<SumOf<L, Format::int4, R, P>, L, F
       const Ints order = L::load(mixed_order.from);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r)
-        for (int64_t k = 0; k < kChunk; k += 64)
+        for (int64_t k = 0; k < 8 * steps; k += 64)
           L::store(mixed[r] + k, L::shuffle(L::load(x.codes[r] + chunk * kChunk + k), order));
     }
     Floats of_group[R][P];
@@ -346,8 +346,6 @@ struct SumOf<L, Format::int4, R, P> : Streams<SumOf<L, Format::int4, R, P>, L, F
 
 template <class L>
 struct Avx512 {
-  template <Format F>
-  static constexpr int rows = 4;
   template <Format F>
   static constexpr int paired = 2;
   template <Format F, int R>
@@ -456,7 +454,7 @@ static_assert(kSlice == 32);
 template <class L>
 Kernels kernels_of(const char* name) {
   using I = Avx512<L>;
-  return {name, multiply<I>, expand<I>, widen<L>, narrow<L>, quantise<L>, gate, block_scores, block_mix, block_exponentials};
+  return {name, multiply<I>, expand<I>, widen<L>, narrow<L>, quantise<L>, gate, block_scores, largest_score, block_mix, exponentials};
 }
 
 }  // namespace

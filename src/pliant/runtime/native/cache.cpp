@@ -10,7 +10,7 @@
 namespace pliant {
 namespace {
 
-constexpr int64_t kSpan = 128;        // tokens that are summed up together: the same sums with any number of threads
+constexpr int64_t kSpan = 256;        // tokens that are summed up together: the same sums with any number of threads
 constexpr int64_t kRowsAtOnce = 32;   // query rows of a unit of work
 constexpr int64_t kWidest = 256;      // of a head
 
@@ -34,7 +34,7 @@ void prune(float* values, int64_t n, float share) {
 
 // What rows have summed up of some tokens: the largest score, the sum of e^(score - largest), and the values times these.
 struct Cache::Partial {
-  float most = -INFINITY, sum = 0;
+  float most, sum;
   alignas(64) float mixed[kWidest];
 };
 
@@ -152,64 +152,59 @@ int64_t Cache::bytes() const {
 
 // Rows are query heads of one key-value head, `per_token` of a token; row r stands at position first_position + r / per_token.
 void Cache::attend_span(const float* q, int64_t rows, int64_t per_token, int64_t first_position, int64_t head, int64_t span,
-                        float scale, int64_t window, Partial* partials) const {
+                        int64_t window, Partial* partials) const {
   const Kernels& k = kernels();
   thread_local Rows of_q, of_p;
   thread_local std::vector<uint8_t> scratch(kBlock * kWidest * 2);
-  alignas(64) float scores[kRowsAtOnce * kBlock];
-  alignas(64) float mixed[kRowsAtOnce * kWidest];
-  const int64_t last_position = first_position + (rows - 1) / per_token;
-  const int64_t end = std::min((span + 1) * kSpan, last_position + 1);
-  bool read = false;
-  for (int64_t begin = span * kSpan; begin < end; begin += kBlock) {
-    const Block& block = blocks_[static_cast<size_t>(head)][static_cast<size_t>(begin / kBlock)];
-    const bool packed = !block.packed_keys.empty();
-    if (packed) {
-      const bool codes = block.key_matrix.format != Format::bf16;
-      if (!read) of_q.read(q, Type::f32, rows, width_, width_, codes, 1);
-      read = true;
-      for (int64_t p = 0; p < block.key_matrix.panels; p += kTogether)
-        k.multiply(block.key_matrix, p, kTogether, of_q.input(), scores + p * kPanel, kBlock, scratch.data());
+  thread_local std::vector<float> scores(kRowsAtOnce * kSpan), mixed(kRowsAtOnce * kWidest);
+  const int64_t begin = span * kSpan;
+  const int64_t end = std::min(begin + kSpan, first_position + (rows - 1) / per_token + 1);
+  const int64_t blocks = ceil_div(end - begin, kBlock);
+  const int64_t packed = std::clamp<int64_t>(settled_ - begin / kBlock, 0, blocks);  // the first ones
+  const bool codes = static_cast<Format>(keeping_.format) != Format::bf16;
+  const Block* block = blocks_[static_cast<size_t>(head)].data() + begin / kBlock;
+  if (packed > 0) of_q.read(q, Type::f32, rows, width_, width_, codes, 1);
+  for (int64_t b = 0; b < blocks; ++b) {
+    float* s = scores.data() + b * kBlock;
+    if (b < packed) {
+      Matrix keys = block[b].key_matrix;
+      keys.following = (b + 1 < packed ? block[b + 1].key_matrix : block->value_matrix).values - keys.values;
+      k.multiply(keys, 0, keys.panels, of_q.input(), s, kSpan, scratch.data());
     } else {
-      for (int64_t r = 0; r < rows; ++r) k.scores(q + r * width_, block.keys.data(), width_, scores + r * kBlock);
+      for (int64_t r = 0; r < rows; ++r) k.scores(q + r * width_, block[b].keys.data(), width_, s + r * kSpan);
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t position = first_position + r / per_token;
-      const int64_t from = window > 0 ? std::max<int64_t>(0, position - window + 1 - begin) : 0;
-      const int64_t to = std::min(kBlock, position + 1 - begin);
-      float* s = scores + r * kBlock;
-      Partial& partial = partials[r];
-      if (from >= to) {
-        std::fill_n(s, kBlock, 0.0f);
-        continue;
-      }
-      float most = partial.most;
-      for (int64_t t = from; t < to; ++t) {
-        s[t] *= scale;
-        most = s[t] > most ? s[t] : most;
-      }
-      if (most > partial.most) {
-        const float less = std::exp(partial.most - most);
-        for (int64_t d = 0; d < width_; ++d) partial.mixed[d] *= less;
-        partial.sum *= less;
-        partial.most = most;
-      }
-      std::fill_n(s, from, 0.0f);
-      partial.sum += k.exponentials(s + from, to - from, most);
-      std::fill(s + to, s + kBlock, 0.0f);
-    }
-    if (packed) {
-      of_p.read(scores, Type::f32, rows, kBlock, kBlock, block.value_matrix.format != Format::bf16, 1);
-      const int64_t panels = block.value_matrix.panels;
-      for (int64_t p = 0; p < panels; p += kTogether)
-        k.multiply(block.value_matrix, p, std::min(kTogether, panels - p), of_p.input(), mixed + p * kPanel, kWidest,
-                   scratch.data());
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t d = 0; d < width_; ++d) partials[r].mixed[d] += mixed[r * kWidest + d];
-    } else {
-      const int64_t tokens = std::min(kBlock, end - begin);
-      for (int64_t r = 0; r < rows; ++r) k.mix(scores + r * kBlock, block.values.data(), tokens, width_, partials[r].mixed);
-    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t position = first_position + r / per_token;
+    const int64_t from = window > 0 ? std::clamp<int64_t>(position - window + 1 - begin, 0, kSpan) : 0;
+    const int64_t to = std::max(from, std::min(kSpan, position + 1 - begin));
+    float* s = scores.data() + r * kSpan;
+    std::fill_n(s, from, 0.0f);
+    std::fill(s + to, s + blocks * kBlock, 0.0f);
+    partials[r].most = k.largest(s + from, to - from);
+    partials[r].sum = k.exponentials(s + from, to - from, partials[r].most);
+    std::fill_n(partials[r].mixed, width_, 0.0f);
+  }
+  Input p;
+  if (packed > 0) {
+    of_p.read(scores.data(), Type::f32, rows, packed * kBlock, kSpan, codes, 1);
+    p = of_p.input();
+  }
+  for (int64_t b = 0; b < packed; ++b) {
+    Matrix values = block[b].value_matrix;
+    if (b + 1 < packed) values.following = block[b + 1].value_matrix.values - values.values;
+    k.multiply(values, 0, values.panels, p, mixed.data(), kWidest, scratch.data());
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t d = 0; d < width_; ++d) partials[r].mixed[d] += mixed[static_cast<size_t>(r * kWidest + d)];
+    p.values += kBlock;
+    p.codes += kBlock;
+    p.scales += kBlock / kSlice;
+    p.sums += kBlock / kSlice;
+  }
+  for (int64_t b = packed; b < blocks; ++b) {
+    const int64_t tokens = std::min(kBlock, end - begin - b * kBlock);
+    for (int64_t r = 0; r < rows; ++r)
+      k.mix(scores.data() + r * kSpan + b * kBlock, block[b].values.data(), tokens, width_, partials[r].mixed);
   }
 }
 
@@ -217,15 +212,12 @@ void Cache::attend(const float* q, int64_t tokens, int64_t query_heads, float sc
                    int threads) const {
   const int64_t per_token = query_heads / heads_;
   const int64_t begin = length_ - tokens;
-  const int64_t tokens_at_once = std::max<int64_t>(1, kRowsAtOnce / per_token);
-  const int64_t chunks = ceil_div(tokens, tokens_at_once);
-  const int64_t spans = tokens == 1 ? ceil_div(length_, kSpan) : 1;  // of a unit of work
-  const int64_t first_span = tokens == 1 && window > 0 ? std::max<int64_t>(0, length_ - window) / kSpan : 0;
-  std::vector<Partial> shared(tokens == 1 ? static_cast<size_t>(heads_ * spans * per_token) : 0);
   const auto merge = [&](Partial& into, const Partial& other) {
     if (other.sum == 0) return;
     if (into.sum == 0) {
-      into = other;
+      into.most = other.most;
+      into.sum = other.sum;
+      std::copy_n(other.mixed, width_, into.mixed);
       return;
     }
     const float most = std::max(into.most, other.most);
@@ -237,49 +229,48 @@ void Cache::attend(const float* q, int64_t tokens, int64_t query_heads, float sc
   const auto finish = [&](const Partial& sum, float* to) {
     for (int64_t d = 0; d < width_; ++d) to[d] = sum.mixed[d] / sum.sum;
   };
-  if (tokens == 1) {
+  if (tokens == 1) {  // spans side by side
+    thread_local std::vector<Partial> partials;
+    thread_local std::vector<float> scaled;
+    const int64_t first = window > 0 ? std::max<int64_t>(0, length_ - window) / kSpan : 0;
+    const int64_t spans = ceil_div(length_, kSpan) - first;
+    if (partials.size() < static_cast<size_t>(query_heads * spans)) partials.resize(static_cast<size_t>(query_heads * spans));
+    scaled.resize(static_cast<size_t>(query_heads * width_));
+    for (size_t i = 0; i < scaled.size(); ++i) scaled[i] = q[i] * scale;
+    Partial* all = partials.data();  // [heads][spans][rows]
+    const float* rows = scaled.data();
     parallel(threads, heads_ * spans, [&](int64_t unit) {
-      const int64_t head = unit / spans, span = unit % spans;
-      Partial* mine = shared.data() + unit * per_token;
-      for (int64_t r = 0; r < per_token; ++r) std::fill_n(mine[r].mixed, width_, 0.0f);
-      if (span >= first_span)
-        attend_span(q + head * per_token * width_, per_token, per_token, begin, head, span, scale, window, mine);
+      const int64_t head = unit / spans;
+      attend_span(rows + head * per_token * width_, per_token, per_token, begin, head, first + unit % spans, window,
+                  all + unit * per_token);
     });
     for (int64_t row = 0; row < query_heads; ++row) {
-      const int64_t head = row / per_token;
-      Partial sum;
-      for (int64_t span = 0; span < spans; ++span)
-        merge(sum, shared[static_cast<size_t>((head * spans + span) * per_token + row % per_token)]);
-      finish(sum, out + row * width_);
+      Partial* of_row = all + row / per_token * spans * per_token + row % per_token;
+      for (int64_t span = 1; span < spans; ++span) merge(of_row[0], of_row[span * per_token]);
+      finish(of_row[0], out + row * width_);
     }
     return;
   }
-  parallel(threads, heads_ * chunks, [&](int64_t unit) {
+  const int64_t tokens_at_once = std::max<int64_t>(1, kRowsAtOnce / per_token);
+  parallel(threads, heads_ * ceil_div(tokens, tokens_at_once), [&](int64_t unit) {
     const int64_t head = unit % heads_, first = unit / heads_ * tokens_at_once;
     const int64_t count = std::min(tokens_at_once, tokens - first), rows = count * per_token;
-    thread_local std::vector<Partial> sums, parts;
-    thread_local std::vector<float> mine;
-    sums.assign(static_cast<size_t>(rows), Partial{});
-    parts.resize(static_cast<size_t>(rows));
-    mine.resize(static_cast<size_t>(rows * width_));
+    const auto place = [&](int64_t r) {  // of a row in q and out
+      return ((first + r / per_token) * query_heads + head * per_token + r % per_token) * width_;
+    };
+    thread_local std::vector<Partial> sums(kRowsAtOnce), parts(kRowsAtOnce);
+    thread_local std::vector<float> scaled(kRowsAtOnce * kWidest);
     for (int64_t r = 0; r < rows; ++r)
-      std::memcpy(mine.data() + r * width_,
-                  q + ((first + r / per_token) * query_heads + head * per_token + r % per_token) * width_,
-                  static_cast<size_t>(width_) * 4);
+      for (int64_t d = 0; d < width_; ++d) scaled[static_cast<size_t>(r * width_ + d)] = q[place(r) + d] * scale;
     const int64_t position = begin + first;
-    const int64_t from = window > 0 ? std::max<int64_t>(0, position - window + 1) / kSpan : 0;
-    for (int64_t span = from; span * kSpan < position + count; ++span) {
-      for (Partial& part : parts) {
-        part.most = -INFINITY;
-        part.sum = 0;
-        std::fill_n(part.mixed, width_, 0.0f);
-      }
-      attend_span(mine.data(), rows, per_token, position, head, span, scale, window, parts.data());
+    const int64_t first_span = window > 0 ? std::max<int64_t>(0, position - window + 1) / kSpan : 0;
+    for (int64_t span = first_span; span * kSpan < position + count; ++span) {
+      auto& into = span == first_span ? sums : parts;
+      attend_span(scaled.data(), rows, per_token, position, head, span, window, into.data());
+      if (span == first_span) continue;
       for (int64_t r = 0; r < rows; ++r) merge(sums[static_cast<size_t>(r)], parts[static_cast<size_t>(r)]);
     }
-    for (int64_t r = 0; r < rows; ++r)
-      finish(sums[static_cast<size_t>(r)],
-             out + ((first + r / per_token) * query_heads + head * per_token + r % per_token) * width_);
+    for (int64_t r = 0; r < rows; ++r) finish(sums[static_cast<size_t>(r)], out + place(r));
   });
 }
 

@@ -56,7 +56,7 @@ class Cache {
   void pack_block(Block& block, int64_t begin) const;
   void unpack_block(Block& block) const;
   void attend_span(const float* q, int64_t rows, int64_t per_token, int64_t first_position, int64_t head, int64_t span,
-                   float scale, int64_t window, Partial* partials) const;
+                   int64_t window, Partial* partials) const;
 
   int64_t heads_, width_, length_ = 0, settled_ = 0;  // settled: blocks that are packed
   Keeping keeping_;

@@ -33,6 +33,7 @@ struct Kernels {
 
   // Attention over a block of 64 tokens in floats: see attention.h.
   void (*scores)(const float* q, const float* keys, int64_t width, float* scores);
+  float (*largest)(const float* scores, int64_t n);
   void (*mix)(const float* p, const float* values, int64_t tokens, int64_t width, float* out);
   float (*exponentials)(float* scores, int64_t n, float most);
 };

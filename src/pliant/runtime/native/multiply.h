@@ -1,6 +1,5 @@
 // Rows of x times panels of W, the loop that every instruction set shares. What a set brings along, as static members of `I`:
 //
-//   template <Format F> constexpr int rows            rows at once, at most: 2 or 4
 //   template <Format F> constexpr int paired          rows, at most, of which two panels are multiplied at once: 1 or 2
 //   template <Format F, int R> constexpr bool fused   whether a sparse stream is multiplied as it is, not made dense before
 //   template <Format F, bool fused, int R, int P> struct Sum      what R rows and P panels have summed up so far
@@ -31,6 +30,8 @@ T read(const void* p) {
   std::memcpy(&value, p, sizeof value);
   return value;
 }
+
+constexpr int kRows = 4;  // at once, at most
 
 template <int R>
 struct Rows {  // of x, those that a kernel works on
@@ -80,36 +81,31 @@ void block(const Matrix& w, int64_t panel, const Input& x, int64_t row, float* o
   sum.store(out, stride);
 }
 
-template <class I, Format F, bool S, int P>
-void rows_of(const Matrix& w, int64_t panel, const Input& x, float* out, int64_t stride, const uint8_t* expanded) {
-  int64_t row = 0;
-  constexpr int most = I::template rows<F>;
-  if constexpr (most >= 4 && P == 1) {
-    for (; row + 4 <= x.rows; row += 4) block<I, F, S, 4, P>(w, panel, x, row, out + row * stride, stride, expanded);
-  }
-  if constexpr (P == 1 || I::template paired<F> == 2) {
-    for (; row + 2 <= x.rows; row += 2) block<I, F, S, 2, P>(w, panel, x, row, out + row * stride, stride, expanded);
-  }
-  for (; row < x.rows; ++row) block<I, F, S, 1, P>(w, panel, x, row, out + row * stride, stride, expanded);
+// R rows at once, and what is left of them at once, too.
+template <class I, Format F, bool S, int P, int R>
+void rows_of(const Matrix& w, int64_t panel, const Input& x, int64_t row, float* out, int64_t stride, const uint8_t* expanded) {
+  for (; row + R <= x.rows; row += R) block<I, F, S, R, P>(w, panel, x, row, out + row * stride, stride, expanded);
+  if constexpr (R > 1) rows_of<I, F, S, P, R - 1>(w, panel, x, row, out, stride, expanded);
 }
 
 template <class I, Format F>
 void panels_of(const Matrix& w, int64_t panel, int64_t count, const Input& x, float* out, int64_t stride, uint8_t* scratch) {
-  if (w.sparse && x.rows > I::template rows<F>) {  // make room once, for all rows
+  constexpr int paired = I::template paired<F>;
+  if (w.sparse && x.rows > kRows) {  // make room once, for all rows
     for (int64_t p = 0; p < count; ++p) {
       uint8_t* dense = scratch;
       I::template expand<F>(w.panel_masks(panel + p), w.panel_values(panel + p), w.steps, dense);
-      rows_of<I, F, false, 1>(w, panel + p, x, out + p * kPanel, stride, dense);
+      rows_of<I, F, false, 1, kRows>(w, panel + p, x, 0, out + p * kPanel, stride, dense);
     }
     return;
   }
-  const auto one = w.sparse ? rows_of<I, F, true, 1> : rows_of<I, F, false, 1>;
-  if (count == 2 && x.rows <= I::template paired<F>) {
-    const auto two = w.sparse ? rows_of<I, F, true, 2> : rows_of<I, F, false, 2>;
-    two(w, panel, x, out, stride, nullptr);
-  } else {
-    for (int64_t p = 0; p < count; ++p) one(w, panel + p, x, out + p * kPanel, stride, nullptr);
+  const auto one = w.sparse ? rows_of<I, F, true, 1, kRows> : rows_of<I, F, false, 1, kRows>;
+  const auto two = w.sparse ? rows_of<I, F, true, 2, paired> : rows_of<I, F, false, 2, paired>;
+  int64_t p = 0;
+  if (x.rows <= paired) {
+    for (; p + 2 <= count; p += 2) two(w, panel + p, x, 0, out + p * kPanel, stride, nullptr);
   }
+  for (; p < count; ++p) one(w, panel + p, x, 0, out + p * kPanel, stride, nullptr);
 }
 
 template <class I>

@@ -89,8 +89,6 @@ struct SumOf {
 
 struct Scalar {
   template <Format F>
-  static constexpr int rows = 4;
-  template <Format F>
   static constexpr int paired = 1;
   template <Format F, int R>
   static constexpr bool fused = false;
@@ -191,7 +189,7 @@ void quantise(const float* x, int64_t padded, int8_t* codes, float* scales, int3
 
 const Kernels& scalar_kernels() {
   static const Kernels kernels{"scalar",  multiply<Scalar>, expand<Scalar>, widen,     narrow,
-                               quantise, gate,           block_scores, block_mix, block_exponentials};
+                               quantise, gate, block_scores, largest_score, block_mix, exponentials};
   return kernels;
 }
 
