@@ -104,7 +104,7 @@ class LlamaCpp:
         llama_cpp.llama_model_quantize(str(source).encode(), str(self.path).encode(), ctypes.byref(settings))
         self.model = llama_cpp.Llama(
             str(self.path),
-            n_ctx=2048,
+            n_ctx=8192,
             n_threads=threads,
             n_threads_batch=threads,
             n_batch=512,

@@ -11,33 +11,77 @@ constexpr int64_t kBlock = 64;  // tokens
 
 namespace {
 
-// scores[64] = q K, K transposed: [width][64]
-inline void block_scores(const float* q, const float* keys, int64_t width, float* scores) {
-  float sum[kBlock] = {};
-  for (int64_t d = 0; d < width; ++d) {
-    const float factor = q[d];
-    const float* row = keys + d * kBlock;
-    for (int64_t t = 0; t < kBlock; ++t) sum[t] += factor * row[t];
+#if defined(__AVX512F__)
+constexpr int64_t kLaneBytes = 64;
+#elif defined(__AVX__)
+constexpr int64_t kLaneBytes = 32;
+#else
+constexpr int64_t kLaneBytes = 16;
+#endif
+using Lanes = float __attribute__((vector_size(kLaneBytes)));
+
+// R rows times columns that fill C registers of each.
+template <int R, int C>
+void products(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t n, float* out, int64_t out_stride,
+              bool add) {
+  constexpr int64_t lanes = kLaneBytes / 4;
+  Lanes sums[R][C] = {};
+  if (add) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) std::memcpy(&sums[r][c], out + r * out_stride + c * lanes, kLaneBytes);
   }
-  for (int64_t t = 0; t < kBlock; ++t) scores[t] = sum[t];
+  for (int64_t i = 0; i < n; ++i) {
+    Lanes row[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) std::memcpy(&row[c], b + i * b_stride + c * lanes, kLaneBytes);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) sums[r][c] += a[r * a_stride + i] * row[c];
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) std::memcpy(out + r * out_stride + c * lanes, &sums[r][c], kLaneBytes);
 }
 
-// out[width] += p V, V as [tokens][width]
-inline void block_mix(const float* p, const float* values, int64_t tokens, int64_t width, float* out) {
-  int64_t d = 0;
-  for (; d + kBlock <= width; d += kBlock) {
-    float sum[kBlock];
-    for (int64_t i = 0; i < kBlock; ++i) sum[i] = out[d + i];
-    for (int64_t t = 0; t < tokens; ++t) {
-      const float factor = p[t];
-      const float* row = values + t * width + d;
-      for (int64_t i = 0; i < kBlock; ++i) sum[i] += factor * row[i];
+template <int R, int C>
+void columns_of(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t n, int64_t columns, float* out,
+                int64_t out_stride, bool add) {
+  constexpr int64_t wide = C * kLaneBytes / 4;
+  int64_t c = 0;
+  for (; c + wide <= columns; c += wide) products<R, C>(a, a_stride, b + c, b_stride, n, out + c, out_stride, add);
+  if constexpr (C > 1) {
+    columns_of<R, C / 2>(a, a_stride, b + c, b_stride, n, columns - c, out + c, out_stride, add);
+  } else {
+    for (; c < columns; ++c) {
+      for (int r = 0; r < R; ++r) {
+        float sum = add ? out[r * out_stride + c] : 0;
+        for (int64_t i = 0; i < n; ++i) sum += a[r * a_stride + i] * b[i * b_stride + c];
+        out[r * out_stride + c] = sum;
+      }
     }
-    for (int64_t i = 0; i < kBlock; ++i) out[d + i] = sum[i];
   }
-  for (int64_t t = 0; t < tokens; ++t) {
-    for (int64_t i = d; i < width; ++i) out[i] += p[t] * values[t * width + i];
+}
+
+template <int R>
+void rows_of_product(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t n, int64_t columns,
+                     float* out, int64_t out_stride, bool add) {
+  constexpr int C = R == 1 ? 8 : R == 4 ? 2 : 4;  // 8 or 12 registers of sums
+  for (; rows >= R; rows -= R) {
+    columns_of<R, C>(a, a_stride, b, b_stride, n, columns, out, out_stride, add);
+    a += R * a_stride;
+    out += R * out_stride;
   }
+  if constexpr (R > 1) rows_of_product<R - 1>(a, a_stride, rows, b, b_stride, n, columns, out, out_stride, add);
+}
+
+// out[rows][columns] (+)= a[rows][n] b[n][columns]
+inline void product(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t n, int64_t columns,
+                    float* out, int64_t out_stride, bool add) {
+  rows_of_product<4>(a, a_stride, rows, b, b_stride, n, columns, out, out_stride, add);
 }
 
 // Compared as whole numbers that are ordered as the floats are: of these, a compiler may take the largest in any order.

@@ -468,7 +468,7 @@ void quantise(const float* x, int64_t padded, int8_t* codes, float* scales, int3
 
 const Kernels& avx2_kernels() {
   static const Kernels kernels{"avx2",  multiply<Avx2>, expand<Avx2>, widen,     narrow,
-                               quantise, gate, block_scores, largest_score, block_mix, exponentials};
+                               quantise, gate, product, largest_score, exponentials};
   return kernels;
 }
 

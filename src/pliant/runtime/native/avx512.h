@@ -454,7 +454,7 @@ static_assert(kSlice == 32);
 template <class L>
 Kernels kernels_of(const char* name) {
   using I = Avx512<L>;
-  return {name, multiply<I>, expand<I>, widen<L>, narrow<L>, quantise<L>, gate, block_scores, largest_score, block_mix, exponentials};
+  return {name, multiply<I>, expand<I>, widen<L>, narrow<L>, quantise<L>, gate, product, largest_score, exponentials};
 }
 
 }  // namespace

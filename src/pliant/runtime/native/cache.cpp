@@ -171,7 +171,7 @@ void Cache::attend_span(const float* q, int64_t rows, int64_t per_token, int64_t
       keys.following = (b + 1 < packed ? block[b + 1].key_matrix : block->value_matrix).values - keys.values;
       k.multiply(keys, 0, keys.panels, of_q.input(), s, kSpan, scratch.data());
     } else {
-      for (int64_t r = 0; r < rows; ++r) k.scores(q + r * width_, block[b].keys.data(), width_, s + r * kSpan);
+      k.product(q, width_, rows, block[b].keys.data(), kBlock, width_, kBlock, s, kSpan, false);
     }
   }
   for (int64_t r = 0; r < rows; ++r) {
@@ -203,8 +203,8 @@ void Cache::attend_span(const float* q, int64_t rows, int64_t per_token, int64_t
   }
   for (int64_t b = packed; b < blocks; ++b) {
     const int64_t tokens = std::min(kBlock, end - begin - b * kBlock);
-    for (int64_t r = 0; r < rows; ++r)
-      k.mix(scores.data() + r * kSpan + b * kBlock, block[b].values.data(), tokens, width_, partials[r].mixed);
+    k.product(scores.data() + b * kBlock, kSpan, rows, block[b].values.data(), width_, tokens, width_, partials->mixed,
+              sizeof(Partial) / sizeof(float), true);
   }
 }
 

@@ -31,10 +31,10 @@ struct Kernels {
   // out = activation(gate) * up, n of each
   void (*gate)(const float* gate, const float* up, int64_t n, Activation kind, float* out);
 
-  // Attention over a block of 64 tokens in floats: see attention.h.
-  void (*scores)(const float* q, const float* keys, int64_t width, float* scores);
+  // What attention is made of: see attention.h.
+  void (*product)(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t n, int64_t columns,
+                  float* out, int64_t out_stride, bool add);
   float (*largest)(const float* scores, int64_t n);
-  void (*mix)(const float* p, const float* values, int64_t tokens, int64_t width, float* out);
   float (*exponentials)(float* scores, int64_t n, float most);
 };
 

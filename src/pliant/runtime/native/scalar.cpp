@@ -189,7 +189,7 @@ void quantise(const float* x, int64_t padded, int8_t* codes, float* scales, int3
 
 const Kernels& scalar_kernels() {
   static const Kernels kernels{"scalar",  multiply<Scalar>, expand<Scalar>, widen,     narrow,
-                               quantise, gate, block_scores, largest_score, block_mix, exponentials};
+                               quantise, gate, product, largest_score, exponentials};
   return kernels;
 }
 
