@@ -68,7 +68,7 @@ struct Matrix {
   const uint8_t* offsets;         // int64[panels + 1]
   const uint8_t* masks;           // [panels][steps][mask_bytes]
   const uint8_t* values;          // dense: [panels][steps][64]
-  int64_t following;              // bytes from `values` to those of a dense matrix that is read next; 0 where none is known
+  int64_t following = 0;          // bytes from `values` to those of a dense matrix that is read next; 0 where none is known
 
   const uint8_t* panel_values(int64_t p) const {
     if (!sparse) return values + p * steps * kStepBytes;
