@@ -62,12 +62,16 @@ def test_floats_are_attended_to_exactly(length, window):
 
 
 @pytest.mark.parametrize("format", ["bf16", "int8"])
-def test_packed_blocks_are_attended_to_as_what_they_hold(format):
-    layer, _, _ = filled(300, format=format, recent=32)
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+@pytest.mark.parametrize("tokens", [1, 2, 100])
+@pytest.mark.parametrize("window", [0, 300])
+def test_packed_blocks_are_attended_to_as_what_they_hold(format, sparsity, tokens, window):
+    layer, _, _ = filled(700, format=format, recent=32, key_sparsity=sparsity, value_sparsity=sparsity)
     keys, values = layer.read()
-    q = torch.randn(2, QUERIES, WIDTH, generator=torch.Generator().manual_seed(1))
+    q = torch.randn(tokens, QUERIES, WIDTH, generator=torch.Generator().manual_seed(1))
     tolerance = 1e-4 if format == "bf16" else 0.03
-    torch.testing.assert_close(attend(layer, q).double(), expected(q, keys, values), rtol=tolerance, atol=tolerance)
+    found = attend(layer, q, window).double()
+    torch.testing.assert_close(found, expected(q, keys, values, window), rtol=tolerance, atol=tolerance)
 
 
 def test_a_token_is_the_same_whoever_asks_beside_it():
