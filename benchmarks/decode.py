@@ -7,8 +7,8 @@
 
 ``--gguf`` is a file of the same model that llama.cpp requantises to Q8_0 and Q4_0. ``--billion`` takes a Llama of 1.1 B random
 parameters and writes that file to ``--gguf``, if it is given. A round decodes so many tokens with every candidate; rates are
-medians over rounds with 10th and 90th percentiles. Candidates that stand for a whole family of settings (compiled, sparse) are made and freed one after the other, each in turn with
-int8, so that ratios to int8 are those of the same minutes.
+medians over rounds with 10th and 90th percentiles. Candidates that stand for a whole family of settings (compiled, sparse) are
+made and freed one after the other, each in turn with int8, so that ratios to int8 are those of the same minutes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import copy
 import gc
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import pliant
 from machine import machine
+from pliant.measure.score import nll
 from pliant.measure.split import token_time
+from pliant.measure.windows import windows_for
 from pliant.runtime import library
 
 PROMPT, TOKENS, ROUNDS = 128, 32, 7
@@ -102,15 +105,10 @@ class LlamaCpp:
         settings = llama_cpp.llama_model_quantize_default_params()
         settings.allow_requantize, settings.ftype, settings.nthread = True, kind, threads
         llama_cpp.llama_model_quantize(str(source).encode(), str(self.path).encode(), ctypes.byref(settings))
-        self.model = llama_cpp.Llama(
-            str(self.path),
-            n_ctx=8192,
-            n_threads=threads,
-            n_threads_batch=threads,
-            n_batch=512,
-            verbose=False,
-            logits_all=False,
+        self.open = lambda **more: llama_cpp.Llama(
+            str(self.path), n_threads=threads, n_threads_batch=threads, n_batch=512, verbose=False, **more
         )
+        self.model = self.open(n_ctx=8192)
 
     def __call__(self) -> Rates:
         ids = np.random.default_rng(0).integers(100, 4000, PROMPT).tolist()
@@ -121,6 +119,14 @@ class LlamaCpp:
         for token in range(TOKENS):
             self.model.eval([100 + token])
         return PROMPT / (middle - began), TOKENS / (time.perf_counter() - middle)
+
+    def perplexity(self, windows: torch.Tensor) -> float:
+        model, losses = self.open(n_ctx=windows.shape[1], logits_all=True), []
+        for window in windows:
+            model.reset()
+            model.eval(window.tolist())
+            losses.append(nll(torch.from_numpy(model.scores).unsqueeze(0), window.unsqueeze(0)))
+        return math.exp(torch.cat(losses).mean().item())
 
 
 def in_turn(candidates: dict[str, Callable[[], Rates]]) -> dict[str, dict[str, Any]]:
@@ -200,9 +206,11 @@ def main() -> None:
     def perplexity(of: Any) -> float | None:
         if arguments.held_out is None:
             return None
-        tokenizer = pliant.checkpoint.load.tokenizer_of(dense)
-        found = pliant.evaluate(of, perplexity=arguments.held_out, tokenizer=tokenizer, windows=16, seqlen=1024)
-        return next(iter(found["perplexity"].values()))["perplexity"]
+        tokenizer, text = pliant.checkpoint.load.tokenizer_of(dense), pliant.text(arguments.held_out)
+        if isinstance(of, LlamaCpp):
+            return of.perplexity(windows_for(dense, tokenizer, text, 1024, 16))
+        found = pliant.evaluate(of, perplexity=text, tokenizer=tokenizer, windows=16, seqlen=1024)
+        return found["perplexity"][text.source]["perplexity"]
 
     result: dict[str, Any] = {
         **machine(), "kernels": library.state(), "prompt": PROMPT, "tokens": TOKENS, "rounds": ROUNDS, "groups": [],
@@ -228,7 +236,9 @@ def main() -> None:
             "torch float32": lambda: decode(dense),
             "torch bf16": lambda of=half: decode(of),
         },
-        about | {"torch float32": {"perplexity": perplexity(dense), "split": token_time(dense)}},
+        about
+        | {"torch float32": {"perplexity": perplexity(dense), "split": token_time(dense)}}
+        | {"torch bf16": {"perplexity": perplexity(half)}},
     )
     if arguments.compiled:
         for name, model in (("torch float32, compiled", dense), ("torch bf16, compiled", half)):
@@ -237,7 +247,8 @@ def main() -> None:
     del half
     if arguments.gguf is not None:
         for name, kind in LlamaCpp.TYPES:
-            group({"int8": lambda: decode(reference), name: LlamaCpp(arguments.gguf, kind, threads)}, {})
+            other = LlamaCpp(arguments.gguf, kind, threads)
+            group({"int8": lambda: decode(reference), name: other}, {name: {"perplexity": perplexity(other)}})
     for name, (zeros, settings) in PACKED.items():
         if name == "int8" or (arguments.only is not None and name not in arguments.only):
             continue

@@ -12,6 +12,7 @@ namespace pliant {
 namespace {
 
 constexpr int64_t kAlign = 64;
+constexpr int64_t kStepsTogether = 32;  // steps laid out together: rows are often a power of two apart and share few sets of a cache
 
 int64_t aligned(int64_t size) { return ceil_div(size, kAlign) * kAlign; }
 
@@ -192,28 +193,29 @@ Packing::Packing(const float* weight, int64_t rows, int64_t columns, Format form
       steps_(ceil_div(columns, step_inputs(format))),
       group_(format == Format::int4 ? group : columns),
       groups_(ceil_div(columns, group_)) {
-  const auto elements = static_cast<size_t>(rows * columns);
+  // Not zeroed: the threads that fill it touch it first.
   if (format == Format::bf16) {
-    bf16_.resize(elements);
+    bf16_.reset(new uint16_t[static_cast<size_t>(rows * columns)]);
   } else {
-    codes_.resize(elements);
-    format == Format::int8 ? scales_.resize(static_cast<size_t>(rows)) : bf16_.resize(static_cast<size_t>(rows * groups_));
+    codes_.reset(new int8_t[static_cast<size_t>(rows * columns)]);
+    if (format == Format::int8) scales_.reset(new float[static_cast<size_t>(rows)]);
+    if (format == Format::int4) bf16_.reset(new uint16_t[static_cast<size_t>(rows * groups_)]);
   }
   parallel(threads, rows, [&](int64_t r) {
     const float* w = weight + r * columns;
     if (format == Format::bf16) {
       for (int64_t k = 0; k < columns; ++k) {
         const uint16_t bits = to_bf16(w[k]);
-        bf16_[static_cast<size_t>(r * columns + k)] = bits == 0x8000 ? 0 : bits;  // minus zero is zero
+        bf16_[r * columns + k] = bits == 0x8000 ? 0 : bits;  // minus zero is zero
       }
       return;
     }
-    int8_t* codes = codes_.data() + r * columns;
+    int8_t* codes = codes_.get() + r * columns;
     if (format == Format::int8) {
       float largest = 0;
       for (int64_t k = 0; k < columns; ++k) largest = std::max(largest, std::fabs(w[k]));
       const float scale = scales ? scales[r] : largest > 1e-30f ? largest / 127 : 0;
-      scales_[static_cast<size_t>(r)] = scale;
+      scales_[r] = scale;
       const float inverse = scale != 0 ? 1 / scale : 0;
       for (int64_t k = 0; k < columns; ++k) codes[k] = static_cast<int8_t>(clamped(rounded(w[k] * inverse), -127, 127));
       return;
@@ -221,7 +223,7 @@ Packing::Packing(const float* weight, int64_t rows, int64_t columns, Format form
     for (int64_t g = 0; g < groups_; ++g) {
       const int64_t begin = g * group_, n = std::min(group_, columns - begin);
       const float scale = scales ? scales[r * groups_ + g] : scale_of_group(w + begin, n);
-      bf16_[static_cast<size_t>(r * groups_ + g)] = to_bf16(scale);
+      bf16_[r * groups_ + g] = to_bf16(scale);
       const float inverse = scale != 0 ? 1 / scale : 0;
       for (int64_t k = begin; k < begin + n; ++k) codes[k] = static_cast<int8_t>(clamped(rounded(w[k] * inverse), -8, 7));
     }
@@ -247,11 +249,14 @@ Packing::Packing(const float* weight, int64_t rows, int64_t columns, Format form
     offsets_.resize(static_cast<size_t>(panels_) + 1);
     std::vector<int64_t> counts(static_cast<size_t>(panels_));
     parallel(threads, panels_, [&](int64_t p) {
-      uint8_t step[kStepBytes], mask[16];
-      for (int64_t i = 0; i < steps_; ++i) {
-        stream(p, i, step);
-        mask_of(format, step, mask);
-        counts[static_cast<size_t>(p)] += count(mask, mask_bytes(format));
+      uint8_t steps[kStepsTogether * kStepBytes], mask[16];
+      for (int64_t first = 0; first < steps_; first += kStepsTogether) {
+        const int64_t together = std::min(kStepsTogether, steps_ - first);
+        stream(p, first, together, steps);
+        for (int64_t i = 0; i < together; ++i) {
+          mask_of(format, steps + i * kStepBytes, mask);
+          counts[static_cast<size_t>(p)] += count(mask, mask_bytes(format));
+        }
       }
     });
     header_.stored = 0;
@@ -264,24 +269,29 @@ Packing::Packing(const float* weight, int64_t rows, int64_t columns, Format form
   header_.size = aligned(header_.values + bytes + kSlack);
 }
 
-void Packing::stream(int64_t panel, int64_t step, uint8_t* out) const {
+void Packing::stream(int64_t panel, int64_t first, int64_t count, uint8_t* out) const {
   const auto format = static_cast<Format>(header_.format);
-  const int64_t inputs = step_inputs(format), first = step * inputs;
+  const int64_t inputs = step_inputs(format), each = format == Format::bf16 ? 2 : 1;
   const int64_t rows = std::min(kPanel, header_.rows - panel * kPanel);
-  const int64_t there = std::min(inputs, header_.columns - first);
-  std::memset(out, 0, kStepBytes);
+  const auto* values = format == Format::bf16 ? reinterpret_cast<const uint8_t*>(bf16_.get())
+                                              : reinterpret_cast<const uint8_t*>(codes_.get());
+  std::memset(out, 0, static_cast<size_t>(count * kStepBytes));
   for (int64_t c = 0; c < rows; ++c) {
-    const int64_t at = (panel * kPanel + c) * header_.columns + first;
-    if (format == Format::bf16) {
-      std::memcpy(out + 4 * c, bf16_.data() + at, static_cast<size_t>(2 * there));
-    } else if (format == Format::int8) {
-      std::memcpy(out + 4 * c, codes_.data() + at, static_cast<size_t>(there));
-    } else {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t column = (first + i) * inputs;
+      const int64_t there = std::min(inputs, header_.columns - column);
+      const uint8_t* from = values + ((panel * kPanel + c) * header_.columns + column) * each;
       uint64_t codes = 0;
-      std::memcpy(&codes, codes_.data() + at, static_cast<size_t>(there));
-      codes &= 0x0f0f0f0f0f0f0f0f;
-      const auto four = static_cast<uint32_t>(codes | codes >> 28);
-      std::memcpy(out + 4 * c, &four, 4);
+      if (there < inputs) {
+        std::memcpy(&codes, from, static_cast<size_t>(there * each));
+      } else {
+        format == Format::int4 ? std::memcpy(&codes, from, 8) : std::memcpy(&codes, from, 4);
+      }
+      if (format == Format::int4) {
+        codes &= 0x0f0f0f0f0f0f0f0f;
+        codes |= codes >> 28;
+      }
+      std::memcpy(out + i * kStepBytes + 4 * c, &codes, 4);
     }
   }
 }
@@ -292,26 +302,28 @@ void Packing::write(uint8_t* out, int threads) const {
   for (int64_t r = 0; r < header_.rows; ++r) {
     const int64_t p = r / kPanel, c = r % kPanel;
     if (format == Format::int8) {
-      std::memcpy(out + header_.scales + r * 4, &scales_[static_cast<size_t>(r)], 4);
+      std::memcpy(out + header_.scales + r * 4, &scales_[r], 4);
     } else if (format == Format::int4) {
       for (int64_t g = 0; g < groups_; ++g) {
-        std::memcpy(out + header_.scales + ((p * groups_ + g) * kPanel + c) * 2, &bf16_[static_cast<size_t>(r * groups_ + g)], 2);
+        std::memcpy(out + header_.scales + ((p * groups_ + g) * kPanel + c) * 2, &bf16_[r * groups_ + g], 2);
       }
     }
   }
   if (header_.sparse) std::memcpy(out + header_.offsets, offsets_.data(), offsets_.size() * 8);
   parallel(threads, panels_, [&](int64_t p) {
     uint8_t* values = out + header_.values + (header_.sparse ? offsets_[static_cast<size_t>(p)] : p * steps_ * kStepBytes);
-    uint8_t step[kStepBytes];
-    for (int64_t i = 0; i < steps_; ++i) {
-      stream(p, i, step);
-      if (header_.sparse) {
-        uint8_t* mask = out + header_.masks + (p * steps_ + i) * mask_bytes(format);
-        mask_of(format, step, mask);
-        values = compress(format, step, mask, values);
-      } else {
-        std::memcpy(values, step, kStepBytes);
-        values += kStepBytes;
+    uint8_t steps[kStepsTogether * kStepBytes];
+    for (int64_t first = 0; first < steps_; first += kStepsTogether) {
+      const int64_t together = std::min(kStepsTogether, steps_ - first);
+      if (!header_.sparse) {
+        stream(p, first, together, values + first * kStepBytes);
+        continue;
+      }
+      stream(p, first, together, steps);
+      for (int64_t i = 0; i < together; ++i) {
+        uint8_t* mask = out + header_.masks + (p * steps_ + first + i) * mask_bytes(format);
+        mask_of(format, steps + i * kStepBytes, mask);
+        values = compress(format, steps + i * kStepBytes, mask, values);
       }
     }
   });

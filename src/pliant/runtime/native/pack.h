@@ -1,6 +1,7 @@
 // Dense weights to the packed form and back.
 #pragma once
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -20,13 +21,13 @@ class Packing {
   void write(uint8_t* out, int threads) const;
 
  private:
-  void stream(int64_t panel, int64_t step, uint8_t* out) const;  // 64 bytes
+  void stream(int64_t panel, int64_t first, int64_t count, uint8_t* out) const;  // so many steps, 64 bytes each
 
   Header header_{};
   int64_t panels_, steps_, group_, groups_;
-  std::vector<uint16_t> bf16_;   // weights, or scales of int4
-  std::vector<int8_t> codes_;    // [rows][columns]
-  std::vector<float> scales_;    // [rows] of int8
+  std::unique_ptr<uint16_t[]> bf16_;  // weights, or scales of int4
+  std::unique_ptr<int8_t[]> codes_;   // [rows][columns]
+  std::unique_ptr<float[]> scales_;   // [rows] of int8
   std::vector<int64_t> offsets_;
 };
 
