@@ -11,6 +11,7 @@ import pliant
 from pico import DECODERS, IDS, logits, pico
 from pliant.runtime import library
 from pliant.runtime.decoder import Native, _window, decoder_of, run_natively
+from pliant.runtime.threads import threads
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=library.state())
 NATIVE = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -166,3 +167,52 @@ def test_it_reloads_natively(tmp_path):
     assert isinstance(again.base_model, Native)
     assert type(again.base_model).__name__ == "LlamaModel"
     assert torch.equal(logits(again), logits(model))
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def generate(model, ids=IDS[:1], **settings):
+    """Threads of torch and of the kernels, in the head and in the layers of transformers, while a model generates."""
+    seen = {"head": set(), "layers": set()}
+    for name, module in (("head", model.lm_head), ("layers", model.base_model.layers[0])):
+        module.register_forward_pre_hook(lambda *_, own=seen[name]: own.add((torch.get_num_threads(), threads())))
+    model.generate(ids, max_new_tokens=3, do_sample=False, **settings)
+    assert torch.get_num_threads() == threads() == 2
+    return seen
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_generate_leaves_the_other_threads_to_the_kernels():
+    assert generate(packed()) == {"head": {(1, 2)}, "layers": set()}
+    for again in (copy.deepcopy(packed()), pickle.loads(pickle.dumps(packed()))):
+        assert generate(again) == {"head": {(1, 2)}, "layers": set()}
+    # two sequences in one cache are left to transformers
+    assert generate(packed(), IDS) == {"head": {(1, 2)}, "layers": {(2, 2)}}
+    both = generate(packed(head="dense")), generate(packed(), stopping_criteria=[lambda ids, _: ids.sum(1) < 0])
+    assert both == ({"head": {(2, 2)}, "layers": set()},) * 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_generate_gives_threads_back_when_it_fails():
+    model = packed()
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        model.generate(IDS[:1], max_new_tokens=0)
+    assert torch.get_num_threads() == threads() == 2
+
+
+def test_a_copy_generates_with_its_own_weights():
+    model = packed()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.get_input_embeddings().weight.zero_()
+    settings = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+    assert torch.equal(model.generate(IDS[:1], **settings), packed().generate(IDS[:1], **settings))
+    assert not torch.equal(other.generate(IDS[:1], **settings), model.generate(IDS[:1], **settings))
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again.generate(IDS[:1], **settings), model.generate(IDS[:1], **settings))

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from pliant.errors import PackedError
 from pliant.runtime.library import library
 from pliant.runtime.packed import FORMATS
+from pliant.runtime.threads import threads
 
 BLOCK = 64
 
@@ -116,7 +117,7 @@ class BlockLayer(CacheLayerMixin):
         flat = [s.float().permute(2, 0, 1, 3).reshape(s.shape[2], -1).contiguous() for s in (key_states, value_states)]
         native: Any = library()
         native.pliant_cache_append(self.handle, flat[0].data_ptr(), flat[1].data_ptr(), *flat[0].shape)
-        native.pliant_cache_settle(self.handle, torch.get_num_threads())
+        native.pliant_cache_settle(self.handle, threads())
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values, shape ``(batch, heads, tokens, width)``, float32."""

@@ -23,10 +23,18 @@ from pliant.runtime.cache import BlockLayer, Keeping
 from pliant.runtime.library import library
 from pliant.runtime.linear import Packed
 from pliant.runtime.packed import check
+from pliant.runtime.threads import threads, torch_on_all, torch_on_one
 
 ACTIVATIONS = {"silu": 1, "swish": 1, "gelu": 2, "gelu_pytorch_tanh": 3, "gelu_new": 3, "relu": 4}
 NUDGE = 1e-6  # what rounding does; 8-bit activations make more of it, so it is measured how much
 AGREEMENT = 1e-3  # of hidden states, beside that
+OTHERS = {  # arguments of generate that bring code along, which may have much to do
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "assistant_model",
+    "custom_generate",
+}
 _P, _L = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -97,7 +105,7 @@ class Decoder:
             sine.data_ptr(),
             cosine.shape[-1],
             caches,
-            torch.get_num_threads(),
+            threads(),
             self.spent,
         )
 
@@ -116,7 +124,7 @@ class Native:
         **kwargs: Any,
     ) -> Any:
         """Shape ``(batch, tokens)`` of ids, or ``(batch, tokens, hidden)`` of embeddings."""
-        stock = functools.partial(
+        layer_by_layer = functools.partial(
             super().forward,  # pyright: ignore[reportAttributeAccessIssue]
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -126,11 +134,18 @@ class Native:
             use_cache=use_cache,
             **kwargs,
         )
+        if torch.compiler.is_compiling():
+            return layer_by_layer()
+
+        def stock() -> Any:
+            with torch_on_all():
+                return layer_by_layer()
+
         given = input_ids if inputs_embeds is None else inputs_embeds
         extras = ("output_attentions", "output_hidden_states")
         asks_more = any(kwargs.get(name, getattr(self.config, name, False)) for name in extras)
         asks_more = asks_more or kwargs.get("return_dict") is False or kwargs.get("cu_seq_lens_q") is not None
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or given is None or asks_more:
+        if torch.is_grad_enabled() or given is None or asks_more:
             return stock()
         if given.device.type != "cpu" or (attention_mask is not None and not _sees_all(attention_mask)):
             return stock()
@@ -179,6 +194,16 @@ def _empty(own: type) -> Any:
     return object.__new__(native_class(own))
 
 
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """transformers' ``generate``, on one thread where all that does much is native."""
+    generate = functools.partial(type(model).generate, model, *args, **kwargs)
+    others = len(args) > 2 or any(kwargs.get(name) is not None for name in OTHERS) or "forward" in vars(model)
+    if others or not isinstance(model.get_output_embeddings(), Packed) or threads() == 1:
+        return generate()
+    with torch_on_one():
+        return generate()
+
+
 def run_natively(model: nn.Module) -> str:
     """Have the base of a packed model run natively, if it is of the kind that can be.
 
@@ -214,6 +239,8 @@ def run_natively(model: nn.Module) -> str:
         if not agrees:
             base.__class__ = own
             vars(base).pop("_pliant_decoder", None)
+    if agrees and model is not base and hasattr(model, "generate"):
+        vars(model)["generate"] = functools.partial(_generate, model)
     return "" if agrees else f"its layers compute something else: {off:.1%} off"
 
 

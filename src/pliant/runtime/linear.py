@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from pliant.errors import PackedError
 from pliant.runtime.library import library
 from pliant.runtime.packed import Header, check, header, pack, room, unpack, verify
+from pliant.runtime.threads import threads
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -61,7 +62,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out
         y.data_ptr(),
         kind,
         out_features,
-        torch.get_num_threads(),
+        threads(),
     )
     if failed:
         check(failed)

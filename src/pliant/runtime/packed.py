@@ -17,6 +17,7 @@ import torch
 from pliant.errors import PackedError, WeightError
 from pliant.runtime import reference
 from pliant.runtime.library import library
+from pliant.runtime.threads import threads
 
 FORMATS = ("bf16", "int8", "int4")
 GROUPS = (32, 64, 128)
@@ -123,7 +124,7 @@ def pack(
     native = library()
     if native is None:
         return reference.pack(dense, FORMATS.index(format), sparse, group, scales)
-    size, threads = ctypes.c_int64(), torch.get_num_threads()
+    size, count = ctypes.c_int64(), threads()
     packing = native.pliant_pack(
         dense.data_ptr(),
         *dense.shape,
@@ -131,12 +132,12 @@ def pack(
         sparse,
         group,
         None if scales is None else scales.data_ptr(),
-        threads,
+        count,
         ctypes.byref(size),
     )
     try:
         packed = room(size.value)
-        native.pliant_pack_write(packing, packed.data_ptr(), threads)
+        native.pliant_pack_write(packing, packed.data_ptr(), count)
     finally:
         native.pliant_pack_end(packing)
     return packed
@@ -154,7 +155,7 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
         return reference.unpack(packed)
     packed = packed.contiguous()
     dense = torch.empty(found.rows, found.columns)
-    check(native.pliant_unpack(packed.data_ptr(), packed.numel(), dense.data_ptr(), torch.get_num_threads()))
+    check(native.pliant_unpack(packed.data_ptr(), packed.numel(), dense.data_ptr(), threads()))
     return dense
 
 
@@ -172,7 +173,7 @@ def verify(packed: torch.Tensor) -> None:
         if wrong:
             raise PackedError(f"a packed matrix cannot be used: {wrong}")
         return
-    check(native.pliant_verify(packed.data_ptr(), packed.numel(), torch.get_num_threads()))
+    check(native.pliant_verify(packed.data_ptr(), packed.numel(), threads()))
 
 
 def check(failed: int) -> None:

@@ -12,6 +12,7 @@ import torch
 from pliant.runtime.library import isa, library
 from pliant.runtime.linear import linear
 from pliant.runtime.packed import pack, room
+from pliant.runtime.threads import threads
 
 SIZE = 2048, 4096  # of the matrix that is timed
 COLD = 64 << 20  # bytes that pass by until a matrix is read again: more than caches hold
@@ -28,7 +29,7 @@ def break_even(format: str) -> float:
     """The sparsity at which the sparse form of a format is as fast as its dense one on this machine, now; above 1 where it
     never is.
     """
-    return 2.0 if library() is None else _measured(format, isa(), torch.get_num_threads())
+    return 2.0 if library() is None else _measured(format, isa(), threads())
 
 
 @functools.cache
