@@ -8,7 +8,7 @@ import pliant
 from pico import IDS, config, pico
 from pliant.errors import PackedError
 from pliant.runtime import library
-from pliant.runtime.cache import BLOCK, BlockCache, BlockLayer, Keeping
+from pliant.runtime.cache import BLOCK, BlockCache, BlockLayer, Keeping, per_token
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=library.state())
 HEADS, QUERIES, WIDTH = 2, 6, 24
@@ -183,3 +183,19 @@ def test_an_empty_cache_of_the_config_has_its_layers():
     assert len(cache.layers) == 4
     assert cache.get_seq_length() == 0
     assert cache.bytes() == 0
+
+
+@pytest.mark.parametrize(
+    ("keeping", "bits"),
+    [
+        ({"format": "float32"}, 32),
+        ({"format": "bf16"}, 16),
+        ({"format": "int8"}, 8),
+        ({"format": "bf16", "key_sparsity": 0.5, "value_sparsity": 0.5}, 9),
+        ({"format": "int8", "key_sparsity": 0.25, "value_sparsity": 0.75}, 5),
+    ],
+)
+def test_a_packed_token_takes_its_bits(keeping, bits):
+    found = per_token(Keeping(**keeping), HEADS, 64)
+    assert bits <= 8 * found / (2 * HEADS * 64) < bits + 1.5  # scales and headers
+    assert (keeping["format"] == "float32") == (found == 2 * HEADS * 64 * 4)

@@ -284,3 +284,20 @@ def test_generation_goes_on_as_it_began():
         found = model.generate(IDS[:1], max_new_tokens=12, do_sample=False)
         for length in range(IDS.shape[1], found.shape[1]):
             assert int(model(found[:, :length]).logits[0, -1].argmax()) == int(found[0, length])
+
+
+@pytest.mark.parametrize("head", ["int8", "dense"])
+def test_inspection_tells_what_is_packed_and_what_it_takes(tmp_path, head):
+    model = packed(format="int4", head=head, cache="int8")
+    model.save_pretrained(tmp_path)
+    found = pliant.inspect(tmp_path)
+    layers = sum(isinstance(module, Packed) for module in model.modules())
+    assert found["packed"] == ({"int4": layers - 1, "int8": 1} if head == "int8" else {"int4": layers})
+    assert found["self_check"] == "not run"
+    stored = (tmp_path / "model.safetensors").stat().st_size
+    assert stored - 65536 < found["weight_bytes"] < stored
+    dense = pliant.inspect(pico("llama"))
+    assert dense["packed"] == {}
+    assert dense["self_check"] == "passed"
+    if library.library() is not None:
+        assert found["cache_bytes_per_token"] < dense["cache_bytes_per_token"]

@@ -14,6 +14,7 @@ does not know this method, and then refuses the folder because that tensor has a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,9 +32,19 @@ def is_packed(model: nn.Module) -> bool:
     return any(isinstance(module, Packed) for module in model.modules())
 
 
+def packed_formats(model: nn.Module) -> dict[str, int]:
+    """How many layers are packed in every format."""
+    return dict(Counter(module.header().format for module in model.modules() if isinstance(module, Packed)))
+
+
 def packed_bytes(model: nn.Module) -> int:
     """Bytes of all packed layers: what a token reads of them."""
     return sum(module.weight.numel() for module in model.modules() if isinstance(module, Packed))
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of everything that a model with packed layers holds, and its folder stores."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
 
 
 def record_packed(model: Any, cache: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ def show_inspection(found: dict[str, Any]) -> None:
     _print(
         f"{found['model']}: {found['model_type']}, read with {found['architecture']}.yaml, self-check {found['self_check']}\n"
         f"{found['parameters']:,} parameters in {found['depth']} layers ({found['outside_blocks']:,} outside the blocks), "
-        f"{found['dtype']}, {size(found['weight_bytes'])}\n"
+        f"{_stored(found)}, {size(found['weight_bytes'])}\n"
         f"{found['macs_per_token'] / 1e6:,.1f} M multiply-accumulates and {found['cache_bytes_per_token']:,} bytes of cache per "
         f"token; a search keeps {size(found['search_bytes_per_1000_tokens'])} for 1000 calibration tokens"
     )
@@ -55,6 +55,11 @@ def show_inspection(found: dict[str, Any]) -> None:
     _print(shown)
     if found["removed"]:
         _print(f"removed: {', '.join(found['removed'])}")
+
+
+def _stored(found: dict[str, Any]) -> str:
+    packed = ", ".join(f"{count} as {form}" for form, count in found["packed"].items())
+    return f"linear layers packed ({packed}), the rest {found['dtype']}" if packed else found["dtype"]
 
 
 def _show_traced(found: dict[str, Any]) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 from pliant.anatomy import Null
 from pliant.checkpoint.load import load
-from pliant.checkpoint.quantized import is_packed
+from pliant.checkpoint.quantized import held_bytes, packed_formats
 from pliant.elastic import Subnet, cache_bytes, check, described, macs, parameters, weight_bytes
 from pliant.measure.walk import store_bytes
+from pliant.runtime.decoder import cached_bytes
 
 
 def inspect(model: Any, *, self_check: bool = True) -> dict[str, Any]:
@@ -26,7 +27,9 @@ def inspect(model: Any, *, self_check: bool = True) -> dict[str, Any]:
     if isinstance(model, str | Path):
         model = load(model)
     anatomy = described(model)
-    if self_check and not is_packed(model):  # it takes views of weights, which a packed layer has none of
+    packed = packed_formats(model)
+    self_check = self_check and not packed  # it takes views of weights, which a packed layer has none of
+    if self_check:
         check(model, anatomy)
     element = next(model.parameters()).element_size()
     whole = parameters(anatomy)
@@ -63,7 +66,7 @@ def inspect(model: Any, *, self_check: bool = True) -> dict[str, Any]:
     else:
         costs = {
             "macs_per_token": macs(anatomy, Subnet(), tokens=1, context=0),
-            "cache_bytes_per_token": cache_bytes(anatomy, element=element),
+            "cache_bytes_per_token": cached_bytes(model) or cache_bytes(anatomy, element=element),
             "search_bytes_per_1000_tokens": store_bytes(model, anatomy, 1000),
         }
     return {
@@ -76,7 +79,8 @@ def inspect(model: Any, *, self_check: bool = True) -> dict[str, Any]:
         "outside_blocks": anatomy.rest,
         **costs,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "weight_bytes": weight_bytes(anatomy, element=element),
+        "packed": packed,
+        "weight_bytes": held_bytes(model) if packed else weight_bytes(anatomy, element=element),
         "blocks": blocks,
         "removed": removed,
     }

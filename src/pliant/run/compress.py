@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from pliant.anatomy import Anatomy
 from pliant.checkpoint.load import check_folder, load, tokenizer_of
-from pliant.checkpoint.quantized import packed_bytes
+from pliant.checkpoint.quantized import held_bytes, packed_bytes
 from pliant.checkpoint.weights import fingerprint
 from pliant.data import Text, text
 from pliant.elastic import Subnet, cache_bytes, described, macs, parameters, streamed_bytes, weight_bytes
@@ -31,6 +31,7 @@ from pliant.progress import Console, Progress
 from pliant.run.apply import apply
 from pliant.run.card import versions
 from pliant.run.save import check_target, save
+from pliant.runtime.decoder import cached_bytes
 from pliant.search import ArchiveError
 from pliant.step import Step
 
@@ -283,16 +284,18 @@ def _costs(model: Any) -> dict[str, Any]:
     anatomy = described(model)
     element = next(model.parameters()).element_size()
     weights = weight_bytes(anatomy, element=element)
+    cached = cache_bytes(anatomy, element=element)
     streamed = streamed_bytes(anatomy, element=element, context=_PROMPT)
     if packed := packed_bytes(model):
-        weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-        streamed = packed + _PROMPT * cache_bytes(anatomy, element=element)
+        weights = held_bytes(model)
+        cached = cached_bytes(model) or cached
+        streamed = packed + _PROMPT * cached
     return {
         "parameters": parameters(anatomy),
         "macs_per_token": macs(anatomy, Subnet(), tokens=1, context=_PROMPT),
         "weight_bytes": weights,
         "streamed_bytes": streamed,
-        "cache_bytes_per_token": cache_bytes(anatomy, element=element),
+        "cache_bytes_per_token": cached,
         "units": _units(anatomy),
     }
 

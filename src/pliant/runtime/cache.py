@@ -7,6 +7,8 @@ gets all keys and values back as tensors at every step; the native decoder atten
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import functools
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +75,18 @@ class Keeping:
             self.recent,
             self.first,
         )
+
+
+@functools.cache
+def per_token(keeping: Keeping, heads: int, width: int) -> float:
+    """Bytes that a token takes in a layer once it is packed."""
+    layer = BlockLayer(dataclasses.replace(keeping, recent=0, first=0))
+    states = torch.randn(2, 1, heads, 2 * BLOCK, width, generator=torch.Generator().manual_seed(0))
+    sizes = []
+    for block in states.split(BLOCK, 3):
+        layer.append(*block)
+        sizes.append(layer.bytes())
+    return (sizes[1] - sizes[0]) / BLOCK
 
 
 class BlockLayer(CacheLayerMixin):

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from pliant.runtime.cache import BlockLayer, Keeping
+from pliant.runtime.cache import BlockLayer, Keeping, per_token
 from pliant.runtime.library import library
 from pliant.runtime.linear import Packed
 from pliant.runtime.packed import check
@@ -272,9 +272,23 @@ def _in_blocks(cache: Any, base: Any) -> bool:
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
     if type(cache) is not DynamicCache or not layers or not plain or cache.get_seq_length():
         return False
-    keeping = Keeping(**getattr(getattr(base.config, "quantization_config", None), "cache", {}))
+    keeping = _keeping(base)
     layers[:] = [BlockLayer(keeping) for _ in layers]
     return True
+
+
+def _keeping(base: Any) -> Keeping:
+    """How the caches that a model makes itself keep their tokens."""
+    return Keeping(**getattr(getattr(base.config, "quantization_config", None), "cache", {}))
+
+
+def cached_bytes(model: nn.Module) -> int | None:
+    """Bytes that a token takes in the cache of a model that runs natively, once it is packed; None for any other."""
+    base: Any = getattr(model, "base_model", model)
+    decoder = decoder_of(base) if isinstance(base, Native) else None
+    if decoder is None:
+        return None
+    return round(sum(per_token(_keeping(base), heads, decoder.width) for heads in decoder.heads if heads))
 
 
 def _build(base: Any) -> Decoder:
