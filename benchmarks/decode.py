@@ -8,7 +8,8 @@
 ``--gguf`` is a file of the same model that llama.cpp requantises to Q8_0 and Q4_0. ``--billion`` takes a Llama of 1.1 B random
 parameters and writes that file to ``--gguf``, if it is given. A round decodes so many tokens with every candidate; rates are
 medians over rounds with 10th and 90th percentiles. Candidates that stand for a whole family of settings (compiled, sparse) are
-made and freed one after the other, each in turn with int8, so that ratios to int8 are those of the same minutes.
+made and freed one after the other, each in turn with int8 and the formats of 4 bits with llama.cpp's Q4_0 as well, so that ratios
+are those of the same minutes: ``over`` holds each decode rate over the others', medians of a round's ratios.
 """
 
 from __future__ import annotations
@@ -138,6 +139,13 @@ def in_turn(candidates: dict[str, Callable[[], Rates]]) -> dict[str, dict[str, A
                 rates[name].append(found)
     return {
         name: {kind: spread([pair[i] for pair in pairs]) for i, kind in enumerate(("prefill", "decode"))}
+        | {
+            "over": {
+                other: spread([mine / its for (_, mine), (_, its) in zip(pairs, rates[other], strict=True)])
+                for other in rates
+                if other != name
+            }
+        }
         for name, pairs in rates.items()
     }
 
@@ -220,9 +228,10 @@ def main() -> None:
         rows = {name: row | about.get(name, {}) for name, row in in_turn(candidates).items()}
         result["groups"].append(rows)
         for name, row in rows.items():
-            rest = {key: value for key, value in row.items() if key not in ("prefill", "decode")}
+            rest = {key: value for key, value in row.items() if key not in ("prefill", "decode", "over")}
+            over = ", ".join(f"{ratio['median']:.2f} of {other}" for other, ratio in row["over"].items())
             print(
-                f"{name}: prefill {row['prefill']['median']:.1f}, decode {row['decode']['median']:.1f} {rest}",
+                f"{name}: prefill {row['prefill']['median']:.1f}, decode {row['decode']['median']:.1f}, {over} {rest}",
                 flush=True,
             )
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -245,10 +254,12 @@ def main() -> None:
             group({"int8": lambda: decode(reference), name: compiled(model)}, {})
             torch._dynamo.reset()
     del half
+    four_bits: dict[str, Callable[[], Rates]] = {}
     if arguments.gguf is not None:
         for name, kind in LlamaCpp.TYPES:
             other = LlamaCpp(arguments.gguf, kind, threads)
             group({"int8": lambda: decode(reference), name: other}, {name: {"perplexity": perplexity(other)}})
+        four_bits = {name: other}
     for name, (zeros, settings) in PACKED.items():
         if name == "int8" or (arguments.only is not None and name not in arguments.only):
             continue
@@ -260,7 +271,8 @@ def main() -> None:
                 "split": token_time(model),
             }
         }
-        group({"int8": lambda: decode(reference), name: lambda model=model: decode(model)}, own)
+        beside = four_bits if settings["format"] == "int4" else {}
+        group({"int8": lambda: decode(reference), **beside, name: lambda model=model: decode(model)}, own)
 
 
 if __name__ == "__main__":
