@@ -218,8 +218,10 @@ def run_natively(model: nn.Module) -> str:
     own = type(base)
     try:
         decoder = _build(base)
-    except (_UnlikeError, AttributeError) as reason:
+    except _UnlikeError as reason:
         return str(reason)
+    except AttributeError as missing:
+        return f"its layers are not laid out as llama's are: {missing}"
     was_training = base.training
     base.eval()
     agrees, off = False, float("nan")
