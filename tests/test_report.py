@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pliant.run.card import card, table, versions
+from pliant.run.card import card, changed, table, versions
 from pliant.run.report import page
 
 
@@ -68,6 +68,19 @@ STEP = {
         _point("mlp channels", "layers.0.mlp.channels", 2.8, 0.2, 16.444),
     ],
     "counters": {"blocks": _counters(2), "mlp channels": _counters(1)},
+}
+
+PACKED = {
+    "settings": {"step": "packed", "format": "int4"},
+    "data": None,
+    "parameters_before": 1_600_000,
+    "parameters_after": 1_600_000,
+    "seconds": 0.4,
+    "peak_memory": 538060032,
+    "packed": {"lm_head": {"format": "int8"}, "layers.0.up": {"format": "int4"}, "layers.0.down": {"format": "int4"}},
+    "bits": 4.375,
+    "native": False,
+    "why_not_native": "its norm is Odd<Norm>",
 }
 
 REPORT = {
@@ -321,7 +334,7 @@ def _card(name="models/pico", history=(STEP,), report=REPORT):
 
 def test_the_card_says_what_was_done_what_it_cost_and_how_to_load_it():
     shown = _card()
-    assert "# pico, cut by pliant" in shown
+    assert "# pico, compressed by pliant" in shown
     assert "- multipruner (ratio=0.2, split=44:52:4" in shown
     assert "2,000,000 to 1,600,000 parameters in 95 s" in shown
     for row in table(REPORT):
@@ -330,6 +343,26 @@ def test_the_card_says_what_was_done_what_it_cost_and_how_to_load_it():
     code = re.search(r"```python\n(.*?)```", shown, re.S)[1]
     compile(code, "card", "exec")
     assert code.startswith("import pliant")
+
+
+def test_a_packed_model_is_not_said_to_be_cut():
+    report = REPORT | {"ratio": 0.0, "steps": [PACKED]}
+    words = "Layers of 4.38 bits a weight, run one by one: its norm is Odd<Norm>."
+    shown = _card(history=(PACKED,), report=report)
+    assert "tags:\n- pliant\n- quantized\n---" in shown
+    assert f"parameters in 0 s. {words}" in shown
+    assert "%" not in table(report)[0][2]
+    page_shown = Page(page(report))
+    assert "Linear layers packed as int4 and int8. Measured" in page_shown.text
+    assert words in page_shown.text
+    both = REPORT | {"steps": [STEP, PACKED | {"native": True, "why_not_native": ""}]}
+    assert "tags:\n- pliant\n- pruned\n- quantized\n---" in _card(history=both["steps"], report=both)
+    assert "20.0% of the parameters removed, linear layers packed as int4 and int8." in Page(page(both)).text
+    assert "all of them run in one native call." in Page(page(both)).text
+
+
+def test_a_report_says_when_nothing_was_removed_or_packed():
+    assert changed(REPORT | {"ratio": 0.0}) == "no parameters removed"
 
 
 def test_the_card_does_without_a_report():
@@ -352,7 +385,7 @@ def test_the_metadata_of_the_card_is_yaml_whatever_the_name(name):
 
 @pytest.mark.parametrize("name", ["models/pico/", "models/pico", "pico"])
 def test_the_card_is_titled_by_the_last_part_of_the_name(name):
-    assert "# pico, cut by pliant" in _card(name)
+    assert "# pico, compressed by pliant" in _card(name)
 
 
 def test_a_bar_in_a_name_does_not_add_a_column_to_the_card():

@@ -13,11 +13,9 @@ from pliant.progress import size
 
 def show_report(report: dict[str, Any], out: Path) -> None:
     """The before/after table of a compression."""
-    from pliant.run.card import table
+    from pliant.run.card import changed, table
 
-    shown = Table(
-        "", "before", "after", title=f"{report['model']}, {report['ratio']:.1%} removed", title_justify="left"
-    )
+    shown = Table("", "before", "after", title=f"{report['model']}, {changed(report)}", title_justify="left")
     for row in table(report):
         shown.add_row(*row)
     _print(shown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from importlib import metadata
 from typing import Any
 
@@ -32,13 +33,18 @@ def versions() -> dict[str, Any]:
 def card(model: Any, history: list[dict[str, Any]], report: dict[str, Any] | None) -> str:
     """README.md of an artefact: metadata for hubs, what was done, what it cost, how to load it."""
     base = str(model.name_or_path)
-    metadata = {"base_model": base, "library_name": "transformers", "tags": ["pliant", "pruned"]}
+    tags = ["pliant"]
+    if any(step["parameters_after"] < step["parameters_before"] for step in history):
+        tags.append("pruned")
+    if _formats(history):
+        tags.append("quantized")
+    metadata = {"base_model": base, "library_name": "transformers", "tags": tags}
     lines = [
         "---",
         yaml.safe_dump(metadata, sort_keys=False).strip(),
         "---",
         "",
-        f"# {base.rstrip('/').rpartition('/')[2]}, cut by pliant",
+        f"# {base.rstrip('/').rpartition('/')[2]}, compressed by pliant",
         "",
     ]
     for step in history:
@@ -46,6 +52,7 @@ def card(model: Any, history: list[dict[str, Any]], report: dict[str, Any] | Non
         lines.append(f"- {step['settings']['step']} ({settings})")
         lines.append(
             f"  {step['parameters_before']:,} to {step['parameters_after']:,} parameters in {step['seconds']:.0f} s"
+            + (f". {packing(step)}." if "packed" in step else "")
         )
     if report is not None:
         lines += ["", "| | before | after |", "|---|---|---|"]
@@ -59,7 +66,7 @@ def card(model: Any, history: list[dict[str, Any]], report: dict[str, Any] | Non
         "## Load it",
         "",
         "```python",
-        "import pliant  # teaches transformers the per-layer shapes of this model",
+        "import pliant  # teaches transformers to load this model",
         f"from transformers import {auto}, {reader}",
         "",
         f'model = {auto}.from_pretrained("path/to/this/folder")',
@@ -70,11 +77,32 @@ def card(model: Any, history: list[dict[str, Any]], report: dict[str, Any] | Non
     return "\n".join(lines)
 
 
+def changed(report: dict[str, Any]) -> str:
+    """What was done to a model, in a few words."""
+    told = [f"{report['ratio']:.1%} of the parameters removed"] if report["ratio"] else []
+    if forms := _formats(report["steps"]):
+        told.append(f"linear layers packed as {' and '.join(forms)}")
+    return ", ".join(told) or "no parameters removed"
+
+
+def packing(step: dict[str, Any]) -> str:
+    """How a model runs that a step has packed."""
+    how = "all of them run in one native call" if step["native"] else f"run one by one: {step['why_not_native']}"
+    return f"Layers of {step['bits']:.2f} bits a weight, {how}"
+
+
+def _formats(history: list[dict[str, Any]]) -> list[str]:
+    """The packed formats of a model, those of most layers first."""
+    forms = Counter(layer["format"] for step in history for layer in step.get("packed", {}).values())
+    return [form for form, _ in forms.most_common()]
+
+
 def table(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The before/after table: rows of (name, before, after)."""
     before, after = report["before"], report["after"]
+    less = f" (-{report['ratio']:.1%})" if report["ratio"] else ""
     rows = [
-        ("parameters", f"{before['parameters']:,}", f"{after['parameters']:,} (-{report['ratio']:.1%})"),
+        ("parameters", f"{before['parameters']:,}", f"{after['parameters']:,}{less}"),
         ("weights", _megabytes(before["weight_bytes"]), _megabytes(after["weight_bytes"])),
     ]
     if before["cache_bytes_per_token"]:

@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from pliant.progress import duration, size
+from pliant.run.card import changed, packing, table
 
 STYLE = """
 :root{--ink:#1c2024;--dim:#60646c;--line:#d9dce0;--paper:#fff;--fill:#2a7d6f;--gone:#e7e9ec;--mark:#c2502e}
@@ -27,8 +28,6 @@ def page(report: dict[str, Any]) -> str:
     Arguments:
         report: as :func:`pliant.run.compress.compress` returns it.
     """
-    from pliant.run.card import table
-
     model = escape(str(report["model"]))
     rows = [f"<tr><td>{escape(n)}</td><td>{escape(b)}</td><td>{escape(a)}</td></tr>" for n, b, a in table(report)]
     steps = "".join(_step(step) for step in report["steps"])
@@ -38,7 +37,7 @@ def page(report: dict[str, Any]) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>pliant: {model}</title><style>{STYLE}</style></head><body>
 <h1>{model}</h1>
-<p>{report["ratio"]:.1%} of the parameters removed. Measured on {escape(str(where["cpu"]))}, {where["threads"]} threads; {escape(versions)}.</p>
+<p>{changed(report).capitalize()}. Measured on {escape(str(where["cpu"]))}, {where["threads"]} threads; {escape(versions)}.</p>
 <h2>Before and after</h2>
 <table><tr><th></th><th>before</th><th>after</th></tr>{"".join(rows)}</table>
 {_predicted(report)}
@@ -81,9 +80,10 @@ def _step(step: dict[str, Any]) -> str:
         if costs
         else ""
     )
+    packed = f"<p>{escape(packing(step))}.</p>" if "packed" in step else ""
     return (
         f"<h2>{escape(step['settings']['step'])}</h2><p><code>{escape(settings)}</code></p>{_curve(step.get('points', []))}"
-        f"{counted}{_repair(step.get('repair', []))}{_recovery(step.get('recovery'))}<p>{duration(step['seconds'])} in all, peak memory {size(step['peak_memory'])}.</p>"
+        f"{packed}{counted}{_repair(step.get('repair', []))}{_recovery(step.get('recovery'))}<p>{duration(step['seconds'])} in all, peak memory {size(step['peak_memory'])}.</p>"
         f"{_moves(step.get('points', []))}"
     )
 
