@@ -74,3 +74,11 @@ def prose(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "prose.txt"
     path.write_text("\n\n".join(rows), "utf-8")
     return path
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

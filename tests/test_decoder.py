@@ -169,14 +169,6 @@ def test_it_reloads_natively(tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def generate(model, ids=IDS[:1], **settings):
     """Threads of torch and of the kernels, in the head and in the layers of transformers, while a model generates."""
     seen = {"head": set(), "layers": set()}

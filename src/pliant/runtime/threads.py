@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import Thread
 
 import torch
 
@@ -18,17 +19,17 @@ def threads() -> int:
 
 @contextmanager
 def torch_on_one() -> Iterator[None]:
-    """Everything but the kernels on one thread.
+    """Everything but the kernels on one thread, in this thread of Python.
 
     For code that does little between them. torch's threads wait for milliseconds, busily, after each operation that they
     share, on the cores that the kernels' threads are about to use.
     """
     before, held = torch.get_num_threads(), _held.set(threads())
-    torch.set_num_threads(1)
+    _here(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        _here(before)
         _held.reset(held)
 
 
@@ -39,8 +40,17 @@ def torch_on_all() -> Iterator[None]:
         yield
         return
     before = torch.get_num_threads()
-    torch.set_num_threads(threads())
+    _here(threads())
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        _here(before)
+
+
+def _here(count: int) -> None:
+    """Threads of torch in this thread of Python. torch has it hold for those, too, that have not used it yet: they get all."""
+    torch.set_num_threads(count)
+    if count != threads():
+        restoring = Thread(target=torch.set_num_threads, args=(threads(),))
+        restoring.start()
+        restoring.join()
