@@ -57,6 +57,11 @@ constexpr int64_t step_inputs(Format f) { return f == Format::bf16 ? 2 : f == Fo
 // Bytes of mask that belong to the 64 bytes of a step.
 constexpr int64_t mask_bytes(Format f) { return f == Format::bf16 ? 4 : f == Format::int8 ? 8 : 16; }
 
+// Bytes of the scales of all panels; `groups` of int4 for every output.
+constexpr int64_t scale_bytes(Format f, int64_t panels, int64_t groups) {
+  return f == Format::bf16 ? 0 : panels * kPanel * (f == Format::int8 ? 4 : 2 * groups);
+}
+
 // A packed matrix, looked at: pointers into the memory that holds it. None needs an alignment.
 struct Matrix {
   Format format;

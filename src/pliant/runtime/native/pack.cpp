@@ -236,11 +236,8 @@ Packing::Packing(const float* weight, int64_t rows, int64_t columns, Format form
   header_.group = format == Format::int4 ? static_cast<uint32_t>(group) : 0;
   header_.rows = rows;
   header_.columns = columns;
-  const int64_t scale_bytes = format == Format::bf16   ? 0
-                              : format == Format::int8 ? panels_ * kPanel * 4
-                                                       : panels_ * groups_ * kPanel * 2;
   header_.scales = sizeof(Header);
-  header_.offsets = aligned(header_.scales + scale_bytes);
+  header_.offsets = aligned(header_.scales + scale_bytes(format, panels_, groups_));
   header_.masks = aligned(header_.offsets + (sparse ? 8 * (panels_ + 1) : 0));
   header_.values = aligned(header_.masks + (sparse ? panels_ * steps_ * mask_bytes(format) : 0));
   header_.stored = rows * columns;
@@ -357,12 +354,9 @@ std::string open(const uint8_t* data, int64_t size, bool full, int threads, Matr
   if (grouped ? h.group != 32 && h.group != 64 && h.group != 128 : h.group != 0) return "its header gives an impossible group";
   m.group = grouped ? h.group : h.columns;
   m.groups = ceil_div(h.columns, m.group);
-  const int64_t scale_bytes = m.format == Format::bf16   ? 0
-                              : m.format == Format::int8 ? m.panels * kPanel * 4
-                                                         : m.panels * m.groups * kPanel * 2;
   const int64_t offset_bytes = h.sparse ? 8 * (m.panels + 1) : 0;
   const int64_t masks = h.sparse ? m.panels * m.steps * mask_bytes(m.format) : 0;
-  const bool fits = h.scales == static_cast<int64_t>(sizeof h) && h.offsets >= h.scales + scale_bytes &&
+  const bool fits = h.scales == static_cast<int64_t>(sizeof h) && h.offsets >= h.scales + scale_bytes(m.format, m.panels, m.groups) &&
                     h.masks >= h.offsets + offset_bytes && h.values >= h.masks + masks && h.offsets <= size &&
                     h.masks <= size && h.values <= size;
   if (!fits) return "the parts that its header speaks of do not fit into it";

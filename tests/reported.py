@@ -1,0 +1,105 @@
+"""A report as `pliant compress` makes it, of a model that was never there."""
+
+
+def removal(stage, unit, loss, ratio, perplexity=None):
+    return {
+        "stage": stage,
+        "unit": unit,
+        "loss": loss,
+        "perplexity": perplexity,
+        "ratio": ratio,
+        "parameters": 1000,
+        "macs": 900,
+    }
+
+
+def quality(perplexity, acc):
+    row = {"perplexity": perplexity, "loss": 2.5, "stderr": 0.1, "windows": 8, "seqlen": 64}
+    task = {"acc": acc, "acc_norm": acc + 0.01, "stderr": 0.02, "questions": 50}
+    return {"perplexity": {"held-out.txt": row}, "tasks": {"arc": task}}
+
+
+def costs(parameters, quality):
+    return {
+        "parameters": parameters,
+        "macs_per_token": parameters,
+        "weight_bytes": 4 * parameters,
+        "streamed_bytes": 4 * parameters,
+        "cache_bytes_per_token": parameters // 100,
+        "quality": quality,
+    }
+
+
+def _counters(steps):
+    return {
+        "steps": steps,
+        "scores": 40,
+        "evaluations": 30,
+        "replayed": 10,
+        "block_forwards": 1234.0,
+        "seconds": 75.0,
+        "windows": [8, 64],
+    }
+
+
+STEP = {
+    "settings": {"step": "multipruner", "ratio": 0.2, "split": "44:52:4", "mlp_group": None},
+    "data": {"source": "prose.txt", "rows": 200, "hash": "abc"},
+    "parameters_before": 2_000_000,
+    "parameters_after": 1_600_000,
+    "seconds": 95.2,
+    "peak_memory": 538060032,
+    "points": [
+        removal("blocks", "layers.2.attention", 2.6, 0.08, 13.463),
+        removal("blocks", "layers.1.mlp", 2.7, 0.15, 14.879),
+        removal("mlp channels", "layers.0.mlp.channels", 2.8, 0.2, 16.444),
+    ],
+    "counters": {"blocks": _counters(2), "mlp channels": _counters(1)},
+}
+
+PACKED = {
+    "settings": {"step": "packed", "format": "int4"},
+    "data": None,
+    "parameters_before": 1_600_000,
+    "parameters_after": 1_600_000,
+    "seconds": 0.4,
+    "peak_memory": 538060032,
+    "packed": {"lm_head": {"format": "int8"}, "layers.0.up": {"format": "int4"}, "layers.0.down": {"format": "int4"}},
+    "bits": 4.375,
+    "native": False,
+    "why_not_native": "its norm is Odd<Norm>",
+}
+
+REPORT = {
+    "schema": 1,
+    "model": "models/pico",
+    "ratio": 0.2,
+    "before": costs(2_000_000, quality(12.5, 0.5)),
+    "after": costs(1_600_000, quality(16.789, 0.44)),
+    "layers": {
+        f"layers.{layer}.{kind}": kept
+        for layer, attention, mlp in [(0, 1.0, 0.75), (1, 1.0, 0.0), (2, 0.0, 1.0), (3, 1.0, 1.0)]
+        for kind, kept in [("attention.kv", attention), ("mlp.channels", mlp)]
+    },
+    "steps": [STEP],
+    "machine": {"cpu": "Some CPU", "cores": 2, "threads": 2, "system": "Linux"},
+    "versions": {"pliant": "0.1.0", "torch": "2.13.0"},
+}
+
+
+def _rate(median):
+    return {"median": median, "p10": median * 0.9, "p90": median * 1.1}
+
+
+def with_speed():
+    return REPORT | {
+        "speed": {
+            "model": {"prefill": _rate(240.0), "decode": _rate(52.0)},
+            "against": {"prefill": _rate(200.0), "decode": _rate(40.0)},
+            "speedup": {"prefill": _rate(1.2), "decode": _rate(1.3)},
+            "settings": {"prompt": 256, "tokens": 32, "batch": 1, "repeats": 5},
+            "threads": 2,
+            "peak_memory": 538060032,
+        },
+        "predicted": {"prefill": 1.27, "decode": 1.23},
+    }
