@@ -60,7 +60,15 @@ def test_a_duration_is_never_off_by_more_than_its_last_digit(seconds):
 
 @pytest.mark.parametrize(
     ("count", "shown"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (538060032, "513 MiB"), (2**30, "1.0 GiB"), (2**41, "2048.0 GiB")],
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1 KiB"),
+        (538060032, "513 MiB"),
+        (1023 * 2**20 + 2**19, "1.0 GiB"),
+        (2**30, "1.0 GiB"),
+        (2**41, "2048.0 GiB"),
+    ],
 )
 def test_a_size_is_short(count, shown):
     assert size(count) == shown

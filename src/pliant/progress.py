@@ -32,7 +32,7 @@ def duration(seconds: float) -> str:
 def size(count: float) -> str:
     """``538060032`` bytes -> ``513 MiB``."""
     for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
+        if round(count) < 1024:
             return f"{count:.0f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
