@@ -32,11 +32,24 @@ One YAML file beside this one describes the repeated layer of a family::
           experts.down_proj: [experts, hidden, channels]    # a parameter: a stack of matrices, one an expert
           q_norm?: [head]           # there only in some models of the family
           odd: whole                # goes with its block and is never cut
+        roles: {q: q_proj, k: k_proj, v: v_proj, o: o_proj}    # which weight does what, for native runs
+    native:                         # optional: how pliant's kernels run all layers in one call
+      models: {llama: {}, mistral: {window: config.sliding_window}, smollm3: {window: sliding_window, rotates: use_rope}}
+      embedding: embed_tokens       # beside the list of layers, as are the next two
+      norm: norm
+      rotary: rotary_emb
+      activation: hidden_act        # the config key of the MLP's activation
+      scale: scaling                # the attribute of attention that its scores are multiplied by
 
 An axis counts in units (heads, channels); ``unit`` is how many elements wide one is. Sizes and units are numbers or
 config keys; where a key may be absent, ``n_inner or 4 * hidden_size`` says what stands for it. When f lies open in the
 layer, ``module: [fc1, fc2]`` lists the modules it is made of, and weights are named from the layer; the last one gives
 f. A norm that several blocks of a layer list is shared: it stays.
+
+``roles`` are q, k, v, o, and q_norm and k_norm where they are, of an attention; gate, up and down of an MLP. ``native`` lists the
+model types whose layers are known to be: an RMS norm before each block, rotary positions, softmax attention, a gated MLP. With a
+type come the attributes of its attention that say how many tokens a token sees (``window``) and whether positions are rotated in
+(``rotates``); ``config.x`` is a key of the config.
 """
 
 from __future__ import annotations
@@ -100,6 +113,7 @@ class BlockSpec:
         guard: the config key whose override makes transformers alone refuse a config in which the block is gone; None
             when those of its axes do.
         cached: config key -> how many heads are in the cache when it is set and none before it is.
+        roles: role -> name of the weight that has it.
     """
 
     kind: str
@@ -114,6 +128,7 @@ class BlockSpec:
     scores: str | None = None
     cached: dict[str, int | str] | None = None
     attributes: dict[str, str] | None = None
+    roles: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def module(self) -> str:
@@ -127,10 +142,30 @@ class BlockSpec:
 
 
 @dataclass(frozen=True)
+class NativeSpec:
+    """Where a native run of all layers finds the parts that are in no block.
+
+    Attributes:
+        models: model type -> ``window`` and ``rotates``: attributes of its attention, or config keys.
+        embedding, norm, rotary: modules beside the list of layers.
+        activation: config key of the MLP's activation.
+        scale: attribute of attention that its scores are multiplied by.
+    """
+
+    models: Mapping[str, Mapping[str, str]]
+    embedding: str
+    norm: str
+    rotary: str
+    activation: str
+    scale: str
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A model family: where its layers are, which dimensions can shrink, which blocks a layer runs.
 
     Attributes:
+        native: how all layers are run in one native call; None where they cannot be.
         raw: the content of the file it was read from.
     """
 
@@ -142,6 +177,7 @@ class Architecture:
     blocks: tuple[BlockSpec, ...]
     returns_tuple: bool
     raw: Mapping[str, Any] = field(repr=False, compare=False)
+    native: NativeSpec | None = None
 
     def leader(self, axis: str) -> str:
         """The axis that decides: ``heads`` follows ``kv`` in grouped-query attention."""
@@ -153,10 +189,27 @@ class Architecture:
         return tuple(name for name, axis in self.axes.items() if axis.follows is None and name in used)
 
 
+ROLES = ("q", "k", "v", "o", "q_norm", "k_norm", "gate", "up", "down")
+_NATIVE = tuple(NativeSpec.__dataclass_fields__)
 _KEYS = {
-    "file": {"models", "layers", "output", "fixed", "axes", "blocks"},
+    "file": {"models", "layers", "output", "fixed", "axes", "blocks", "native"},
+    "native": set(_NATIVE),
     "axis": {"size", "unit", "follows", "cut", "active", "multiple"},
-    "block": {"module", "norms", "output", "residual", "guard", "slot", "scores", "cached", "attributes", "weights"},
+    "block": {
+        *(
+            "module",
+            "norms",
+            "output",
+            "residual",
+            "guard",
+            "slot",
+            "scores",
+            "cached",
+            "attributes",
+            "roles",
+            "weights",
+        ),
+    },
 }
 
 
@@ -177,7 +230,7 @@ def parse(name: str, raw: Any) -> Architecture:
         return given
 
     top = known("the file", raw, "file")
-    for key in sorted(_KEYS["file"] - {"fixed", "output"} - set(top)):
+    for key in sorted(_KEYS["file"] - {"fixed", "output", "native"} - set(top)):
         faults.append(f"the key {key!r} is missing")
     fixed = top.get("fixed") or {}
     axes: dict[str, AxisSpec] = {}
@@ -247,6 +300,9 @@ def parse(name: str, raw: Any) -> Architecture:
             faults.append(f"block {kind!r}: cached maps config keys to heads, it is {spec['cached']!r}")
         if spec.get("scores") is not None:
             part(f"scores of block {kind!r}", spec["scores"])
+        roles = spec.get("roles") or {}
+        if not isinstance(roles, dict) or not set(roles) <= set(ROLES) or not set(roles.values()) <= set(weights):
+            faults.append(f"block {kind!r}: roles map {', '.join(ROLES)} to weights of the block, not {roles!r}")
         used = {one.axis for dims in weights.values() for dim in dims or () for one in dim}
         if not spec.get("guard") and not any(axes[axis].config_key for axis in used if axis in axes):
             faults.append(f"block {kind!r} needs 'guard': none of its axes has a config key of its own")
@@ -264,15 +320,27 @@ def parse(name: str, raw: Any) -> Architecture:
                 scores=spec.get("scores"),
                 cached=spec.get("cached"),
                 attributes=attributes,
+                roles=roles,
             )
         )
+    native = None
+    if "native" in top:
+        given = known("native", top["native"], "native")
+        faults += [f"native needs {key!r}" for key in _NATIVE if key not in given]
+        models = given.get("models")
+        words = models.values() if isinstance(models, dict) else [None]
+        if not all(isinstance(one, dict) and set(one) <= {"window", "rotates"} for one in words):
+            faults.append(f"native: models maps model types to window and rotates, or to {{}}; not {models!r}")
+        if not faults:
+            native = NativeSpec(**given)
     if top.get("output", "tensor") not in ("tensor", "tuple"):
         faults.append(f"the output of a layer is 'tensor' or 'tuple', not {top['output']!r}")
     if faults:
         listed = "\n".join(f"  {i}. {fault}" for i, fault in enumerate(faults, 1))
         raise ArchitectureError(f"architecture file {name!r} has {len(faults)} fault(s):\n{listed}")
     returns_tuple = top.get("output") == "tuple"
-    return Architecture(name, tuple(top["models"]), str(top["layers"]), fixed, axes, tuple(blocks), returns_tuple, raw)
+    layers = str(top["layers"])
+    return Architecture(name, tuple(top["models"]), layers, fixed, axes, tuple(blocks), returns_tuple, raw, native)
 
 
 @cache

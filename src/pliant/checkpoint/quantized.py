@@ -23,7 +23,6 @@ from torch import nn
 
 from pliant.checkpoint.quantizer import VERSION, PackedConfig
 from pliant.errors import ArtefactError, PackedError
-from pliant.runtime.decoder import run_natively
 from pliant.runtime.linear import Packed
 
 
@@ -106,4 +105,3 @@ def settle(model: nn.Module) -> None:
                 module.settle()
             except PackedError as error:
                 raise ArtefactError(f"{name}: {error}") from None
-    run_natively(model)

@@ -8,9 +8,9 @@ from typing import Any
 from pliant.anatomy import Null
 from pliant.checkpoint.load import load
 from pliant.checkpoint.quantized import held_bytes, packed_formats
+from pliant.compat.native import cached_bytes
 from pliant.elastic import Subnet, cache_bytes, check, described, macs, parameters, weight_bytes
 from pliant.measure.walk import store_bytes
-from pliant.runtime.decoder import cached_bytes
 
 
 def inspect(model: Any, *, self_check: bool = True) -> dict[str, Any]:

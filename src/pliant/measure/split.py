@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from pliant.compat.native import Native, plan_of
 from pliant.measure.speed import new_cache
 from pliant.measure.windows import check_model
-from pliant.runtime.decoder import Native, decoder_of
 from pliant.runtime.linear import Packed
 
 
@@ -31,10 +31,13 @@ def token_time(model: Any, *, prompt: int = 64, tokens: int = 32, seed: int = 0)
     ids = torch.randint(size, (1, prompt + tokens), generator=torch.Generator().manual_seed(seed))
     cache = new_cache(model)
     model(input_ids=ids[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    decoder = decoder_of(model.base_model) if isinstance(model.base_model, Native) else None
+    base = model.base_model
+    plan = plan_of(base) if isinstance(base, Native) else None
+    decoder = None if plan is None else plan.decoder
     if decoder is not None:
         decoder.spent[0] = decoder.spent[1] = 0
-    with _timed(model) as spent:
+    called = [model] if decoder is None else [m for m in model.children() if m is not base]
+    with _timed(called) as spent:
         began = time.perf_counter()
         for at in range(prompt, prompt + tokens):
             model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
@@ -48,8 +51,9 @@ def token_time(model: Any, *, prompt: int = 64, tokens: int = 32, seed: int = 0)
 
 
 @contextmanager
-def _timed(model: nn.Module) -> Iterator[dict[str, float]]:
-    """Seconds spent in linear layers, in attention modules, and in linear layers within these."""
+def _timed(roots: list[nn.Module]) -> Iterator[dict[str, float]]:
+    """Seconds spent in linear layers, in attention modules, and in linear layers within these. A native run takes a hook for a
+    reason to call modules one by one: there are none to be in what it runs."""
     spent = {"linears": 0.0, "attention": 0.0, "within": 0.0}
     inside: list[nn.Module] = []
     begun: dict[nn.Module, float] = {}
@@ -70,7 +74,8 @@ def _timed(model: nn.Module) -> Iterator[dict[str, float]]:
 
     wanted = [
         m
-        for n, m in model.named_modules()
+        for root in roots
+        for n, m in root.named_modules()
         if _is_linear(m) or n.rpartition(".")[2] in ("self_attn", "attn", "attention")
     ]
     handles = [module.register_forward_pre_hook(before) for module in wanted]

@@ -19,6 +19,7 @@ from pliant.anatomy import Anatomy
 from pliant.checkpoint.load import check_folder, load, tokenizer_of
 from pliant.checkpoint.quantized import held_bytes, packed_bytes
 from pliant.checkpoint.weights import fingerprint
+from pliant.compat.native import cached_bytes
 from pliant.data import Text, text
 from pliant.elastic import Subnet, cache_bytes, described, macs, parameters, streamed_bytes, weight_bytes
 from pliant.errors import BusyError, PliantError
@@ -31,7 +32,6 @@ from pliant.progress import Console, Progress
 from pliant.run.apply import apply
 from pliant.run.card import versions
 from pliant.run.save import check_target, save
-from pliant.runtime.decoder import cached_bytes
 from pliant.search import ArchiveError
 from pliant.step import Step
 

@@ -19,6 +19,8 @@ from pliant.runtime import reference
 from pliant.runtime.library import library
 from pliant.runtime.threads import threads
 
+METHOD = "pliant"
+"""Name of packed layers among the quantisation methods of transformers."""
 FORMATS = ("bf16", "int8", "int4")
 GROUPS = (32, 64, 128)
 """Inputs that may share a scale in int4."""

@@ -12,10 +12,10 @@ from torch import nn
 
 from pliant.checkpoint.quantized import record_packed
 from pliant.checkpoint.weights import check_finite
+from pliant.compat.native import run_natively
 from pliant.errors import PackedError
 from pliant.pages import pages_of
 from pliant.runtime.cache import Keeping
-from pliant.runtime.decoder import run_natively
 from pliant.runtime.grid import round_to_grid
 from pliant.runtime.linear import Packed
 from pliant.runtime.packed import FORMATS, GROUPS

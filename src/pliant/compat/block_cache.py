@@ -1,0 +1,164 @@
+"""A key-value cache of transformers that keeps :class:`pliant.runtime.cache.Blocks`.
+
+It takes the place of any cache: ``model.generate(..., past_key_values=pliant.BlockCache(...))``. A stock model gets all keys and
+values back as tensors at every step; a native run attends to the blocks as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from pliant.errors import PackedError
+from pliant.runtime.cache import Blocks, Keeping
+
+
+class BlockLayer(CacheLayerMixin):
+    """Keys and values of one layer. Those of a batch are heads beside each other."""
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, keeping: Keeping | None = None):
+        super().__init__()
+        self.keeping = keeping or Keeping()
+        self.blocks: Blocks | None = None
+        self.batch = 1
+
+    def open(self, batch: int, heads: int, width: int) -> Blocks:
+        """The blocks, made at the first token.
+
+        Raises:
+            PackedError: they hold another number of sequences, or heads of another number or width.
+        """
+        if self.blocks is None:
+            self.blocks = Blocks(self.keeping, batch * heads, width)
+            self.batch = batch
+            self.is_initialized = True
+        elif (self.batch, self.blocks.heads, self.blocks.width) != (batch, batch * heads, width):
+            raise PackedError(
+                f"this cache holds {self.batch} sequence(s) with {self.blocks.heads // self.batch} heads of {self.blocks.width}; "
+                f"{batch} with {heads} heads of {width} cannot be added"
+            )
+        return self.blocks
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Arguments: shape ``(batch, heads, tokens, width)`` each."""
+        self._open_for(key_states, value_states)
+
+    def _open_for(self, key_states: torch.Tensor, value_states: torch.Tensor) -> Blocks:
+        if value_states.shape != key_states.shape:
+            raise PackedError("keys and values of different shapes are not kept in blocks")
+        self.dtype, self.device = key_states.dtype, key_states.device
+        return self.open(key_states.shape[0], key_states.shape[1], key_states.shape[3])
+
+    def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Add tokens; shape ``(batch, heads, tokens, width)`` each."""
+        blocks = self._open_for(key_states, value_states)
+        flat = [s.float().permute(2, 0, 1, 3).reshape(s.shape[2], -1).contiguous() for s in (key_states, value_states)]
+        blocks.append(*flat)
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values, shape ``(batch, heads, tokens, width)``, float32.
+
+        Raises:
+            PackedError: nothing was added yet.
+        """
+        if self.blocks is None:
+            raise PackedError("this cache has no tokens to read")
+        keys, values = (states.unflatten(0, (self.batch, -1)) for states in self.blocks.read())
+        return keys, values
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add tokens and return all there are, as attention in transformers wants them.
+
+        The tokens of a call see each other, and what is not packed by then, as they are.
+        """
+        self._open_for(key_states, value_states)
+        before = self.read()
+        self.append(key_states, value_states)
+        both = zip(before, (key_states, value_states), strict=True)
+        keys, values = (torch.cat([old.to(new), new], 2) for old, new in both)
+        return keys, values
+
+    def bytes(self) -> int:
+        """Bytes that keys and values take."""
+        return 0 if self.blocks is None else self.blocks.bytes()
+
+    def get_seq_length(self) -> int:
+        return 0 if self.blocks is None else self.blocks.length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget so many tokens at the end, given below 0; above 0 it is the number of tokens that stay (until 5.14)."""
+        if self.blocks is not None and tokens_to_remove:
+            left = tokens_to_remove if tokens_to_remove > 0 else self.blocks.length() + tokens_to_remove
+            self.blocks.crop(max(0, left))
+
+    def reset(self) -> None:
+        self.blocks = None
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._again(lambda states: states[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._again(lambda states: states.repeat_interleave(repeats, 0))
+
+    def _again(self, change: Any) -> None:
+        """Rebuild from other rows of the batch."""
+        if self.blocks is not None:
+            keys, values = self.read()
+            self.reset()
+            self.append(change(keys), change(values))
+
+    def offload(self) -> None:
+        """It is where it belongs."""
+
+    prefetch = offload
+
+
+def may_be_blocks(layer: Any) -> bool:
+    """Whether a layer of a cache keeps keys and values and nothing else, so that a :class:`BlockLayer` can take its place."""
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+class BlockCache(Cache):
+    """A cache of :class:`BlockLayer` for ``generate`` of any decoder. A layer that keeps another state than keys and values, such
+    as that of a convolution, keeps it as transformers does.
+
+    Arguments:
+        config: the model's config, for the layers.
+        keeping: settings of :class:`Keeping`: ``format``, ``key_sparsity``, ``value_sparsity``, ``recent``, ``first``.
+
+    Raises:
+        PackedError: a setting is out of range, or no layer keeps keys and values alone.
+    """
+
+    def __init__(self, config: Any, **keeping: Any):
+        kept = Keeping(**keeping)
+        layers = [BlockLayer(kept) if may_be_blocks(layer) else layer for layer in DynamicCache(config=config).layers]
+        if not any(isinstance(layer, BlockLayer) for layer in layers):
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
+            raise PackedError(
+                f"no layer of {config.model_type} keeps keys and values alone (they are {kinds}); use the model's own cache"
+            )
+        super().__init__(layers=layers)
+
+    def bytes(self) -> int:
+        """Bytes that the keys and values in blocks take."""
+        return sum(layer.bytes() for layer in self.layers if isinstance(layer, BlockLayer))

@@ -1,0 +1,381 @@
+"""Have the layers of a transformers model run in one native call, wherever that computes the same.
+
+The base of a packed model gets a subclass of its own class. Its ``forward`` hands all layers to :mod:`pliant.runtime.decoder` when
+every argument is known, when nothing on the way is observed or replaced (hooks, adapters, other weights), in evaluation and
+without gradients. Everything else is computed by the class of transformers, layer by layer, with the same packed weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.output_capturing import _active_collector
+
+from pliant.compat.block_cache import BlockLayer, may_be_blocks
+from pliant.compat.plan import Plan, UnlikeError, read, watch_of
+from pliant.compat.watch import Watch
+from pliant.errors import ArchitectureError, PackedError
+from pliant.runtime.cache import Blocks, Keeping, per_token
+from pliant.runtime.library import library
+from pliant.runtime.linear import Packed
+from pliant.runtime.threads import threads, torch_on_all, torch_on_one
+
+NUDGE = 1e-6  # what rounding does; 8-bit activations make more of it, so it is measured how much
+AGREEMENT = 1e-3  # of hidden states, beside that
+TRIED = 16  # tokens that both ways are tried on
+CACHE = ("cache", "past_key_values")  # names of one argument: since 5.24 of transformers, and before
+KNOWN = {  # arguments of forward that a native run accounts for
+    *("input_ids", "attention_mask", "position_ids", *CACHE, "inputs_embeds", "use_cache"),
+    *("cache_position", "return_dict", "output_attentions", "output_hidden_states"),
+}
+CALLED = (
+    "logits_processor",
+    "stopping_criteria",
+)  # arguments of generate: lists of functions that it calls at every token
+BRING = ("assistant_model", "custom_generate")  # arguments that bring a loop or a model of their own
+
+
+class Native:
+    """What is put before a base model's own class: its forward pass in one native call, where that can be."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As that of the class behind it."""
+        own = super().forward  # pyright: ignore[reportAttributeAccessIssue]
+        kwargs = _renamed(kwargs, self)
+        if torch.compiler.is_compiling():
+            return own(*args, **kwargs)
+        given = _known(self, args, kwargs)
+        if given is not None and (output := _run(self, given)) is not None:
+            return output
+        with torch_on_all():
+            return own(*args, **kwargs)
+
+    def __reduce__(self: Any) -> Any:
+        """A copy, or what is unpickled, makes a native decoder of its own."""
+        state = {name: value for name, value in vars(self).items() if name != "_pliant_native"}
+        return _empty, (type(self).__mro__[2],), state
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        return self.__reduce__()
+
+
+@functools.cache
+def native_class(own: type) -> type:
+    """A base model's class that runs natively where it can."""
+    return type(own.__name__, (Native, own), {"__module__": own.__module__, "__qualname__": own.__qualname__})
+
+
+def _empty(own: type) -> Any:
+    return object.__new__(native_class(own))
+
+
+@functools.cache
+def _arguments(own: type) -> tuple[str, ...]:
+    """Names of the arguments of a class's forward, in order."""
+    forward: Any = own.forward  # pyright: ignore[reportAttributeAccessIssue]
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def _known(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The arguments of a call that are given, by name. None when one of them, or what is about, is not known."""
+    names = _arguments(type(base).__mro__[2])
+    if len(args) > len(names):
+        return None
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given.keys() <= KNOWN:
+        return None
+    asked = [given.pop(n, getattr(base.config, n, False)) for n in ("output_attentions", "output_hidden_states")]
+    if any(asked) or given.pop("return_dict", getattr(base.config, "return_dict", True)) is not True:
+        return None
+    inputs = [given[name] for name in ("input_ids", "inputs_embeds") if name in given]
+    if len(inputs) != 1 or type(inputs[0]) is not torch.Tensor or inputs[0].device.type != "cpu":
+        return None
+    if base.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or _observed():
+        return None
+    return given
+
+
+def _observed() -> bool:
+    """Whether somebody counts, records or changes operations of torch or outputs of modules."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()
+        or nn.modules.module._global_forward_hooks
+        or nn.modules.module._global_forward_pre_hooks
+        or _active_collector.get()
+    )
+
+
+def _run(base: Any, given: Mapping[str, Any]) -> Any:
+    """One native pass; None, and no token is added to a cache, where it would not compute the same."""
+    plan = plan_of(base)
+    if plan is None:
+        return None
+    embeds = given.get("inputs_embeds")
+    rows, tokens = (given["input_ids"] if embeds is None else embeds).shape[:2]
+    cache = given.get(cache_name(base))
+    if cache is None and given.get("use_cache", base.config.use_cache):
+        cache = DynamicCache(config=base.config)
+    if not rows * tokens or (cache is not None and not (rows == 1 and _in_blocks(cache, base, plan))):
+        return None
+    before = 0 if cache is None else cache.get_seq_length()
+    here = torch.arange(before, before + tokens)
+    mask, places = given.get("attention_mask"), given.get("cache_position")
+    if mask is not None and not (tuple(mask.shape) == (rows, before + tokens) and bool(mask.all())):
+        return None
+    if places is not None and not torch.equal(places.flatten(), here):
+        return None
+    positions = given.get("position_ids", here[None])
+    if positions.dim() != 2 or positions.shape[1] != tokens or not bool((positions.diff() == 1).all()):
+        return None  # several sequences in a row, which do not see each other
+    if embeds is None:
+        embeds = base.get_submodule(plan.words.embedding)(given["input_ids"])
+    stream = embeds.to(torch.float32, copy=True).contiguous()
+    angles = base.get_submodule(plan.words.rotary)(stream, position_ids=positions)
+    cosine, sine = (table.float().contiguous() for table in angles)
+    for row in range(rows):
+        own = min(row, cosine.shape[0] - 1)
+        if not plan.decoder.run(stream[row], cosine[own], sine[own], _kept_in(cache, plan)):
+            return None
+    output: dict[str, Any] = {"last_hidden_state": stream.to(embeds.dtype), cache_name(base): cache}
+    return BaseModelOutputWithPast(**output)
+
+
+def cache_name(base: Any) -> str:
+    """How a native base model calls the cache, as an argument and in its output."""
+    return next(name for name in CACHE if name in _arguments(type(base).__mro__[2]))
+
+
+def _renamed(kwargs: dict[str, Any], base: Any) -> dict[str, Any]:
+    """Arguments with the cache under the name that this transformers has for it; as they are where both names are given."""
+    name = cache_name(base)
+    other = next(other for other in CACHE if other != name)
+    if other not in kwargs or name in kwargs:
+        return kwargs
+    return {name if key == other else key: value for key, value in kwargs.items()}
+
+
+def _in_blocks(cache: Any, base: Any, plan: Plan) -> bool:
+    """Whether a cache keeps blocks of one sequence; an empty dynamic one, as ``generate`` makes it, is made to, in the way that
+    the model's config says."""
+    layers = getattr(cache, "layers", [])
+    if len(layers) <= max(slot for slot in plan.slots if slot is not None):
+        return False
+    if all(type(layer) is BlockLayer for layer in layers):
+        return all(layer.blocks is None or layer.batch == 1 for layer in layers)
+    if type(cache) is not DynamicCache or cache.offloading or cache.get_seq_length():
+        return False
+    if not all(map(may_be_blocks, layers)):
+        return False
+    keeping = _keeping(base)
+    layers[:] = [BlockLayer(keeping) for _ in layers]
+    return True
+
+
+def _kept_in(cache: Any, plan: Plan) -> list[Blocks | None]:
+    """Where each layer keeps its tokens: in a cache, or, without one, only as long as the pass takes."""
+    kept: list[Blocks | None] = []
+    for slot, heads in zip(plan.slots, plan.decoder.heads, strict=True):
+        layer = BlockLayer() if cache is None or slot is None else cache.layers[slot]
+        kept.append(None if slot is None else layer.open(1, heads, plan.decoder.width))
+    return kept
+
+
+def _keeping(base: Any) -> Keeping:
+    """How the caches that a model makes itself keep their tokens."""
+    return Keeping(**getattr(getattr(base.config, "quantization_config", None), "cache", {}))
+
+
+def plan_of(base: Any) -> Plan | None:
+    """How a base model is run natively as it is now; None where it is not. Read again after whatever it relies on has changed."""
+    known: tuple[Plan | None, Watch] | None = vars(base).get("_pliant_native")
+    if known is None or not known[1].unchanged():
+        known = _read(base)
+    return None if known is None or known[0] is None or not known[1].evaluating() else known[0]
+
+
+def _read(base: Any) -> tuple[Plan | None, Watch]:
+    watch = watch_of(base)
+    try:
+        known = read(base, watch), watch
+    except (UnlikeError, ArchitectureError, PackedError):
+        known = None, watch
+    base._pliant_native = known
+    return known
+
+
+def run_natively(model: nn.Module) -> str:
+    """Have the base of a packed model run natively, if it is of the kind that can be: both ways are tried on a few tokens, at the
+    beginning and at the end of its context, and a few are generated.
+
+    Returns:
+        Why not, or nothing.
+    """
+    base: Any = getattr(model, "base_model", model)
+    if library() is None:
+        return "there are no kernels"
+    if not hasattr(base, "config"):
+        return "it is no model of transformers"
+    if isinstance(base, Native):
+        return "" if plan_of(base) is not None else "its layers are no longer those that were packed"
+    own, was_training = type(base), base.training
+    base.eval()
+    agreed = False
+    try:
+        watch = watch_of(base)
+        plan = read(base, watch)
+        expected = [_try(base, start) for start in _starts(base)]
+        nudged = [_try(base, start, 1 + NUDGE) for start in _starts(base)]
+        base.__class__ = native_class(own)
+        base._pliant_native = plan, watch
+        for start, a, b in zip(_starts(base), expected, nudged, strict=True):
+            found = _ran(plan, 1, lambda start=start: _try(base, start))
+            _compare(found, a, b, f"at position {start}")
+        _generates(model, plan)
+        agreed = True
+    except (UnlikeError, ArchitectureError, PackedError) as reason:
+        return str(reason)
+    finally:
+        base.train(was_training)
+        if not agreed:
+            base.__class__ = own
+            vars(base).pop("_pliant_native", None)
+    if model is not base and hasattr(model, "generate"):
+        vars(model)["generate"] = functools.partial(_generate, model)
+    return ""
+
+
+def _starts(base: Any) -> list[int]:
+    """Positions that are tried: the first, and the last ones that the model was made for."""
+    return sorted({0, max(0, getattr(base.config, "max_position_embeddings", 0) - TRIED)})
+
+
+@torch.inference_mode()
+def _try(base: Any, start: int, factor: float = 1.0) -> torch.Tensor:
+    """Hidden states of a few tokens, computed in float32."""
+    embedding = base.get_input_embeddings()
+    ids = torch.arange(TRIED).view(1, -1) * 97 % embedding.weight.shape[0]
+    positions = torch.arange(start, start + TRIED)[None]
+    embeds = embedding(ids).float() * factor
+    return base(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
+
+
+def _ran(plan: Plan, passes: int, compute: Callable[[], Any]) -> Any:
+    """The result of what has to run natively.
+
+    Raises:
+        UnlikeError: it did not.
+    """
+    before = plan.decoder.runs
+    result = compute()
+    if plan.decoder.runs != before + passes:
+        raise UnlikeError("transformers calls it with arguments that native runs do not know")
+    return result
+
+
+def _compare(found: torch.Tensor, expected: torch.Tensor, nudged: torch.Tensor, where: str) -> None:
+    off = _apart(found, expected)
+    if not off <= AGREEMENT + 3 * _apart(nudged, expected):
+        raise UnlikeError(f"its layers compute something else: {off:.1%} off {where}")
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    """How far apart hidden states are at the median token, relative to their size."""
+    return float(((a.float() - b.float()).norm(dim=-1) / b.float().norm(dim=-1)).median())
+
+
+@torch.inference_mode()
+def _generates(model: Any, plan: Plan, tokens: int = 4) -> None:
+    """Generate with a cache and compare with a pass without.
+
+    Raises:
+        UnlikeError: they differ, or it did not run natively.
+    """
+    if not (hasattr(model, "can_generate") and model.can_generate()):
+        return
+    ids = torch.arange(TRIED).view(1, -1) * 89 % model.get_input_embeddings().weight.shape[0]
+    settings = model.generation_config
+    model.generation_config = GenerationConfig()  # its own may ask for anything
+    try:
+        made = _ran(
+            plan,
+            tokens,
+            lambda: model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                do_sample=False,
+                use_cache=True,
+                output_logits=True,
+                return_dict_in_generate=True,
+            ),
+        )
+    finally:
+        model.generation_config = settings
+    whole = model(made.sequences[:, :-1], use_cache=False).logits[:, -tokens:]
+    off = _apart(torch.stack(made.logits, 1), whole)
+    if not off <= AGREEMENT:
+        raise UnlikeError(f"generating with a cache gives other logits than without: {off:.1%} off")
+
+
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """transformers' ``generate``, on one thread where all that does much is native. Functions that the caller brings along have
+    all threads."""
+    own = type(model).generate
+    kwargs = _renamed(kwargs, model.base_model)
+    if threads() == 1 or "forward" in vars(model) or not isinstance(model.get_output_embeddings(), Packed):
+        return own(model, *args, **kwargs)
+    given = inspect.signature(own).bind(model, *args, **kwargs)
+    others = {**given.arguments, **given.arguments.get("kwargs", {})}
+    if any(others.get(name) is not None for name in BRING):
+        return own(model, *args, **kwargs)
+    for name in CALLED:
+        if given.arguments.get(name):
+            given.arguments[name] = type(given.arguments[name])(map(_on_all, given.arguments[name]))
+    if given.arguments.get("prefix_allowed_tokens_fn"):
+        given.arguments["prefix_allowed_tokens_fn"] = _on_all(given.arguments["prefix_allowed_tokens_fn"])
+    with torch_on_one():
+        return own(*given.args, **given.kwargs)
+
+
+def _on_all(function: Any) -> Any:
+    """The same function, or object that can be called, with all threads while it runs."""
+    kind = type(function)
+    if kind.__module__.startswith("transformers."):
+        return function  # does little, and generate looks at its type
+
+    def with_all(call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            with torch_on_all():
+                return call(*args, **kwargs)
+
+        return called
+
+    if inspect.isroutine(function):
+        return with_all(function)
+    try:
+        twin = object.__new__(type(kind.__name__, (kind,), {"__call__": with_all(kind.__call__)}))
+        twin.__dict__ = function.__dict__  # what it remembers, its owner remembers
+    except (TypeError, AttributeError):
+        return function
+    return twin
+
+
+def cached_bytes(model: nn.Module) -> int | None:
+    """Bytes that a token takes in the cache of a model that runs natively, once it is packed; None for any other."""
+    base: Any = getattr(model, "base_model", model)
+    plan = plan_of(base) if isinstance(base, Native) else None
+    if plan is None:
+        return None
+    return round(sum(per_token(_keeping(base), heads, plan.decoder.width) for heads in plan.decoder.heads if heads))

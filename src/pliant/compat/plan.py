@@ -1,0 +1,208 @@
+"""Read the layers of a transformers model for a native run, by what its architecture file says of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from pliant.anatomy import Anatomy, Block, anatomy_of, described_by, layers_of, plain_config
+from pliant.architecture import NativeSpec
+from pliant.compat.watch import Watch
+from pliant.runtime.decoder import ACTIVATIONS, Decoder, Layer, decoder
+from pliant.runtime.linear import Packed
+
+ROPE = {  # keys of rope_parameters that a model's rotary module accounts for in its angles
+    *(
+        "rope_type",
+        "type",
+        "rope_theta",
+        "partial_rotary_factor",
+        "factor",
+        "original_max_position_embeddings",
+        "truncate",
+    ),
+    *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "short_factor", "long_factor"),
+    *("low_freq_factor", "high_freq_factor"),
+}
+CONFIG = {  # keys that a config class may declare and that change nothing here beside what is read from the modules
+    *(
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ),
+    *("head_dim", "hidden_act", "rms_norm_eps", "max_position_embeddings", "initializer_range", "use_cache"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "pretraining_tp", "rope_parameters"),
+    *("attention_bias", "mlp_bias", "attention_dropout", "use_sliding_window", "sliding_window", "max_window_layers"),
+    *("layer_types", "no_rope_layers", "no_rope_layer_interval", "ignore_keys_at_rope_validation"),
+}
+
+
+class UnlikeError(Exception):
+    """A model is not of the kind that is run natively, or not any more, and why."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A native decoder and how it is called.
+
+    Attributes:
+        slots: where each layer keeps its tokens in a cache; None for one without attention.
+        words: where the parts beside the layers are.
+    """
+
+    decoder: Decoder
+    slots: list[int | None]
+    words: NativeSpec
+
+
+def watch_of(base: Any) -> Watch:
+    """A watch over all modules of a base model that a native run does the work of.
+
+    Raises:
+        UnlikeError: it is of no family that is run natively.
+    """
+    words = described_by(base.config).native
+    if words is None or base.config.model_type not in words.models:
+        raise UnlikeError(f"{base.config.model_type} is not among the families that are run natively")
+    called = {id(module) for path in (words.embedding, words.rotary) for module in base.get_submodule(path).modules()}
+    return Watch([m for m in base.modules() if m is not base and id(m) not in called], [base], base.config)
+
+
+def read(base: Any, watch: Watch) -> Plan:
+    """A native decoder of the layers that a base model has now.
+
+    Raises:
+        UnlikeError, pliant.PliantError: they are of another kind.
+    """
+    anatomy = anatomy_of(base)
+    words: Any = anatomy.architecture.native
+    config = plain_config(base.config)
+    _refuse_config(config)
+    if (foreign := watch.foreign()) != "":
+        raise UnlikeError(foreign)
+    activation = watch.setting(words.activation)
+    if activation not in ACTIVATIONS:
+        raise UnlikeError(f"its activation is {activation}")
+    norms = _Norms(base.get_submodule(words.norm), watch)
+    stack = layers_of(base, anatomy.architecture)
+    if watch.setting("num_hidden_layers") != len(stack):
+        raise UnlikeError("only some of its layers are run")
+    reader = _Reader(anatomy, words, words.models[config.model_type], norms, watch)
+    layers = [reader.layer(layer, index) for index, layer in enumerate(stack)]
+    if reader.width is None:
+        raise UnlikeError("it has no attention")
+    made = decoder(
+        layers,
+        hidden=config.hidden_size,
+        width=reader.width,
+        activation=activation,
+        epsilon=norms.epsilon,
+        scale=reader.scale,
+        final_norm=norms.final,
+    )
+    watch.settle()
+    return Plan(made, reader.slots, words)
+
+
+def _refuse_config(config: Any) -> None:
+    """Raise unless every key that could change what the layers compute is known."""
+    common = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    for key in sorted({field.name for field in dataclasses.fields(config)} - common - CONFIG):
+        value = getattr(config, key, None)
+        if value not in (None, False, getattr(type(config), key, None)):
+            raise UnlikeError(f"its config has {key}={value!r}, which native runs do not know")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if unknown := sorted(set(rope) - ROPE):
+        raise UnlikeError(f"its rope_parameters have {unknown[0]!r}, which native runs do not know")
+    if getattr(config, "is_causal", None) is False:
+        raise UnlikeError("its tokens see those behind them")
+
+
+class _Norms:
+    """The norms of a model: RMS norms of one class and one epsilon."""
+
+    def __init__(self, final: nn.Module, watch: Watch):
+        self.kind, self.watch = type(final), watch
+        self.epsilon = self._epsilon(final)
+        self.final = self.weight(final)
+
+    def weight(self, norm: nn.Module) -> torch.Tensor:
+        """Shape ``(hidden,)``, or ``(width,)`` of a norm over heads."""
+        if type(norm) is not self.kind or self._epsilon(norm) != self.epsilon:
+            raise UnlikeError("its norms are not all alike")
+        return norm.get_parameter("weight").detach()
+
+    def _epsilon(self, norm: nn.Module) -> float:
+        found = [self.watch.read(norm, key) for key in ("variance_epsilon", "eps")]
+        return next((value for value in found if value is not None), float("nan"))
+
+
+class _Reader:
+    def __init__(self, anatomy: Anatomy, words: NativeSpec, kind: Mapping[str, str], norms: _Norms, watch: Watch):
+        self.anatomy, self.words, self.kind, self.norms, self.watch = anatomy, words, kind, norms, watch
+        self.width: int | None = None
+        self.scale = float("nan")
+        self.slots: list[int | None] = []
+
+    def layer(self, layer: nn.Module, index: int) -> Layer:
+        """What is in one layer.
+
+        Raises:
+            UnlikeError: something else than a native run knows.
+        """
+        given: dict[str, Any] = {"packed": {}, "norms": {}}
+        self.slots.append(None)
+        for spec in self.anatomy.architecture.blocks:
+            block = self.anatomy.blocks.get(f"layers.{index}.{spec.kind}")
+            if block is None:
+                continue
+            modules = {role: layer.get_submodule(spec.prefix + path) for role, path in spec.roles.items()}
+            packed = {role: module for role, module in modules.items() if not role.endswith("_norm")}
+            if not all(isinstance(module, Packed) for module in packed.values()) or not spec.roles:
+                raise UnlikeError("not all of its linear layers are packed")
+            given["packed"] |= packed
+            given["norms"] |= {r: self.norms.weight(module) for r, module in modules.items() if r.endswith("_norm")}
+            name = "attention_norm" if "q" in packed else "mlp_norm"
+            given["norms"][name] = self.norms.weight(layer.get_submodule(spec.norms[0]))
+            if "q" in packed:
+                given |= self._attention(layer.get_submodule(spec.module), block, index)
+        return Layer(**given)
+
+    def _attention(self, attention: nn.Module, block: Block, index: int) -> dict[str, Any]:
+        heads, kv_heads = (
+            block.axes[block.spec.weights[block.spec.roles[role]][0][0].axis]  # pyright: ignore[reportOptionalSubscript]
+            for role in ("q", "k")
+        )
+        scale = self.watch.read(attention, self.words.scale)
+        if self.width is None:
+            self.width, self.scale = heads.unit, scale
+        if scale is None or (heads.unit, scale) != (self.width, self.scale):
+            raise UnlikeError("its layers have heads of different widths or scales")
+        if self.watch.read(attention, "is_causal") is False:
+            raise UnlikeError("its tokens see those behind them")
+        slot = None if block.spec.slot is None else self.watch.read(attention, block.spec.slot)
+        self.slots[-1] = index if slot is None else slot
+        rotates = self.kind.get("rotates")
+        return {
+            "heads": heads.size,
+            "kv_heads": kv_heads.size,
+            "window": self._window(attention),
+            "rotates": rotates is None or bool(self.watch.read(attention, rotates)),
+        }
+
+    def _window(self, attention: nn.Module) -> int:
+        """Tokens that a token of a layer sees, 0 for all."""
+        where = self.kind.get("window")
+        if where is None:
+            return 0
+        key = where.removeprefix("config.")
+        return (self.watch.setting(key) if key != where else self.watch.read(attention, key)) or 0
