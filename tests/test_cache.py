@@ -6,9 +6,10 @@ from torch.nn import functional as F
 
 import pliant
 from pico import IDS, config, pico
+from pliant.compat.block_cache import BlockCache, BlockLayer
 from pliant.errors import PackedError
 from pliant.runtime import library
-from pliant.runtime.cache import BLOCK, BlockCache, BlockLayer, Keeping, per_token
+from pliant.runtime.cache import BLOCK, Keeping, per_token
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=library.state())
 HEADS, QUERIES, WIDTH = 2, 6, 24
@@ -33,7 +34,14 @@ def attend(layer, q, window=0):
     """q of shape ``(tokens, queries, width)``."""
     out = torch.empty_like(q)
     library.library().pliant_cache_attend(
-        layer.handle, q.data_ptr(), q.shape[0], q.shape[1], WIDTH**-0.5, window, out.data_ptr(), torch.get_num_threads()
+        layer.blocks.handle,
+        q.data_ptr(),
+        q.shape[0],
+        q.shape[1],
+        WIDTH**-0.5,
+        window,
+        out.data_ptr(),
+        torch.get_num_threads(),
     )
     return out
 

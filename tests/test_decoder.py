@@ -9,8 +9,8 @@ from transformers import DynamicCache, StaticCache
 
 import pliant
 from pico import DECODERS, IDS, logits, pico
+from pliant.compat.native import Native, plan_of, run_natively
 from pliant.runtime import library
-from pliant.runtime.decoder import Native, _window, decoder_of, run_natively
 from pliant.runtime.threads import threads
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=library.state())
@@ -130,7 +130,7 @@ def test_copies_and_pickles_run_on_their_own():
     model = packed()
     expected = logits(model)
     again = copy.deepcopy(model)
-    assert decoder_of(again.base_model) is not decoder_of(model.base_model)
+    assert plan_of(again.base_model) is not plan_of(model.base_model)
     assert torch.equal(logits(again), expected)
     revived = pickle.loads(pickle.dumps(model))
     assert isinstance(revived.base_model, Native)

@@ -43,19 +43,7 @@ BRING = ("assistant_model", "custom_generate")  # arguments that bring a loop or
 
 
 class Native:
-    """What is put before a base model's own class: its forward pass in one native call, where that can be."""
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """As that of the class behind it."""
-        own = super().forward  # pyright: ignore[reportAttributeAccessIssue]
-        kwargs = _renamed(kwargs, self)
-        if torch.compiler.is_compiling():
-            return own(*args, **kwargs)
-        given = _known(self, args, kwargs)
-        if given is not None and (output := _run(self, given)) is not None:
-            return output
-        with torch_on_all():
-            return own(*args, **kwargs)
+    """What is put before a base model's own class."""
 
     def __reduce__(self: Any) -> Any:
         """A copy, or what is unpickled, makes a native decoder of its own."""
@@ -68,8 +56,22 @@ class Native:
 
 @functools.cache
 def native_class(own: type) -> type:
-    """A base model's class that runs natively where it can."""
-    return type(own.__name__, (Native, own), {"__module__": own.__module__, "__qualname__": own.__qualname__})
+    """A base model's class whose forward pass is one native call where that can be."""
+    stock: Any = own.forward  # pyright: ignore[reportAttributeAccessIssue]
+
+    @functools.wraps(stock)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs = _renamed(kwargs, self)
+        if torch.compiler.is_compiling():
+            return stock(self, *args, **kwargs)
+        given = _known(self, args, kwargs)
+        if given is not None and (output := _run(self, given)) is not None:
+            return output
+        with torch_on_all():
+            return stock(self, *args, **kwargs)
+
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "forward": forward}
+    return type(own.__name__, (Native, own), names)
 
 
 def _empty(own: type) -> Any:
@@ -77,15 +79,14 @@ def _empty(own: type) -> Any:
 
 
 @functools.cache
-def _arguments(own: type) -> tuple[str, ...]:
+def _arguments(native: Any) -> tuple[str, ...]:
     """Names of the arguments of a class's forward, in order."""
-    forward: Any = own.forward  # pyright: ignore[reportAttributeAccessIssue]
-    return tuple(inspect.signature(forward).parameters)[1:]
+    return tuple(inspect.signature(native.forward).parameters)[1:]
 
 
 def _known(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """The arguments of a call that are given, by name. None when one of them, or what is about, is not known."""
-    names = _arguments(type(base).__mro__[2])
+    names = _arguments(type(base))
     if len(args) > len(names):
         return None
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -153,7 +154,7 @@ def _run(base: Any, given: Mapping[str, Any]) -> Any:
 
 def cache_name(base: Any) -> str:
     """How a native base model calls the cache, as an argument and in its output."""
-    return next(name for name in CACHE if name in _arguments(type(base).__mro__[2]))
+    return next(name for name in CACHE if name in _arguments(type(base)))
 
 
 def _renamed(kwargs: dict[str, Any], base: Any) -> dict[str, Any]:
@@ -201,14 +202,17 @@ def plan_of(base: Any) -> Plan | None:
     known: tuple[Plan | None, Watch] | None = vars(base).get("_pliant_native")
     if known is None or not known[1].unchanged():
         known = _read(base)
-    return None if known is None or known[0] is None or not known[1].evaluating() else known[0]
+    plan, watch = known
+    if plan is None or len(plan.slots) != base.config.num_hidden_layers or not watch.evaluating():
+        return None  # some of its layers are left out, or in training
+    return plan
 
 
 def _read(base: Any) -> tuple[Plan | None, Watch]:
     watch = watch_of(base)
     try:
         known = read(base, watch), watch
-    except (UnlikeError, ArchitectureError, PackedError):
+    except (UnlikeError, ArchitectureError, PackedError, AttributeError):
         known = None, watch
     base._pliant_native = known
     return known

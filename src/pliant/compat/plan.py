@@ -83,19 +83,17 @@ def read(base: Any, watch: Watch) -> Plan:
     Raises:
         UnlikeError, pliant.PliantError: they are of another kind.
     """
+    if (foreign := watch.foreign()) != "":
+        raise UnlikeError(foreign)
     anatomy = anatomy_of(base)
     words: Any = anatomy.architecture.native
     config = plain_config(base.config)
     _refuse_config(config)
-    if (foreign := watch.foreign()) != "":
-        raise UnlikeError(foreign)
     activation = watch.setting(words.activation)
     if activation not in ACTIVATIONS:
         raise UnlikeError(f"its activation is {activation}")
     norms = _Norms(base.get_submodule(words.norm), watch)
     stack = layers_of(base, anatomy.architecture)
-    if watch.setting("num_hidden_layers") != len(stack):
-        raise UnlikeError("only some of its layers are run")
     reader = _Reader(anatomy, words, words.models[config.model_type], norms, watch)
     layers = [reader.layer(layer, index) for index, layer in enumerate(stack)]
     if reader.width is None:
@@ -139,7 +137,8 @@ class _Norms:
         """Shape ``(hidden,)``, or ``(width,)`` of a norm over heads."""
         if type(norm) is not self.kind or self._epsilon(norm) != self.epsilon:
             raise UnlikeError("its norms are not all alike")
-        return norm.get_parameter("weight").detach()
+        weight: Any = norm.weight
+        return weight.detach()
 
     def _epsilon(self, norm: nn.Module) -> float:
         found = [self.watch.read(norm, key) for key in ("variance_epsilon", "eps")]

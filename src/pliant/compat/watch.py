@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from operator import itemgetter
+from itertools import chain
+from operator import is_, itemgetter
 from typing import Any
 
 from torch import nn
@@ -17,13 +17,14 @@ OWN = (Packed, Null)
 KNOWN = ("transformers.models.", "transformers.activations", "torch.nn.modules.")  # where other classes may come from
 CAPTURE = "transformers.utils.output_capturing"  # its hooks do nothing unless outputs of layers are asked for
 
+_END = object()
 _training = itemgetter("training")
 
 
 class Watch:
     """What a native run takes for granted of modules: their classes, children, tensors, hooks, and attributes that were read.
 
-    Looking at all of it takes some microseconds a layer.
+    Looking at all of it takes a few microseconds a layer, so that it can be done before every token.
 
     Arguments:
         modules: whose work the run does.
@@ -32,35 +33,56 @@ class Watch:
     """
 
     def __init__(self, modules: list[nn.Module], owners: list[nn.Module], config: Any):
-        self.modules = modules
+        self.modules, self.config = modules, config
         self.spaces = [vars(module) for module in modules]
-        self.held = [vars(owner)["_modules"] for owner in owners]
         kinds = ("_modules", "_parameters", "_buffers")
+        self.held = [vars(owner)["_modules"] for owner in owners]
         self.held += [space[kind] for space in self.spaces for kind in kinds if space[kind]]
-        self.hooks = [space[kind] for space in self.spaces for kind in ("_forward_pre_hooks", "_forward_hooks")]
-        self.classes = sorted({type(module) for module in modules}, key=str)
-        self.plain: list[tuple[dict[str, Any], str]] = []
-        self.config = config
+        self.read_from: list[dict[str, Any]] = []
+        self.read_keys: list[str] = []
         self.settle()
 
     def settle(self) -> None:
         """Take what there is now for granted."""
-        self.kept = [*itertools.chain.from_iterable(map(dict.values, self.held))]  # alive, so that no id is given twice
-        self.state = self._now()
-
-    def read(self, module: nn.Module, key: str) -> Any:
-        """A plain attribute, None where there is none, which is watched from then on."""
-        self.plain.append((vars(module), key))
-        return vars(module).get(key)
-
-    def setting(self, key: str) -> Any:
-        """A value of the config, watched from then on."""
-        self.plain.append((vars(self.config), key))
-        return getattr(self.config, key, None)
+        hooks = [space[kind] for space in self.spaces for kind in ("_forward_pre_hooks", "_forward_hooks")]
+        self.unhooked = [each for each in hooks if not each]
+        self.hooked = [each for each in hooks if each]
+        self.hooks = [list(each.values()) for each in self.hooked]
+        self.types = [*map(type, self.modules)]
+        self.sizes = [
+            *map(len, self.spaces)
+        ]  # grows with a forward of its own, or anything else that is hung on a module
+        self.things = [*chain.from_iterable(map(dict.values, self.held)), _END]
+        self.values = [*map(dict.get, self.read_from, self.read_keys)]
+        self.classes = list(set(self.types))
+        self.forwards = [kind.forward for kind in self.classes]
+        self.interfaces = _interfaces(self.config)
 
     def unchanged(self) -> bool:
         """Whether all is as it was."""
-        return self._now() == self.state
+        return (
+            not any(self.unhooked)
+            and all(map(is_, map(type, self.modules), self.types))
+            and all(map(is_, chain(chain.from_iterable(map(dict.values, self.held)), (_END,)), self.things))
+            and [*map(len, self.spaces)] == self.sizes
+            and [*map(dict.get, self.read_from, self.read_keys)] == self.values
+            and [list(each.values()) for each in self.hooked] == self.hooks
+            and [kind.forward for kind in self.classes] == self.forwards
+            and _interfaces(self.config) == self.interfaces
+        )
+
+    def read(self, module: nn.Module, key: str) -> Any:
+        """A plain attribute, None where there is none, which is watched from then on."""
+        return self._note(vars(module), key)
+
+    def setting(self, key: str) -> Any:
+        """A value of the config, watched from then on."""
+        return self._note(vars(self.config), key)
+
+    def _note(self, space: dict[str, Any], key: str) -> Any:
+        self.read_from.append(space)
+        self.read_keys.append(key)
+        return space.get(key)
 
     def evaluating(self) -> bool:
         """Whether every module is in evaluation mode."""
@@ -82,17 +104,6 @@ class Watch:
         if any(function and not function.__module__.startswith("transformers.") for function in functions):
             return f"its attention is computed by {name!r}, which transformers does not ship"
         return ""
-
-    def _now(self) -> list[list[Any]]:
-        return [
-            [*map(type, self.modules)],
-            [*map(len, self.spaces)],  # a ``forward`` of its own, or anything else that was hung on a module
-            [*map(id, itertools.chain.from_iterable(map(dict.values, self.held)))],
-            [*map(len, self.hooks)],
-            [space.get(key) for space, key in self.plain],
-            [kind.forward for kind in self.classes],
-            _interfaces(self.config),
-        ]
 
 
 def _interfaces(config: Any) -> list[Any]:
