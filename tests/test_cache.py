@@ -7,6 +7,7 @@ from torch.nn import functional as F
 import pliant
 from pico import IDS, config, pico
 from pliant.compat.block_cache import BlockCache, BlockLayer
+from pliant.compat.cache import cache_argument
 from pliant.errors import PackedError
 from pliant.runtime import library
 from pliant.runtime.cache import BLOCK, Keeping, per_token
@@ -151,7 +152,7 @@ def test_it_takes_the_place_of_any_cache(name):
     model = pico(name)
     plain = model.generate(IDS, max_new_tokens=80, min_new_tokens=80, do_sample=False)
     blocks = BlockCache(model.config, format="float32")
-    found = model.generate(IDS, max_new_tokens=80, min_new_tokens=80, do_sample=False, past_key_values=blocks)
+    found = model.generate(IDS, max_new_tokens=80, min_new_tokens=80, do_sample=False, **cache_argument(model, blocks))
     assert torch.equal(found, plain)
     assert blocks.get_seq_length() == found.shape[1] - 1
     assert blocks.bytes() > 0
@@ -178,8 +179,8 @@ def test_a_native_decoder_fills_it():
     ids = torch.arange(3, 203)[None]
     cache = BlockCache(model.config, format="int8", key_sparsity=0.3, value_sparsity=0.5, recent=64)
     with torch.inference_mode():
-        model(ids, past_key_values=cache)
-        step = model(ids[:, :1], past_key_values=cache).logits
+        model(ids, **cache_argument(model, cache))
+        step = model(ids[:, :1], **cache_argument(model, cache)).logits
         full = model(torch.cat([ids, ids[:, :1]], 1), use_cache=False).logits[:, -1:]
     assert cache.get_seq_length() == 201
     assert not torch.equal(step, full)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -43,7 +43,15 @@ BRING = ("assistant_model", "custom_generate")  # arguments that bring a loop or
 
 
 class Native:
-    """What is put before a base model's own class."""
+    """What is put before a base model's own class.
+
+    Attributes:
+        arguments: names of the arguments of forward, in order.
+        cache_word: how this transformers calls the cache, as an argument and in an output.
+    """
+
+    arguments: ClassVar[tuple[str, ...]] = ()
+    cache_word: ClassVar[str] = ""
 
     def __reduce__(self: Any) -> Any:
         """A copy, or what is unpickled, makes a native decoder of its own."""
@@ -58,10 +66,12 @@ class Native:
 def native_class(own: type) -> type:
     """A base model's class whose forward pass is one native call where that can be."""
     stock: Any = own.forward  # pyright: ignore[reportAttributeAccessIssue]
+    arguments = tuple(inspect.signature(stock).parameters)[1:]
+    word = next(word for word in CACHE if word in arguments)
 
     @functools.wraps(stock)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kwargs = _renamed(kwargs, self)
+        kwargs = _renamed(kwargs, word)
         if torch.compiler.is_compiling():
             return stock(self, *args, **kwargs)
         given = _known(self, args, kwargs)
@@ -71,25 +81,18 @@ def native_class(own: type) -> type:
             return stock(self, *args, **kwargs)
 
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "forward": forward}
-    return type(own.__name__, (Native, own), names)
+    return type(own.__name__, (Native, own), {**names, "arguments": arguments, "cache_word": word})
 
 
 def _empty(own: type) -> Any:
     return object.__new__(native_class(own))
 
 
-@functools.cache
-def _arguments(native: Any) -> tuple[str, ...]:
-    """Names of the arguments of a class's forward, in order."""
-    return tuple(inspect.signature(native.forward).parameters)[1:]
-
-
 def _known(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """The arguments of a call that are given, by name. None when one of them, or what is about, is not known."""
-    names = _arguments(type(base))
-    if len(args) > len(names):
+    if len(args) > len(base.arguments):
         return None
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = {**dict(zip(base.arguments, args, strict=False)), **kwargs}
     given = {name: value for name, value in given.items() if value is not None}
     if not given.keys() <= KNOWN:
         return None
@@ -109,8 +112,8 @@ def _observed() -> bool:
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         or nn.modules.module._global_forward_hooks
         or nn.modules.module._global_forward_pre_hooks
         or _active_collector.get()
@@ -124,7 +127,7 @@ def _run(base: Any, given: Mapping[str, Any]) -> Any:
         return None
     embeds = given.get("inputs_embeds")
     rows, tokens = (given["input_ids"] if embeds is None else embeds).shape[:2]
-    cache = given.get(cache_name(base))
+    cache = given.get(base.cache_word)
     if cache is None and given.get("use_cache", base.config.use_cache):
         cache = DynamicCache(config=base.config)
     if not rows * tokens or (cache is not None and not (rows == 1 and _in_blocks(cache, base, plan))):
@@ -148,22 +151,16 @@ def _run(base: Any, given: Mapping[str, Any]) -> Any:
         own = min(row, cosine.shape[0] - 1)
         if not plan.decoder.run(stream[row], cosine[own], sine[own], _kept_in(cache, plan)):
             return None
-    output: dict[str, Any] = {"last_hidden_state": stream.to(embeds.dtype), cache_name(base): cache}
+    output: dict[str, Any] = {"last_hidden_state": stream.to(embeds.dtype), base.cache_word: cache}
     return BaseModelOutputWithPast(**output)
 
 
-def cache_name(base: Any) -> str:
-    """How a native base model calls the cache, as an argument and in its output."""
-    return next(name for name in CACHE if name in _arguments(type(base)))
-
-
-def _renamed(kwargs: dict[str, Any], base: Any) -> dict[str, Any]:
+def _renamed(kwargs: dict[str, Any], word: str) -> dict[str, Any]:
     """Arguments with the cache under the name that this transformers has for it; as they are where both names are given."""
-    name = cache_name(base)
-    other = next(other for other in CACHE if other != name)
-    if other not in kwargs or name in kwargs:
+    other = CACHE[1 - CACHE.index(word)]
+    if other not in kwargs or word in kwargs:
         return kwargs
-    return {name if key == other else key: value for key, value in kwargs.items()}
+    return {word if name == other else name: value for name, value in kwargs.items()}
 
 
 def _in_blocks(cache: Any, base: Any, plan: Plan) -> bool:
@@ -336,7 +333,9 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     """transformers' ``generate``, on one thread where all that does much is native. Functions that the caller brings along have
     all threads."""
     own = type(model).generate
-    kwargs = _renamed(kwargs, model.base_model)
+    if not isinstance(model.base_model, Native):
+        return own(model, *args, **kwargs)
+    kwargs = _renamed(kwargs, model.base_model.cache_word)
     if threads() == 1 or "forward" in vars(model) or not isinstance(model.get_output_embeddings(), Packed):
         return own(model, *args, **kwargs)
     given = inspect.signature(own).bind(model, *args, **kwargs)
