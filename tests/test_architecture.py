@@ -42,6 +42,10 @@ def test_every_file_that_ships_is_valid_and_tested():
         ({"blocks": {"mlp": {"weights": {}}}}, "needs 'module'"),
         ({"blocks": {"mlp": {"module": "m", "weights": {"up": ["width", "hidden"]}}}}, "'width' is no axis"),
         ({"blocks": {"mlp": {"module": "m", "output": "list", "weights": {}}}}, "'tensor' or 'tuple'"),
+        ({"native": {"models": {"toy": {}}, "norm": "norm"}}, "native needs 'embedding'"),
+        ({"native": {"models": ["toy"]}}, "models maps model types to window and rotates"),
+        ({"native": {"models": {"toy": {"windows": "w"}}}}, "models maps model types to window and rotates"),
+        ({"native": {"colour": "red"}}, "native has the unknown key 'colour'"),
         ({"output": "list"}, "output of a layer is 'tensor' or 'tuple', not 'list'"),
     ],
 )
@@ -62,6 +66,9 @@ def test_a_faulty_file_is_refused_with_the_fault(change, told):
         ("residual", True, "residual is the place of an argument"),
         ("residual", "hidden_states", "residual is the place of an argument"),
         ("guard", 7, "guard is a config key, not 7"),
+        ("roles", {"up": "middle"}, "roles map q, k, .* to weights of the block"),
+        ("roles", {"top": "up"}, "roles map q, k, .* to weights of the block"),
+        ("roles", ["up"], "roles map q, k, .* to weights of the block"),
         ("scores", "heads", "scores of block 'mlp': 'heads' is no axis"),
         ("cached", 1, "cached maps config keys to heads, it is 1"),
         (

@@ -1,1 +1,4 @@
-"""The only place where pliant changes another package, and why. Every change has a test against the versions it is for."""
+"""The only place where pliant changes another package, takes the place of its classes, or uses a private name of it.
+
+Every such thing has a test that the versions in use still bear it.
+"""
