@@ -171,7 +171,10 @@ def compress(
     tasks: Annotated[list[Path] | None, typer.Option(help="Question files to measure on.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of held-out text at most.")] = 32,
     limit: Annotated[int, typer.Option(help="Questions of each file at most.")] = 200,
-    speed: Annotated[bool, typer.Option(help="Time both models in turn at the end.")] = True,
+    speed: Annotated[bool, typer.Option(help="Time both models in turn at the end, and measure their memory.")] = True,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Show the replies of both models to this; repeatable.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is in the folder.")] = False,
     memory: Annotated[
         str | None,
@@ -207,7 +210,9 @@ def compress(
         steps,
         calibration,
         out,
-        measuring=Measuring(perplexity or (), tasks or (), windows=windows, limit=limit, speed=speed),
+        measuring=Measuring(
+            perplexity or (), tasks or (), windows=windows, limit=limit, speed=speed, prompts=prompt or ()
+        ),
         overwrite=overwrite,
         dtype=dtype,
         memory=memory,
@@ -378,7 +383,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for model, text and result.")] = Path("build/demo"),
     as_json: Json = False,
 ) -> None:
-    """The whole main job on SmolLM2-135M, fetched by pip: compress by 10 %, reload, measure, report."""
+    """The whole main job on SmolLM2-135M, fetched by pip: prune, refit, pack, reload, measure, report."""
     from pliant.cli.show import show_report
     from pliant.progress import Console, Events
     from pliant.run.demo import run

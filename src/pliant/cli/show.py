@@ -19,6 +19,13 @@ def show_report(report: dict[str, Any], out: Path) -> None:
     for row in table(report):
         shown.add_row(*row)
     _print(shown)
+    if report.get("replies"):
+        said = Table(
+            Column("prompt", overflow="fold"), "before", "after", title="replies", title_justify="left", show_lines=True
+        )
+        for reply in report["replies"]:
+            said.add_row(reply["prompt"], reply["before"], reply["after"])
+        _print(said)
     _print(f"wrote {out} (report: {out / 'report.html'})")
 
 

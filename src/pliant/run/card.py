@@ -105,6 +105,9 @@ def table(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("parameters", f"{before['parameters']:,}", f"{after['parameters']:,}{less}"),
         ("weights", _megabytes(before["weight_bytes"]), _megabytes(after["weight_bytes"])),
     ]
+    for key, name in (("disk_bytes", "on the disk"), ("run_memory", "memory to run")):
+        if before.get(key) and after.get(key):
+            rows.append((name, _megabytes(before[key]), f"{_megabytes(after[key])} ({_less(before[key], after[key])})"))
     if before["cache_bytes_per_token"]:
         old, new = (f"{costs['cache_bytes_per_token']:,} B" for costs in (before, after))
         rows.append(("KV cache per token", old, new))
@@ -120,6 +123,10 @@ def table(report: dict[str, Any]) -> list[tuple[str, str, str]]:
             old, new, gain = speed["against"][kind], speed["model"][kind], speed["speedup"][kind]
             rows.append((f"{kind}, tokens/s", f"{old['median']:.1f}", f"{new['median']:.1f} ({gain['median']:.2f}x)"))
     return rows
+
+
+def _less(before: int, after: int) -> str:
+    return f"-{1 - after / before:.0%}" if after < before else f"+{after / before - 1:.0%}"
 
 
 def _megabytes(count: int) -> str:

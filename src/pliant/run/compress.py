@@ -25,8 +25,10 @@ from pliant.elastic import Subnet, cache_bytes, described, macs, parameters, str
 from pliant.errors import BusyError, PliantError
 from pliant.machine import machine
 from pliant.measure.evaluate import evaluate
+from pliant.measure.footprint import disk_bytes, run_memory
+from pliant.measure.reply import replies
 from pliant.measure.speed import bench
-from pliant.measure.windows import longest_of, predicts
+from pliant.measure.windows import check_model, longest_of, predicts
 from pliant.pages import pages_of
 from pliant.progress import Console, Progress
 from pliant.run.apply import apply
@@ -48,7 +50,8 @@ class Measuring:
         perplexity: held-out texts; when empty, rows of the calibration text that the step does not see.
         tasks: question files.
         seqlen, windows, limit: as in :func:`pliant.evaluate`.
-        speed: time prefill and decode of both models, in turn.
+        speed: time prefill and decode of both models, in turn, and measure what each takes on the disk and in memory.
+        prompts: both models reply to these; the report shows the replies side by side.
     """
 
     perplexity: Sequence[str | Path | Text] = ()
@@ -57,6 +60,7 @@ class Measuring:
     windows: int | None = 32
     limit: int | None = 200
     speed: bool = True
+    prompts: Sequence[str] = ()
 
 
 def compress(
@@ -110,7 +114,7 @@ def compress(
                 shutil.copyfile(made, work / made.name)
         with progress.stage(f"loading {source}"):
             model = load(source, dtype=dtype, memory=memory, scratch=work)
-        return _compress(source, model, step, calibration, held_out, out, work, measuring, overwrite, progress)
+        return _compress(source, model, step, calibration, held_out, out, work, measuring, overwrite, dtype, progress)
 
     try:
         # archives of what is about to be overwritten: a start, or of no use if they came from other settings
@@ -148,13 +152,16 @@ def _compress(
     work: Path,
     measuring: Measuring,
     overwrite: bool,
+    dtype: Any,
     progress: Progress,
 ) -> dict[str, Any]:
-    reads = calibration is not None or held_out or measuring.tasks
+    reads = calibration is not None or held_out or measuring.tasks or measuring.prompts
     tokenizer = tokenizer_of(model) if reads else None
     if measuring.speed and not predicts(model):
         progress.note("speed is measured of causal language models only")
         measuring = replace(measuring, speed=False)
+    if measuring.prompts:
+        check_model(model)
     check_target(out, overwrite, need=sum(p.numel() * p.element_size() for p in model.parameters()))
     job = _job(model, tokenizer, step, calibration, held_out, measuring)
     if (done := _finished(out, job)) is not None:
@@ -170,7 +177,12 @@ def _compress(
             lambda: _measure(of, name, held_out, tokenizer, measuring, progress),
         )
 
+    def replied(name: str) -> list[str]:
+        with progress.stage(f"replies of the {name} model"):
+            return replies(model, tokenizer, measuring.prompts) if measuring.prompts else []
+
     before = {**_costs(model), "quality": quality(model, "dense")}
+    replies_before = replied("dense")
     dense = copy.deepcopy(model) if measuring.speed else None
     apply(model, step, calibration, tokenizer=tokenizer, dense=dense, work=work, progress=progress)
     after = {**_costs(model), "quality": quality(model, "cut")}
@@ -182,6 +194,10 @@ def _compress(
         "before": before,
         "after": after,
         "layers": _shares(before.pop("units"), after.pop("units")),
+        "replies": [
+            {"prompt": prompt, "before": old, "after": new}
+            for prompt, old, new in zip(measuring.prompts, replies_before, replied("cut"), strict=True)
+        ],
         "steps": model.pliant_history,
         "machine": machine(),
         **versions(),
@@ -197,9 +213,18 @@ def _compress(
         }
     if (pages := pages_of(model)) is not None:
         report["memory"] = {"limit": pages.limit, "peak": pages.peak}
+
+    def weigh(written: Path) -> None:
+        """Of the model that was and of the one just written: bytes of weights on the disk, and memory that running takes."""
+        if measuring.speed:
+            with progress.stage("running both models in a process of their own, for their memory"):
+                for costs, where in ((before, source), (after, written)):
+                    costs["disk_bytes"] = disk_bytes(where)
+                    costs["run_memory"] = run_memory(where, dtype)
+
     archive = {made.name: made for made in [*sorted(work.glob(ARCHIVES)), work / MEASURED] if made.exists()}
     with progress.stage(f"writing {out}"):
-        save(model, out, report=report, extra=archive, overwrite=overwrite)
+        save(model, out, report=report, extra=archive, overwrite=overwrite, weigh=weigh)
     return report
 
 
@@ -247,6 +272,7 @@ def _job(
         [one.to_dict() for one in steps],
         text_,
         measuring.speed,
+        list(measuring.prompts),
         str(model.dtype),
         machine()["cpu"],
         versions(),

@@ -18,7 +18,7 @@ table{border-collapse:collapse;width:100%}td,th{text-align:right;padding:.3rem .
 td:first-child,th:first-child{text-align:left}td{font-variant-numeric:tabular-nums}th{font-weight:600;color:var(--dim)}
 svg{width:100%;height:auto}svg text{fill:var(--dim);font:11px system-ui,sans-serif}
 .axis{stroke:var(--line)}.curve{stroke:var(--fill);fill:none;stroke-width:2}.dot{fill:var(--fill)}.first{fill:var(--mark)}
-.kept{fill:var(--fill)}.gone{fill:var(--gone)}code{font-size:.9em}details{margin-top:1rem}
+.kept{fill:var(--fill)}.gone{fill:var(--gone)}.said td{text-align:left;vertical-align:top;white-space:pre-wrap}code{font-size:.9em}details{margin-top:1rem}
 """
 
 
@@ -40,11 +40,26 @@ def page(report: dict[str, Any]) -> str:
 <p>{changed(report).capitalize()}. Measured on {escape(str(where["cpu"]))}, {where["threads"]} threads; {escape(versions)}.</p>
 <h2>Before and after</h2>
 <table><tr><th></th><th>before</th><th>after</th></tr>{"".join(rows)}</table>
+{_replies(report.get("replies", []))}
 {_predicted(report)}
 {_picture(report["layers"])}
 {steps}
 </body></html>
 """
+
+
+def _replies(replies: list[dict[str, str]]) -> str:
+    """What both models answer, side by side."""
+    if not replies:
+        return ""
+    rows = "".join(
+        f'<tr class="said"><td>{escape(r["prompt"])}</td><td>{escape(r["before"])}</td><td>{escape(r["after"])}</td></tr>'
+        for r in replies
+    )
+    return (
+        "<h2>Replies</h2><table><tr><th>prompt</th><th>before</th><th>after</th></tr>"
+        f"{rows}</table><p>Chosen greedily, cut off after a few lines.</p>"
+    )
 
 
 def _predicted(report: dict[str, Any]) -> str:

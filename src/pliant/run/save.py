@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ def save(
     report: dict[str, Any] | None = None,
     extra: dict[str, Path] | None = None,
     overwrite: bool = False,
+    weigh: Callable[[Path], None] | None = None,
     max_shard_size: int | str = "5GB",
 ) -> Path:
     """Save a model with everything that belongs to it.
@@ -55,6 +56,7 @@ def save(
         tokenizer: written beside the model; when left out, the files of the source folder are copied unchanged.
         report: what ``pliant compress`` measured; written as ``report.json`` and ``report.html``.
         extra: files to put in, by name.
+        weigh: called with the folder that the model and its tokenizer are in, before the report is written.
         max_shard_size: as in transformers; within a memory limit an eighth of it.
 
     Raises:
@@ -71,6 +73,8 @@ def save(
         else:
             save_paged(model, pages, aside, shard=pages.limit // 8)
         _save_tokenizer(model, tokenizer, aside)
+        if weigh is not None:
+            weigh(aside)
         recipe = {
             "recipe": 1,
             "base_model": model.name_or_path,

@@ -1,0 +1,60 @@
+"""What a model takes on the disk and in memory when somebody runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TOKENS = 32  # that are generated
+
+
+def disk_bytes(folder: str | Path) -> int | None:
+    """Bytes of the weight files of a model folder; None where the model is not in a folder."""
+    files = [file for kind in ("*.safetensors", "*.bin", "*.gguf") for file in Path(folder).glob(kind)]
+    return sum(file.stat().st_size for file in files) or None
+
+
+def run_memory(source: str | Path, dtype: Any = "auto") -> int | None:
+    """Bytes that a process of its own takes more at its highest, while it loads a model and generates a few tokens, than with
+    torch, transformers and pliant alone. None where the system does not tell (it is Linux that does), or the process fails."""
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    task = {"source": str(source), "dtype": str(dtype).removeprefix("torch."), "tokens": TOKENS}
+    command = [sys.executable, "-W", "ignore", "-m", __name__, json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return int(done.stdout.split()[-1]) if done.returncode == 0 else None
+
+
+def _resident(key: str) -> int:
+    """Bytes by a line of /proc/self/status."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
+    return 1024 * int(line.split()[1])
+
+
+def _run(source: str, dtype: str, tokens: int) -> None:
+    import torch
+    import transformers
+
+    import pliant
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    small = transformers.LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    ids = torch.ones(1, 4, dtype=torch.long)
+    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    tiny: Any = transformers.LlamaForCausalLM(small)
+    tiny.generate(ids, attention_mask=ids, **settings)  # what a first call brings in
+    Path("/proc/self/clear_refs").write_text("5")  # the highest from here on
+    before = _resident("VmRSS")
+    model = pliant.load(source, dtype=dtype)
+    model.generate(ids, attention_mask=ids, **settings)
+    print(_resident("VmHWM") - before)  # noqa: T201
+
+
+if __name__ == "__main__":
+    _run(**json.loads(sys.argv[1]))
