@@ -12,13 +12,15 @@ import inspect
 import linecache
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
 import pytest
+from transformers.utils import logging as transformers_logging
 
 KINDS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
-_MACHINERY = {warnings.__file__, logging.__file__, __file__}
+_MACHINERY = {warnings.__file__, logging.__file__, transformers_logging.__file__, __file__}
 _ANY = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 
 
@@ -43,7 +45,10 @@ class Judge(logging.Handler):
 
         def judge(message, category, filename, lineno, file=None, line=None):
             if issubclass(category, KINDS):
-                self._blame(_user(_frame(filename, lineno)), f"{category.__name__}: {message}", message)
+                frame = _frame(lambda one: _is_at(one, filename, lineno))
+                # where that is the line of the warning itself, who called into its file is meant
+                itself = "warn" in linecache.getline(filename, lineno)
+                self._blame(_user(frame, itself), f"{category.__name__}: {message}", message)
             shown(message, category, filename, lineno, file, line)
 
         warnings.showwarning = judge
@@ -57,9 +62,12 @@ class Judge(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
         if "deprecat" in text.lower():
-            frame = _frame(record.pathname, record.lineno)
-            self._blame(_user(frame), f"{record.name} says: {text}", FutureWarning(text))
-            warnings.warn_explicit(text, FutureWarning, record.pathname, record.lineno)
+            frame = _frame(lambda _: True)
+            self._blame(_user(frame, itself=True), f"{record.name} says: {text}", FutureWarning(text))
+            path, line = (
+                (record.pathname, record.lineno) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
+            )
+            warnings.warn_explicit(text, FutureWarning, path, line)
 
     def _blame(self, frame: FrameType | None, text: str, error: Warning | str) -> None:
         if frame is None or not self._is_ours(frame):
@@ -72,10 +80,10 @@ class Judge(logging.Handler):
         return path.is_relative_to(self.root) and "site-packages" not in path.parts
 
 
-def _frame(filename: str, lineno: int) -> FrameType | None:
-    """The innermost running frame that a warning names."""
+def _frame(wanted: Callable[[FrameType], bool]) -> FrameType | None:
+    """The innermost such frame, those of warnings and logging left out."""
     frame = inspect.currentframe()
-    while frame is not None and (frame.f_code.co_filename in _MACHINERY or not _is_at(frame, filename, lineno)):
+    while frame is not None and (frame.f_code.co_filename in _MACHINERY or not wanted(frame)):
         frame = frame.f_back
     return frame
 
@@ -84,10 +92,14 @@ def _is_at(frame: FrameType, filename: str, lineno: int) -> bool:
     return frame.f_code.co_filename == filename and frame.f_lineno == lineno
 
 
-def _user(frame: FrameType | None) -> FrameType | None:
-    """Who used the deprecated name, seen from the frame that a warning names."""
-    if frame is not None and "warn" in linecache.getline(frame.f_code.co_filename, frame.f_lineno):
-        # that is the line of the warning itself: who called into its file is meant
+def _user(frame: FrameType | None, itself: bool) -> FrameType | None:
+    """Who used the deprecated name.
+
+    Arguments:
+        frame: where the warning says it belongs.
+        itself: that is what warns, and in its file is what was used.
+    """
+    if frame is not None and itself:
         deprecating = frame.f_code.co_filename
         while frame is not None and frame.f_code.co_filename == deprecating:
             frame = frame.f_back

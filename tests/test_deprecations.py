@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-OTHER = '''
-import contextlib, functools, logging, warnings
+OTHER = """
+import contextlib, functools, warnings
 import torch
+from transformers.utils import logging
 
 def old():
     warnings.warn("old is deprecated", DeprecationWarning, stacklevel=2)
@@ -41,7 +42,7 @@ class Output(dict):
         return super().__getitem__(self._known(key))
     def _known(self, key):
         if key == "old":
-            logging.getLogger("transformers.other").warning("`old` is deprecated, use `new`")
+            logging.get_logger("transformers.other").warning_once("`old` is deprecated, use `new`")
         return "new"
 
 def swallowing():
@@ -51,7 +52,7 @@ def swallowing():
 def with_a_call_back(function):
     with contextlib.suppress(Exception):
         function()
-'''
+"""
 USES = {
     "a name": "other.old()",
     "a name that warns at its own line": "other.old_that_names_itself()",
@@ -90,7 +91,9 @@ def outcome(request, tmp_path_factory):
     (project / "pytest.ini").write_text(f"[pytest]\nfilterwarnings =\n  error\n{kinds}")
     command = [sys.executable, "-m", "pytest", "-p", "deprecations", "-p", "no:cacheprovider", "-rA", *request.param]
     path = os.pathsep.join(map(str, (installed, TESTS, *filter(None, [os.environ.get("PYTHONPATH")]))))
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")} | {"PYTHONPATH": path}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")} | {
+        "PYTHONPATH": path
+    }
     printed = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False).stdout
     assert re.search(rf"{len(USES) + 1} failed, {len(tests) - len(USES) - 1} passed", printed), printed
     found = re.findall(r"^(PASSED|FAILED) test_it.py::test_(\w+)", printed, re.MULTILINE)

@@ -67,7 +67,9 @@ def pins(path: Path) -> tuple[dict[str, str], tuple[int, int]]:
         if line and not line.startswith("#"):
             found = _PIN.fullmatch(line)
             if found is None:
-                raise ValueError(f"{path.name} has the line {line!r}; it is name==version with the Pythons it holds for")
+                raise ValueError(
+                    f"{path.name} has the line {line!r}; it is name==version with the Pythons it holds for"
+                )
             versions[normal(found["name"])] = found["version"]
             below.add(found["below"])
     (last,) = below
@@ -106,7 +108,9 @@ def _resolve(requirements: Sequence[str]) -> dict[str, bool]:
         _pip("--ignore-installed", "--report", str(report), *requirements, check=True)
         found = json.loads(report.read_text("utf-8"))
     return {
-        f"{normal(item['metadata']['name'])}=={item['metadata']['version']}": item["download_info"]["url"].endswith(".whl")
+        f"{normal(item['metadata']['name'])}=={item['metadata']['version']}": item["download_info"]["url"].endswith(
+            ".whl"
+        )
         for item in found["install"]
         if not OF_TORCH.match(item["metadata"]["name"])
     }

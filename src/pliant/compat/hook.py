@@ -12,7 +12,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from pliant.compat import layers, quiet, quantizer
+from pliant.compat import layers, quantizer, quiet
 
 _MODELS = "transformers.models."
 
