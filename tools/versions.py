@@ -29,7 +29,7 @@ FILES = {"constraints.txt": ">=", "constraints-floor.txt": "=="}
 TOOLS = ("pip", "cmake", "ninja")  # what builds the kernels, where the machine has none, and what installs all of it
 OF_TORCH = re.compile(r"torch|triton|nvidia|cuda")
 _REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(\[(?P<extras>[\w,-]+)\])?>=(?P<lowest>[\w.]+)")
-_PIN = re.compile(r"(?P<name>[\w.-]+)==(?P<version>\S+)( ; python_version < \"(?P<below>3\.\d+)\")?")
+_PIN = re.compile(r"(?P<name>[\w.-]+)==(?P<version>\S+) ; python_version < \"(?P<below>3\.\d+)\"")
 
 
 def declared(project: dict) -> dict[str, str]:
