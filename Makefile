@@ -1,22 +1,40 @@
-# Two commands on a fresh machine: `make demo` and `make test`.
+# Two commands on a fresh machine: `make demo` and `make test`. They install the versions in constraints.txt, which `make lock` writes.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# A CPU build of torch is enough for everything here. Set TORCH= to keep the one you have, or to choose another.
-TORCH  ?= torch==2.13.0
+# A CPU build of torch is enough for everything here. Set TORCH= to keep the one you have, or to choose another; CONSTRAINTS= if
+# that one does not go with the other packages' versions.
+TORCH       ?= torch==2.13.0
+CONSTRAINTS ?= constraints.txt
+# Processes that the tests run in.
+JOBS        ?= 2
+# What other versions of the packages below are most likely to break: folders, caches, native decoding, the command line.
+QUICK := $(addprefix tests/test_, $(addsuffix .py, checkpoint elastic packed decoder cache quiet cli))
 
-.PHONY: demo test unit lint clean
+PIP    := $(BIN)/pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+OURS   := $(PIP) $(if $(CONSTRAINTS),--build-constraint $(CONSTRAINTS)) --editable
+BUILT  := pyproject.toml CMakeLists.txt $(wildcard src/pliant/runtime/native/*)
+PYTEST := $(BIN)/pytest --numprocesses $(JOBS) --dist worksteal
+FLOOR  := VENV=.venv-floor CONSTRAINTS=constraints-floor.txt
+NEWEST := VENV=.venv-newest CONSTRAINTS=
 
-$(VENV)/.demo: pyproject.toml CMakeLists.txt $(wildcard src/pliant/runtime/native/*)
+.PHONY: demo test suite quick unit lint test-floor test-newest quick-floor quick-newest checked newest lock clean
+
+# What is said here is only that this Python is too new for the file; pip then takes the newest versions.
+$(VENV)/.torch: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet -e '.[gguf]'
+	$(if $(CONSTRAINTS),$(BIN)/python tools/versions.py check $(CONSTRAINTS) || true)
+	$(PIP) --upgrade pip
+	$(if $(TORCH),$(PIP) $(TORCH))
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/pip install --quiet -e '.[dev]'
+$(VENV)/.demo: $(VENV)/.torch $(BUILT)
+	$(OURS) '.[gguf]'
 	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(BUILT)
+	$(OURS) '.[dev]'
+	touch $(VENV)/.demo $@
 
 demo: $(VENV)/.demo
 	$(BIN)/pliant demo --out build/demo
@@ -28,10 +46,41 @@ lint: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 unit: $(VENV)/.dev
-	$(BIN)/pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test: lint
-	$(BIN)/pytest --cov --cov-report=term
+	$(PYTEST) --cov --cov-report=term
+
+suite: $(VENV)/.dev
+	$(PYTEST)
+
+quick: $(VENV)/.dev
+	$(PYTEST) -m 'not slow' $(QUICK)
+
+# The lowest versions that pyproject.toml declares, proven to be installed.
+test-floor:
+	$(MAKE) checked suite $(FLOOR)
+
+quick-floor:
+	$(MAKE) checked quick $(FLOOR)
+
+checked: $(VENV)/.dev
+	$(BIN)/python tools/versions.py check $(CONSTRAINTS)
+
+# The newest there are: installed anew every time.
+test-newest: newest
+	$(MAKE) suite $(NEWEST)
+
+quick-newest: newest
+	$(MAKE) quick $(NEWEST)
+
+newest:
+	rm -rf .venv-newest
+
+lock:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet --upgrade pip
+	TORCH='$(TORCH)' build/lock/bin/python tools/versions.py lock
 
 clean:
-	rm -rf build dist .coverage .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist .coverage .pytest_cache .ruff_cache .import_linter_cache .hypothesis .venv-floor .venv-newest

@@ -23,6 +23,7 @@ import torch
 import pliant
 from machine import machine
 from pliant.checkpoint.load import tokenizer_of
+from pliant.compat.cache import cache_argument
 from pliant.compat.native import plan_of
 from pliant.runtime import library
 
@@ -53,7 +54,7 @@ AHEAD = 64  # tokens predicted after the context
 def read(model: Any, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values of a context, layer by layer."""
     cache = pliant.BlockCache(model.config, format="float32")
-    model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+    model(input_ids=ids, **cache_argument(model, cache), logits_to_keep=1)
     return [layer.read() for layer in cache.layers]
 
 
@@ -74,7 +75,7 @@ def step_by_step(model: Any, cache: Any, ids: torch.Tensor) -> tuple[float, floa
     loss = 0.0
     began = time.perf_counter()
     for at in range(ids.shape[1] - 1):
-        logits = model(input_ids=ids[:, at : at + 1], past_key_values=cache).logits[0, -1].float()
+        logits = model(input_ids=ids[:, at : at + 1], **cache_argument(model, cache)).logits[0, -1].float()
         loss -= float(logits.log_softmax(-1)[ids[0, at + 1]])
     steps = ids.shape[1] - 1
     return loss / steps, decoder.spent[1] / 1e6 / steps, 1e3 * (time.perf_counter() - began) / steps
@@ -97,7 +98,7 @@ def tells(model: Any, tokenizer: Any, number: str, cache: Any) -> bool:
     """Whether the number is the likeliest answer at the end."""
     told, ids = "", encoded(tokenizer, " What is the pass key? The pass key is ")
     for _ in range(8):
-        logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+        logits = model(input_ids=ids, **cache_argument(model, cache), logits_to_keep=1).logits[0, -1]
         ids = logits.argmax().view(1, 1)
         told += tokenizer.decode(ids[0])
     return number in told.replace(" ", "")

@@ -30,6 +30,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import pliant
 from machine import machine
+from pliant.compat.cache import cache_argument
 from pliant.measure.score import nll
 from pliant.measure.split import token_time
 from pliant.measure.windows import windows_for
@@ -59,13 +60,13 @@ Rates = tuple[float, float]
 def decode(model: Any) -> Rates:
     """Prefill and decode in tokens per second."""
     ids = torch.randint(model.config.vocab_size, (1, PROMPT))
-    cache = DynamicCache(config=model.config)
+    cache = cache_argument(model, DynamicCache(config=model.config))
     gc.collect()
     began = time.perf_counter()
-    out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    out = model(input_ids=ids, **cache, use_cache=True, logits_to_keep=1)
     middle = time.perf_counter()
     for _ in range(TOKENS):
-        out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=cache, use_cache=True)
+        out = model(input_ids=out.logits[:, -1:].argmax(-1), **cache, use_cache=True)
     return PROMPT / (middle - began), TOKENS / (time.perf_counter() - middle)
 
 
@@ -75,17 +76,18 @@ def compiled(model: Any) -> Callable[[], Rates]:
 
     step = torch.compile(model.forward, fullgraph=True)
     cache = StaticCache(config=model.config, max_cache_len=PROMPT + TOKENS + 1)
+    handed = cache_argument(model, cache)
 
     @torch.inference_mode()
     def run() -> Rates:
         ids = torch.randint(model.config.vocab_size, (1, PROMPT))
         cache.reset()
         began = time.perf_counter()
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = model(input_ids=ids, **handed, use_cache=True, logits_to_keep=1)
         middle = time.perf_counter()
         for at in range(TOKENS):
             ids = out.logits[:, -1:].argmax(-1)
-            out = step(input_ids=ids, past_key_values=cache, use_cache=True, position_ids=torch.tensor([[PROMPT + at]]))
+            out = step(input_ids=ids, **handed, use_cache=True, position_ids=torch.tensor([[PROMPT + at]]))
         return PROMPT / (middle - began), TOKENS / (time.perf_counter() - middle)
 
     run()

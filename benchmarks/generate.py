@@ -20,6 +20,7 @@ from transformers import DynamicCache
 import pliant
 from decode import PACKED, packed, spread
 from machine import machine
+from pliant.compat.cache import cache_argument
 from pliant.runtime import library
 
 PROMPT, TOKENS, ROUNDS = 32, 64, 15
@@ -36,9 +37,9 @@ def main() -> None:
 
     @torch.inference_mode()
     def loop() -> None:
-        cache, given = DynamicCache(config=model.config), ids
+        cache, given = cache_argument(model, DynamicCache(config=model.config)), ids
         for _ in range(TOKENS):
-            out = model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = model(input_ids=given, **cache, use_cache=True, logits_to_keep=1)
             given = out.logits[:, -1:].argmax(-1)
 
     def generate(of: Any, **settings: Any) -> Callable[[], None]:

@@ -10,7 +10,9 @@ import transformers
 import pico
 import pliant  # noqa: F401 - registers the per-layer shapes, as any user's program would
 
-transformers.logging.set_verbosity_error()
+pytest_plugins = ["deprecations"]
+transformers.logging.set_verbosity_warning()
+transformers.logging.disable_default_handler()
 transformers.logging.disable_progress_bar()
 # a shell starts what it puts in the background deaf to Ctrl-C, and that is inherited
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -12,6 +12,7 @@ from pico import ARCHITECTURES, DECODERS, ENCODERS, IDS, cases, fitted, head_of,
 from pliant.anatomy import anatomy_of, layers_of
 from pliant.architecture import Part, catalogue
 from pliant.checkpoint.schema import write
+from pliant.compat.cache import cache_argument
 from pliant.elastic import Elastic, Subnet, cache_bytes, check, extract, macs, parameters, reorder, validate
 from pliant.errors import SubnetError
 
@@ -62,13 +63,13 @@ def close(a, b):
 
 def decoded(model, ids=IDS):
     """Logits of a prefill and of every decoding step after it, with the cache."""
-    cache = DynamicCache(config=model.config)
+    cache = cache_argument(model, DynamicCache(config=model.config))
     out = []
     with torch.inference_mode():
-        step = model(input_ids=ids[:, :3], past_key_values=cache, use_cache=True)
+        step = model(input_ids=ids[:, :3], **cache, use_cache=True)
         out.append(step.logits[:, -1])
         for i in range(3, ids.shape[1]):
-            out.append(model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits[:, -1])
+            out.append(model(input_ids=ids[:, i : i + 1], **cache, use_cache=True).logits[:, -1])
     return torch.stack(out, 1)
 
 
@@ -223,7 +224,7 @@ def cached(model):
     """Bytes that one token really adds to the cache."""
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        model(input_ids=IDS[:1, :5], past_key_values=cache, use_cache=True)
+        model(input_ids=IDS[:1, :5], **cache_argument(model, cache), use_cache=True)
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized) // 5
 
 

@@ -12,6 +12,7 @@ import transformers
 import pliant
 from pico import DECODERS, IDS, logits, pico
 from pliant.checkpoint.quantized import is_packed
+from pliant.compat.cache import cache_argument
 from pliant.errors import ArtefactError, PackedError
 from pliant.runtime import library
 from pliant.runtime.linear import Packed, linear
@@ -191,7 +192,7 @@ def test_sparamx_packs_what_is_sparse(tmp_path):
     if library.library() is not None:
         kept = transformers.DynamicCache(config=again.config)
         with torch.inference_mode():
-            again(torch.arange(3, 203)[None], past_key_values=kept)
+            again(torch.arange(3, 203)[None], **cache_argument(again, kept))
         keys, values = kept.layers[0].read()
         assert float((keys[:, :, 64:128] == 0).float().mean()) == pytest.approx(0.3, abs=0.01)
         assert float((values[:, :, 64:128] == 0).float().mean()) == pytest.approx(0.5, abs=0.01)

@@ -12,13 +12,14 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from pliant.compat import layers, quantizer
+from pliant.compat import layers, quantizer, quiet
 
 _MODELS = "transformers.models."
 
 
 def install() -> None:
     """Arrange for every module that concerns pliant to be seen to when, or because already, it is imported."""
+    quiet.silence()
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     for name, module in list(sys.modules.items()):

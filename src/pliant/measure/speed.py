@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pliant.compat.cache import cache_argument
 from pliant.errors import DataError
 from pliant.measure.windows import check_model, longest_of
 from pliant.progress import peak_memory
@@ -80,14 +81,14 @@ def bench(
 def _once(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float]:
     """Seconds of one prefill and of ``tokens`` decoding steps after it."""
     gc.collect()
-    cache = new_cache(model)
+    cache = cache_argument(model, new_cache(model))
     wait(model)
     began = time.perf_counter()
-    out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    out = model(input_ids=ids, **cache, use_cache=True, logits_to_keep=1)
     wait(model)
     middle = time.perf_counter()
     for _ in range(tokens):
-        out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=cache, use_cache=True)
+        out = model(input_ids=out.logits[:, -1:].argmax(-1), **cache, use_cache=True)
     wait(model)
     return middle - began, time.perf_counter() - middle
 

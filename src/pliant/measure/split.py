@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pliant.compat.cache import cache_argument
 from pliant.compat.native import Native, plan_of
 from pliant.measure.speed import new_cache
 from pliant.measure.windows import check_model
@@ -29,8 +30,8 @@ def token_time(model: Any, *, prompt: int = 64, tokens: int = 32, seed: int = 0)
     check_model(model)
     size = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(size, (1, prompt + tokens), generator=torch.Generator().manual_seed(seed))
-    cache = new_cache(model)
-    model(input_ids=ids[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache = cache_argument(model, new_cache(model))
+    model(input_ids=ids[:, :prompt], **cache, use_cache=True, logits_to_keep=1)
     base = model.base_model
     plan = plan_of(base) if isinstance(base, Native) else None
     decoder = None if plan is None else plan.decoder
@@ -40,7 +41,7 @@ def token_time(model: Any, *, prompt: int = 64, tokens: int = 32, seed: int = 0)
     with _timed(called) as spent:
         began = time.perf_counter()
         for at in range(prompt, prompt + tokens):
-            model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+            model(input_ids=ids[:, at : at + 1], **cache, use_cache=True)
         total = time.perf_counter() - began
     linears, attention = spent["linears"], max(0.0, spent["attention"] - spent["within"])
     if decoder is not None:
