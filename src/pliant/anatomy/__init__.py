@@ -5,6 +5,7 @@ from pliant.anatomy.anatomy import (
     anatomy_of,
     blocks_of,
     described_by,
+    holders_of,
     layers_of,
 )
 from pliant.anatomy.block import Attribute, Axis, Block, Weight
@@ -39,6 +40,7 @@ __all__ = [
     "evaluating",
     "global_size",
     "guards",
+    "holders_of",
     "is_cut",
     "known_keys",
     "layer_config",

@@ -50,9 +50,12 @@ class Anatomy:
         return {axis.name: axis for block in self.blocks.values() for axis in block.leaders}
 
 
-def layers_of(model: nn.Module, architecture: Architecture) -> nn.ModuleList:
+def layers_of(model: nn.Module, architecture: Architecture, config: Any = None) -> nn.ModuleList:
     """The list of layers of a model, with or without a head on top of it, or of the text decoder that a model holds; ``.`` is
     the model itself.
+
+    Arguments:
+        config: the part of the model's config that describes the layers; that of its text decoder when left out.
 
     Raises:
         ArchitectureError: there is no such list where the architecture file says it is.
@@ -60,7 +63,7 @@ def layers_of(model: nn.Module, architecture: Architecture) -> nn.ModuleList:
     if architecture.layers == ".":
         return nn.ModuleList([model])
     whole = architecture.layers.split(" or ")
-    for holder in _holders(model):
+    for holder in holders_of(model, config):
         for path in whole:
             names = path.split(".")
             for start in range(len(names)):  # from inside the model the path is shorter
@@ -72,16 +75,21 @@ def layers_of(model: nn.Module, architecture: Architecture) -> nn.ModuleList:
     )
 
 
-def _holders(model: nn.Module) -> list[nn.Module]:
-    """Where to look for the layers: in the whole model; of one that reads more than text, only in what reads its text config,
-    for its other parts may have layers at a path like that."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config(decoder=True) if isinstance(config, PreTrainedConfig) else config
-    if text is config or type(text) is type(config):
+def holders_of(model: nn.Module, config: Any = None) -> list[nn.Module]:
+    """Where the layers that a config describes are: in the whole model; of one that reads more than text, only in what reads
+    that config, for its other parts may have layers at a path like theirs.
+
+    Arguments:
+        config: see :func:`layers_of`.
+    """
+    own: Any = getattr(model, "config", None)
+    if config is None and isinstance(own, PreTrainedConfig):
+        config = own.get_text_config(decoder=True)
+    if config is None or config is own or type(config) is type(own):
         return [model]
     readers = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    own = [module for module in readers if module.config is text]
-    return own or [module for module in readers if isinstance(module.config, type(text))]
+    same = [module for module in readers if module.config is config]
+    return same or [module for module in readers if isinstance(module.config, type(config))]
 
 
 def anatomy_of(model: Any, *, example: Any = None) -> Anatomy:

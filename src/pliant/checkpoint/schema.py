@@ -131,21 +131,48 @@ def _prove_refusal(model: PreTrainedModel) -> None:
 
 
 def cuts_in(config: Any) -> Iterator[Any]:
-    """The parts of a config, itself included, whose layers pliant has cut."""
-    if is_cut(config):
+    """A config, if it says what the whole model was cut to, and those of its parts whose layers were cut."""
+    if is_cut(config) or getattr(config, RECORD, None):
         yield config
+    for name, part in _parts(config):
+        if is_cut(part):
+            yield part
+        yield from (deeper for deeper in cuts_in(part) if deeper is not part)
+
+
+def uncut(config: Any) -> tuple[Any, list[tuple[Any, Any]]]:
+    """The dense model's config, in every part of it.
+
+    Returns:
+        It, and pairs of what had to be copied for that: the copy, and the config or the part of it that it is a copy of.
+    """
+    plain = plain_config(config)
+    pairs = [(plain, config)]
+    for name, part in _parts(config):
+        if any(True for _ in cuts_in(part)):
+            dense, further = uncut(part)
+            setattr(plain, name, dense)
+            pairs += further
+    return plain, pairs
+
+
+def _parts(config: Any) -> Iterator[tuple[str, PreTrainedConfig]]:
     for name in getattr(config, "sub_configs", None) or ():
         part = getattr(config, name, None)
         if isinstance(part, PreTrainedConfig):
-            yield from cuts_in(part)
+            yield name, part
 
 
 def shape_model(model: nn.Module, config: Any) -> None:
     """Cut the full-size layers of a model, fresh from its constructor, to what ``config.per_layer_config`` says; or, where
     the config has a record of shapes, the whole model to that.
 
+    Arguments:
+        config: the model's, or the part of it that describes these layers.
+
     Raises:
-        ArchitectureError: no architecture file describes the family, or the model has no layers where it says they are.
+        ArchitectureError: no architecture file describes the family, or the model has no layers where it says they are: of
+            a class that does not hold them, say.
         ArtefactError: the config says something of a layer that is not known here.
     """
     if recorded := getattr(config, RECORD, None):
@@ -154,7 +181,7 @@ def shape_model(model: nn.Module, config: Any) -> None:
     architecture = described_by(config)
     _check_entries(config, architecture)
     plain, entries = plain_config(config), list(config.per_layer_config)
-    for index, layer in enumerate(layers_of(model, architecture)):
+    for index, layer in enumerate(layers_of(model, architecture, config)):
         _shape_layer(layer, index, entries, architecture, plain)
 
 

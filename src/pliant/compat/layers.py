@@ -2,8 +2,8 @@
 
 transformers reads ``per_layer_config`` into its configs since 5.14 and builds no model from what pliant writes there (checked:
 5.14 to 5.24): it refuses such a config. Until it does, the constructors of a family's model classes are wrapped when its
-modeling file is imported: the one that makes the list of layers builds it full-size (on no memory at all inside
-``from_pretrained``) and has it cut. For any other config the wrapper only calls the original; so it does for families that
+modeling file is imported: the outermost one builds the model full-size (on no memory at all inside ``from_pretrained``) from
+the dense model's config, in every part of it, and has it cut. For any other config the wrapper only calls the original; so it does for families that
 transformers builds from a per-layer part of their own (Gemma 4). The official registry of stand-in classes
 (``transformers.monkey_patching``) would do for layers that know their number, but with anything registered each load of any
 model walks every name of the package first: 0.6 s, where loading a tiny model takes 0.03 s (``benchmarks/load_tax.py``).
@@ -13,97 +13,61 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
 _MARK = "_pliant_shapes_layers"
-_cuts_made: ContextVar[list[Any] | None] = ContextVar("cuts_made", default=None)
-"""Inside a constructor: the configs whose cuts were made so far."""
 
 
 def wrap_models(module: ModuleType) -> None:
-    """Wrap the constructors of the model classes that a modeling file defines: those that take a config alone."""
+    """Wrap the constructors of the model classes that a modeling file defines, those that take a config alone, and its
+    auxiliary loss of experts."""
     for name, model_class in list(vars(module).items()):
         own = isinstance(model_class, type) and model_class.__module__ == module.__name__
         whole = name.endswith("Model") or "For" in name
         if own and whole and "__init__" in vars(model_class) and not hasattr(model_class.__init__, _MARK):
-            model_class.__init__ = _shaping(model_class.__init__, has_layers=name.endswith("Model"))
+            model_class.__init__ = _shaping(model_class.__init__)
     balance = getattr(module, "load_balancing_loss_func", None)
     if balance is not None and "gate_logits" in balance.__code__.co_varnames and not hasattr(balance, _MARK):
         module.load_balancing_loss_func = _balancing(balance)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _shaping(original: Callable[..., None], has_layers: bool) -> Callable[..., None]:
-    """A constructor that cuts what ``original`` built to the shapes its config asks for.
-
-    A record of shapes counts from the outermost model, so it is the one that first meets the config which sees it. The
-    outermost constructor also proves that every cut that its config asks for, in whatever part, was made.
-    """
+def _shaping(original: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that cuts what ``original`` built to the shapes its config asks for."""
 
     @functools.wraps(original)
     def construct(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        made = _cuts_made.get()
-        token = _cuts_made.set([]) if made is None else None
-        try:
-            _construct(original, has_layers, self, config, *args, **kwargs)
-            if token is not None and _asks(config):
-                _prove_made(self, config)
-        finally:
-            if token is not None:
-                _cuts_made.reset(token)
+        if not _may_be_cut(config):
+            return original(self, config, *args, **kwargs)
+        from pliant.checkpoint.schema import as_transformers_alone, cuts_in, shape_model, uncut
+
+        if as_transformers_alone.get() or not (cuts := list(cuts_in(config))):
+            return original(self, config, *args, **kwargs)
+        dense, pairs = uncut(config)
+        before = [dict(vars(plain)) for plain, _ in pairs]
+        original(self, dense, *args, **kwargs)
+        for (plain, own), known in zip(pairs, before, strict=True):  # what a constructor settled: the attention implementation
+            vars(own).update({key: value for key, value in vars(plain).items() if known.get(key, known) is not value})
+        owns = {id(plain): own for plain, own in pairs}
+        for module in self.modules():
+            # later changes of the model's config must reach its layers; but what is computed from a config (the angles of
+            # rotary positions), and computed again when weights are loaded, is that of the dense model
+            if id(getattr(module, "config", None)) in owns and not module._non_persistent_buffers_set:
+                module.config = owns[id(module.config)]
+        for part in cuts:
+            shape_model(self, part)
+        return None
 
     setattr(construct, _MARK, True)
     return construct
 
 
-def _construct(original: Callable[..., None], has_layers: bool, self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-    if not getattr(config, "pliant_shapes", None) and not (has_layers and getattr(config, "is_heterogeneous", False)):
-        return original(self, config, *args, **kwargs)
-    from pliant.anatomy import is_cut, plain_config
-    from pliant.checkpoint.schema import as_transformers_alone, shape_model
-
-    if as_transformers_alone.get() or not (getattr(config, "pliant_shapes", None) or is_cut(config)):
-        return original(self, config, *args, **kwargs)
-    plain = plain_config(config)
-    before = dict(vars(plain))
-    original(self, plain, *args, **kwargs)
-    settled = {key: value for key, value in vars(plain).items() if key not in before or before[key] is not value}
-    vars(config).update(settled)  # such as the attention implementation
-    for module in self.modules():
-        # later changes of the model's config must reach its layers; but what is computed from a config (the angles of rotary
-        # positions), and computed again when weights are loaded, is that of the dense model
-        if getattr(module, "config", None) is plain and not module._non_persistent_buffers_set:
-            module.config = config
-    shape_model(self, config)
-    made = _cuts_made.get()
-    if made is not None:
-        made.append(config)
-
-
-def _asks(config: Any) -> bool:
-    """Whether any part of a config has a per-layer part, without importing more than there is."""
+def _may_be_cut(config: Any) -> bool:
+    """Whether a config, or a part of it, has a record of shapes or a per-layer part; to find that out, nothing is imported."""
+    if getattr(config, "pliant_shapes", None) or getattr(config, "is_heterogeneous", False):
+        return True
     parts = (getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())
-    return getattr(config, "is_heterogeneous", False) or any(part is not None and _asks(part) for part in parts)
-
-
-def _prove_made(model: Any, config: Any) -> None:
-    """Raises:
-    ArtefactError: a cut that a config asks for was not made: these layers would be whole, and random.
-    """
-    from pliant.anatomy import entries_of
-    from pliant.checkpoint.schema import as_transformers_alone, cuts_in
-    from pliant.errors import ArtefactError
-
-    if as_transformers_alone.get():
-        return
-    made = [(type(one), entries_of(one)) for one in _cuts_made.get() or ()]  # a model may have been given a copy
-    for part in cuts_in(config):
-        if (type(part), entries_of(part)) not in made:
-            raise ArtefactError(
-                f"the {part.model_type} layers of this model were cut, and {type(model).__name__} has no such layers, or none that "
-                "pliant could find; load it with the class that it was saved from"
-            )
+    return any(part is not None and _may_be_cut(part) for part in parts)
 
 
 def _balancing(original: Callable[..., Any]) -> Callable[..., Any]:
