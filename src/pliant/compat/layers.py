@@ -77,8 +77,12 @@ def _balancing(original: Callable[..., Any]) -> Callable[..., Any]:
     groups, the mean over layers is taken. With experts alike in all layers it is the original, for their number.
     """
 
+    import torch  # whoever has such a loss has imported it
+
     @functools.wraps(original)
     def balance(gate_logits: Any, num_experts: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if gate_logits == ():  # every router is gone
+            return torch.zeros(())
         if not isinstance(gate_logits, tuple) or all(logits.shape[-1] == num_experts for logits in gate_logits):
             return original(gate_logits, num_experts, *args, **kwargs)
         by_experts: dict[int, list[Any]] = {}
