@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import math
+import pathlib
 import subprocess
 import sys
 import textwrap
@@ -94,10 +95,12 @@ def _carrying(name, **mlp):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("pad_token_id", 0), ("hidden_act", "silu"), ("attention_bias", False), ("head_count", None)],
+    [("pad_token_id", 0), ("hidden_act", "silu"), ("attention_bias", False), ("head_count", None), ("none", math.inf)],
 )
 def test_a_guard_whose_other_value_nobody_would_notice_is_refused_before_anything_is_cut(key, value):
     model = _carrying("llama", guard=key)
+    if value is not None:
+        setattr(model.config, key, value)
     with pytest.raises(ArchitectureError, match=f"the guard '{key}', which is {value!r}"):
         anatomy_of(model)
 
@@ -107,14 +110,16 @@ def test_a_guard_that_transformers_does_not_read_is_found_when_it_is_written():
     cut(model, Subnet().without("layers.1.mlp"))
     assert entries_of(model.config)[1]["attention_dropout"] == math.nextafter(0, 1)
     model = _carrying("llama", guard="initializer_range")
-    with pytest.raises(ArchitectureError, match="does not read initializer_range. Name another 'guard' in llama.yaml"):
+    with pytest.raises(
+        ArchitectureError, match=r"does not read initializer_range\. Name another 'guard' in llama\.yaml"
+    ):
         cut(model, Subnet().without("layers.1.mlp"))
 
 
 def test_a_block_with_nothing_to_guard_it_is_refused():
     model = _carrying("opt")
     model.config.pliant_architecture["axes"]["channels"] = {"size": "1 * ffn_dim", "cut": False}
-    with pytest.raises(ArchitectureError, match="block 'mlp' of opt.yaml needs 'guard'"):
+    with pytest.raises(ArchitectureError, match=r"block 'mlp' of opt\.yaml needs 'guard'"):
         anatomy_of(model)
 
 
@@ -167,9 +172,20 @@ def test_a_folder_that_was_written_with_zeros_as_guards_and_no_mark_loads_and_is
 
 # --- per-layer parts that are not pliant's -------------------------------------------------------------------------------
 
-_TINY = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4}
+_TINY = {
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
 _TINY |= {"num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
-_GEMMA4 = _TINY | {"global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True, "sliding_window": 6}
+_GEMMA4 = _TINY | {
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "sliding_window": 6,
+}
 _GEMMA4 |= {"vocab_size_per_layer_input": 300, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
 _GEMMA4 |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
 OWN = {  # families that transformers builds from a per-layer part of their own: what of their defaults has to be set
@@ -316,13 +332,19 @@ def test_a_cut_that_cannot_be_made_is_refused_and_never_left_out():
     model = cut(pico("llama"), Subnet().without("layers.1.mlp"))
     raw = copy.deepcopy(dict(anatomy_of(model).architecture.raw))
     model.config.pliant_architecture = raw | {"layers": "model.blocks"}
-    with pytest.raises(ArchitectureError, match="no list of layers at 'model.blocks'"):
+    with pytest.raises(ArchitectureError, match=r"no list of layers at 'model\.blocks'"):
         transformers.AutoModelForCausalLM.from_config(model.config)
 
 
 # --- a text decoder in a wrapper -----------------------------------------------------------------------------------------
 
-_TEXT = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 6}
+_TEXT = {
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+}
 _TEXT |= {"num_key_value_heads": 3, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 _SEES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4}
@@ -450,7 +472,7 @@ blocks:
 
 def test_rotary_angles_are_those_of_the_dense_model_after_loading(tmp_path):
     shape = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 4}
-    special = {key: 1 for key in ("cls_token_id", "bos_token_id")} | {"sep_token_id": 2, "eos_token_id": 2}
+    special = dict.fromkeys(("cls_token_id", "bos_token_id"), 1) | {"sep_token_id": 2, "eos_token_id": 2}
     made = transformers.AutoConfig.for_model(
         "modernbert",
         **shape,
@@ -528,8 +550,35 @@ def test_the_auxiliary_loss_of_experts_is_taken_among_those_that_a_layer_has(nam
     assert [router.shape[-1] for router in routers] == [4, 3, 4]
     both = [original(routers[::2], 4, 2, None).item(), original(routers[1:2], 3, 2, None).item()]
     assert given.aux_loss.item() == pytest.approx((2 * both[0] + both[1]) / 3)
-    assert auxiliary(reloaded(model, tmp_path / "cut")).aux_loss.item() == pytest.approx(given.aux_loss.item(), rel=1e-5)
+    assert auxiliary(reloaded(model, tmp_path / "cut")).aux_loss.item() == pytest.approx(
+        given.aux_loss.item(), rel=1e-5
+    )
     model(input_ids=IDS, labels=IDS, output_router_logits=True).loss.backward()
 
     none = auxiliary(cut(pico(name), Subnet().without(*(f"layers.{layer}.mlp" for layer in range(4)))))
     assert none.aux_loss.item() == 0
+
+
+def test_nobody_is_warned_of_global_values_that_transformers_itself_reads(tmp_path):
+    program = textwrap.dedent(f"""
+        import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
+        import pico, pliant, transformers
+        from pliant.checkpoint.schema import write
+        from pliant.elastic import Subnet, extract
+        model = pico.pico("llama")
+        extract(model, pliant.anatomy_of(model), Subnet().without("layers.0.attention").keeping("layers.1.attention.kv", 1))
+        write(model)
+        assert model.config.allow_global_per_layer_attribute_access
+        model.save_pretrained({str(tmp_path / "cut")!r})
+        pliant.load({str(tmp_path / "cut")!r})(pico.IDS)
+        print("pliant's are read", file=sys.stderr)
+        other = pico.config("llama")
+        other.per_layer_config = {{1: {{"intermediate_size": 9}}}}
+        other.allow_global_per_layer_attribute_access = True
+        other.intermediate_size
+    """)
+    outcome = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+    ours, theirs = outcome.stderr.split("pliant's are read")
+    assert "Reading global config value" not in ours
+    assert "Reading global config value for per-layer attribute `intermediate_size`" in theirs

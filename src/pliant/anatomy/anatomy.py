@@ -87,7 +87,7 @@ def holders_of(model: nn.Module, config: Any = None) -> list[nn.Module]:
         config = own.get_text_config(decoder=True)
     if config is None or config is own or type(config) is type(own):
         return [model]
-    readers = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    readers: list[Any] = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     same = [module for module in readers if module.config is config]
     return same or [module for module in readers if isinstance(module.config, type(config))]
 

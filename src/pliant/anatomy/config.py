@@ -145,12 +145,13 @@ def guards(spec: BlockSpec, architecture: Architecture, config: Any) -> dict[str
     written: dict[str, float | int] = {}
     for key in keys:
         value = getattr(config, key, None)
-        if isinstance(value, bool) or not isinstance(value, float | int) or value == 0 and isinstance(value, int):
+        other = math.nextafter(value, math.inf) if isinstance(value, float) else 0
+        if isinstance(value, bool) or not isinstance(value, float | int) or not abs(other - value) > 0:
             raise ArchitectureError(
                 f"{where} has the guard {key!r}, which is {value!r} in this {config.model_type} model; a guard is a fraction, "
                 "or a whole number other than 0: with any other value transformers alone would not notice that a block is gone"
             )
-        written[key] = math.nextafter(value, math.inf) if isinstance(value, float) else 0
+        written[key] = other
     return written
 
 

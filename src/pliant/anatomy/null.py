@@ -22,7 +22,7 @@ class Null(nn.Module):
         attention: whether it stands for an attention, so that it has no attention weights to give.
     """
 
-    on_attention: ClassVar[Callable[[], None] | None] = None
+    on_attention: ClassVar[list[Callable[[], None]]] = []
     """Called whenever one that stands for an attention runs."""
 
     def __init__(
@@ -46,8 +46,9 @@ class Null(nn.Module):
             owner.register_buffer(name, torch.zeros(1))
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs):  # noqa: ARG002 - takes what any block takes
-        if self.attention and self.on_attention is not None:
-            self.on_attention()
+        if self.attention:
+            for call in self.on_attention:
+                call()
         given = (hidden_states, *args)
         out = torch.zeros_like(hidden_states) if self.residual is None else given[self.residual]
         return (out, None) if self.returns_tuple else out

@@ -78,7 +78,7 @@ def write(model: Any) -> None:
         write_shapes(model)
         return
     config = text_config_of(model.config)
-    dense = entries_of(plain_config(config))
+    cut_before, dense = is_cut(config), entries_of(plain_config(config))
     overrides = describe(anatomy, config)
     config.per_layer_config = None
     vars(config).pop(DENSE_LAYERS, None)
@@ -97,7 +97,9 @@ def write(model: Any) -> None:
     )
     if asked_for:
         setattr(config, _ALLOW, True)
-    else:  # left over from an earlier cut, it would let transformers alone build what is gone by now
+    elif (
+        overrides or cut_before
+    ):  # left over from an earlier cut, it would let transformers alone build what is gone by now
         vars(config).pop(_ALLOW, None)
         if any("skip" in entry for entry in overrides.values()) and isinstance(model, PreTrainedModel):
             _prove_refusal(model)
@@ -134,7 +136,7 @@ def cuts_in(config: Any) -> Iterator[Any]:
     """A config, if it says what the whole model was cut to, and those of its parts whose layers were cut."""
     if is_cut(config) or getattr(config, RECORD, None):
         yield config
-    for name, part in _parts(config):
+    for _name, part in _parts(config):
         if is_cut(part):
             yield part
         yield from (deeper for deeper in cuts_in(part) if deeper is not part)

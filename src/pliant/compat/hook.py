@@ -12,7 +12,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from pliant.compat import layers, outputs, quantizer
+from pliant.compat import layers, messages, outputs, quantizer
 
 _MODELS = "transformers.models."
 
@@ -21,6 +21,7 @@ def install() -> None:
     """Arrange for every module that concerns pliant to be seen to when, or because already, it is imported."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+        messages.register()
     for name, module in list(sys.modules.items()):
         if (see_to := _concern(name)) is not None:
             see_to(module)

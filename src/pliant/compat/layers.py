@@ -46,7 +46,9 @@ def _shaping(original: Callable[..., None]) -> Callable[..., None]:
         dense, pairs = uncut(config)
         before = [dict(vars(plain)) for plain, _ in pairs]
         original(self, dense, *args, **kwargs)
-        for (plain, own), known in zip(pairs, before, strict=True):  # what a constructor settled: the attention implementation
+        for (plain, own), known in zip(
+            pairs, before, strict=True
+        ):  # what a constructor settled: the attention implementation
             vars(own).update({key: value for key, value in vars(plain).items() if known.get(key, known) is not value})
         owns = {id(plain): own for plain, own in pairs}
         for module in self.modules():

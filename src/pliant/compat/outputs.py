@@ -12,7 +12,8 @@ MODULE = "pliant.anatomy.null"
 
 def register(module: ModuleType) -> None:
     """Have every null that stands for an attention say that it gives no weights."""
-    module.Null.on_attention = staticmethod(no_weights)  # pyright: ignore[reportAttributeAccessIssue]
+    if no_weights not in module.Null.on_attention:
+        module.Null.on_attention.append(no_weights)
 
 
 def no_weights() -> None:

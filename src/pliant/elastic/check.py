@@ -28,7 +28,9 @@ def check(model: Any, anatomy: Anatomy | None = None, *, tokens: int = 8, seed: 
     """
     anatomy = anatomy or anatomy_of(model)
     if not anatomy.blocks:
-        raise ArchitectureError(f"every block of this {type(model).__name__} was removed; there is nothing left to check")
+        raise ArchitectureError(
+            f"every block of this {type(model).__name__} was removed; there is nothing left to check"
+        )
     generator = torch.Generator().manual_seed(seed)
     inputs = probe(model, tokens=tokens, seed=seed)
     with evaluating(model):
