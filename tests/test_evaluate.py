@@ -18,6 +18,7 @@ from pliant.data import Question
 from pliant.errors import ArchitectureError, DataError, MemoryLimitError, PliantError
 from pliant.measure.choose import log_likelihoods
 from pliant.measure.score import kl, nll
+from pliant.measure.windows import longest_of, windows_for
 
 
 def _logits(seed, *shape, scale=3.0):
@@ -28,6 +29,16 @@ def _softmax(row):
     top = max(row)
     parts = [math.exp(value - top) for value in row]
     return [part / sum(parts) for part in parts]
+
+
+def test_positions_are_counted_whatever_a_family_calls_them():
+    shape = {"vocab_size": 300, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("mpt", **shape))
+    words = pliant.text(["the cat sat on the mat " * 20])
+    assert windows_for(model, pico_tokenizer(), words, 64).shape[1] == 64
+    with pytest.raises(DataError, match="windows of 65 tokens are longer than the 64 positions of this model"):
+        windows_for(model, pico_tokenizer(), words, 65)
+    assert longest_of(pico("bloom")) == 2**31
 
 
 # the formulas

@@ -66,7 +66,7 @@ def test_a_report_shows_replies_and_what_running_takes(folder, prose, tmp_path):
     assert "| on the disk |" in (tmp_path / "small" / "README.md").read_text("utf-8")
 
 
-def test_what_replies_nothing_is_refused_before_the_work(tmp_path, tokenizer):
+def test_what_replies_nothing_is_refused_before_the_work(tmp_path):
     pico("vit").save_pretrained(tmp_path / "vit")
     with pytest.raises(ArchitectureError, match="causal language model"):
         compress(

@@ -18,9 +18,10 @@ One YAML file beside this one describes the repeated layer of a family::
         norms: [input_layernorm]    # what disappears with it; ``a or b`` is the first that is there
         output: tuple               # what the module returns: a tensor (default) or (tensor, None)
         residual: 0                 # the argument to which the module itself adds f; left out when the layer adds
-        guard: norm_eps             # a config key that transformers reads when it builds the layer and at no other time. It
-                                    # is written as 0 where the block is gone, so that transformers alone refuses. Left out,
-                                    # the keys of the axes are; name one when there is none, or it is read elsewhere too
+        guard: norm_eps             # a config key that transformers reads when it builds the layer. Another value of it is
+                                    # written where the block is gone, so that transformers alone refuses: the next float of
+                                    # a fraction, 0 for a size. Left out, the config's norm epsilon is; where there is none,
+                                    # the keys of the axes are
         slot: layer_idx             # the attribute that names its cache slot
         scores: heads               # the axis that attention scores are computed over (for counting MACs)
         cached: {multi_query: 1}    # heads in the cache by the first of these config keys that is set; else those of scores
@@ -42,7 +43,8 @@ One YAML file beside this one describes the repeated layer of a family::
       scale: scaling                # the attribute of attention that its scores are multiplied by
 
 An axis counts in units (heads, channels); ``unit`` is how many elements wide one is. Sizes and units are numbers or
-config keys; where a key may be absent, ``n_inner or 4 * hidden_size`` says what stands for it. When f lies open in the
+config keys, or sums and products of those (``a * b``, ``a // b``, ``a + b``); where a key may be absent, ``n_inner or 4 *
+hidden_size`` says what stands for it. When f lies open in the
 layer, ``module: [fc1, fc2]`` lists the modules it is made of, and weights are named from the layer; the last one gives
 f. A norm that several blocks of a layer list is shared: it stays.
 
@@ -111,7 +113,7 @@ class BlockSpec:
         optional: the weights that only some models of the family have.
         residual: which argument the module adds f to, None when the layer does the adding.
         guard: the config key whose override makes transformers alone refuse a config in which the block is gone; None
-            when those of its axes do.
+            when the norm epsilon does, or the keys of its axes.
         cached: config key -> how many heads are in the cache when it is set and none before it is.
         roles: role -> name of the weight that has it.
     """
@@ -213,6 +215,27 @@ _KEYS = {
 }
 
 
+def factors(alternative: str) -> list[list[str]]:
+    """One alternative of a size as the products it sums up: ``a * b + c`` as ``[["a", "*", "b"], ["c"]]``.
+
+    Raises:
+        ArchitectureError: it is not made of numbers, config keys, ``+``, ``*`` and ``//`` in turn.
+    """
+    words = alternative.split()
+    fine = len(words) % 2 == 1 and all(word.isdigit() or word.isidentifier() for word in words[::2])
+    if not fine or not all(word in ("+", "*", "//") for word in words[1::2]):
+        raise ArchitectureError(
+            f"{alternative!r} is no size: it is a number, a config key, or several with '+', '*' and '//' in between"
+        )
+    terms: list[list[str]] = [[]]
+    for word in words:
+        if word == "+":
+            terms.append([])
+        else:
+            terms[-1].append(word)
+    return terms
+
+
 def parse(name: str, raw: Any) -> Architecture:
     """Build an ``Architecture`` from the content of a YAML file; every fault is reported at once.
 
@@ -229,15 +252,30 @@ def parse(name: str, raw: Any) -> Architecture:
             faults.append(f"{where} has the unknown key {key!r}; known are {', '.join(sorted(_KEYS[kind]))}")
         return given
 
+    def size(where: str, given: Any) -> None:
+        if isinstance(given, bool) or not isinstance(given, int | str):
+            faults.append(f"{where}: {given!r} is no size")
+            return
+        for alternative in str(given).split(" or "):
+            try:
+                factors(alternative)
+            except ArchitectureError as error:
+                faults.append(f"{where}: {error}")
+
     top = known("the file", raw, "file")
     for key in sorted(_KEYS["file"] - {"fixed", "output", "native"} - set(top)):
         faults.append(f"the key {key!r} is missing")
     fixed = top.get("fixed") or {}
+    for dimension, given in fixed.items():
+        size(f"fixed {dimension!r}", given)
     axes: dict[str, AxisSpec] = {}
     for axis, spec in (top.get("axes") or {}).items():
         spec = known(f"axis {axis!r}", spec, "axis")
         if "size" not in spec:
             faults.append(f"axis {axis!r} needs 'size': the config key that holds how many units there are")
+        for word in ("size", "unit"):
+            if word in spec:
+                size(f"{word} of axis {axis!r}", spec[word])
         axes[axis] = AxisSpec(
             size=str(spec.get("size")),
             unit=spec.get("unit", 1),
@@ -298,14 +336,14 @@ def parse(name: str, raw: Any) -> Architecture:
             faults.append(f"block {kind!r}: guard is a config key, not {spec['guard']!r}")
         if not isinstance(spec.get("cached", {}), dict):
             faults.append(f"block {kind!r}: cached maps config keys to heads, it is {spec['cached']!r}")
+        else:
+            for key, given in (spec.get("cached") or {}).items():
+                size(f"cached {key!r} of block {kind!r}", given)
         if spec.get("scores") is not None:
             part(f"scores of block {kind!r}", spec["scores"])
         roles = spec.get("roles") or {}
         if not isinstance(roles, dict) or not set(roles) <= set(ROLES) or not set(roles.values()) <= set(weights):
             faults.append(f"block {kind!r}: roles map {', '.join(ROLES)} to weights of the block, not {roles!r}")
-        used = {one.axis for dims in weights.values() for dim in dims or () for one in dim}
-        if not spec.get("guard") and not any(axes[axis].config_key for axis in used if axis in axes):
-            faults.append(f"block {kind!r} needs 'guard': none of its axes has a config key of its own")
         blocks.append(
             BlockSpec(
                 kind=kind,

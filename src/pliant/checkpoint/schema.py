@@ -1,41 +1,65 @@
 """Per-layer shapes in config.json, in transformers' own vocabulary: ``per_layer_config`` with ``skip``.
 
 A layer that differs from the rest is written as ``{"intermediate_size": 5888}``; a removed block as ``{"skip": ["mlp"]}``
-together with zero for its axes, or for the key that the architecture file names. The zero is a guard: transformers alone
-reads ``skip`` nowhere and would build the block with random weights; an override of what it reads makes it refuse instead.
+together with a guard: transformers alone reads ``skip`` nowhere and would build the block with random weights; an override of
+what it reads makes it refuse instead. See :func:`pliant.anatomy.guards`.
+
+Entries that the dense model had, of a family with a per-layer part of its own, stay in; ``pliant_dense_layers`` keeps them as
+they were, and says by being there that pliant wrote the rest.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
-from pliant.anatomy import Anatomy, anatomy_of, blocks_of, described_by, global_size, layers_of, plain_config
+from pliant.anatomy import (
+    DENSE_LAYERS,
+    Anatomy,
+    anatomy_of,
+    blocks_of,
+    described_by,
+    entries_of,
+    global_size,
+    guards,
+    is_cut,
+    known_keys,
+    layer_config,
+    layers_of,
+    plain_config,
+    text_config_of,
+)
 from pliant.architecture import Architecture, shipped
 from pliant.checkpoint.shapes import RECORD, shape_by, write_shapes
 from pliant.elastic.activate import slot
 from pliant.elastic.extract import remove, shrink
-from pliant.errors import ArchitectureError
+from pliant.errors import ArchitectureError, ArtefactError
+
+_ALLOW = "allow_global_per_layer_attribute_access"
 
 
 def describe(anatomy: Anatomy, config: Any) -> dict[int, dict[str, Any]]:
-    """The ``per_layer_config`` of a cut model: for each layer that differs from ``config``, what differs."""
+    """The ``per_layer_config`` of a cut model: for each layer that differs from the dense one, what differs."""
     plain = plain_config(config)
     overrides: dict[int, dict[str, Any]] = {}
     for layer in range(anatomy.depth):
         entry: dict[str, Any] = {}
+        dense = layer_config(plain, layer)
         for spec in anatomy.architecture.blocks:
             block = anatomy.blocks.get(f"layers.{layer}.{spec.kind}")
             if block is None:
                 entry.setdefault("skip", []).append(spec.kind)
-                keys = {anatomy.architecture.axes[leader].config_key for leader in anatomy.architecture.leaders(spec)}
-                guards = [spec.guard] if spec.guard else sorted(key for key in keys if key)
-                entry |= {key: 0.0 if isinstance(getattr(plain, key), float) else 0 for key in guards}
+                entry |= guards(spec, anatomy.architecture, dense)
                 continue
             for short, axis in block.axes.items():
-                if axis.config_key and axis.size != global_size(plain, anatomy.architecture.axes[short].size):
+                if axis.config_key and axis.size != global_size(dense, anatomy.architecture.axes[short].size):
                     entry[axis.config_key] = axis.size
         if entry:
             overrides[layer] = entry
@@ -53,9 +77,15 @@ def write(model: Any) -> None:
     if anatomy.traced:
         write_shapes(model)
         return
-    config = model.config.get_text_config(decoder=True)
+    config = text_config_of(model.config)
+    cut_before, dense = is_cut(config), entries_of(plain_config(config))
     overrides = describe(anatomy, config)
-    config.per_layer_config = overrides or None
+    config.per_layer_config = None
+    vars(config).pop(DENSE_LAYERS, None)
+    if written := {layer: dense.get(layer, {}) | overrides.get(layer, {}) for layer in sorted({*dense, *overrides})}:
+        config.per_layer_config = written
+    if overrides:
+        setattr(config, DENSE_LAYERS, {str(layer): entry for layer, entry in dense.items()})
     if anatomy.architecture != shipped().get(config.model_type):  # elsewhere nobody may have added it
         config.pliant_architecture = dict(anatomy.architecture.raw)
     # families whose config validates its head count, or whose head on top asks for the number of experts, can only be
@@ -66,38 +96,130 @@ def write(model: Any) -> None:
         for axis in block.axes.values()
     )
     if asked_for:
-        config.allow_global_per_layer_attribute_access = True
-    else:  # left over from an earlier cut, it would let transformers alone build what is gone by now
-        vars(config).pop("allow_global_per_layer_attribute_access", None)
+        setattr(config, _ALLOW, True)
+    elif (
+        overrides or cut_before
+    ):  # left over from an earlier cut, it would let transformers alone build what is gone by now
+        vars(config).pop(_ALLOW, None)
+        if any("skip" in entry for entry in overrides.values()) and isinstance(model, PreTrainedModel):
+            _prove_refusal(model)
+
+
+as_transformers_alone: ContextVar[bool] = ContextVar("as_transformers_alone", default=False)
+"""While it is true, models are built as where pliant is not there."""
+
+
+def _prove_refusal(model: PreTrainedModel) -> None:
+    """Have transformers alone build a model from the config of a cut one, on no memory; it has to refuse.
+
+    Raises:
+        ArchitectureError: it builds one: what the guards override is not read when a model is built.
+    """
+    token = as_transformers_alone.set(True)
+    try:
+        with torch.device("meta"):
+            type(model)(copy.deepcopy(model.config))
+    except AmbiguousGlobalPerLayerAttributeError:
+        return
+    finally:
+        as_transformers_alone.reset(token)
+    config = text_config_of(model.config)
+    guarded = sorted({key for entry in entries_of(config).values() for key in entry} - {"skip"})
+    raise ArchitectureError(
+        f"transformers alone would build the blocks that were removed from this {config.model_type} model, with random weights: "
+        f"it does not read {', '.join(guarded)}. Name another 'guard' in {described_by(config).name}.yaml: a config key that the "
+        "layer reads when it is built"
+    )
+
+
+def cuts_in(config: Any) -> Iterator[Any]:
+    """A config, if it says what the whole model was cut to, and those of its parts whose layers were cut."""
+    if is_cut(config) or getattr(config, RECORD, None):
+        yield config
+    for _name, part in _parts(config):
+        if is_cut(part):
+            yield part
+        yield from (deeper for deeper in cuts_in(part) if deeper is not part)
+
+
+def uncut(config: Any) -> tuple[Any, list[tuple[Any, Any]]]:
+    """The dense model's config, in every part of it.
+
+    Returns:
+        It, and pairs of what had to be copied for that: the copy, and the config or the part of it that it is a copy of.
+    """
+    plain = plain_config(config)
+    pairs = [(plain, config)]
+    for name, part in _parts(config):
+        if any(True for _ in cuts_in(part)):
+            dense, further = uncut(part)
+            setattr(plain, name, dense)
+            pairs += further
+    return plain, pairs
+
+
+def _parts(config: Any) -> Iterator[tuple[str, PreTrainedConfig]]:
+    for name in getattr(config, "sub_configs", None) or ():
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig):
+            yield name, part
 
 
 def shape_model(model: nn.Module, config: Any) -> None:
     """Cut the full-size layers of a model, fresh from its constructor, to what ``config.per_layer_config`` says; or, where
     the config has a record of shapes, the whole model to that.
 
-    A model without a list of layers is left alone: it is one that holds another.
+    Arguments:
+        config: the model's, or the part of it that describes these layers.
+
+    Raises:
+        ArchitectureError: no architecture file describes the family, or the model has no layers where it says they are: of
+            a class that does not hold them, say.
+        ArtefactError: the config says something of a layer that is not known here.
     """
     if recorded := getattr(config, RECORD, None):
         shape_by(model, recorded)
         return
     architecture = described_by(config)
-    try:
-        layers = layers_of(model, architecture)
-    except ArchitectureError:
-        return
-    for index, layer in enumerate(layers):
-        _shape_layer(layer, index, config, architecture)
+    _check_entries(config, architecture)
+    plain, entries = plain_config(config), list(config.per_layer_config)
+    for index, layer in enumerate(layers_of(model, architecture, config)):
+        _shape_layer(layer, index, entries, architecture, plain)
 
 
-def _shape_layer(layer: nn.Module, index: int, config: Any, architecture: Architecture) -> None:
-    layers = list(config.per_layer_config)
-    for block in blocks_of(layer, index, architecture, plain_config(config)):
+def _check_entries(config: Any, architecture: Architecture) -> None:
+    """Refuse what would be passed over: keys that say nothing here, blocks that the family does not have."""
+    plain = plain_config(config)
+    dense = entries_of(plain)
+    kinds = [spec.kind for spec in architecture.blocks]
+    for layer, entry in entries_of(config).items():
+        known = known_keys(architecture, layer_config(plain, layer)) | {"skip", *dense.get(layer, ())}
+        if unknown := sorted(set(entry) - known):
+            raise ArtefactError(
+                f"per_layer_config says {unknown[0]!r} of layer {layer}, which neither transformers nor pliant would heed when "
+                f"it builds a {config.model_type} model; known are {', '.join(sorted(known))}"
+            )
+        if unknown := sorted(set(entry.get("skip", ())) - {*kinds}):
+            raise ArtefactError(
+                f"per_layer_config skips {unknown[0]!r} in layer {layer}; a layer of {architecture.name}.yaml has the blocks "
+                f"{', '.join(kinds)}"
+            )
+
+
+def _shape_layer(layer: nn.Module, index: int, layers: list[Any], architecture: Architecture, plain: Any) -> None:
+    for block in blocks_of(layer, index, architecture, plain):
         if block.kind in layers[index].skip:
             remove(layer, block)
             continue
-        sizes = {axis.leader: architecture.axes[axis.leader].size for axis in block.leaders}
-        shrink(layer, block, {leader: global_size(layers[index], size) for leader, size in sizes.items()})
+        kept = {axis.leader: global_size(layers[index], architecture.axes[axis.leader].size) for axis in block.leaders}
+        for leader, units in kept.items():
+            if not 1 <= units <= block.axes[leader].size:
+                raise ArtefactError(
+                    f"per_layer_config says that {block.name} has {units} {leader}; of {block.axes[leader].size} that the "
+                    "model has, 1 or more can be kept"
+                )
+        shrink(layer, block, kept)
         if block.spec.slot:
             alive = [other for other, entry in enumerate(layers) if block.kind not in entry.skip]
-            types = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
+            types = getattr(plain, "layer_types", None) or ["full_attention"] * len(layers)
             setattr(layer.get_submodule(block.spec.module), block.spec.slot, slot(index, alive, types))

@@ -12,7 +12,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from pliant.compat import layers, quantizer, quiet
+from pliant.compat import layers, outputs, quantizer, quiet
 
 _MODELS = "transformers.models."
 
@@ -31,7 +31,7 @@ def _concern(name: str) -> Callable[[ModuleType], None] | None:
     """What is done with a module of that name, if anything."""
     if name.startswith(_MODELS) and name.rpartition(".")[2].startswith("modeling_"):
         return layers.wrap_models
-    return quantizer.register if name == quantizer.MODULE else None
+    return {quantizer.MODULE: quantizer.register, outputs.MODULE: outputs.register}.get(name)
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -8,7 +8,18 @@ from typing import Any
 
 import torch
 
-from pliant.anatomy import Anatomy, agree, anatomy_of, answer, evaluating, global_size, layers_of, plain_config, probe
+from pliant.anatomy import (
+    Anatomy,
+    agree,
+    anatomy_of,
+    answer,
+    evaluating,
+    global_size,
+    layers_of,
+    plain_config,
+    probe,
+    text_config_of,
+)
 from pliant.errors import ArtefactError
 
 _BY_LAYER = ("layer_types", "no_rope_layers")  # config keys that list one thing a layer
@@ -27,6 +38,11 @@ def homogeneous(model: Any) -> Any:
     if anatomy.traced:
         raise ArtefactError(
             f"the layers of {type(model).__name__} are no list that could be shortened; what is cut loads after 'import pliant'"
+        )
+    if text_config_of(model.config) is not model.config:
+        raise ArtefactError(
+            f"{type(model).__name__} holds its text decoder as one part of several, whose layers are not renumbered; what is cut "
+            "loads after 'import pliant'"
         )
     layers = _whole_layers(anatomy)
     config = _uniform_config(model.config, anatomy, len(layers))

@@ -66,7 +66,9 @@ def windows_for(model: Any, tokenizer: Any, text: Text, seqlen: int, limit: int 
 
 def longest_of(model: Any) -> int:
     """Tokens that a model can read at once; 2**31 when it sets no bound."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**31
+    config = model.config.get_text_config(decoder=True)
+    bounds = (getattr(config, key, None) for key in ("max_position_embeddings", "max_seq_len"))  # the latter: MPT
+    return next((bound for bound in bounds if bound), 2**31)
 
 
 def open_ended(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
