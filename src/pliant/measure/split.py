@@ -13,6 +13,7 @@ from torch import nn
 from pliant.measure.speed import new_cache
 from pliant.measure.windows import check_model
 from pliant.runtime.decoder import Native, decoder_of
+from pliant.runtime.dense import is_linear
 from pliant.runtime.linear import Packed
 
 
@@ -83,4 +84,4 @@ def _timed(model: nn.Module) -> Iterator[dict[str, float]]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Packed) or type(module).__name__ == "Conv1D"
+    return is_linear(module) or isinstance(module, Packed)

@@ -313,8 +313,8 @@ def _build(base: Any) -> Decoder:
     def projection(layer: Any) -> _Projection:
         if not isinstance(layer, Packed):
             raise _UnlikeError("not all of its linear layers are packed")
-        held.append(layer.weight)
-        return _Projection(layer.weight.data_ptr(), layer.weight.numel(), floats(layer.bias))
+        held.append(layer.packed)
+        return _Projection(layer.packed.data_ptr(), layer.packed.numel(), floats(layer.bias))
 
     attentions = [layer.self_attn for layer in base.layers if _has_packed(layer.self_attn)]
     if not attentions:
