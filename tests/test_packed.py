@@ -209,7 +209,7 @@ def test_it_compiles_as_one_graph():
         assert torch.equal(compiled(x), layer(x))
     torch.library.opcheck(
         torch.ops.pliant.linear.default,
-        (x, layer.weight, layer.bias, 40),
+        (x, layer.packed, layer.bias, 40),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -275,7 +275,7 @@ def test_the_layer_is_the_function():
     layer = Packed.of(torch.nn.Linear(64, 40), "int8", sparse=True)
     x = torch.randn(4, 64)
     with torch.no_grad():
-        assert torch.equal(layer(x), linear(x, layer.weight, layer.bias, 40))
+        assert torch.equal(layer(x), linear(x, layer.packed, layer.bias, 40))
 
 
 def test_generation_goes_on_as_it_began():

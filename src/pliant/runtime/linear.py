@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pliant.errors import PackedError
-from pliant.runtime.dense import sizes_of, weight_of, why_kept
+from pliant.runtime.dense import is_linear, sizes_of, weight_of, why_kept
 from pliant.runtime.library import library
 from pliant.runtime.packed import Header, check, header, pack, room, unpack, verify
 from pliant.runtime.threads import threads
@@ -146,6 +146,8 @@ class Packed(nn.Module):
         Raises:
             PackedError: for any other layer.
         """
+        if not is_linear(layer):
+            raise PackedError(f"a linear layer is packed, not {type(layer).__name__}")
         if why := why_kept(layer):
             raise PackedError(f"{type(layer).__name__} is not packed: {why}")
         dense: Any = layer
