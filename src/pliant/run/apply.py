@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.nn.parameter import is_lazy
+
 from pliant.checkpoint.load import load, tokenizer_of
 from pliant.checkpoint.quantized import is_packed
 from pliant.checkpoint.schema import write
@@ -97,7 +99,7 @@ def _parameters(model: Any) -> int:
     """
     if is_packed(model):
         raise StepError("this model is packed, and packing comes last; start from the model it was packed from")
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(0 if is_lazy(parameter) else parameter.numel() for parameter in model.parameters())
 
 
 def _loaded_again(model: Any) -> Any:

@@ -39,7 +39,9 @@ def why_fixed(layer: nn.Module) -> str:
         return f"{type(layer).__name__} keeps its weight in a form of its own"
     weight = vars(layer)["_parameters"].get("weight")
     if weight is None:
-        return "its weight is computed anew at each pass (a parametrization or a pruning mask); make that permanent first"
+        return (
+            "its weight is computed anew at each pass (a parametrization or a pruning mask); make that permanent first"
+        )
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}, no plain tensor"
     if weight.dtype not in FLOATS:
@@ -79,4 +81,6 @@ def _is_product(layer: Any) -> bool:
     except Exception:  # whatever a forward raises that takes something else than rows
         return False
     expected = F.linear(x, weight, layer.bias)
-    return isinstance(found, torch.Tensor) and torch.allclose(found, expected, rtol=1e-2, atol=1e-3 * float(weight.abs().max()))
+    return isinstance(found, torch.Tensor) and torch.allclose(
+        found, expected, rtol=1e-2, atol=1e-3 * float(weight.abs().max())
+    )

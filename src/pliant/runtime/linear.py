@@ -39,7 +39,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out
         PackedError: the matrix is none, or of another size than x, or x holds no floating-point numbers.
     """
     if not x.is_floating_point():
-        raise PackedError(f"a packed layer multiplies floating-point numbers, not {str(x.dtype).removeprefix('torch.')}")
+        raise PackedError(
+            f"a packed layer multiplies floating-point numbers, not {str(x.dtype).removeprefix('torch.')}"
+        )
     native = library()
     if native is None or x.dtype not in TYPES:
         dense = unpack(weight).to(x.dtype)
@@ -247,9 +249,13 @@ class Packed(nn.Module):
         """
         moved, bytes_ = fn(torch.empty(0, dtype=self.dtype)), fn(torch.empty(0, dtype=torch.uint8))
         if moved.device.type != "cpu":
-            raise PackedError(f"packed layers run on the CPU and were to go to {moved.device}; move the model before it is packed")
+            raise PackedError(
+                f"packed layers run on the CPU and were to go to {moved.device}; move the model before it is packed"
+            )
         if bytes_.dtype != torch.uint8 or not moved.dtype.is_floating_point:
-            raise PackedError(f"packed bytes cannot be made into {bytes_.dtype}; use .to(dtype) with a floating-point dtype")
+            raise PackedError(
+                f"packed bytes cannot be made into {bytes_.dtype}; use .to(dtype) with a floating-point dtype"
+            )
         super()._apply(fn, recurse)
         self.dtype = moved.dtype
         return self

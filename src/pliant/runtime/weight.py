@@ -17,7 +17,14 @@ _ABOUT = {  # questions on a tensor that need none of its values
 }
 _WHERE = {"is_cpu": True, "is_meta": False}
 _SELF = {"data", "detach"}  # what is written to them would reach the weight
-_ADDRESS = {"data_ptr", "storage", "untyped_storage", "storage_offset", "__array_interface__", "__cuda_array_interface__"}
+_ADDRESS = {
+    "data_ptr",
+    "storage",
+    "untyped_storage",
+    "storage_offset",
+    "__array_interface__",
+    "__cuda_array_interface__",
+}
 
 
 class PackedWeight(torch.Tensor):
@@ -59,9 +66,13 @@ class PackedWeight(torch.Tensor):
             if name in _SELF:
                 return own
             if name in _ADDRESS:
-                raise PackedError(f"a packed weight has no {name}: its values do not lie in memory; unpack it: layer.dense()")
+                raise PackedError(
+                    f"a packed weight has no {name}: its values do not lie in memory; unpack it: layer.dense()"
+                )
             if _writes(name) and not (name == "requires_grad_" and not args[1:] and kwargs == {"requires_grad": False}):
-                raise PackedError(f"a packed weight cannot be written to ({name}); change the model before it is packed")
+                raise PackedError(
+                    f"a packed weight cannot be written to ({name}); change the model before it is packed"
+                )
         if _held(kwargs.get("out")):
             raise PackedError("a packed weight cannot be written to (out=); change the model before it is packed")
         if func is F.linear and own is None and len(args) > 1 and isinstance(args[1], PackedWeight):

@@ -185,6 +185,10 @@ def left_over(model: nn.Module, found: Concern, changed: int) -> dict[str, Any]:
             of = name if own == "weight" else full
             if parameter.dim() > 1 and of not in kind["names"]:
                 kind["names"].append(of)
+    for name, why in found.left.items():  # those without parameters that are not counted elsewhere
+        kind = kinds.setdefault(why, {"why": why, "parameters": 0, "bytes": 0, "names": []})
+        if name not in kind["names"]:
+            kind["names"].append(name)
     count = sum(kind["parameters"] for kind in kinds.values())
     return {
         "parameters": count,
@@ -289,7 +293,10 @@ def _why_left(model: nn.Module, name: str, one: Matrix, replaces: bool) -> str:
     if not replaces:
         return why_fixed(one.layer)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    partners = {*(v for k, v in tied.items() if k == f"{name}.weight"), *(k for k, v in tied.items() if v == f"{name}.weight")}
+    partners = {
+        *(v for k, v in tied.items() if k == f"{name}.weight"),
+        *(k for k, v in tied.items() if v == f"{name}.weight"),
+    }
     for partner in partners:
         if not isinstance(model.get_submodule(partner.rpartition(".")[0]), nn.Embedding):
             return f"transformers ties its weight to that of {partner.rpartition('.')[0]}"

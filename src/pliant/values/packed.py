@@ -96,9 +96,7 @@ class PackedLinear(ValueStep):
             raise StepError(f"a {type(model).__name__} cannot be replaced in place; pack torch.nn.Sequential(layer)")
         if any(parameter.device.type not in ("cpu", "meta") for parameter in model.parameters()):
             raise StepError("packed layers run on the CPU; load the model there")
-        found = concerned(
-            model, self.target_modules, self.exclude_modules, replaces=True, head=self.head != "dense"
-        )
+        found = concerned(model, self.target_modules, self.exclude_modules, replaces=True, head=self.head != "dense")
         wanted = self._formats(found.matrices, head_of(model))
         dense = {one.name for one in found.matrices} - {one.name for one, _ in wanted}
         found.left |= dict.fromkeys(dense, "linear layers that format, head or rules leave dense")
