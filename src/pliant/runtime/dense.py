@@ -33,11 +33,16 @@ def sizes_of(layer: Any) -> tuple[int, int]:
     return (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
 
 
+def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter that a module itself holds under a name, if it is one and not computed."""
+    return dict(module.named_parameters(recurse=False)).get(name)
+
+
 def why_fixed(layer: nn.Module) -> str:
     """Why the values of a linear layer's weight cannot be changed where they are; nothing where they can."""
     if not is_linear(layer):
         return f"{type(layer).__name__} keeps its weight in a form of its own"
-    weight = vars(layer)["_parameters"].get("weight")
+    weight = own_parameter(layer, "weight")
     if weight is None:
         return (
             "its weight is computed anew at each pass (a parametrization or a pruning mask); make that permanent first"

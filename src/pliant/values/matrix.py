@@ -17,7 +17,7 @@ from pliant.architecture import catalogue
 from pliant.checkpoint.weights import check_finite
 from pliant.errors import ArchitectureError
 from pliant.pages import hold
-from pliant.runtime.dense import is_linear, weight_of, why_fixed, why_kept
+from pliant.runtime.dense import is_linear, own_parameter, weight_of, why_fixed, why_kept
 from pliant.step import Step, StepError
 
 ALL = "all-linear"
@@ -201,7 +201,7 @@ def left_over(model: nn.Module, found: Concern, changed: int) -> dict[str, Any]:
 def _parameter(model: nn.Module, matrix: Matrix) -> torch.Tensor | None:
     """The parameter that holds a matrix; None where there is none, or the layer was replaced."""
     if matrix.layer is not None:
-        return vars(matrix.layer)["_parameters"].get("weight")
+        return own_parameter(matrix.layer, "weight")
     return model.get_parameter(matrix.path)
 
 
@@ -219,7 +219,8 @@ def _candidates(model: nn.Module, blocks: Sequence[Matrix]) -> dict[str, Matrix]
     names: dict[int, list[str]] = {}
     layers: dict[int, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if is_linear(module) or (hasattr(module, "in_features") and hasattr(module, "out_features")):
+        scripted = isinstance(module, torch.jit.ScriptModule) and module.original_name == "Linear"
+        if is_linear(module) or scripted or (hasattr(module, "in_features") and hasattr(module, "out_features")):
             names.setdefault(id(module), []).append(name)
             layers[id(module)] = module
     found = {}
