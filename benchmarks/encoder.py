@@ -112,7 +112,11 @@ def main() -> None:
         if name != DENSE:
             cosine = (found * vectors[DENSE]).sum(-1)
             result["quality"][name] = {
-                "cosine": {"median": cosine.median().item(), "p10": cosine.quantile(0.1).item(), "min": cosine.min().item()},
+                "cosine": {
+                    "median": cosine.median().item(),
+                    "p10": cosine.quantile(0.1).item(),
+                    "min": cosine.min().item(),
+                },
                 "nearest": (nearest(found) == nearest(vectors[DENSE])).float().mean().item(),
             }
     print(result["quality"], flush=True)

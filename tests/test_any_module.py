@@ -378,13 +378,13 @@ def test_experts_that_are_not_packed_are_said():
     pack(module, format="int4", group=32)
     record = module.pliant_history[-1]
     first = record["left"]["reasons"][0]
-    assert first["why"].startswith("stacks of matrices, one for each expert")
+    assert first["why"].startswith("stacks of matrices, such as those of experts")
     assert first["parameters"] == experts
     assert "model.layers.0.mlp.experts.down_proj" in first["names"]
     assert record["left"]["parameters"] == sum(p.numel() for p in module.parameters())
     assert record["left"]["share"] == pytest.approx(record["left"]["parameters"] / total)
     assert f"Not packed: {record['left']['share']:.1%} of the parameters" in on_values(record)
-    assert f"{experts / total:.1%} stacks of matrices, one for each expert" in on_values(record)
+    assert f"{experts / total:.1%} stacks of matrices, such as those of experts" in on_values(record)
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -501,6 +501,55 @@ def test_a_packed_weight_can_be_read_and_not_written():
     with pytest.raises(PackedError, match="has no data_ptr"):
         weight.data_ptr()
     assert torch.equal(layer.dense().weight, dense)
+
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
+PAIR = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in (("layers", 2), ("ffn_dim", 48))}
+PAIR |= {"vocab_size": 300, "d_model": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+CONVOLUTIONS = {"conv_dim": (16, 16), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_feat_extract_layers": 2}
+FAMILIES = {
+    "bart": ("BartForConditionalGeneration", PAIR),
+    "bert": ("BertForMaskedLM", SIZES),  # the bias of its head is tied, too
+    "mamba": ("MambaForCausalLM", {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
+    "switch_transformers": (  # scales its logits where the config says that embeddings are tied
+        "SwitchTransformersForConditionalGeneration",
+        {"vocab_size": 300, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "num_experts": 4},
+    ),
+    "wav2vec2": (
+        "Wav2Vec2ForCTC",
+        SIZES | CONVOLUTIONS | {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_that_read_weights_or_tie_them_are_packed_and_reload(tmp_path, family):
+    name, settings = FAMILIES[family]
+    torch.manual_seed(0)
+    model_class = getattr(transformers, name)
+    module = model_class(transformers.AutoConfig.for_model(family, **settings)).eval()
+    given = {"input_ids": IDS[:1]} if family != "wav2vec2" else {"input_values": torch.randn(1, 800)}
+    if module.config.is_encoder_decoder:
+        given["decoder_input_ids"] = IDS[:1, :4]
+    total = sum(p.numel() for p in module.parameters())
+    expected = run(module, **given).logits
+    pack(module, head="bf16", target_modules="all-linear")
+    found = run(module, **given).logits
+    close(found, expected)
+    held = sum(layer.parameters_held() for layer in module.modules() if isinstance(layer, Packed))
+    rest = module.pliant_history[-1]["left"]["parameters"]
+    assert rest == sum(p.numel() for p in module.parameters())
+    assert held + rest - total in (0, 300)  # a tied bias becomes one of its own
+    module.save_pretrained(tmp_path)
+    again = model_class.from_pretrained(tmp_path)
+    assert packed_in(again) == packed_in(module)
+    assert torch.equal(run(again, **given).logits, found)
 
 
 def llava():

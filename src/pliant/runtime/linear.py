@@ -128,7 +128,7 @@ class Packed(nn.Module):
         self.out_features = out_features
         self.dtype = dtype
         self.register_buffer("weight", packed)
-        self.register_buffer("bias", None if bias is None else bias.detach().float())
+        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
 
     @classmethod
     def of(

@@ -170,7 +170,8 @@ def left_over(model: nn.Module, found: Concern, changed: int) -> dict[str, Any]:
         ``parameters``, ``bytes`` and ``share`` (of all parameters); ``reasons``: of each kind ``why``, ``parameters``, ``bytes`` and
         the ``names`` of layers, the largest kind first.
     """
-    seen = {id(_parameter(model, matrix)) for matrix in found.matrices}
+    still = (one for one in found.matrices if one.layer is None or model.get_submodule(one.name) is one.layer)
+    seen = {id(_parameter(model, one)) for one in still}
     kinds: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):
@@ -313,5 +314,5 @@ def _kind(module: nn.Module, parameter: torch.Tensor) -> str:
     if isinstance(module, _ConvNd):
         return "convolutions"
     if parameter.dim() == 3:
-        return "stacks of matrices, one for each expert: parameters, and no layers"
+        return "stacks of matrices, such as those of experts: parameters, and no layers"
     return f"parameters that {type(module).__name__} keeps itself, in no linear layer"
