@@ -13,9 +13,10 @@ from torch.nn.utils import parametrizations, prune
 
 import pliant
 from pico import IDS, inputs, logits, pico
-from pliant.checkpoint.quantized import record_packed
+from pliant.checkpoint.quantized import packed_bytes, record_packed
 from pliant.errors import PackedError
 from pliant.run.card import on_values
+from pliant.run.compress import _PROMPT, _costs
 from pliant.runtime.linear import Packed
 from pliant.step import StepError
 
@@ -387,6 +388,16 @@ def test_experts_that_are_not_packed_are_said():
     assert f"{experts / total:.1%} stacks of matrices, such as those of experts" in on_values(record)
 
 
+def test_experts_that_are_not_packed_are_read_all_the_same():
+    """What a token is predicted to read: packed layers, the two experts of each layer that it goes to, norms, the router."""
+    dense, module = pico("mixtral"), pack(pico("mixtral"), format="int8")
+    experts = sum(p.numel() for name, p in dense.named_parameters() if ".experts." in name)
+    used = experts * dense.config.num_experts_per_tok // dense.config.num_local_experts
+    cached = _PROMPT * _costs(module)["cache_bytes_per_token"]
+    others = _costs(module)["streamed_bytes"] - cached - packed_bytes(module)
+    assert 4 * used < others < 4.2 * used
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_state_is_loaded_into_a_module_that_is_packed_anew(assign):
     module, other = (
@@ -584,6 +595,7 @@ def test_the_text_part_of_a_vision_language_model_reloads(tmp_path, whole):
     torch.save(run(module, input_ids=IDS % 299).logits, tmp_path / "logits.pt")
     program = f"""
 import pliant, torch, transformers
+from pliant.run.compress import _PROMPT, _costs
 from pliant.runtime.linear import Packed
 torch.set_num_threads(1)
 expected = torch.load({str(tmp_path / "logits.pt")!r})

@@ -44,6 +44,12 @@ def packed_bytes(model: nn.Module) -> int:
     return sum({id(m.packed): m.packed.numel() for m in model.modules() if isinstance(m, Packed)}.values())
 
 
+def unpacked_bytes(model: nn.Module, element: int) -> int:
+    """Bytes that the weights of all packed layers would take with ``element`` bytes each."""
+    layers = (module for module in model.modules() if isinstance(module, Packed))
+    return sum(layer.in_features * layer.out_features * element for layer in layers)
+
+
 def held_bytes(model: nn.Module) -> int:
     """Bytes of everything that a model with packed layers holds, and its folder stores."""
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
