@@ -68,6 +68,15 @@ PACKED = {
     "bits": 4.375,
     "native": False,
     "why_not_native": "its norm is Odd<Norm>",
+    "left": {
+        "parameters": 400_000,
+        "bytes": 1_600_000,
+        "share": 0.25,
+        "reasons": [
+            {"why": "embeddings", "parameters": 399_000, "bytes": 1_596_000, "names": ["embed"]},
+            {"why": "norms, biases and other vectors", "parameters": 1_000, "bytes": 4_000, "names": []},
+        ],
+    },
 }
 
 REPORT = {

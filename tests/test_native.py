@@ -121,7 +121,7 @@ def reloaded(model):
 def sparse_in_place(model):
     """The same bytes in the same tensor would be of another form."""
     layer = first(model).self_attn.q_proj
-    layer._buffers["weight"] = Packed.of(nn.Linear(layer.in_features, layer.out_features, bias=False), "int8").weight
+    layer._buffers["weight"] = Packed.of(nn.Linear(layer.in_features, layer.out_features, bias=False), "int8").packed
 
 
 MUTATIONS = {
@@ -143,8 +143,8 @@ MUTATIONS = {
     "fewer layers by config": lambda m: setattr(m.config, "num_hidden_layers", 2),
     "a state that is loaded": reloaded,
     "bytes replaced": sparse_in_place,
-    "bytes changed in place": lambda m: first(m).mlp.down_proj.weight.copy_(
-        packed(seed=1).model.layers[0].mlp.down_proj.weight
+    "bytes changed in place": lambda m: first(m).mlp.down_proj.packed.copy_(
+        packed(seed=1).model.layers[0].mlp.down_proj.packed
     ),
     "a norm changed in place": lambda m: first(m).input_layernorm.weight.data.mul_(3),
     "a norm replaced": lambda m: setattr(first(m).input_layernorm, "weight", nn.Parameter(torch.randn(36))),

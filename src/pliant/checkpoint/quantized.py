@@ -15,14 +15,16 @@ does not know this method, and then refuses the folder because that tensor has a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from pliant.checkpoint.quantizer import VERSION, PackedConfig
 from pliant.errors import ArtefactError, PackedError
+from pliant.runtime.dense import is_linear, sizes_of
 from pliant.runtime.linear import Packed
 
 
@@ -38,7 +40,13 @@ def packed_formats(model: nn.Module) -> dict[str, int]:
 
 def packed_bytes(model: nn.Module) -> int:
     """Bytes of all packed layers: what a token reads of them."""
-    return sum(module.weight.numel() for module in model.modules() if isinstance(module, Packed))
+    return sum({id(m.packed): m.packed.numel() for m in model.modules() if isinstance(m, Packed)}.values())
+
+
+def unpacked_bytes(model: nn.Module, element: int) -> int:
+    """Bytes that the weights of all packed layers would take with ``element`` bytes each."""
+    layers = (module for module in model.modules() if isinstance(module, Packed))
+    return sum(layer.in_features * layer.out_features * element for layer in layers)
 
 
 def held_bytes(model: nn.Module) -> int:
@@ -47,9 +55,15 @@ def held_bytes(model: nn.Module) -> int:
 
 
 def record_packed(model: Any, cache: Mapping[str, Any]) -> None:
-    """Make a model's config say which of its layers are packed, and how its caches keep tokens."""
+    """Make the config of a transformers model say which of its layers are packed, and how its caches keep tokens. In any other
+    module the transformers models in it are seen to; it has no config of its own.
+    """
+    if not isinstance(model, PreTrainedModel):
+        for child in model.children():
+            record_packed(child, cache)
+        return
     modules: dict[str, dict[str, Any]] = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Packed):
             found = module.header()
             modules[name] = {"format": found.format, "sparse": found.sparse, "bytes": found.size}
@@ -58,39 +72,76 @@ def record_packed(model: Any, cache: Mapping[str, Any]) -> None:
     if not modules:
         return
     kept: Any = PackedConfig
-    model.config.quantization_config = kept(modules=modules, cache=dict(cache))
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if isinstance(head, Packed):  # its weight is no longer that of the embedding
-        model.config.tie_word_embeddings = False
-        if getattr(model, "_tied_weights_keys", None):
-            model._tied_weights_keys = None
-            model.all_tied_weights_keys = {}
+    config: Any = model.config
+    config.quantization_config = kept(modules=modules, cache=dict(cache))
+    if _untie(model, modules) and not getattr(model, "all_tied_weights_keys", None):
+        config.tie_word_embeddings = False
 
 
-def make_room(model: nn.Module, modules: Mapping[str, Mapping[str, Any]], version: int) -> None:
+def make_room(model: Any, packing: Any) -> None:
     """Put empty packed layers where the linear ones are, before weights are loaded.
+
+    Arguments:
+        packing: the :class:`PackedConfig` that the model's config has. Where it came from that of the text model inside, its names
+            are completed to those of the whole, and the whole config alone has it from then on.
 
     Raises:
         ArtefactError: another version, or a layer that is no linear one.
     """
-    if version != VERSION:
-        raise ArtefactError(f"packed layers of version {version}; this pliant knows version {VERSION}")
-    for name, entry in modules.items():
+    if packing.version != VERSION:
+        raise ArtefactError(f"packed layers of version {packing.version}; this pliant knows version {VERSION}")
+    _complete(model, packing)
+    placed: dict[int, Packed] = {}
+    for name, entry in packing.modules.items():
         try:
             layer: Any = model.get_submodule(name)
         except AttributeError:
             continue  # that of a head which this class does without
-        if isinstance(layer, nn.Linear):
-            columns, rows = layer.in_features, layer.out_features
-        elif type(layer).__name__ == "Conv1D":
-            columns, rows = layer.nx, layer.nf
-        else:
-            raise ArtefactError(f"{name!r} is said to be packed, but is {type(layer).__name__}, no linear layer")
-        weight = torch.empty(entry["bytes"], dtype=torch.uint8, device="meta")
-        bias = None if layer.bias is None else torch.empty(rows, device="meta")
-        packed = Packed(columns, rows, weight, bias)
-        packed.tied = entry.get("tied", False)
-        model.set_submodule(name, packed)
+        if isinstance(layer, Packed):
+            continue  # the same layer under another name, which is replaced already
+        if id(layer) not in placed:
+            if not is_linear(layer):
+                raise ArtefactError(f"{name!r} is said to be packed, but is {type(layer).__name__}, no linear layer")
+            rows, columns = sizes_of(layer)
+            weight = torch.empty(entry["bytes"], dtype=torch.uint8, device="meta")
+            bias = None if layer.bias is None else torch.empty(rows, device="meta")
+            placed[id(layer)] = Packed(columns, rows, weight, bias, layer.weight.dtype)
+            placed[id(layer)].tied = entry.get("tied", False)
+        model.set_submodule(name, placed[id(layer)])
+    _untie(model, packing.modules)
+
+
+def _complete(model: Any, packing: Any) -> None:
+    """transformers takes the entry of a text model that was packed by itself for one of the whole model."""
+    text: Any = model.config.get_text_config(decoder=True)
+    if text is model.config or "quantization_config" not in vars(text):
+        return
+    inner = next((name for name, part in model.named_modules() if getattr(part, "config", None) is text), "")
+    if inner:
+        packing.modules = {f"{inner}.{name}": entry for name, entry in packing.modules.items()}
+    del text.quantization_config
+
+
+def _untie(model: Any, modules: Collection[str]) -> bool:
+    """Have transformers tie no packed weight to another (an embedding, which stays); whether it would have."""
+    packed = {*modules}
+
+    def stays(key: str, source: str) -> bool:
+        return not packed & {key.rpartition(".")[0], source.rpartition(".")[0]}
+
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    left = {key: source for key, source in tied.items() if stays(key, source)}
+    if len(left) == len(tied):
+        return False
+    model.all_tied_weights_keys = left
+    for name, part in model.named_modules():
+        own = getattr(part, "_tied_weights_keys", None)
+        if isinstance(own, dict):
+            prefix = f"{name}." if name else ""
+            kept = {key: source for key, source in own.items() if stays(prefix + key, prefix + source)}
+            if len(kept) < len(own):
+                part._tied_weights_keys = kept or None
+    return True
 
 
 def settle(model: nn.Module) -> None:

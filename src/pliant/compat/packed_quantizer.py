@@ -22,8 +22,7 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
         from pliant.checkpoint.quantized import make_room
 
-        config: Any = self.quantization_config
-        make_room(model, config.modules, config.version)
+        make_room(model, self.quantization_config)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:

@@ -14,6 +14,7 @@ from pliant.compat.cache import cache_argument
 from pliant.compat.native import Native, plan_of
 from pliant.measure.speed import new_cache
 from pliant.measure.windows import check_model
+from pliant.runtime.dense import is_linear
 from pliant.runtime.linear import Packed
 
 
@@ -89,4 +90,4 @@ def _timed(roots: list[nn.Module]) -> Iterator[dict[str, float]]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Packed) or type(module).__name__ == "Conv1D"
+    return is_linear(module) or isinstance(module, Packed)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.nn.parameter import is_lazy
+
 from pliant.checkpoint.load import load, tokenizer_of
 from pliant.checkpoint.quantized import is_packed
 from pliant.checkpoint.schema import write
 from pliant.data import Examples, Text, text
-from pliant.elastic import described, parameters
 from pliant.errors import MemoryLimitError
 from pliant.pages import pages_of
 from pliant.progress import Console, Progress, peak_memory
@@ -31,7 +32,8 @@ def apply(
     """Apply a step, or a recipe of several, to ``model`` in place, and return it.
 
     Arguments:
-        model: a transformers model. To keep the dense one, copy it first (``copy.deepcopy``).
+        model: a transformers model; for steps on values (``PackedLinear``, ``Magnitude``, ``RTN``, ``SparAMX``) any module with
+            linear layers. To keep the dense one, copy it first (``copy.deepcopy``).
         step: e.g. ``pliant.MultiPruner(ratio=0.2)``.
         data: calibration text: ``pliant.text(path)`` or a path. A step that trains also takes ``pliant.examples(path)``.
         tokenizer: the model's tokenizer; when left out, that of where the model was loaded from.
@@ -41,8 +43,8 @@ def apply(
         progress: False for silence, or a :class:`pliant.progress.Progress` of your own.
 
     Returns:
-        The same model, changed. ``model.save_pretrained(dir)`` writes a folder that reloads; what was done is in
-        ``model.pliant_history``.
+        The same model, changed. ``model.save_pretrained(dir)`` of a transformers model writes a folder that reloads; what was done
+        is in ``model.pliant_history``.
     """
     if isinstance(data, str | Path):
         data = text(data)
@@ -97,7 +99,7 @@ def _parameters(model: Any) -> int:
     """
     if is_packed(model):
         raise StepError("this model is packed, and packing comes last; start from the model it was packed from")
-    return parameters(described(model))
+    return sum(0 if is_lazy(parameter) else parameter.numel() for parameter in model.parameters())
 
 
 def _loaded_again(model: Any) -> Any:

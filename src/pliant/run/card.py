@@ -17,6 +17,8 @@ from pliant.measure.evaluate import SHARES
 READERS = {"pixel_values": ("processor", "AutoImageProcessor")}
 """What reads the input of a model, by the name of that input; a tokenizer for all others."""
 
+NAMED = 0.001  # the share of the parameters from which on a kind that a step has left is named
+
 
 def versions() -> dict[str, Any]:
     """Versions of what made an artefact."""
@@ -52,7 +54,7 @@ def card(model: Any, history: list[dict[str, Any]], report: dict[str, Any] | Non
         lines.append(f"- {step['settings']['step']} ({settings})")
         lines.append(
             f"  {step['parameters_before']:,} to {step['parameters_after']:,} parameters in {step['seconds']:.0f} s"
-            + (f". {packing(step)}." if "packed" in step else "")
+            + (f". {said}." if (said := on_values(step)) else "")
         )
     if report is not None:
         lines += ["", "| | before | after |", "|---|---|---|"]
@@ -81,14 +83,25 @@ def changed(report: dict[str, Any]) -> str:
     """What was done to a model, in a few words."""
     told = [f"{report['ratio']:.1%} of the parameters removed"] if report["ratio"] else []
     if forms := _formats(report["steps"]):
-        told.append(f"linear layers packed as {' and '.join(forms)}")
+        share = 1 - next(step["left"]["share"] for step in report["steps"] if "packed" in step)
+        told.append(f"linear layers ({share:.1%} of the parameters) packed as {' and '.join(forms)}")
     return ", ".join(told) or "no parameters removed"
 
 
-def packing(step: dict[str, Any]) -> str:
-    """How a model runs that a step has packed."""
-    how = "all of them run in one native call" if step["native"] else f"run one by one: {step['why_not_native']}"
-    return f"Layers of {step['bits']:.2f} bits a weight, {how}"
+def on_values(step: dict[str, Any]) -> str:
+    """How a model runs that a step has packed; how much of it a step on values has left. Nothing for other steps."""
+    told = []
+    if "packed" in step:
+        how = "all of them run in one native call" if step["native"] else f"run one by one: {step['why_not_native']}"
+        told.append(f"Layers of {step['bits']:.2f} bits a weight, {how}")
+    left = step.get("left", {"parameters": 0})
+    if left["parameters"]:
+        shares = [(kind["parameters"] * left["share"] / left["parameters"], kind["why"]) for kind in left["reasons"]]
+        kinds = [f"{share:.1%} {why}" for share, why in shares if share >= NAMED] or [shares[0][1]]
+        done = "packed" if "packed" in step else "changed"
+        size = _megabytes(left["bytes"])
+        told.append(f"Not {done}: {left['share']:.1%} of the parameters ({size}), of which {'; '.join(kinds)}")
+    return ". ".join(told)
 
 
 def _formats(history: list[dict[str, Any]]) -> list[str]:

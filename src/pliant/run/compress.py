@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from pliant.anatomy import Anatomy
 from pliant.checkpoint.load import check_folder, load, tokenizer_of
-from pliant.checkpoint.quantized import held_bytes, packed_bytes
+from pliant.checkpoint.quantized import held_bytes, packed_bytes, unpacked_bytes
 from pliant.checkpoint.weights import fingerprint
 from pliant.compat.native import cached_bytes
 from pliant.data import Text, text
@@ -315,7 +315,8 @@ def _costs(model: Any) -> dict[str, Any]:
     if packed := packed_bytes(model):
         weights = held_bytes(model)
         cached = cached_bytes(model) or cached
-        streamed = packed + _PROMPT * cached
+        others = streamed_bytes(anatomy, element=element) - unpacked_bytes(model, element)
+        streamed = packed + max(0, others) + _PROMPT * cached
     return {
         "parameters": parameters(anatomy),
         "macs_per_token": macs(anatomy, Subnet(), tokens=1, context=_PROMPT),

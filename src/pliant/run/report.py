@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from pliant.progress import duration, size
-from pliant.run.card import changed, packing, table
+from pliant.run.card import changed, on_values, table
 
 STYLE = """
 :root{--ink:#1c2024;--dim:#60646c;--line:#d9dce0;--paper:#fff;--fill:#2a7d6f;--gone:#e7e9ec;--mark:#c2502e}
@@ -95,7 +95,7 @@ def _step(step: dict[str, Any]) -> str:
         if costs
         else ""
     )
-    packed = f"<p>{escape(packing(step))}.</p>" if "packed" in step else ""
+    packed = f"<p>{escape(said)}.</p>" if (said := on_values(step)) else ""
     return (
         f"<h2>{escape(step['settings']['step'])}</h2><p><code>{escape(settings)}</code></p>{_curve(step.get('points', []))}"
         f"{packed}{counted}{_repair(step.get('repair', []))}{_recovery(step.get('recovery'))}<p>{duration(step['seconds'])} in all, peak memory {size(step['peak_memory'])}.</p>"

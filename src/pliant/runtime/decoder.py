@@ -157,10 +157,11 @@ def decoder(
         return _Vector(tensor.data_ptr(), TYPES[tensor.dtype])
 
     def projection(packed: Packed) -> _Projection:
-        if packed.weight.device.type != "cpu":
-            raise PackedError(f"a packed matrix is on {packed.weight.device}")
-        held.append(packed.weight)
-        return _Projection(packed.weight.data_ptr(), packed.weight.numel(), vector(packed.bias))
+        matrix = packed.packed
+        if matrix.device.type != "cpu":
+            raise PackedError(f"a packed matrix is on {matrix.device}")
+        held.append(matrix)
+        return _Projection(matrix.data_ptr(), matrix.numel(), vector(packed.bias))
 
     plan = _Plan(hidden, width, ACTIVATIONS[activation], epsilon, scale, vector(final_norm))
     handle = native.pliant_decoder_new(ctypes.byref(plan))

@@ -1,0 +1,104 @@
+"""The weight of a packed layer, for code that reads it where other code calls the layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from pliant.errors import PackedError
+from pliant.runtime.packed import unpack
+
+_ABOUT = {  # questions on a tensor that need none of its values
+    *("dtype", "shape", "size", "dim", "ndim", "numel", "nelement", "element_size", "itemsize", "nbytes", "__len__"),
+    *("stride", "is_contiguous", "layout", "is_floating_point", "is_complex", "is_sparse", "is_nested", "is_quantized"),
+    *("is_mkldnn", "is_cuda", "is_xpu", "is_mps", "requires_grad", "grad", "grad_fn", "is_leaf", "__hash__"),
+}
+_WHERE = {"is_cpu": True, "is_meta": False}
+_SELF = {"data", "detach"}  # what is written to them would reach the weight
+_ADDRESS = {
+    "data_ptr",
+    "storage",
+    "untyped_storage",
+    "storage_offset",
+    "__array_interface__",
+    "__cuda_array_interface__",
+}
+
+
+class PackedWeight(torch.Tensor):
+    """What ``layer.weight`` of a packed layer is: its shape ``(out_features, in_features)``, its type, and its values for whoever
+    computes with them.
+
+    ``F.linear`` with it is the packed product. Anything else unpacks it first: right, and slow. PyTorch's fused encoder layers,
+    which would read the bytes as they are, see that it is no plain tensor and take their other way. It cannot be written to.
+    """
+
+    packed: torch.Tensor
+
+    @staticmethod
+    def of(packed: torch.Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> PackedWeight:
+        """The view of a packed matrix, shape ``(bytes,)``."""
+        view = torch.empty(out_features, in_features, dtype=dtype, device="meta").as_subclass(PackedWeight)
+        vars(view).update(vars(packed))  # what others note on tensors: transformers, that one is not to be made random
+        view.packed = packed
+        return view
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Raises:
+        PackedError: for what writes to a packed weight, or asks where it lies in memory.
+        """
+        kwargs = kwargs or {}
+        name = func.__name__
+        if name == "__get__":
+            name = func.__self__.__name__
+        first = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
+        own = first if isinstance(first, PackedWeight) else None
+        if own is not None:
+            if name in _ABOUT:
+                return super().__torch_function__(func, types, args, kwargs)
+            if name == "device":
+                return own.packed.device
+            if name in _WHERE:
+                return _WHERE[name]
+            if name in _SELF:
+                return own
+            if name in _ADDRESS:
+                raise PackedError(
+                    f"a packed weight has no {name}: its values do not lie in memory; unpack it: layer.dense()"
+                )
+            if _writes(name) and not (name == "requires_grad_" and not args[1:] and kwargs == {"requires_grad": False}):
+                raise PackedError(
+                    f"a packed weight cannot be written to ({name}); change the model before it is packed"
+                )
+        if _held(kwargs.get("out")):
+            raise PackedError("a packed weight cannot be written to (out=); change the model before it is packed")
+        if func is F.linear and own is None and len(args) > 1 and isinstance(args[1], PackedWeight):
+            x, view, bias = args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias")
+            return torch.ops.pliant.linear(x, view.packed, bias, view.shape[0])
+        return func(*_dense(args), **_dense(kwargs))
+
+
+def _writes(name: str) -> bool:
+    """Whether a method of that name changes the tensor it is called on."""
+    if name.startswith("__"):
+        return name in ("__setitem__", "__set__", "__delete__") or (name.startswith("__i") and name not in _READS)
+    return name.endswith("_")
+
+
+_READS = ("__index__", "__int__", "__invert__")
+
+
+def _held(value: Any) -> bool:
+    return isinstance(value, PackedWeight) or (isinstance(value, tuple | list) and any(map(_held, value)))
+
+
+def _dense(value: Any) -> Any:
+    """The same arguments, with ordinary tensors in the place of packed weights."""
+    if isinstance(value, PackedWeight):
+        return unpack(value.packed).to(value.dtype)
+    if isinstance(value, dict):
+        return {key: _dense(one) for key, one in value.items()}
+    return type(value)(map(_dense, value)) if _held(value) or type(value) is tuple else value
