@@ -14,8 +14,8 @@ from tokenizers.processors import TemplateProcessing
 import pliant
 from pico import DECODERS, VOCABULARY, config, pico
 from pico import tokenizer as pico_tokenizer
-from pliant.data import Question
-from pliant.errors import ArchitectureError, DataError, MemoryLimitError, PliantError
+from pliant.data import Continuation, OpenQuestion, Question
+from pliant.errors import ArchitectureError, DataError, MemoryLimitError, PliantError, WeightError
 from pliant.measure.choose import log_likelihoods
 from pliant.measure.score import kl, nll
 
@@ -263,8 +263,42 @@ def test_a_tokenizer_that_ends_every_sequence_changes_no_choice(model, tokenizer
 def test_a_model_that_gives_no_numbers_answers_nothing_rightly(model, tokenizer):
     with torch.no_grad():
         model.lm_head.weight[40] = math.nan
-    found = pliant.evaluate(model, tasks={"some": [Question("the moon", (" walks", " is"), 0)]}, tokenizer=tokenizer)
-    assert found["tasks"]["some"]["acc"] == found["tasks"]["some"]["acc_norm"] == 0
+    kinds = (Question("the moon", (" walks", " is"), 0), OpenQuestion("7", "8"), Continuation("the moon", " walks"))
+    for item in kinds:
+        with pytest.raises(WeightError, match=r"task 'some'.*no number|log-likelihood of nan"):
+            pliant.evaluate(model, tasks={"some": [item]}, tokenizer=tokenizer, max_new_tokens=4)
+
+
+def test_a_model_that_overflows_in_half_precision_has_no_perplexity_and_no_share(tokenizer, prose):
+    model = pico("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(1e6)
+        model.model.layers[0].mlp.up_proj.weight.mul_(1e4)
+    half = copy.deepcopy(model).half()
+    with pytest.raises(WeightError, match=r"loss on 'prose.txt' is nan.*torch.float16 cannot hold"):
+        pliant.evaluate(half, perplexity=prose, tokenizer=tokenizer, seqlen=32, windows=2)
+    with pytest.raises(WeightError, match="log-likelihood of nan"):
+        pliant.evaluate(half, tasks={"some": _questions(3)}, tokenizer=tokenizer)
+    assert math.isfinite(
+        pliant.evaluate(model, perplexity=prose, tokenizer=tokenizer, seqlen=32, windows=2)["perplexity"]["prose.txt"][
+            "loss"
+        ]
+    )
+
+
+def test_a_finite_loss_without_a_finite_exponential_is_no_perplexity(model, tokenizer, prose):
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    with pytest.raises(WeightError, match=r"loss on 'prose.txt' is \d.* of which there is no perplexity"):
+        pliant.evaluate(model, perplexity=prose, tokenizer=tokenizer, seqlen=32, windows=2)
+
+
+def test_a_broken_reference_is_named(model, tokenizer, prose):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.lm_head.weight[40] = math.nan
+    with pytest.raises(WeightError, match="the reference is broken"):
+        pliant.evaluate(model, perplexity=prose, reference=broken, tokenizer=tokenizer, seqlen=32, windows=2)
 
 
 def test_a_choice_after_an_empty_context_is_not_free(model, tokenizer):
