@@ -17,6 +17,7 @@ from pliant.measure.rank import RANKINGS, fisher, influence, relative_magnitude,
 from pliant.measure.units import read_axes
 from pliant.measure.walk import Walk
 from pliant.progress import Progress
+from pliant.search import knapsack
 from pliant.search.knapsack import Choice, solve
 from pliant.search.moves import block_moves, layer_moves, pooled, width_moves
 from pliant.step import StepError
@@ -234,23 +235,33 @@ def test_the_knapsack_finds_the_best_mix():
     import random
 
     draw = random.Random(0)
-    for _ in range(20):
+    for _ in range(40):
         menus = [
-            [Choice((), 0, 0.0)] + [Choice((), draw.randint(1, 50), draw.random()) for _ in range(3)] for _ in range(4)
+            [Choice((), 0, 0.0)] + [Choice((), draw.randint(1, 50), draw.uniform(-0.5, 1)) for _ in range(3)]
+            for _ in range(4)
         ]
-        target = 60.0
-        feasible = [
-            sum(menu[i].damage for menu, i in zip(menus, mix, strict=True))
+        target, slack = 60.0, draw.choice([0.0, 2.0, 20.0])
+        unit = target / knapsack.STEPS
+        mixes = {
+            mix: (sum(int(menu[i].saved / unit) for menu, i in zip(menus, mix, strict=True)), _damage(menus, mix))
             for mix in itertools.product(range(4), repeat=4)
-            if sum(int(menu[i].saved / (target / 4000)) for menu, i in zip(menus, mix, strict=True)) >= 4000
-        ]
-        chosen = solve(menus, target)
-        if not feasible:
+        }
+        enough = [found for found in mixes.values() if found[0] >= knapsack.STEPS]
+        within = [damage for saved, damage in enough if saved <= knapsack.STEPS + int(slack / unit)]
+        chosen = solve(menus, target, slack)
+        if not enough:
             assert chosen is None
             continue
         assert chosen is not None
         assert sum(menu[i].saved for menu, i in zip(menus, chosen, strict=True)) >= target
-        assert sum(menu[i].damage for menu, i in zip(menus, chosen, strict=True)) == pytest.approx(min(feasible))
+        if within:
+            assert _damage(menus, chosen) == pytest.approx(min(within))
+        else:
+            assert mixes[tuple(chosen)][0] == min(enough)[0]
+
+
+def _damage(menus, mix):
+    return sum(menu[i].damage for menu, i in zip(menus, mix, strict=True))
 
 
 def test_swaps_never_make_it_worse():

@@ -17,7 +17,7 @@ from pliant.pages import pages_of
 from pliant.progress import size
 from pliant.search.cost import COSTS
 from pliant.search.greedy import Greedy
-from pliant.search.moves import Moves, head_axes, reach
+from pliant.search.moves import Moves, fitting, head_axes, reach
 from pliant.search.order import check_order
 from pliant.search.pruning import Pruning
 from pliant.search.repair import repair_bytes
@@ -31,7 +31,8 @@ class Pruner(Step):
     """Settings shared by every pruner that reads calibration text."""
 
     ratio: float
-    """Share of all parameters to remove, embeddings included: 0.2 makes the model a fifth smaller."""
+    """Share of all parameters to remove, embeddings included: 0.2 makes the model a fifth smaller. The result is less than one unit
+    above it: a block, a group of channels, a key-value group, whatever is the smallest that can go."""
 
     samples: int = 256
     """Rows of calibration text for choosing blocks."""
@@ -153,9 +154,22 @@ class GreedyPruner(Pruner):
         """How to look, from the settings."""
         return Greedy(self.search, self.slack, self.refresh)
 
-    def stage(self, pruning: Pruning, name: str, moves: Moves, windows: torch.Tensor, until: float) -> None:
-        """Remove units until ``ratio >= until`` or nothing is left to offer."""
-        pruning.stage(name, moves, windows, until, greedy=self.greedy(), per=None if self.per == UNIT else self.per)
+    def stage(
+        self,
+        pruning: Pruning,
+        name: str,
+        moves: Moves,
+        windows: torch.Tensor,
+        until: float,
+        units: Moves | None = None,
+    ) -> None:
+        """Remove units until ``ratio >= until`` or nothing is left to offer, never more than one unit beyond the ratio asked for.
+
+        Arguments:
+            units: what later stages may still remove; ``moves`` alone when left out.
+        """
+        fit = fitting(pruning.anatomy, moves, self.ratio, units)
+        pruning.stage(name, fit, windows, until, greedy=self.greedy(), per=None if self.per == UNIT else self.per)
 
 
 @dataclass(frozen=True, kw_only=True)
