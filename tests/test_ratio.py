@@ -7,8 +7,8 @@ from pico import pico, tokenizer
 from pliant.anatomy import anatomy_of
 from pliant.elastic import Subnet, ratio
 from pliant.errors import RatioError
-from pliant.search.groups import widths
-from pliant.search.moves import block_moves, layer_moves, pooled, width_moves
+from pliant.search.groups import cut_until, widths
+from pliant.search.moves import block_moves, fitting, layer_moves, pooled, width_moves
 from pliant.systems import PRUNERS
 
 WORDS = ["the", "cat", "sat", "on", "a", "red", "mat", "and", "looked", "at", "dogs", "that", "ran", "over", "hills"]
@@ -34,7 +34,12 @@ def greedy_unit(anatomy):
 # name -> (how a step is made, the smallest share that it can take from the dense model)
 METHODS = {
     "blockpruner": (pliant.BlockPruner, {}, lambda a: smallest(a, block_moves(a))),
-    "multipruner": (pliant.MultiPruner, {"width_samples": 2, "mlp_group": 8}, greedy_unit),
+    # its last stage is that of the heads
+    "multipruner": (
+        pliant.MultiPruner,
+        {"width_samples": 2, "mlp_group": 8},
+        lambda a: smallest(a, width_moves(a, {"kv": 1})),
+    ),
     "multipruner_evol": (
         pliant.MultiPrunerEvol,
         {"width_samples": 2, "mlp_group": 8, "population": 8, "generations": 3, "tolerance": 0.02},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from math import gcd, lcm
+from math import gcd, inf, lcm
 
 from pliant.anatomy import Axis
 from pliant.elastic import Subnet
@@ -40,7 +40,7 @@ def cut_until(cuts: Sequence[tuple[str, int]], reached: Callable[[Subnet], float
     while (now := reached(narrowed(done))) < target - 1e-12:
         nexts = {axis: (axis, units) for axis, units in reversed(left)}  # the first that is left of each axis
         gains = {cut: reached(narrowed([*done, cut])) - now for cut in nexts.values()}
-        small = (cut for cut in left if gains.get(cut, 1.0) < target - now + min(gains.values()) - 1e-12)
+        small = (cut for cut in left if gains.get(cut, inf) < target - now + min(gains.values()) - 1e-12)
         done.append(next(small))
         left.remove(done[-1])
     while True:

@@ -58,12 +58,6 @@ class MultiPrunerEvol(WidthPruner):
         with ordered(job, anatomy, self.order, for_widths):
             units = pooled(block_moves(anatomy), width_moves(anatomy, groups))
             self.stage(pruning, "blocks", block_moves(anatomy), for_blocks, self.ratio / 2, units)
-            reached = ratio(anatomy, pruning.subnet)
-            if reached > self.ratio + self.tolerance:
-                raise RatioError(
-                    f"the blocks alone come to ratio {reached:.4f}, {self.ratio} within {self.tolerance} was asked for; a larger "
-                    "tolerance or ratio is needed"
-                )
             with pruning.scoring("widths", for_widths) as score:
                 subnet = self._evolve(pruning, score, groups)
                 loss = score(subnet)
