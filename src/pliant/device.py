@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -44,6 +43,11 @@ def device_of(name: str | torch.device) -> torch.device:
             f"torch {torch.__version__} finds no {str(name)!r} on this machine; it has {', '.join(having)}. auto takes the first of these"
         )
     return device
+
+
+def called(device: torch.device) -> str:
+    """A device as people know it: ``cpu``, ``cuda:0 (NVIDIA H100 80GB HBM3)``."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def wait(device: torch.device) -> None:
@@ -91,6 +95,6 @@ def doubled(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
-def total(tensor: torch.Tensor, dims: Sequence[int] | None = None) -> torch.Tensor:
+def total(tensor: torch.Tensor, dims: list[int] | None = None) -> torch.Tensor:
     """The sum over all dimensions, or over some, added up in float64; on the CPU when the device has none."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).sum(dims, dtype=torch.float64)

@@ -42,6 +42,12 @@ def packed_bytes(model: nn.Module) -> int:
     return sum(module.weight.numel() for module in model.modules() if isinstance(module, Packed))
 
 
+def how_it_runs(model: nn.Module) -> dict[str, Any]:
+    """Of a packed model: ``native``, whether all its layers run in one call, and ``why_not_native``."""
+    why_not = run_natively(model)
+    return {"native": not why_not, "why_not_native": why_not}
+
+
 def held_bytes(model: nn.Module) -> int:
     """Bytes of everything that a model with packed layers holds, and its folder stores."""
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())

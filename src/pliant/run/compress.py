@@ -20,6 +20,7 @@ from pliant.checkpoint.load import check_folder, load, tokenizer_of
 from pliant.checkpoint.quantized import held_bytes, packed_bytes
 from pliant.checkpoint.weights import fingerprint
 from pliant.data import Text, text
+from pliant.device import called
 from pliant.elastic import Subnet, cache_bytes, described, macs, parameters, streamed_bytes, weight_bytes
 from pliant.errors import BusyError, PliantError
 from pliant.machine import machine
@@ -68,6 +69,7 @@ def compress(
     measuring: Measuring = Measuring(),
     overwrite: bool = False,
     dtype: Any = "auto",
+    device: Any = None,
     memory: int | str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -81,6 +83,7 @@ def compress(
         data: calibration text; None for a step that needs none.
         measuring: what to measure before and after.
         overwrite: replace what is in ``out``.
+        dtype, device: as for :func:`pliant.load`.
         memory: what the process may take beside what it has, as for :func:`pliant.load`; speed is then not measured.
 
     Raises:
@@ -109,7 +112,7 @@ def compress(
             if made.exists() and not (work / made.name).exists():
                 shutil.copyfile(made, work / made.name)
         with progress.stage(f"loading {source}"):
-            model = load(source, dtype=dtype, memory=memory, scratch=work)
+            model = load(source, dtype=dtype, device=device, memory=memory, scratch=work)
         return _compress(source, model, step, calibration, held_out, out, work, measuring, overwrite, progress)
 
     try:
@@ -184,13 +187,13 @@ def _compress(
         "layers": _shares(before.pop("units"), after.pop("units")),
         "steps": model.pliant_history,
         "machine": machine(),
+        "device": called(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
         **versions(),
     }
     if dense is not None:
         with progress.stage("timing both models in turn"):
-            longest = longest_of(model)
-            tokens = min(32, longest // 4)
-            report["speed"] = bench(model, dense, prompt=min(_PROMPT, longest - tokens), tokens=tokens)
+            report["speed"] = bench(model, dense, tokens=min(32, longest_of(model) // 4))
         report["predicted"] = {
             "prefill": before["macs_per_token"] / after["macs_per_token"],
             "decode": before["streamed_bytes"] / after["streamed_bytes"],
@@ -248,6 +251,7 @@ def _job(
         text_,
         measuring.speed,
         str(model.dtype),
+        *([str(model.device)] if model.device.type != "cpu" else []),
         machine()["cpu"],
         versions(),
     ]
