@@ -139,7 +139,7 @@ def show_speed(found: dict[str, Any]) -> None:
     if "speedup" in found:
         shown.add_row("speed-up", *(_spread(found["speedup"][kind], ".2f") for kind in ("prefill", "decode")))
     _print(shown)
-    settings, one = found["settings"], found["model"]
+    settings, one = found["settings"], found["on"]["model"]
     _print(
         f"prompt of {settings['prompt']} tokens, {settings['tokens']} decoded, batch {settings['batch']}; on {one['device']} in "
         f"{one['dtype']}, {found['threads']} threads, peak memory {size(found['peak_memory'])}"

@@ -45,7 +45,7 @@ def bench(
     Returns:
         For ``model`` (and ``against``): ``prefill`` and ``decode`` in tokens per second as ``median``, ``p10``, ``p90``;
         ``speedup`` as the median over rounds of model/against; ``peak_memory`` of the process in bytes; ``settings``: the
-        arguments, as they were taken, and the device and dtype of both models.
+        arguments as they were taken; ``on``: device and dtype of each model.
 
     Raises:
         ArchitectureError: a model that predicts no next tokens.
@@ -79,8 +79,10 @@ def bench(
             for kind in ("prefill", "decode")
         }
     result["settings"] = {"prompt": prompt, "tokens": tokens, "batch": batch, "repeats": repeats}
-    for name, one in models.items():
-        result[name] |= {"device": str(one.device), "dtype": str(one.dtype).removeprefix("torch.")}
+    result["on"] = {
+        name: {"device": str(one.device), "dtype": str(one.dtype).removeprefix("torch.")}
+        for name, one in models.items()
+    }
     result["threads"] = torch.get_num_threads()
     result["peak_memory"] = peak_memory()
     return result
