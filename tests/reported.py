@@ -92,6 +92,8 @@ REPORT = {
     },
     "steps": [STEP],
     "machine": {"cpu": "Some CPU", "cores": 2, "threads": 2, "system": "Linux"},
+    "device": "cpu",
+    "dtype": "float32",
     "versions": {"pliant": "0.1.0", "torch": "2.13.0"},
 }
 

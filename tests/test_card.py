@@ -50,7 +50,7 @@ def test_the_card_says_what_was_done_what_it_cost_and_how_to_load_it():
     assert "2,000,000 to 1,600,000 parameters in 95 s" in shown
     for row in table(REPORT):
         assert f"| {' | '.join(row)} |" in shown
-    assert "Measured on Some CPU, 2 threads." in shown
+    assert "Measured on Some CPU, 2 threads, in float32." in shown
     code = re.search(r"```python\n(.*?)```", shown, re.S)[1]
     compile(code, "card", "exec")
     assert code.startswith("import pliant")

@@ -9,6 +9,7 @@ import sys
 from importlib import metadata
 
 import pytest
+import torch
 import typer
 from filelock import FileLock
 from typer.testing import CliRunner
@@ -19,7 +20,8 @@ from pliant.cli import main
 from pliant.cli.doctor import diagnose
 from pliant.cli.main import app
 from pliant.cli.settings import build, known_subnet, recipe, step_class
-from pliant.errors import ArtefactError, DataError, PliantError, RatioError
+from pliant.errors import ArtefactError, DataError, PliantError, RatioError, WeightError
+from pliant.figures import to_json
 from pliant.step import StepError, help_texts
 from pliant.systems import SYSTEMS
 
@@ -271,6 +273,18 @@ def test_success_is_0(entry):
         (["bench", "FOLDER", "--formats", "--batch", "2"], "a sequence at a time"),
         (["compress", "FOLDER", "--system", "packed", "--set", "format=int3", "--out", "x"], "format is one of"),
         (["inspect", "FOLDER", "--dtype", "float31"], "float31"),
+        (["inspect", "FOLDER", "--device", "gpu"], "there is no device 'gpu'; there are auto, cuda, mps, cpu"),
+        (["generate", "FOLDER", "Hello", "--tokens", "0"], "--tokens must be at least 1"),
+        (
+            ["generate", "FOLDER", "Hello", "--tokens", "252"],
+            "5 + 252 tokens are more than the 256 positions of this model; give at most 251",
+        ),
+        (
+            ["generate", "FOLDER", "y" * 300],
+            "300 + 64 tokens are more than the 256 positions of this model; give a shorter prompt",
+        ),
+        (["bench", "FOLDER", "--formats", "--device", "cuda"], "packed layers run on the CPU; leave --device out"),
+        (["bench", "FOLDER", "--formats", "--prompt", "250"], "250 + 32 tokens are more than the 256 positions"),
         (["generate", "FOLDER", "Hello", "--chat"], "chat template"),
         (["generate", "FOLDER", ""], "prompt"),
         (["export", "FOLDER", "--to", "onnx", "--out", "x"], "no export 'onnx'"),
@@ -477,6 +491,94 @@ def test_compress_shows_people_a_table_and_where_it_wrote(folder, prose, tmp_pat
     report = json.loads((out / "report.json").read_text("utf-8"))
     assert f"{report['after']['parameters']:,} (-{report['ratio']:.1%})" in shown
     assert f"wrote {out} (report: {out / 'report.html'})" in shown
+
+
+RUNS = {
+    "inspect": ["--no-check"],
+    "compress": ["--ratio", "0.1", "--data", "PROSE", "--out", "OUT"],
+    "evaluate": ["--perplexity", "PROSE"],
+    "bench": [],
+    "generate": ["Hello"],
+    "export": ["--out", "OUT"],
+}
+
+
+@pytest.mark.parametrize("verb", RUNS)
+def test_every_verb_that_runs_a_model_takes_a_device_and_a_dtype(verb, entry, folder, prose, tmp_path, monkeypatch):
+    asked = {}
+
+    def load(source, **options):
+        asked.update(options, source=source)
+        raise DataError("seen")
+
+    for module in ("pliant.checkpoint.load", "pliant.run.compress"):
+        monkeypatch.setattr(f"{module}.load", load)
+    words = [{"PROSE": prose, "OUT": tmp_path / "out"}.get(word, word) for word in RUNS[verb]]
+    for given, expected in (
+        ((), {"dtype": "auto", "device": "cpu"}),
+        (("--dtype", "bfloat16", "--device", "cuda:1"), {"dtype": "bfloat16", "device": "cuda:1"}),
+    ):
+        assert entry(verb, folder, *words, *given)[0] == 1
+        assert {key: asked[key] for key in expected} == expected
+
+
+def test_every_verb_in_the_list_is_there_and_no_other_loads_a_model():
+    others = {"doctor", "ls", "demo"}
+    assert {command.callback.__name__ for command in app.registered_commands} == {*RUNS, *others}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_here_is_refused(entry, folder):
+    code, out, err = entry("inspect", folder, "--device", "cuda")
+    assert (code, out) == (1, "")
+    assert "finds no 'cuda' on this machine; it has cpu" in err
+
+
+def test_a_model_that_gives_no_numbers_is_refused_and_never_printed(entry, folder, prose, task):
+    broken = pliant.load(folder)
+    with torch.no_grad():
+        broken.model.layers[0].mlp.down_proj.weight.mul_(1e6)
+        broken.model.layers[0].mlp.up_proj.weight.mul_(1e4)
+    broken.save_pretrained(folder)
+    for words in (["--perplexity", prose], ["--tasks", task]):
+        for form in ([], ["--json"]):
+            code, out, err = entry(
+                "evaluate", folder, *words, *form, "--seqlen", 32, "--windows", 2, "--dtype", "float16"
+            )
+            assert (code, out) == (1, "")
+            assert "torch.float16 cannot hold what it computes" in err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_json_holds_finite_figures_only(value):
+    with pytest.raises(WeightError, match=rf"tasks\.arc\[1\]\.acc is {value}, no finite number"):
+        to_json({"tasks": {"arc": [{"acc": 1.0}, {"acc": value}]}})
+    assert json.loads(to_json({"a": [1, 2.5, None, "nan"]})) == {"a": [1, 2.5, None, "nan"]}
+
+
+def test_continuations_are_printed(folder, tmp_path):
+    path = tmp_path / "lambada.jsonl"
+    path.write_text("\n".join(json.dumps({"context": c, "continuation": "moon"}) for c in ("the", "a")), "utf-8")
+    shown = run("evaluate", folder, "--tasks", path).stdout
+    assert re.search(r"lambada acc .*0\.0%.*2 questions", shown)
+    assert re.search(r"lambada perplexity .*\d\.\d{3} .*\d\.\d{3} .*2 questions", shown)
+
+
+def test_a_packed_model_says_how_it_runs(folder, tmp_path):
+    for name, options, said in (
+        ("native", [], "all of them run in one native call"),
+        ("mixed", ["--set", "rules=down_proj=dense"], "run one by one: not all of its linear layers are packed"),
+    ):
+        out = tmp_path / name
+        words = ["compress", folder, "--system", "packed", "--out", out, "--no-speed", *options]
+        assert said in " ".join(run(*words).stdout.split())
+        found = json.loads(run("inspect", out, "--json").stdout)
+        assert found["native"] == (name == "native")
+        assert found["device"] == "cpu"
+        shown = " ".join(run("inspect", out).stdout.split())
+        assert (
+            "Runs in one native call." if found["native"] else f"Runs layer by layer: {found['why_not_native']}."
+        ) in shown
 
 
 def test_errors_are_also_the_builtin_ones_a_caller_expects():

@@ -1,9 +1,12 @@
 """What a removal saves: counted, or in milliseconds that are measured here."""
 
 import json
+import random
+import time
 from itertools import pairwise
 
 import pytest
+import torch
 
 import pliant
 from pico import pico, tokenizer
@@ -80,3 +83,84 @@ def test_a_model_of_few_positions_is_timed_on_as_many():
     model.transformer.wte.register_forward_pre_hook(lambda _, args: seen.add(tuple(args[0].shape)))
     measure_latency(model, anatomy_of(model), "prefill", repeats=1)
     assert seen == {(1, 32)}
+
+
+# --- predicted against measured ---------------------------------------------------------------------------------------------
+
+CLOCK = {"rest": 3.0, "attention": 2.0, "mlp": 5.0}  # milliseconds of a whole block, and of all else
+
+
+def on_a_clock(model, monkeypatch):
+    """Let every layer of a model take the milliseconds of what is there of it."""
+    spent = [0.0]
+
+    def took(kind, share):
+        return lambda *_: spent.__setitem__(0, spent[0] + CLOCK[kind] * share())
+
+    for layer in model.model.layers:
+        up, k = layer.mlp.up_proj, layer.self_attn.k_proj
+        layer.mlp.register_forward_hook(took("mlp", lambda up=up: (len(up.weight) / 48) ** 2))
+        layer.self_attn.register_forward_hook(took("attention", lambda k=k: len(k.weight) / 24))
+
+    def milliseconds(model, ids):
+        spent[0] = CLOCK["rest"]
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=False)
+        return spent[0]
+
+    monkeypatch.setattr("pliant.measure.latency._milliseconds", milliseconds)
+    return milliseconds
+
+
+def test_what_the_table_predicts_is_what_is_measured(monkeypatch):
+    """Of sub-networks that were not timed for it; where time goes with the square of a width, what lies between two timed widths
+    is nearly right."""
+    model = pico("llama")
+    anatomy = anatomy_of(model)
+    measure = on_a_clock(model, monkeypatch)
+    table = measure_latency(model, anatomy, "prefill", repeats=1)
+    assert table.rest == pytest.approx(CLOCK["rest"])
+    assert table.blocks == {kind: pytest.approx(CLOCK[kind]) for kind in ("attention", "mlp")}
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    draw = random.Random(0)
+    apart = []
+    for _ in range(12):
+        subnet = Subnet()
+        for block in anatomy.blocks.values():
+            if block.name != "layers.0.attention" and draw.random() < 0.3:
+                subnet = subnet.without(block.name)
+            else:
+                (axis,) = block.leaders
+                subnet = subnet.keeping(axis.name, draw.randint(1, axis.size))
+        with pliant.activate(model, subnet):
+            measured = measure(model, ids)
+        apart.append(abs(table.of(anatomy, subnet) / measured - 1))
+        by_attention = sum(
+            2.0 * dict(subnet.keep)[f"layers.{layer}.attention.kv"] / 3
+            for layer in range(4)
+            if f"layers.{layer}.attention" not in subnet.skip
+        )
+        without_mlps = subnet.without(*(f"layers.{layer}.mlp" for layer in range(4)))
+        assert table.of(anatomy, without_mlps) == pytest.approx(3 + by_attention)  # linear, so exactly right
+    assert max(apart) < 0.05
+    assert table.of(anatomy, Subnet().keeping("layers.1.mlp.channels", 24)) == pytest.approx(3 + 4 * 7 - 5 * 0.75)
+
+
+def test_a_clock_that_runs_on_its_own_is_read():
+    """In real time: a model whose every MLP sleeps in proportion to its width."""
+    model = pico("llama")
+    anatomy = anatomy_of(model)
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(
+            lambda _, __, out, up=layer.mlp.up_proj: time.sleep(0.02 * len(up.weight) / 48) or out
+        )
+    table = measure_latency(model, anatomy, "decode", repeats=3)
+    assert table.blocks["mlp"] == pytest.approx(20, rel=0.25)
+    assert table.blocks["attention"] < 5
+    half = Subnet().keeping("layers.1.mlp.channels", 24).keeping("layers.2.mlp.channels", 24)
+    began = time.perf_counter()
+    with pliant.activate(model, half), torch.inference_mode():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
+    measured = 1e3 * (time.perf_counter() - began)
+    assert table.of(anatomy, half) == pytest.approx(60, rel=0.25)
+    assert measured > 60

@@ -11,7 +11,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pliant.errors import ArtefactError, PliantError
+import torch
+
+from pliant.device import device_of, free_memory, is_short_of_memory
+from pliant.errors import ArtefactError, DeviceError, PliantError
+from pliant.progress import size
+from pliant.runtime.linear import Packed
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name, or owner/name
 CLASSIFIERS = ("ImageClassification", "SequenceClassification")
@@ -23,6 +28,7 @@ def load(
     source: str | Path,
     *,
     dtype: Any = "auto",
+    device: Any = None,
     memory: int | str | None = None,
     scratch: str | Path | None = None,
     **options: Any,
@@ -33,6 +39,8 @@ def load(
     Arguments:
         source: a folder, a ``.gguf`` file (dequantised; needs the ``gguf`` extra), or the id of a model on a hub.
         dtype: as in transformers: ``auto`` keeps what is stored.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``auto``: cuda where there is one, else mps, else cpu; of a packed model
+            always cpu. The CPU when left out, unless ``device_map`` says something else.
         memory: bytes, or ``"2GB"``, that the process may take beside what it has already. The weights then stay in files, and
             only as much of them as fits is in memory: the way to prune a model that is larger than that. Needs Linux and
             weights as safetensors in a folder.
@@ -41,8 +49,12 @@ def load(
 
     Raises:
         ArtefactError: nothing there, a missing or truncated shard, or weights that the folder lacks.
+        DeviceError: a device that is not here, or one that cannot hold this model.
         MemoryLimitError: the memory limit is too small for this model, or cannot be held here.
     """
+    where = None if device is None else device_of(device)
+    if where is not None and "device_map" in options:
+        raise DeviceError("give device or device_map, not both")
     if "torch_dtype" in options:
         warnings.warn("torch_dtype is now called dtype", FutureWarning, stacklevel=2)
         dtype = options.pop("torch_dtype")
@@ -66,6 +78,10 @@ def load(
             "(owner/name)"
         )
     if memory is not None:
+        if where is not None and where.type != "cpu" and device != "auto":
+            raise DeviceError(
+                f"weights that stay in files are read by the CPU; leave memory or device={str(device)!r} out"
+            )
         if not path.is_dir() or options:
             given = ", ".join(options) if path.is_dir() else str(source)
             raise ArtefactError(
@@ -76,9 +92,9 @@ def load(
         with _faults_named(source):
             return load_paged(_auto_class(str(path), options), path, dtype, memory, scratch)
     with _faults_named(source):
-        where = str(path if path.is_dir() else source)
-        loaded: Any = _auto_class(where, options).from_pretrained(
-            where, dtype=dtype, output_loading_info=True, **options
+        place = str(path if path.is_dir() else source)
+        loaded: Any = _auto_class(place, options).from_pretrained(
+            place, dtype=dtype, output_loading_info=True, **options
         )
     model, told = loaded
     if "gguf_file" in options:
@@ -88,7 +104,51 @@ def load(
         raise ArtefactError(
             f"{str(source)!r} lacks {len(missing)} tensor(s), {missing[0]!r} among them; they would have been random"
         )
+    if where is not None and where.type != "cpu":
+        _move(model, where, chosen=device != "auto")
     return model.eval()
+
+
+def loaded(model: Any, *, dtype: Any = None, device: Any = None) -> Any:
+    """A model as it is, or what :func:`load` makes of its folder or name.
+
+    Raises:
+        DeviceError: a device or dtype is asked for, and the model is loaded already.
+    """
+    if isinstance(model, str | Path):
+        return load(model, dtype=dtype or "auto", device=device)
+    if dtype is not None or device is not None:
+        raise DeviceError(
+            "device and dtype say how a model is loaded, and this one is; move it with model.to(...), or give its folder"
+        )
+    return model
+
+
+def _move(model: Any, device: torch.device, *, chosen: bool) -> None:
+    """Put a model on an accelerator; a packed one stays on the CPU, unless the device was chosen by name.
+
+    Raises:
+        DeviceError: the device cannot run this model, or has too little memory for it.
+    """
+    if any(isinstance(module, Packed) for module in model.modules()):
+        if chosen:
+            raise DeviceError(
+                f"this model is packed, and packed layers run on the CPU; load it without device={str(device)!r}"
+            )
+        return
+    if device.type == "mps" and any(parameter.dtype == torch.float64 for parameter in model.parameters()):
+        raise DeviceError("mps has no float64; load the model with dtype='float32'")
+    needs = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    try:
+        model.to(device)
+    except RuntimeError as error:
+        if not is_short_of_memory(error):
+            raise
+        room = free_memory(device)
+        raise DeviceError(
+            f"the weights take {size(needs)}, {device} has {'less' if room is None else size(room)} free; load it with "
+            "dtype='bfloat16', or on the CPU"
+        ) from error
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from pliant import __version__
 from pliant.errors import BusyError, PliantError
+from pliant.figures import to_json
 
 INTERRUPTED = 130
 
@@ -28,6 +28,9 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object instead of tables; progress as JSON lines on stderr.")
 ]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for what is stored.")]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu.")
+]
 Model = Annotated[str, typer.Argument(help="A model folder, a .gguf file, or the id of a model on a hub.")]
 
 
@@ -88,7 +91,7 @@ def doctor(as_json: Json = False) -> None:
 
     found = diagnose()
     if as_json:
-        _print(json.dumps(found, indent=1))
+        _print(to_json(found))
         return
     for name, value in found.items():
         _print(f"{name:14} {value}")
@@ -116,7 +119,7 @@ def ls(
     else:
         shown = {what: listed[what]} if what else listed
     if as_json:
-        _print(json.dumps(shown, indent=1))
+        _print(to_json(shown))
         return
     for title, rows in shown.items():
         _print(title)
@@ -129,6 +132,7 @@ def inspect(
     model: Model,
     check: Annotated[bool, typer.Option(help="Prove on a few tokens that the description is true.")] = True,
     dtype: Dtype = "auto",
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Show what a model is made of: blocks, axes, sizes, what can be cut, memory."""
@@ -136,8 +140,8 @@ def inspect(
     from pliant.cli.show import show_inspection
     from pliant.measure.inspect import inspect as look
 
-    found = look(load(model, dtype=dtype), self_check=check)
-    _print(json.dumps(found, indent=1)) if as_json else show_inspection(found)
+    found = look(load(model, dtype=dtype, device=device), self_check=check)
+    _print(to_json(found)) if as_json else show_inspection(found)
 
 
 @app.command(epilog="Example: pliant compress ./smollm2 --ratio 0.2 --data notes.txt --out small")
@@ -183,6 +187,7 @@ def compress(
         ),
     ] = None,
     dtype: Dtype = "auto",
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Make a model smaller: search, cut, measure, and write a folder that transformers loads.
@@ -215,10 +220,11 @@ def compress(
         ),
         overwrite=overwrite,
         dtype=dtype,
+        device=device,
         memory=memory,
         progress=Events() if as_json else Console(),
     )
-    _print(json.dumps(report, indent=1)) if as_json else show_report(report, out)
+    _print(to_json(report)) if as_json else show_report(report, out)
 
 
 @app.command(epilog="Example: pliant evaluate small --against ./smollm2 --tasks arc_easy.jsonl")
@@ -237,11 +243,14 @@ def evaluate(
             help="Another model: measure it too, print the difference and how sure it is, and the KL divergence from it.",
         ),
     ] = "",
-    seqlen: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    seqlen: Annotated[
+        int, typer.Option(help="Tokens in a window; as many as the model has positions where these are fewer.")
+    ] = 2048,
     windows: Annotated[int | None, typer.Option(help="Windows of each text at most.")] = None,
     limit: Annotated[int | None, typer.Option(help="Questions of each task at most.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens at most in a generated answer.")] = 256,
     dtype: Dtype = "auto",
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Measure perplexity and answers to questions, of one model or of two against each other."""
@@ -260,16 +269,16 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "items": bool(against),
     }
-    other = load(against, dtype=dtype) if against else None
-    found = measure(load(model, dtype=dtype), reference=other, **settings)
+    other = load(against, dtype=dtype, device=device) if against else None
+    found = measure(load(model, dtype=dtype, device=device), reference=other, **settings)
     shown = without_items(found)
     if other is None:
-        _print(json.dumps(shown, indent=1)) if as_json else show_quality(shown)
+        _print(to_json(shown)) if as_json else show_quality(shown)
         return
     theirs = measure(other, **settings)
     comparison = compare(found, theirs)
     if as_json:
-        _print(json.dumps({**shown, "against": without_items(theirs), "comparison": comparison}, indent=1))
+        _print(to_json({**shown, "against": without_items(theirs), "comparison": comparison}))
         return
     show_quality(shown, title=model)
     show_quality(theirs, title=against)
@@ -280,7 +289,12 @@ def evaluate(
 def bench(
     model: Model,
     against: Annotated[str, typer.Option(help="Another model, timed in turn with this one.")] = "",
-    prompt: Annotated[int, typer.Option(help="Tokens in the prompt.")] = 256,
+    prompt: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens in the prompt; 256 when left out (128 with --formats), or as many as the model has room for."
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens decoded.")] = 32,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
@@ -291,6 +305,7 @@ def bench(
         Path | None, typer.Option(help="With --formats: text that tells how much harm each does.")
     ] = None,
     dtype: Dtype = "auto",
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Time prefill and decode on this machine."""
@@ -300,6 +315,8 @@ def bench(
 
     if (formats and (against or batch != 1)) or (perplexity and not formats):
         raise PliantError("--formats compares one model with itself, a sequence at a time; --perplexity goes with it")
+    if formats and device not in ("cpu", "auto"):
+        raise PliantError("--formats packs the model, and packed layers run on the CPU; leave --device out")
     if formats:
         from pliant.progress import Console, Events
         from pliant.run.formats import compare_formats
@@ -312,17 +329,17 @@ def bench(
             repeats=repeats,
             progress=Events() if as_json else Console(),
         )
-        _print(json.dumps(found, indent=1)) if as_json else show_formats(found)
+        _print(to_json(found)) if as_json else show_formats(found)
         return
     found = measure(
-        load(model, dtype=dtype),
-        load(against, dtype=dtype) if against else None,
+        load(model, dtype=dtype, device=device),
+        load(against, dtype=dtype, device=device) if against else None,
         prompt=prompt,
         tokens=tokens,
         batch=batch,
         repeats=repeats,
     )
-    _print(json.dumps(found, indent=1)) if as_json else show_speed(found)
+    _print(to_json(found)) if as_json else show_speed(found)
 
 
 @app.command(epilog='Example: pliant generate small "Once upon a time"')
@@ -334,17 +351,22 @@ def generate(
     sample: Annotated[bool, typer.Option(help="Draw tokens instead of taking the likeliest.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
     dtype: Dtype = "auto",
+    device: Device = "cpu",
 ) -> None:
     """Continue a text with a model, dense or cut."""
     import torch
 
     from pliant.checkpoint.load import load, tokenizer_of
+    from pliant.measure.windows import check_ids, check_model, check_room
 
-    loaded = load(model, dtype=dtype)
+    loaded = load(model, dtype=dtype, device=device)
+    check_model(loaded)
     tokenizer = tokenizer_of(loaded)
     torch.manual_seed(seed)
     if chat and not tokenizer.chat_template:
         raise PliantError(f"{model} has no chat template; leave --chat out")
+    if tokens < 1:
+        raise PliantError(f"--tokens must be at least 1, it is {tokens}")
     if not prompt:
         raise PliantError("the prompt is empty; give the model something to continue")
     if chat:
@@ -353,7 +375,9 @@ def generate(
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
-    inputs = {key: value for key, value in inputs.items() if key in ("input_ids", "attention_mask")}
+    inputs = {key: value.to(loaded.device) for key, value in inputs.items() if key in ("input_ids", "attention_mask")}
+    check_ids(loaded, inputs["input_ids"])
+    check_room(loaded, inputs["input_ids"].shape[1], tokens)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     out = loaded.generate(**inputs, max_new_tokens=tokens, do_sample=sample, pad_token_id=pad)
     _print(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :] if chat else out[0], skip_special_tokens=True))
@@ -367,6 +391,8 @@ def export(
         str, typer.Option(help="homogeneous: whole removed layers dropped, so that stock transformers loads it.")
     ] = "homogeneous",
     overwrite: Annotated[bool, typer.Option(help="Replace what is in the folder.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
 ) -> None:
     """Write a model for tools that do not have pliant."""
     from pliant.checkpoint.load import load
@@ -375,7 +401,7 @@ def export(
 
     if to != "homogeneous":
         raise PliantError(f"there is no export {to!r}; there is homogeneous")
-    _print(f"wrote {save(homogeneous(load(model)), out, overwrite=overwrite)}")
+    _print(f"wrote {save(homogeneous(load(model, dtype=dtype, device=device)), out, overwrite=overwrite)}")
 
 
 @app.command(epilog="Example: pliant demo --out build/demo")
@@ -389,4 +415,4 @@ def demo(
     from pliant.run.demo import run
 
     report = run(out, Events() if as_json else Console())
-    _print(json.dumps(report, indent=1)) if as_json else show_report(report, out / "small")
+    _print(to_json(report)) if as_json else show_report(report, out / "small")

@@ -256,6 +256,12 @@ def run_natively(model: nn.Module) -> str:
     return ""
 
 
+def how_it_runs(model: nn.Module) -> dict[str, Any]:
+    """Of a packed model: ``native``, whether all its layers run in one call, and ``why_not_native``."""
+    why_not = run_natively(model)
+    return {"native": not why_not, "why_not_native": why_not}
+
+
 def _starts(base: Any) -> list[int]:
     """Positions that are tried: the first, and the last ones that the model was made for."""
     return sorted({0, max(0, getattr(base.config, "max_position_embeddings", 0) - TRIED)})

@@ -38,7 +38,7 @@ def _run(source: str, dtype: str, tokens: int) -> None:
     import torch
     import transformers
 
-    import pliant
+    from pliant.checkpoint.load import load
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -51,7 +51,7 @@ def _run(source: str, dtype: str, tokens: int) -> None:
     tiny.generate(ids, attention_mask=ids, **settings)  # what a first call brings in
     Path("/proc/self/clear_refs").write_text("5")  # the highest from here on
     before = _resident("VmRSS")
-    model = pliant.load(source, dtype=dtype)
+    model = load(source, dtype=dtype)
     model.generate(ids, attention_mask=ids, **settings)
     print(_resident("VmHWM") - before)  # noqa: T201
 

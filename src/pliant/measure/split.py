@@ -13,7 +13,7 @@ from torch import nn
 from pliant.compat.cache import cache_argument
 from pliant.compat.native import Native, plan_of
 from pliant.measure.speed import new_cache
-from pliant.measure.windows import check_model
+from pliant.measure.windows import check_model, check_room
 from pliant.runtime.dense import is_linear
 from pliant.runtime.linear import Packed
 
@@ -27,10 +27,14 @@ def token_time(model: Any, *, prompt: int = 64, tokens: int = 32, seed: int = 0)
 
     Returns:
         ``linears``, ``attention``, ``rest`` and ``total``, in milliseconds a token.
+
+    Raises:
+        DataError: more tokens than the model has positions.
     """
     check_model(model)
+    check_room(model, prompt, tokens)
     size = model.config.get_text_config(decoder=True).vocab_size
-    ids = torch.randint(size, (1, prompt + tokens), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(size, (1, prompt + tokens), generator=torch.Generator().manual_seed(seed)).to(model.device)
     cache = cache_argument(model, new_cache(model))
     model(input_ids=ids[:, :prompt], **cache, use_cache=True, logits_to_keep=1)
     base = model.base_model

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 from pliant.data import Text
+from pliant.device import empty_cache, free_memory, is_short_of_memory
 from pliant.errors import ArchitectureError, DataError, MemoryLimitError
 from pliant.pages import pages_of
 
-TOKENS_AT_ONCE = 512  # in one forward pass: enough to keep matrix products busy, few enough for their logits
+USUAL = 2048
+"""Tokens in a window when nobody says how many."""
+
+TOKENS_AT_ONCE = 512  # in one forward pass on a CPU: enough to keep matrix products busy, few enough for its caches
+MOST_AT_ONCE = 32768  # on an accelerator
+FEWEST_AT_ONCE = 16  # a device without memory for so few is not worth trying on
+SHARE = 0.25  # of the free memory that logits and activations of one forward pass may take
+
+Result = TypeVar("Result")
 
 
 def check_model(model: Any) -> None:
@@ -35,19 +44,104 @@ def predicts(model: Any) -> bool:
     return not sees_all and getattr(model, "can_generate", bool)()
 
 
-def batches_of(model: Any, windows: torch.Tensor) -> list[torch.Tensor]:
-    """``windows`` on the device of a model, as many at a time as one forward pass takes."""
+def batches_of(model: Any, windows: torch.Tensor, tokens: int | None = None) -> list[torch.Tensor]:
+    """``windows`` on the device of a model, as many at a time as one forward pass takes.
+
+    Arguments:
+        tokens: in one forward pass; :func:`tokens_at_once` when left out.
+    """
     device = next(model.parameters()).device
-    return list(windows.to(device).split(max(1, tokens_at_once(model) // windows.shape[1])))
+    return list(windows.to(device).split(max(1, (tokens or tokens_at_once(model)) // windows.shape[1])))
 
 
 def tokens_at_once(model: Any) -> int:
-    """Tokens that a model takes in one forward pass: fewer where a memory limit leaves little for their logits."""
+    """Tokens that a model takes in one forward pass: as many as a quarter of the free memory has room for, a power of two.
+
+    On a CPU 512 are fastest, so there are never more, and fewer only where memory is short or limited. On an accelerator there
+    are up to 32,768.
+    """
     pages = pages_of(model)
-    if pages is None:
-        return TOKENS_AT_ONCE
-    each = model.get_input_embeddings().num_embeddings * next(model.parameters()).element_size()
-    return max(1, min(TOKENS_AT_ONCE, pages.limit // 16 // each))
+    weight = next(model.parameters())
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if pages is not None:
+        return max(1, min(TOKENS_AT_ONCE, pages.limit // 16 // (vocabulary * weight.element_size())))
+    most = TOKENS_AT_ONCE if weight.device.type == "cpu" else MOST_AT_ONCE
+    free = free_memory(weight.device)
+    if free is None:
+        return min(most, TOKENS_AT_ONCE)
+    hidden = model.config.get_text_config(decoder=True).hidden_size
+    # logits and what is made of them; hidden states, and what an MLP and an attention have at a time
+    each = (2 * vocabulary + 24 * hidden) * weight.element_size()
+    fit = max(1, int(SHARE * free) // each)
+    return min(most, 1 << fit.bit_length() - 1)
+
+
+def within_memory(model: Any, work: Callable[[int], Result], tokens: int | None = None) -> Result:
+    """What ``work`` makes of a number of tokens in a forward pass; where the device has no memory for so many, all of it again with
+    half of them. So the result is the same as if it had begun with the number that fits.
+
+    Arguments:
+        tokens: to begin with; :func:`tokens_at_once` when left out.
+
+    Raises:
+        MemoryLimitError: there is not even memory for 16 tokens.
+    """
+    tokens = tokens or tokens_at_once(model)
+    while (
+        found := _tried(work, tokens)
+    ) is None:  # outside of any handler: an error holds on to what filled the memory
+        device = next(model.parameters()).device
+        empty_cache(device)
+        if tokens // 2 < FEWEST_AT_ONCE:
+            raise MemoryLimitError(
+                f"{device} has no memory for {tokens} tokens of this model at a time; load it with a smaller dtype, on the CPU, or "
+                "with memory= (--memory)"
+            )
+        tokens //= 2
+    return found[0]
+
+
+def _tried(work: Callable[[int], Result], tokens: int) -> tuple[Result] | None:
+    """What ``work`` gives, or None when memory is short."""
+    try:
+        return (work(tokens),)
+    except (RuntimeError, MemoryError) as error:
+        if not is_short_of_memory(error):
+            raise
+    return None
+
+
+def seqlen_of(model: Any, given: int | None, usual: int = USUAL) -> int:
+    """Tokens in a window: as given, or the smaller of ``usual`` and the positions of the model.
+
+    Raises:
+        DataError: more are given than the model has positions.
+    """
+    longest = longest_of(model)
+    if given is None:
+        return min(usual, longest)
+    if given > longest:
+        raise DataError(
+            f"windows of {given} tokens are longer than the {longest} positions of this model; leave seqlen out, or give at most "
+            f"{longest}"
+        )
+    return given
+
+
+def check_room(model: Any, prompt: int, tokens: int, name: str = "this model") -> None:
+    """Refuse to generate past the positions of a model.
+
+    Arguments:
+        prompt: tokens that are there.
+        tokens: tokens to come.
+
+    Raises:
+        DataError: together they are more than the model reads.
+    """
+    longest = longest_of(model)
+    if prompt + tokens > longest:
+        most = f"at most {longest - prompt} new tokens, or a shorter prompt" if prompt < longest else "a shorter prompt"
+        raise DataError(f"{prompt} + {tokens} tokens are more than the {longest} positions of {name}; give {most}")
 
 
 def windows_for(model: Any, tokenizer: Any, text: Text, seqlen: int, limit: int | None = None) -> torch.Tensor:
@@ -56,10 +150,7 @@ def windows_for(model: Any, tokenizer: Any, text: Text, seqlen: int, limit: int 
     Raises:
         DataError: too little text, windows longer than the model reads, or a tokenizer made for another model.
     """
-    longest = longest_of(model)
-    if seqlen > longest:
-        raise DataError(f"windows of {seqlen} tokens are longer than the {longest} positions of this model")
-    ids = text.windows(tokenizer, seqlen, limit)
+    ids = text.windows(tokenizer, seqlen_of(model, seqlen), limit)
     check_ids(model, ids)
     return ids
 

@@ -59,7 +59,7 @@ def card(model: Any, history: list[dict[str, Any]], report: dict[str, Any] | Non
     if report is not None:
         lines += ["", "| | before | after |", "|---|---|---|"]
         lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table(report)]
-        lines += ["", f"Measured on {report['machine']['cpu']}, {report['machine']['threads']} threads."]
+        lines += ["", f"Measured on {measured_on(report)}, in {report['dtype']}."]
     kinds = [kind for kind in CLASSIFIERS if type(model).__name__.endswith(f"For{kind}")]
     auto = f"AutoModelFor{kinds[0] if kinds else 'CausalLM'}"
     name, reader = READERS.get(getattr(model, "main_input_name", ""), ("tokenizer", "AutoTokenizer"))
@@ -86,6 +86,12 @@ def changed(report: dict[str, Any]) -> str:
         share = 1 - next(step["left"]["share"] for step in report["steps"] if "packed" in step)
         told.append(f"linear layers ({share:.1%} of the parameters) packed as {' and '.join(forms)}")
     return ", ".join(told) or "no parameters removed"
+
+
+def measured_on(report: dict[str, Any]) -> str:
+    """The device, or the processor and its threads."""
+    where = report["machine"]
+    return f"{where['cpu']}, {where['threads']} threads" if report["device"] == "cpu" else report["device"]
 
 
 def on_values(step: dict[str, Any]) -> str:
@@ -130,6 +136,8 @@ def table(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     for name, old in before.get("quality", {}).get("tasks", {}).items():
         new = after["quality"]["tasks"][name]
         rows += [(f"{name} {metric}", f"{old[metric]:.1%}", f"{new[metric]:.1%}") for metric in SHARES if metric in old]
+        if "perplexity" in old:
+            rows.append((f"{name} perplexity", f"{old['perplexity']:.2f}", f"{new['perplexity']:.2f}"))
     speed = report.get("speed")
     if speed:
         for kind in ("prefill", "decode"):

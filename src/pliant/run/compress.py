@@ -21,6 +21,7 @@ from pliant.checkpoint.quantized import held_bytes, packed_bytes, unpacked_bytes
 from pliant.checkpoint.weights import fingerprint
 from pliant.compat.native import cached_bytes
 from pliant.data import Text, text
+from pliant.device import called
 from pliant.elastic import Subnet, cache_bytes, described, macs, parameters, streamed_bytes, weight_bytes
 from pliant.errors import BusyError, PliantError
 from pliant.machine import machine
@@ -72,6 +73,7 @@ def compress(
     measuring: Measuring = Measuring(),
     overwrite: bool = False,
     dtype: Any = "auto",
+    device: Any = None,
     memory: int | str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -85,6 +87,7 @@ def compress(
         data: calibration text; None for a step that needs none.
         measuring: what to measure before and after.
         overwrite: replace what is in ``out``.
+        dtype, device: as for :func:`pliant.load`.
         memory: what the process may take beside what it has, as for :func:`pliant.load`; speed is then not measured.
 
     Raises:
@@ -113,7 +116,7 @@ def compress(
             if made.exists() and not (work / made.name).exists():
                 shutil.copyfile(made, work / made.name)
         with progress.stage(f"loading {source}"):
-            model = load(source, dtype=dtype, memory=memory, scratch=work)
+            model = load(source, dtype=dtype, device=device, memory=memory, scratch=work)
         return _compress(source, model, step, calibration, held_out, out, work, measuring, overwrite, dtype, progress)
 
     try:
@@ -200,13 +203,13 @@ def _compress(
         ],
         "steps": model.pliant_history,
         "machine": machine(),
+        "device": called(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
         **versions(),
     }
     if dense is not None:
         with progress.stage("timing both models in turn"):
-            longest = longest_of(model)
-            tokens = min(32, longest // 4)
-            report["speed"] = bench(model, dense, prompt=min(_PROMPT, longest - tokens), tokens=tokens)
+            report["speed"] = bench(model, dense, tokens=min(32, longest_of(model) // 4))
         report["predicted"] = {
             "prefill": before["macs_per_token"] / after["macs_per_token"],
             "decode": before["streamed_bytes"] / after["streamed_bytes"],
@@ -274,6 +277,7 @@ def _job(
         measuring.speed,
         list(measuring.prompts),
         str(model.dtype),
+        *([str(model.device)] if model.device.type != "cpu" else []),
         machine()["cpu"],
         versions(),
     ]

@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from pliant.progress import duration, size
-from pliant.run.card import changed, on_values, table
+from pliant.run.card import changed, measured_on, on_values, table
 
 STYLE = """
 :root{--ink:#1c2024;--dim:#60646c;--line:#d9dce0;--paper:#fff;--fill:#2a7d6f;--gone:#e7e9ec;--mark:#c2502e}
@@ -31,13 +31,12 @@ def page(report: dict[str, Any]) -> str:
     model = escape(str(report["model"]))
     rows = [f"<tr><td>{escape(n)}</td><td>{escape(b)}</td><td>{escape(a)}</td></tr>" for n, b, a in table(report)]
     steps = "".join(_step(step) for step in report["steps"])
-    where = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>pliant: {model}</title><style>{STYLE}</style></head><body>
 <h1>{model}</h1>
-<p>{changed(report).capitalize()}. Measured on {escape(str(where["cpu"]))}, {where["threads"]} threads; {escape(versions)}.</p>
+<p>{changed(report).capitalize()}. Measured on {escape(measured_on(report))}, in {report["dtype"]}; {escape(versions)}.</p>
 <h2>Before and after</h2>
 <table><tr><th></th><th>before</th><th>after</th></tr>{"".join(rows)}</table>
 {_replies(report.get("replies", []))}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import tempfile
@@ -20,6 +19,7 @@ from pliant.checkpoint.paged import save_paged
 from pliant.checkpoint.quantized import is_packed
 from pliant.checkpoint.schema import write
 from pliant.errors import ArtefactError
+from pliant.figures import to_json
 from pliant.pages import pages_of
 from pliant.run.card import card, versions
 from pliant.run.report import page
@@ -84,7 +84,7 @@ def save(
         (aside / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), "utf-8")
         (aside / "README.md").write_text(card(model, history, report), "utf-8")
         if report is not None:
-            (aside / "report.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+            (aside / "report.json").write_text(to_json(report) + "\n", "utf-8")
             (aside / "report.html").write_text(page(report), "utf-8")
         for name, path in (extra or {}).items():
             shutil.copyfile(path, aside / name)

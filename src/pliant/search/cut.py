@@ -13,7 +13,7 @@ from pliant.checkpoint.weights import check_finite
 from pliant.data import Text
 from pliant.elastic import Elastic, Subnet, extract, ratio, validate
 from pliant.errors import DataError, SubnetError
-from pliant.measure.windows import windows_for
+from pliant.measure.windows import seqlen_of, windows_for
 from pliant.search.found import parse_config
 from pliant.search.order import check_order, ordered
 from pliant.step import Job, Step
@@ -35,8 +35,8 @@ class Cut(Step):
     samples: int = 128
     """activation: rows of calibration text that the order was taken from."""
 
-    seqlen: int = 2048
-    """activation: tokens in a calibration window."""
+    seqlen: int | None = None
+    """activation: tokens in a calibration window; the smaller of 2048 and the positions of the model when left out."""
 
     seed: int = 42
     """activation: seed of the draw of calibration rows."""
@@ -62,7 +62,9 @@ class Cut(Step):
             raise DataError(
                 "units in the order of their activations need the calibration text they were ordered by: pass data="
             )
-        return windows_for(job.model, job.tokenizer(), job.data.sample(self.samples, self.seed), self.seqlen)
+        return windows_for(
+            job.model, job.tokenizer(), job.data.sample(self.samples, self.seed), seqlen_of(job.model, self.seqlen)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -12,12 +12,12 @@ from pliant.checkpoint.weights import check_finite, fingerprint
 from pliant.data import Text
 from pliant.errors import DataError, MemoryLimitError, RatioError
 from pliant.measure.score import METRICS
-from pliant.measure.windows import check_model, windows_for
+from pliant.measure.windows import check_model, seqlen_of, windows_for
 from pliant.pages import pages_of
 from pliant.progress import size
 from pliant.search.cost import COSTS
 from pliant.search.greedy import Greedy
-from pliant.search.moves import Moves, head_axes, reach
+from pliant.search.moves import Moves, fitting, head_axes, reach
 from pliant.search.order import check_order
 from pliant.search.pruning import Pruning
 from pliant.search.repair import repair_bytes
@@ -31,13 +31,14 @@ class Pruner(Step):
     """Settings shared by every pruner that reads calibration text."""
 
     ratio: float
-    """Share of all parameters to remove, embeddings included: 0.2 makes the model a fifth smaller."""
+    """Share of all parameters to remove, embeddings included: 0.2 makes the model a fifth smaller. The result is less than one unit
+    above it: a block, a group of channels, a key-value group, whatever is the smallest that can go."""
 
     samples: int = 256
     """Rows of calibration text for choosing blocks."""
 
-    seqlen: int = 2048
-    """Tokens in a calibration window."""
+    seqlen: int | None = None
+    """Tokens in a calibration window; the smaller of 2048 and the positions of the model when left out."""
 
     metric: str = "perplexity"
     """What a removal must not hurt: perplexity, or kl (divergence from the dense model's predictions)."""
@@ -88,17 +89,24 @@ class Pruner(Step):
                 raise MemoryLimitError(
                     f"repair with {self.repair} rows needs {size(needs)}, the limit is {size(pages.limit)}; fewer rows take less"
                 )
+        seqlen = seqlen_of(job.model, self.seqlen)
+        if self.seqlen is None:
+            job.progress.note(f"windows of {seqlen} tokens; seqlen says otherwise")
+        job.record["seqlen"] = seqlen
+        settings = {**self.to_dict(), "seqlen": seqlen}
         belongs_to = {
             "model": fingerprint(job.model),
             "data": job.data.digest,
             "tokens": job.data.token_digest(job.tokenizer()),
-            "step": {key: value for key, value in self.to_dict().items() if key in _IN_SCORES},
+            "step": {key: value for key, value in settings.items() if key in _IN_SCORES},
         }
         return Pruning(job, self.metric, belongs_to)
 
     def windows(self, job: Job, samples: int, seed: int) -> torch.Tensor:
         """Calibration windows from ``samples`` rows."""
-        return windows_for(job.model, job.tokenizer(), job.data.sample(samples, seed), self.seqlen)
+        return windows_for(
+            job.model, job.tokenizer(), job.data.sample(samples, seed), seqlen_of(job.model, self.seqlen)
+        )
 
     def check_reach(self, anatomy: Anatomy, stages: Sequence[Moves]) -> None:
         """Refuse a ratio that these stages cannot come to even together, before any work is done."""
@@ -146,9 +154,22 @@ class GreedyPruner(Pruner):
         """How to look, from the settings."""
         return Greedy(self.search, self.slack, self.refresh)
 
-    def stage(self, pruning: Pruning, name: str, moves: Moves, windows: torch.Tensor, until: float) -> None:
-        """Remove units until ``ratio >= until`` or nothing is left to offer."""
-        pruning.stage(name, moves, windows, until, greedy=self.greedy(), per=None if self.per == UNIT else self.per)
+    def stage(
+        self,
+        pruning: Pruning,
+        name: str,
+        moves: Moves,
+        windows: torch.Tensor,
+        until: float,
+        units: Moves | None = None,
+    ) -> None:
+        """Remove units until ``ratio >= until`` or nothing is left to offer, never more than one unit beyond the ratio asked for.
+
+        Arguments:
+            units: what later stages may still remove; ``moves`` alone when left out.
+        """
+        fit = fitting(pruning.anatomy, moves, self.ratio, units)
+        pruning.stage(name, fit, windows, until, greedy=self.greedy(), per=None if self.per == UNIT else self.per)
 
 
 @dataclass(frozen=True, kw_only=True)
