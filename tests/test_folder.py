@@ -227,7 +227,7 @@ def test_a_variant_and_a_sub_folder_are_found(folder, model, tmp_path):
     model.save_pretrained(tmp_path / "outer" / "inner", variant="fp16", max_shard_size="30KB")
     loaded = pliant.load(tmp_path / "outer", subfolder="inner", variant="fp16")
     assert torch.equal(logits(loaded), logits(model))
-    with pytest.raises(ArtefactError, match="no model.bf16.safetensors"):
+    with pytest.raises(ArtefactError, match=r"no model\.bf16\.safetensors"):
         pliant.load(folder, variant="bf16")
 
 

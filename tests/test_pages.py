@@ -103,7 +103,7 @@ def configured(folder, **keys):
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 TIES = {
-    "tied, the embedding alone": (True, lambda state: None),
+    "tied, the embedding alone": (True, lambda _: None),
     "tied, the head alone": (True, lambda state: state.update({HEAD: state.pop(EMBEDDING)})),
     "tied, both alike": (True, lambda state: state.update({HEAD: state[EMBEDDING].clone()})),
     "tied, but they differ": (True, lambda state: state.update({HEAD: state[EMBEDDING] * 2})),
@@ -147,7 +147,7 @@ def test_a_stale_index_beside_a_whole_file_is_not_read(stored):
 
 
 def test_weights_of_another_name_are_found(stored):
-    folder = rewritten(stored(), lambda state: None)
+    folder = rewritten(stored(), lambda _: None)
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
     configured(folder, transformers_weights="weights.safetensors")
     same_as_loaded_plainly(paged(folder), pliant.load(folder))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +208,85 @@ def _check_safetensors(path: Path, quantised: bool) -> None:
             f"{str(path)!r} holds 8-bit codes ({codes[0]!r}), and the config.json beside it has no quantization_config that says what "
             "they stand for; as weights they would be noise"
         )
+
+
+_SKIPPED = {  # what is not copied from the folder of a model, and why
+    "weights": (
+        *(
+            "*.safetensors",
+            "*.bin",
+            "*.pt",
+            "*.pth",
+            "*.ckpt",
+            "*.h5",
+            "*.msgpack",
+            "*.gguf",
+            "*.ggml",
+            "*.onnx",
+            "*.onnx_data",
+        ),
+        *("*.ot", "*.tflite", "*.pkl", "*.pickle", "*.npz", "*.npy", "*.nemo", "*.mlmodel", "openvino_*"),
+    ),
+    "of these weights alone": (
+        "*.index.json",
+        "config.json",
+        "generation_config.json",
+        "*quant*_config.json",
+        "params.json",
+    ),
+    "an adapter": ("adapter_config.json",),
+    "of a training": ("trainer_state.json", "*_results.json"),
+    "of an earlier result": ("README*", "recipe.yaml", "report.json", "report.html", "measured.json"),
+    "data, pictures, archives": (
+        *(
+            "*.jsonl",
+            "*.csv",
+            "*.tsv",
+            "*.parquet",
+            "*.arrow",
+            "*.log",
+            "*.ipynb",
+            "*.png",
+            "*.jpg",
+            "*.jpeg",
+            "*.gif",
+            "*.svg",
+        ),
+        *("*.webp", "*.mp4", "*.wav", "*.pdf", "*.zip", "*.tar", "*.gz", "*.7z"),
+    ),
+    "hidden": (".*",),
+}
+_LARGEST = 2**27  # bytes: tokenizers stay well below
+_TEMPLATES = "additional_chat_templates"
+
+
+def companions(folder: Path) -> list[Path]:
+    """What belongs to a model beside its weights and config: tokenizer, processor, templates, code of its own, licence.
+
+    That is every file of the folder which is not known to be something else, the chat templates in a folder of theirs, and the
+    modules that sentence-transformers puts behind the model.
+
+    Returns:
+        Paths in ``folder``.
+    """
+    own = [path for path in folder.iterdir() if not _is_skipped(path.name)]
+    own += [path for place in (_TEMPLATES, *_modules_of(folder)) for path in (folder / place).rglob("*")]
+    return sorted(path.relative_to(folder) for path in own if path.is_file() and path.stat().st_size <= _LARGEST)
+
+
+def skipped_of_a_hub() -> list[str]:
+    """What need not be fetched of a repository for its :func:`companions`, as patterns."""
+    return [*(pattern for some in _SKIPPED.values() for pattern in some), "*/*"]
+
+
+def _is_skipped(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for some in _SKIPPED.values() for pattern in some)
+
+
+def _modules_of(folder: Path) -> list[str]:
+    """Folders that a modules.json of sentence-transformers names."""
+    try:
+        named = [Path(str(module["path"])) for module in json.loads((folder / "modules.json").read_text("utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [path.as_posix() for path in named if path.parts and not path.is_absolute() and ".." not in path.parts]

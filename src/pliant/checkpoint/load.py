@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pliant.checkpoint.folder import check_folder, config_of, is_lfs_pointer
+from pliant.checkpoint.folder import check_folder, is_lfs_pointer
 from pliant.errors import ArtefactError, PliantError
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name, or owner/name
-CLASSIFIERS = ("ImageClassification", "SequenceClassification")
-"""Models that name a class of what they read, as classes of transformers end."""
 _KINDS = (  # what a model may be: the auto class of transformers, and its list of the classes for each model_type
     ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
     ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
@@ -136,7 +133,6 @@ def _auto_class(source: str, options: dict[str, Any]) -> Any:
         ArtefactError: the model runs code of its own, and nobody said that it may.
     """
     import transformers
-    from transformers.models.auto import configuration_auto, modeling_auto
 
     if "gguf_file" in options:
         return transformers.AutoModelForCausalLM
@@ -144,18 +140,25 @@ def _auto_class(source: str, options: dict[str, Any]) -> Any:
     known = {key: options[key] for key in passed_on if key in options}
     config, _ = transformers.PreTrainedConfig.get_config_dict(source, **known)
     kind, named, own = config.get("model_type"), config.get("architectures") or (), config.get("auto_map") or {}
-    if own and kind not in configuration_auto.CONFIG_MAPPING_NAMES:
+    if own and kind not in transformers.CONFIG_MAPPING:
         if not options.get("trust_remote_code"):
             raise ArtefactError(
                 f"{source!r} runs code of its own ({', '.join(sorted(set(map(str, own.values()))))}); read it, and load the model in "
                 "Python with trust_remote_code=True if you trust it"
             )
         return getattr(transformers, next((name for name, _ in _KINDS if name in own), "AutoModelForCausalLM"))
+    return getattr(transformers, auto_name(kind, named))
+
+
+def auto_name(model_type: str | None, classes: Collection[str]) -> str:
+    """The auto class of transformers that makes one of ``classes`` of a config, ``AutoModelForCausalLM`` when none is known."""
+    from transformers.models.auto import modeling_auto
+
     for name, mapping in _KINDS:
-        classes = getattr(modeling_auto, mapping).get(kind, ())
-        if set(named) & set([classes] if isinstance(classes, str) else classes):
-            return getattr(transformers, name)
-    return transformers.AutoModelForCausalLM
+        made = getattr(modeling_auto, mapping).get(model_type, ())
+        if set(classes) & set([made] if isinstance(made, str) else made):
+            return name
+    return "AutoModelForCausalLM"
 
 
 def tokenizer_of(model: Any, source: str | Path | None = None) -> Any:

@@ -118,14 +118,11 @@ def _check_limit(shapes: Any, stored: Mapping[str, Any], limit: int) -> None:
 
 
 def save_paged(model: Any, pages: Pages, folder: Path, shard: int) -> None:
-    """What ``save_pretrained`` writes, with no more than a shard in memory.
+    """The weights that ``save_pretrained`` writes, with no more than a shard in memory.
 
     Arguments:
         shard: bytes in a file at most, unless a tensor is larger.
     """
-    model.config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
     tensors = dict(model.named_parameters())  # of tied ones the first name
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tensors |= {name: buffer for name, buffer in model.state_dict().items() if name not in tied}
@@ -171,7 +168,7 @@ def _placed_in(pages: Pages) -> Iterator[None]:
         pages.hold()
         return placed
 
-    handle = register_module_parameter_registration_hook(place)
+    handle = register_module_parameter_registration_hook(place)  # pyright: ignore[reportArgumentType]
     try:
         yield
     finally:
