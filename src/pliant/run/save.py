@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import tempfile
@@ -10,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from pliant.checkpoint.folder import companions, skipped_of_a_hub
@@ -17,7 +19,7 @@ from pliant.checkpoint.load import tokenizer_of
 from pliant.checkpoint.paged import save_paged
 from pliant.checkpoint.quantized import is_packed
 from pliant.checkpoint.schema import write
-from pliant.errors import ArtefactError, PliantError
+from pliant.errors import ArchitectureError, ArtefactError, MemoryLimitError, PliantError
 from pliant.pages import pages_of
 from pliant.progress import bytes_of
 from pliant.run.card import card, versions
@@ -51,12 +53,13 @@ def save(
     """
     need = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     target = check_target(folder, overwrite, need, source=model.name_or_path)
-    check_savable(model, tokenizer, max_shard_size=max_shard_size)
+    shard = _bytes(max_shard_size)
+    check_savable(model, tokenizer)
     if not is_packed(model):  # packing comes last: its shapes were written before
-        write(model)
+        _describe(model)
     history = getattr(model, "pliant_history", [])
     with written_aside(target) as aside:
-        _save_model(model, aside, max_shard_size)
+        _save_model(model, aside, shard)
         _save_beside(model, tokenizer, aside)
         (aside / "README.md").write_text(card(model, history, report), "utf-8")
         if report is not None:
@@ -75,7 +78,37 @@ def save(
     return target
 
 
-def check_savable(model: Any, tokenizer: Any = None, *, max_shard_size: int | str = "5GB") -> None:
+def _bytes(max_shard_size: int | str) -> int:
+    """Raises:
+    ArtefactError: it is no amount.
+    """
+    try:
+        return bytes_of(str(max_shard_size))
+    except MemoryLimitError as error:
+        raise ArtefactError(f"max_shard_size: {error}") from None
+
+
+def _describe(model: Any) -> None:
+    """Make a model's config say what its tensors are, as it does already where nothing was cut.
+
+    Raises:
+        ArchitectureError: something was, and no architecture file says what.
+    """
+    try:
+        write(model)
+    except ArchitectureError:
+        with torch.device("meta"):
+            whole = type(model)(copy.deepcopy(model.config))
+        if _shapes_of(model) != _shapes_of(whole):
+            raise
+
+
+def _shapes_of(model: Any) -> dict[str, Any]:
+    """Shape of every tensor of a model, by its name."""
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def check_savable(model: Any, tokenizer: Any = None) -> None:
     """Can a model be saved? Asked before hours of work: all but its weights is written into a folder that goes again.
 
     Raises:
@@ -87,7 +120,7 @@ def check_savable(model: Any, tokenizer: Any = None, *, max_shard_size: int | st
         )
     try:
         with tempfile.TemporaryDirectory() as place:
-            _save_settings(model, Path(place), max_shard_size)
+            _save_settings(model, Path(place))
             _save_beside(model, tokenizer, Path(place))
     except PliantError:
         raise
@@ -95,20 +128,19 @@ def check_savable(model: Any, tokenizer: Any = None, *, max_shard_size: int | st
         raise ArtefactError(f"cannot save this model: {error}") from error
 
 
-def _save_model(model: Any, aside: Path, max_shard_size: int | str) -> None:
+def _save_model(model: Any, aside: Path, shard: int) -> None:
     if (pages := pages_of(model)) is None:
         with _generation_config_kept(model, aside), _refused():
-            model.save_pretrained(aside, max_shard_size=max_shard_size)
-        return
-    _save_settings(model, aside, max_shard_size)
-    largest = max_shard_size if isinstance(max_shard_size, int) else bytes_of(max_shard_size)
-    save_paged(model, pages, aside, shard=min(largest, pages.limit // 8))
+            model.save_pretrained(aside, max_shard_size=shard)
+    else:
+        _save_settings(model, aside)
+        save_paged(model, pages, aside, shard=min(shard, pages.limit // 8))
 
 
-def _save_settings(model: Any, aside: Path, max_shard_size: int | str) -> None:
+def _save_settings(model: Any, aside: Path) -> None:
     """What ``save_pretrained`` writes beside weights."""
     with _generation_config_kept(model, aside), _refused():
-        model.save_pretrained(aside, state_dict={}, max_shard_size=max_shard_size)
+        model.save_pretrained(aside, state_dict={})
 
 
 @contextmanager
