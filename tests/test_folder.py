@@ -154,7 +154,11 @@ REFUSED = {
     ),
     "a config of words": (lambda f: config(f, hidden_size="large"), "cannot load .*hidden_size"),
     "a config of zeros": (lambda f: config(f, num_attention_heads=0), "cannot load"),
-    "a config of another size": (lambda f: config(f, hidden_size=48, head_dim=8), "cannot load"),
+    "a config of another size": (
+        lambda f: config(f, intermediate_size=64),
+        r"'model.layers.0.mlp.down_proj.weight' has shape \(36, 48\) in .*, .* has \(36, 64\) there; config and weights",
+    ),
+    "the tokens of another model": (lambda f: config(f, vocab_size=100), r"has shape \(300, 36\)"),
     "codes that nothing explains": (codes_without_a_config, "holds 8-bit codes .* they would be noise"),
     "code of its own": (
         lambda f: config(f, model_type="mine", auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"}),

@@ -481,35 +481,54 @@ def test_a_model_of_a_hub_brings_its_files_and_no_links(folder, tmp_path):
 CONFIGURATION = """
 from transformers import LlamaConfig
 class MineConfig(LlamaConfig):
-    model_type = "mine_of_the_tests"
+    model_type = "NAME"
 """
-MODELING = """
+DERIVED = """
 from transformers import LlamaForCausalLM
 from .configuration_mine import MineConfig
-class Mine(LlamaForCausalLM):
+class MineForCausalLM(LlamaForCausalLM):
     config_class = MineConfig
 """
 
 
-@pytest.mark.parametrize("cut", [False, True])
-def test_a_model_with_code_of_its_own_stays_loadable(cut, tmp_path):
-    source, out = tmp_path / "source", tmp_path / "out"
+def modeling(own_layers):
+    """Code of a model: derived from a class of transformers, or with layers of its own."""
+    if not own_layers:
+        return DERIVED
+    code = (Path(transformers.__file__).parent / "models" / "llama" / "modeling_llama.py").read_text("utf-8")
+    own = code.replace("from ...", "from transformers.").replace("LlamaForCausalLM", "MineForCausalLM")
+    return own.replace(
+        "from .configuration_llama import LlamaConfig", "from .configuration_mine import MineConfig as LlamaConfig"
+    )
+
+
+@pytest.mark.parametrize(
+    "cut", [None, HALF, pliant.BlockPruner(ratio=0.1, samples=4, seqlen=32)], ids=["dense", "narrow", "short"]
+)
+@pytest.mark.parametrize("own_layers", [False, True])
+@pytest.mark.parametrize("load", ["pliant.load", "from_pretrained"])
+def test_a_model_with_code_of_its_own_stays_loadable(load, own_layers, cut, tokenizer, prose, tmp_path):
+    source, out = tmp_path / f"source_{tmp_path.name}", tmp_path / f"out_{tmp_path.name}"
+    kind = f"mine_{tmp_path.name}"  # transformers remembers the classes of a kind for as long as the process lasts
     pico().save_pretrained(source)
-    (source / "configuration_mine.py").write_text(CONFIGURATION)
-    (source / "modeling_mine.py").write_text(MODELING)
+    (source / "configuration_mine.py").write_text(CONFIGURATION.replace("NAME", kind))
+    (source / "modeling_mine.py").write_text(modeling(own_layers))
     known = json.loads((source / "config.json").read_text())
-    own = {"AutoConfig": "configuration_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.Mine"}
-    known |= {"model_type": "mine_of_the_tests", "architectures": ["Mine"], "auto_map": own}
+    own = {"AutoConfig": "configuration_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+    known |= {"model_type": kind, "architectures": ["MineForCausalLM"], "auto_map": own}
     (source / "config.json").write_text(json.dumps(known))
-    model = pliant.load(source, trust_remote_code=True)
-    assert type(model).__name__ == "Mine"
-    if cut:
-        pliant.apply(model, HALF, progress=False)
+    tokenizer.save_pretrained(source)
+    load = pliant.load if load == "pliant.load" else transformers.AutoModelForCausalLM.from_pretrained
+    model = load(source, trust_remote_code=True)
+    assert type(model).__name__ == "MineForCausalLM"
+    assert type(model.model.layers[0]).__module__.startswith("transformers_modules") == own_layers
+    if cut is not None:
+        pliant.apply(model, cut, prose, progress=False, tokenizer=tokenizer)
     pliant.save(model, out)
     with pytest.raises(ArtefactError, match="trust_remote_code=True"):
         pliant.load(out)
-    again = pliant.load(out, trust_remote_code=True)
-    assert type(again).__name__ == "Mine"
+    again = load(out, trust_remote_code=True)
+    assert type(again).__name__ == "MineForCausalLM"
     assert torch.equal(logits(again), logits(model))
 
 

@@ -59,6 +59,7 @@ def load(
         dtype = options.pop("torch_dtype")
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ArtefactError(f"there is no dtype {dtype!r}; there are {', '.join(DTYPES)}")
+    forgiven = options.pop("ignore_mismatched_sizes", False)
     path = Path(source).expanduser()
     if path.suffix == ".gguf" and not path.is_dir():
         if not path.is_file():
@@ -94,7 +95,7 @@ def load(
         with _faults_named(source):
             where = str(path if path.is_dir() else source)
             loaded = _auto_class(where, options).from_pretrained(
-                where, dtype=dtype, output_loading_info=True, **options
+                where, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     model, told = loaded
     if "gguf_file" in options:
@@ -103,6 +104,12 @@ def load(
         missing = sorted(told["missing_keys"])
         raise ArtefactError(
             f"{str(source)!r} lacks {len(missing)} tensor(s), {missing[0]!r} among them; they would have been random"
+        )
+    if told["mismatched_keys"] and not forgiven:
+        name, stored, built = min(told["mismatched_keys"])
+        raise ArtefactError(
+            f"{name!r} has shape {tuple(stored)} in {str(source)!r}, the model that its config.json describes has {tuple(built)} there; "
+            "config and weights are of different models, or another tool has changed one of them"
         )
     return model.eval()
 

@@ -65,7 +65,7 @@ def load_paged(
     pages = Pages(limit, None if scratch is None else Path(scratch))
     with _placed_in(pages), _one_after_the_other():
         loaded: Any = type(shapes).from_pretrained(
-            None, config=config, state_dict=stored, dtype=dtype, output_loading_info=True
+            None, config=config, state_dict=stored, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     model, told = loaded
     model.name_or_path = model.config.name_or_path = str(folder)

@@ -12,10 +12,14 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from pliant.compat import dequantized, layers, quantizer
+from pliant.compat import dequantized, layers, quantizer, remote
 
 _MODELS = "transformers.models."
-_SEEN_TO = {quantizer.MODULE: quantizer.register, dequantized.MODULE: dequantized.forget_with_the_config}
+_SEEN_TO = {
+    quantizer.MODULE: quantizer.register,
+    dequantized.MODULE: dequantized.forget_with_the_config,
+    remote.MODULE: remote.wrap_remote_models,
+}
 
 
 def install() -> None:

@@ -192,7 +192,7 @@ def _save_beside(model: Any, tokenizer: Any, aside: Path) -> None:
         with suppress(ImportError, OSError, ValueError):
             AutoImageProcessor.from_pretrained(model.name_or_path).save_pretrained(aside)
     if not source.is_file():
-        with suppress(OSError, ValueError):  # a hub that does not answer: what transformers reads has been written
+        with suppress(OSError, ValueError):  # nothing of it is here: what transformers reads has been written
             _copy(_of_a_hub(model), aside)
 
 
@@ -200,8 +200,11 @@ def _of_a_hub(model: Any) -> Path:
     """A folder with the files of a model's repository, without its weights."""
     from huggingface_hub import snapshot_download
 
-    commit = getattr(model.config, "_commit_hash", None)
-    return Path(snapshot_download(model.name_or_path, revision=commit, ignore_patterns=skipped_of_a_hub()))
+    place = {"repo_id": model.name_or_path, "revision": getattr(model.config, "_commit_hash", None)}
+    try:
+        return Path(snapshot_download(**place, ignore_patterns=skipped_of_a_hub()))
+    except (OSError, ValueError):  # a hub that does not answer
+        return Path(snapshot_download(**place, local_files_only=True))
 
 
 def _copy(source: Path, aside: Path) -> None:
