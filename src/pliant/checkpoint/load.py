@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pliant.checkpoint.folder import check_folder, is_lfs_pointer
 from pliant.device import device_of, free_memory, is_short_of_memory
 from pliant.errors import ArtefactError, DeviceError, PliantError
 from pliant.progress import size
 from pliant.runtime.linear import Packed
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name, or owner/name
-CLASSIFIERS = ("ImageClassification", "SequenceClassification")
-"""What a model may be instead of a causal language model, as classes of transformers end."""
+_KINDS = (  # what a model may be: the auto class of transformers, and its list of the classes for each model_type
+    ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
+    ("AutoModelForMultimodalLM", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"),
+    ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
+    ("AutoModelForSpeechSeq2Seq", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES"),
+    ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
+    ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
+    ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"),
+    ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"),
+    ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
+    ("AutoModel", "MODEL_MAPPING_NAMES"),
+)
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -33,8 +44,8 @@ def load(
     scratch: str | Path | None = None,
     **options: Any,
 ) -> Any:
-    """A model as an ordinary transformers model, in evaluation mode: a causal language model, unless its config says that it
-    classifies images or sequences.
+    """A model as an ordinary transformers model, in evaluation mode: of the class that its config names, a causal language model
+    where it names none.
 
     Arguments:
         source: a folder, a ``.gguf`` file (dequantised; needs the ``gguf`` extra), or the id of a model on a hub.
@@ -60,10 +71,15 @@ def load(
         dtype = options.pop("torch_dtype")
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ArtefactError(f"there is no dtype {dtype!r}; there are {', '.join(DTYPES)}")
-    path = Path(source)
-    if path.suffix == ".gguf":
+    forgiven = options.pop("ignore_mismatched_sizes", False)
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf" and not path.is_dir():
         if not path.is_file():
             raise ArtefactError(f"there is no file {str(source)!r}")
+        if is_lfs_pointer(path):
+            raise ArtefactError(
+                f"{str(source)!r} is a pointer of git-lfs, not the file itself; run 'git lfs pull' beside it"
+            )
         options["gguf_file"] = path.name
         with suppress(ImportError):  # without this class transformers dequantises every GGUF file
             from transformers import GgufConfig
@@ -71,7 +87,7 @@ def load(
             options["quantization_config"] = GgufConfig(dequantize=True)
         path = path.parent
     elif path.is_dir():
-        check_folder(path)
+        check_folder(path / options.get("subfolder", ""), variant=options.get("variant"))
     elif not _HUB_ID.fullmatch(str(source)) or path.exists():
         raise ArtefactError(
             f"{str(source)!r} is no model folder: give a folder with a config.json, a .gguf file, or the id of a model on a hub "
@@ -90,19 +106,26 @@ def load(
         from pliant.checkpoint.paged import load_paged
 
         with _faults_named(source):
-            return load_paged(_auto_class(str(path), options), path, dtype, memory, scratch)
-    with _faults_named(source):
-        place = str(path if path.is_dir() else source)
-        loaded: Any = _auto_class(place, options).from_pretrained(
-            place, dtype=dtype, output_loading_info=True, **options
-        )
+            loaded: Any = load_paged(_auto_class(str(path), options), path, dtype, memory, scratch)
+    else:
+        with _faults_named(source):
+            place = str(path if path.is_dir() else source)
+            loaded = _auto_class(place, options).from_pretrained(
+                place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
     model, told = loaded
     if "gguf_file" in options:
-        model.name_or_path = str(source)  # the tokenizer is in the file, too
+        model.name_or_path = str(path / options["gguf_file"])  # the tokenizer is in the file, too
     if told["missing_keys"]:
         missing = sorted(told["missing_keys"])
         raise ArtefactError(
             f"{str(source)!r} lacks {len(missing)} tensor(s), {missing[0]!r} among them; they would have been random"
+        )
+    if told["mismatched_keys"] and not forgiven:
+        name, stored, built = min(told["mismatched_keys"])
+        raise ArtefactError(
+            f"{name!r} has shape {tuple(stored)} in {str(source)!r}, the model that its config.json describes has {tuple(built)} there; "
+            "config and weights are of different models, or another tool has changed one of them"
         )
     if where is not None and where.type != "cpu":
         _move(model, where, chosen=device != "auto")
@@ -161,70 +184,48 @@ def _faults_named(source: str | Path) -> Iterator[None]:
     except (OSError, ImportError) as error:
         raise ArtefactError(f"cannot load {str(source)!r}: {error}") from error
     except (RuntimeError, ValueError) as error:
-        raise ArtefactError(f"cannot load {str(source)!r}: {str(error).splitlines()[0]}") from error
+        raise ArtefactError(f"cannot load {str(source)!r}: {_first_line(error)}") from error
+    except Exception as error:  # a config may say anything, and every class reads its own
+        raise ArtefactError(f"cannot load {str(source)!r}: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _auto_class(source: str, options: dict[str, Any]) -> Any:
-    """The class that loads the kind of model that a config names in ``architectures``."""
-    import transformers
-
-    if "gguf_file" not in options:
-        known = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
-        config, _ = transformers.PreTrainedConfig.get_config_dict(source, **known)
-        for kind in CLASSIFIERS:
-            if any(name.endswith(f"For{kind}") for name in config.get("architectures") or ()):
-                return getattr(transformers, f"AutoModelFor{kind}")
-    return transformers.AutoModelForCausalLM
-
-
-def check_folder(folder: Path) -> None:
-    """Look at config and weight files without reading the weights.
+    """The class that loads what a config names in ``architectures``; a causal language model where it names nothing known.
 
     Raises:
-        ArtefactError: no or unreadable config.json, no weights, a shard that is missing or shorter than its header says.
+        ArtefactError: the model runs code of its own, and nobody said that it may.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-    except FileNotFoundError:
-        raise ArtefactError(f"{str(folder)!r} has no config.json: it is not a model folder") from None
-    except ValueError as error:
-        raise ArtefactError(f"{str(folder / 'config.json')!r} is not JSON: {error}") from None
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise ArtefactError(f"{str(folder / 'config.json')!r} names no model_type")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            raise ArtefactError(f"{str(index)!r} is not the index of a sharded model") from None
-    elif (folder / "model.safetensors").exists():
-        names = ["model.safetensors"]
-    elif any(folder.glob("*.bin")):
-        return  # transformers checks those itself
-    else:
-        raise ArtefactError(f"{str(folder)!r} has no model.safetensors")
-    for name in names:
-        _check_safetensors(folder / name)
+    import transformers
+
+    if "gguf_file" in options:
+        return transformers.AutoModelForCausalLM
+    passed_on = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+    known = {key: options[key] for key in passed_on if key in options}
+    config, _ = transformers.PreTrainedConfig.get_config_dict(source, **known)
+    kind, named, own = config.get("model_type"), config.get("architectures") or (), config.get("auto_map") or {}
+    if own and kind not in transformers.CONFIG_MAPPING:
+        if not options.get("trust_remote_code"):
+            raise ArtefactError(
+                f"{source!r} runs code of its own ({', '.join(sorted(set(map(str, own.values()))))}); read it, and load the model in "
+                "Python with trust_remote_code=True if you trust it"
+            )
+        return getattr(transformers, next((name for name, _ in _KINDS if name in own), "AutoModelForCausalLM"))
+    return getattr(transformers, auto_name(kind, named))
 
 
-def _check_safetensors(path: Path) -> None:
-    """A safetensors file is 8 bytes with the length of a JSON header, the header, and the data it speaks of."""
-    if not path.exists():
-        raise ArtefactError(f"the shard {str(path)!r} is missing")
-    found = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(length)) if 0 < length <= found else None
-            ends = [entry["data_offsets"][1] for name, entry in (header or {}).items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError):
-            header = None
-            ends = []
-    if header is None:
-        raise ArtefactError(f"{str(path)!r} is damaged: it has no safetensors header")
-    expected = 8 + length + max(ends, default=0)
-    if found != expected:
-        raise ArtefactError(f"{str(path)!r} is truncated or damaged: {found} bytes, its header speaks of {expected}")
+def auto_name(model_type: str | None, classes: Collection[str]) -> str:
+    """The auto class of transformers that makes one of ``classes`` of a config, ``AutoModelForCausalLM`` when none is known."""
+    from transformers.models.auto import modeling_auto
+
+    for name, mapping in _KINDS:
+        made = getattr(modeling_auto, mapping).get(model_type, ())
+        if set(classes) & set([made] if isinstance(made, str) else made):
+            return name
+    return "AutoModelForCausalLM"
 
 
 def tokenizer_of(model: Any, source: str | Path | None = None) -> Any:
@@ -238,7 +239,8 @@ def tokenizer_of(model: Any, source: str | Path | None = None) -> Any:
     where = str(source or getattr(model, "name_or_path", "") or "")
     if not where:
         raise ArtefactError("this model was not loaded from anywhere; pass tokenizer=")
-    path = Path(where)
+    path = Path(where).expanduser()
+    where = str(path) if path.exists() else where
     place, options = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (where, {})
     try:
         return AutoTokenizer.from_pretrained(place, **options)

@@ -30,6 +30,11 @@ def check_model(model: Any) -> None:
         ArchitectureError: it is no causal language model: it predicts no tokens, or it sees those that it predicts.
         MemoryLimitError: its weights are not in memory.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ArchitectureError(
+            f"{type(model).__name__} is an encoder-decoder model, which reads one text and writes another; a loss in predicting the "
+            "next tokens of a text needs a causal language model"
+        )
     if not predicts(model):
         raise ArchitectureError(f"{type(model).__name__} predicts no next tokens; a causal language model is needed")
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -39,9 +44,11 @@ def check_model(model: Any) -> None:
 
 
 def predicts(model: Any) -> bool:
-    """Whether it is a causal language model."""
-    sees_all = any(getattr(module, "is_causal", None) is False for module in model.modules())
-    return not sees_all and getattr(model, "can_generate", bool)()
+    """Whether it is a causal language model, which may read images as well."""
+    if not getattr(model, "can_generate", bool)() or getattr(model.config, "is_encoder_decoder", False):
+        return False
+    decoder = model.get_decoder() or model  # a vision tower sees all of an image
+    return not any(getattr(module, "is_causal", None) is False for module in decoder.modules())
 
 
 def batches_of(model: Any, windows: torch.Tensor, tokens: int | None = None) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 import transformers
 import yaml
 
-from pliant.checkpoint.load import CLASSIFIERS
+from pliant.checkpoint.load import auto_name
 from pliant.measure.evaluate import SHARES
 
 READERS = {"pixel_values": ("processor", "AutoImageProcessor")}
@@ -60,8 +60,7 @@ def card(model: Any, history: list[dict[str, Any]], report: dict[str, Any] | Non
         lines += ["", "| | before | after |", "|---|---|---|"]
         lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table(report)]
         lines += ["", f"Measured on {measured_on(report)}, in {report['dtype']}."]
-    kinds = [kind for kind in CLASSIFIERS if type(model).__name__.endswith(f"For{kind}")]
-    auto = f"AutoModelFor{kinds[0] if kinds else 'CausalLM'}"
+    auto = auto_name(getattr(getattr(model, "config", None), "model_type", None), [type(model).__name__])
     name, reader = READERS.get(getattr(model, "main_input_name", ""), ("tokenizer", "AutoTokenizer"))
     lines += [
         "",

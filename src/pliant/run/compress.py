@@ -34,7 +34,8 @@ from pliant.pages import pages_of
 from pliant.progress import Console, Progress
 from pliant.run.apply import apply
 from pliant.run.card import versions
-from pliant.run.save import check_target, save
+from pliant.run.save import check_savable, save
+from pliant.run.target import LOCK, check_target, work_folder
 from pliant.search import ArchiveError
 from pliant.step import Step
 
@@ -94,8 +95,7 @@ def compress(
         BusyError: another run is writing to ``out``.
     """
     progress = progress or Console()
-    out = Path(out).resolve()
-    check_target(out, overwrite)
+    out = check_target(out, overwrite, source=source)
     calibration = text(data) if isinstance(data, str | Path) else data
     held_out = [one if isinstance(one, Text) else text(one) for one in measuring.perplexity]
     if not held_out and calibration is not None:
@@ -103,10 +103,9 @@ def compress(
         held_out = [rest]
     if memory is not None:
         measuring = replace(measuring, speed=False)  # two models at once, and files to read: it would tell nothing
-    work = out.with_name(out.name + ".work")
+    work = work_folder(out)
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(work / "lock")
+        lock = FileLock(work / LOCK)
         lock.acquire(timeout=0)
     except Timeout:
         raise BusyError(f"another run is writing to {str(out)!r}; wait for it, or name another folder") from None
@@ -165,7 +164,8 @@ def _compress(
         measuring = replace(measuring, speed=False)
     if measuring.prompts:
         check_model(model)
-    check_target(out, overwrite, need=sum(p.numel() * p.element_size() for p in model.parameters()))
+    check_target(out, overwrite, sum(p.numel() * p.element_size() for p in model.parameters()), source)
+    check_savable(model)
     job = _job(model, tokenizer, step, calibration, held_out, measuring)
     if (done := _finished(out, job)) is not None:
         progress.note(f"{out} holds this result already; remove it to have it made anew")

