@@ -9,7 +9,7 @@ CONSTRAINTS ?= constraints.txt
 # Processes that the tests run in.
 JOBS        ?= 2
 # What other versions of the packages below are most likely to break: folders, caches, native decoding, the command line.
-QUICK := $(addprefix tests/test_, $(addsuffix .py, checkpoint elastic packed decoder cache quiet cli))
+QUICK := $(addprefix tests/test_, $(addsuffix .py, checkpoint elastic packed native decoder cache quiet cli))
 
 PIP    := $(BIN)/pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 OURS   := $(PIP) $(if $(CONSTRAINTS),--build-constraint $(CONSTRAINTS)) --editable
