@@ -13,7 +13,7 @@ import convnets
 import pico as tiny
 import pliant
 from pico import ARCHITECTURES, cases, fitted, head_of, inputs, leader, pico, tokenizer
-from pliant.anatomy import anatomy_of
+from pliant.anatomy import anatomy_of, layers_of
 from pliant.checkpoint.load import tokenizer_of
 from pliant.checkpoint.schema import write
 from pliant.checkpoint.weights import check_finite, fingerprint
@@ -171,6 +171,9 @@ def test_hidden_states_and_attention_choice_work_on_a_reloaded_model(name, tmp_p
     again = head_of(name).from_pretrained(tmp_path / "cut")
     assert len(again(**inputs(again, IDS), output_hidden_states=True).hidden_states) == 5
     again.set_attn_implementation("eager")
+    layers = layers_of(again, anatomy_of(again).architecture)
+    read = [module.config for module in layers.modules() if hasattr(module, "config")]
+    assert {config._attn_implementation for config in read} <= {again.config._attn_implementation}
     assert torch.allclose(logits(again), logits(model), atol=1e-4)
 
 

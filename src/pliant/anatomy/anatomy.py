@@ -118,8 +118,8 @@ def anatomy_of(model: Any, *, example: Any = None) -> Anatomy:
             f"{type(model).__name__} is not a transformers model, it has no config with a model_type; nor has it convolutions "
             "to trace"
         )
+    architecture = described_by(config.get_text_config(decoder=True))
     text_config = text_config_of(config)
-    architecture = described_by(text_config)
     plain = plain_config(text_config)
     layers = layers_of(model, architecture)
     for spec in architecture.blocks:

@@ -97,12 +97,13 @@ def write(model: Any) -> None:
     )
     if asked_for:
         setattr(config, _ALLOW, True)
-    elif (
+        return
+    if (
         overrides or cut_before
     ):  # left over from an earlier cut, it would let transformers alone build what is gone by now
         vars(config).pop(_ALLOW, None)
-        if any("skip" in entry for entry in overrides.values()) and isinstance(model, PreTrainedModel):
-            _prove_refusal(model)
+    if any("skip" in entry for entry in overrides.values()) and isinstance(model, PreTrainedModel):
+        _prove_refusal(model)
 
 
 as_transformers_alone: ContextVar[bool] = ContextVar("as_transformers_alone", default=False)
@@ -134,16 +135,20 @@ def _prove_refusal(model: PreTrainedModel) -> None:
 
 def cuts_in(config: Any) -> Iterator[Any]:
     """A config, if it says what the whole model was cut to, and those of its parts whose layers were cut."""
-    if is_cut(config) or getattr(config, RECORD, None):
+    if getattr(config, RECORD, None):
         yield config
-    for _name, part in _parts(config):
-        if is_cut(part):
-            yield part
-        yield from (deeper for deeper in cuts_in(part) if deeper is not part)
+    yield from (part for part in _cut_by_layer(config) if part is not config or not getattr(config, RECORD, None))
+
+
+def _cut_by_layer(config: Any) -> Iterator[Any]:
+    if is_cut(config):
+        yield config
+    for _, part in _parts(config):
+        yield from _cut_by_layer(part)
 
 
 def uncut(config: Any) -> tuple[Any, list[tuple[Any, Any]]]:
-    """The dense model's config, in every part of it.
+    """The dense model's config, in every part of it. A record of shapes in a part is left to the model that it is of.
 
     Returns:
         It, and pairs of what had to be copied for that: the copy, and the config or the part of it that it is a copy of.
@@ -151,7 +156,7 @@ def uncut(config: Any) -> tuple[Any, list[tuple[Any, Any]]]:
     plain = plain_config(config)
     pairs = [(plain, config)]
     for name, part in _parts(config):
-        if any(True for _ in cuts_in(part)):
+        if any(True for _ in _cut_by_layer(part)):
             dense, further = uncut(part)
             setattr(plain, name, dense)
             pairs += further

@@ -52,9 +52,10 @@ def _shaping(original: Callable[..., None]) -> Callable[..., None]:
             vars(own).update({key: value for key, value in vars(plain).items() if known.get(key, known) is not value})
         owns = {id(plain): own for plain, own in pairs}
         for module in self.modules():
-            # later changes of the model's config must reach its layers; but what is computed from a config (the angles of
+            # later changes of the model's config must reach its layers; but what is only computed from a config (the angles of
             # rotary positions), and computed again when weights are loaded, is that of the dense model
-            if id(getattr(module, "config", None)) in owns and not module._non_persistent_buffers_set:
+            computed = module._non_persistent_buffers_set and not module._parameters and not module._modules
+            if id(getattr(module, "config", None)) in owns and not computed:
                 module.config = owns[id(module.config)]
         for part in cuts:
             shape_model(self, part)
