@@ -620,3 +620,17 @@ def test_a_transformers_model_inside_a_module_keeps_a_record_of_its_own(tmp_path
     given = inputs(module.body)
     assert torch.equal(run(again, **given).last_hidden_state, run(module.body, **given).last_hidden_state)
     record_packed(nn.Linear(2, 2), {})  # nothing to record
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_layers_that_another_library_has_quantised_are_left():
+    from torch.ao.nn.quantized import dynamic
+
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(16, 16), dynamic.Linear(16, 16)).eval()
+    x = torch.randn(3, 16)
+    expected = run(module, x)
+    pack(module)
+    assert packed_in(module) == {"0"}
+    assert why(module, "1") == "Linear keeps its weight in a form of its own"
+    close(run(module, x), expected)
