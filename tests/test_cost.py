@@ -2,7 +2,6 @@
 
 import json
 import random
-import time
 from itertools import pairwise
 
 import pytest
@@ -144,23 +143,3 @@ def test_what_the_table_predicts_is_what_is_measured(monkeypatch):
         assert table.of(anatomy, without_mlps) == pytest.approx(3 + by_attention)  # linear, so exactly right
     assert max(apart) < 0.05
     assert table.of(anatomy, Subnet().keeping("layers.1.mlp.channels", 24)) == pytest.approx(3 + 4 * 7 - 5 * 0.75)
-
-
-def test_a_clock_that_runs_on_its_own_is_read():
-    """In real time: a model whose every MLP sleeps in proportion to its width."""
-    model = pico("llama")
-    anatomy = anatomy_of(model)
-    for layer in model.model.layers:
-        layer.mlp.register_forward_hook(
-            lambda _, __, out, up=layer.mlp.up_proj: time.sleep(0.02 * len(up.weight) / 48) or out
-        )
-    table = measure_latency(model, anatomy, "decode", repeats=3)
-    assert table.blocks["mlp"] == pytest.approx(20, rel=0.25)
-    assert table.blocks["attention"] < 5
-    half = Subnet().keeping("layers.1.mlp.channels", 24).keeping("layers.2.mlp.channels", 24)
-    began = time.perf_counter()
-    with pliant.activate(model, half), torch.inference_mode():
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
-    measured = 1e3 * (time.perf_counter() - began)
-    assert table.of(anatomy, half) == pytest.approx(60, rel=0.25)
-    assert measured > 60
