@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import os
 import random
 import signal
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, and for every program that a test starts: see below
 import torch
 import transformers
 
@@ -16,7 +19,7 @@ transformers.logging.disable_default_handler()
 transformers.logging.disable_progress_bar()
 # a shell starts what it puts in the background deaf to Ctrl-C, and that is inherited
 signal.signal(signal.SIGINT, signal.default_int_handler)
-torch.set_num_threads(1)  # tiny tensors; more threads only wait for each other
+torch.set_num_threads(1)  # tiny tensors; more threads only wait for each other, and for the tests beside
 
 
 def pytest_collection_modifyitems(items):

@@ -251,7 +251,9 @@ def test_gzipped_text_is_read_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"not gzip", gzip.compress(b"x" * 99)[:-9], gzip.compress(b"x" * 99)[:12] + b"zz" * 20]
+    "content",
+    [b"not gzip", gzip.compress(b"x" * 99)[:-9], gzip.compress(b"x" * 99)[:12] + b"zz" * 20],
+    ids=["something else", "cut off", "overwritten"],  # a compressed file names the time
 )
 def test_a_damaged_gzip_file_is_refused(tmp_path, content):
     path = tmp_path / "q.jsonl.gz"

@@ -26,6 +26,7 @@ from pliant.step import StepError, help_texts
 from pliant.systems import SYSTEMS
 
 VERBS = typer.main.get_command(app).commands
+STRICT = ("-W", "error", "-W", "ignore::DeprecationWarning")  # what packages below use of others is theirs
 
 
 def run(*words):
@@ -84,7 +85,7 @@ finally:
     ],
 )
 def test_verbs_that_need_no_model_import_nothing_heavy(words):
-    command = [sys.executable, "-W", "error", "-c", LIGHT, *words.split()]
+    command = [sys.executable, *STRICT, "-c", LIGHT, *words.split()]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert "AssertionError" not in outcome.stderr
     assert outcome.returncode == {"ls nonsense": 1, "evaluate": 2}.get(words, 0)
@@ -472,7 +473,7 @@ def test_compress_prints_json_on_stdout_and_events_on_stderr(folder, prose, tmp_
         "--json",
     ]
     words += [f"--set={pair}" for pair in ("seqlen=32", "samples=8", "width_samples=8")]
-    command = [sys.executable, "-W", "error", "-c", "from pliant.cli import main; main()", *map(str, words)]
+    command = [sys.executable, *STRICT, "-c", "from pliant.cli import main; main()", *map(str, words)]
     quiet = {**os.environ, "OMP_NUM_THREADS": "1"}
     outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=quiet)
     assert outcome.returncode == 0, outcome.stderr

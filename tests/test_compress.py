@@ -80,7 +80,7 @@ def test_the_artefact_is_complete_and_reloads(folder, prose, tmp_path):
 
 def test_a_killed_run_resumes_to_the_identical_result(folder, prose, tmp_path):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    subprocess.run([*PROGRAM, *words(folder, prose, straight)], check=True, capture_output=True)
+    CliRunner().invoke(app, words(folder, prose, straight), catch_exceptions=False)
     archive = broken.with_name("broken.work") / "search.jsonl"
     process = subprocess.Popen([*PROGRAM, *words(folder, prose, broken)], stderr=subprocess.DEVNULL)
     while process.poll() is None and (not archive.exists() or archive.read_bytes().count(b"\n") < 12):
@@ -89,9 +89,7 @@ def test_a_killed_run_resumes_to_the_identical_result(folder, prose, tmp_path):
     assert process.wait() == -signal.SIGKILL
     assert not broken.exists()
     kept = archive.read_bytes().count(b"\n") - 1
-    outcome = subprocess.run(
-        [*PROGRAM, *words(folder, prose, broken, "--json")], check=True, capture_output=True, text=True
-    )
+    outcome = CliRunner().invoke(app, words(folder, prose, broken, "--json"), catch_exceptions=False)
     (step,) = json.loads(outcome.stdout)["steps"]
     assert sum(counters["replayed"] for counters in step["counters"].values()) >= kept
     assert (broken / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()

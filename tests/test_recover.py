@@ -523,31 +523,31 @@ def test_compress_keeps_the_state_that_it_refuses_to_mix(folder, prose, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_killed_training_goes_on_to_the_identical_result(method, folder, prose, tmp_path):
-    def command(work, out):
-        return [
-            sys.executable,
-            "-c",
-            f"""
+    program = f"""
 import torch, pliant
 torch.set_num_threads(1)
 model = pliant.load({str(folder)!r})
 step = pliant.Recover(method={method!r}, steps=60, seqlen=32, batch=4, every=2, lr=5e-3, distil=0.5)
 pliant.apply(model, pliant.Cut(subnet=pliant.Subnet().without("layers.1.mlp")), progress=False)
-pliant.apply(model, step, {str(prose)!r}, work={str(work)!r}, progress=False)
-model.save_pretrained({str(out)!r})
-""",
-        ]
+pliant.apply(model, step, {str(prose)!r}, work=WORK, progress=False)
+model.save_pretrained(OUT)
+"""
 
-    subprocess.run(command(tmp_path / "w1", tmp_path / "straight"), check=True, capture_output=True)
+    def run(work, out):
+        exec(program, {"WORK": str(tmp_path / work), "OUT": str(tmp_path / out)})
+
+    run("w1", "straight")
     state = tmp_path / "w2" / "recover" / "state.safetensors"
     for _ in range(2):
-        process = subprocess.Popen(command(tmp_path / "w2", tmp_path / "broken"), stderr=subprocess.DEVNULL)
+        names = f"WORK, OUT = {str(tmp_path / 'w2')!r}, {str(tmp_path / 'broken')!r}"
+        process = subprocess.Popen([sys.executable, "-c", names + program], stderr=subprocess.DEVNULL)
         since = state.stat().st_mtime_ns if state.exists() else 0
         while process.poll() is None and (not state.exists() or state.stat().st_mtime_ns < since + 100_000_000):
             time.sleep(0.005)
         process.kill()
         process.wait()
     assert process.returncode == -signal.SIGKILL
-    subprocess.run(command(tmp_path / "w2", tmp_path / "broken"), check=True, capture_output=True)
+    assert not (tmp_path / "broken").exists()
+    run("w2", "broken")
     whole, resumed = (tmp_path / name / "model.safetensors" for name in ("straight", "broken"))
     assert whole.read_bytes() == resumed.read_bytes()
