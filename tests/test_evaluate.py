@@ -525,7 +525,7 @@ def _ordered(row):
 
 def test_bench_gives_rates_of_one_model(model):
     found = pliant.bench(model, prompt=8, tokens=2, repeats=3)
-    assert set(found) == {"model", "settings", "threads", "peak_memory"}
+    assert set(found) == {"model", "settings", "threads", "peak_memory", "on"}
     assert set(found["model"]) == {"prefill", "decode"}
     assert all(_ordered(row) for row in found["model"].values())
     assert found["settings"] == {"prompt": 8, "tokens": 2, "batch": 1, "repeats": 3}
@@ -540,7 +540,7 @@ def test_bench_times_two_models_in_turn(model):
         one.register_forward_hook(lambda *_, name=name: calls.append(name))
     found = pliant.bench(model, other, prompt=8, tokens=2, repeats=2)
     assert calls == (["A"] * 3 + ["B"] * 3) * 3  # a prefill and two tokens each, one round to warm up, two timed
-    assert set(found) == {"model", "against", "speedup", "settings", "threads", "peak_memory"}
+    assert set(found) == {"model", "against", "speedup", "settings", "threads", "peak_memory", "on"}
     for part in ("model", "against", "speedup"):
         assert set(found[part]) == {"prefill", "decode"}
         assert all(_ordered(row) for row in found[part].values())
