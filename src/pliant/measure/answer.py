@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from pliant.data import OpenQuestion
-from pliant.errors import DataError, WeightError
-from pliant.measure.windows import check_ids, longest_of, open_ended, within_memory
+from pliant.errors import DataError
+from pliant.measure.windows import check_ids, longest_of, no_number, open_ended, within_memory
 
 ROWS_AT_ONCE = 16
 STOP = "Question:"
@@ -87,7 +87,4 @@ def _check_numbers(model: Any, name: str, ids: list[int]) -> None:
     """Refuse logits of which there is no likeliest token: generation would go on with whatever is first."""
     logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=1).logits
     if not torch.isfinite(logits.amax()):  # NaN among them is the largest
-        raise WeightError(
-            f"task {name!r}: the model gives logits that are no numbers; its weights are broken, or {model.dtype} cannot hold what "
-            "it computes (another dtype, such as bfloat16 or float32, may)"
-        )
+        raise no_number(model, f"task {name!r}: the model gives logits of which none is the largest")

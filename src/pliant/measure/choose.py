@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from pliant.data import Continuation, Question
-from pliant.errors import DataError, WeightError
-from pliant.measure.windows import check_ids, longest_of, open_ended, within_memory
+from pliant.errors import DataError
+from pliant.measure.windows import check_ids, longest_of, no_number, open_ended, within_memory
 
 Ids = tuple[int, ...]
 
@@ -52,7 +52,9 @@ def continuations(model: Any, tokenizer: Any, name: str, items: Sequence[Continu
                 f"task {name!r}, row {number}: the continuation is longer than the {longest_of(model)} positions of this model"
             )
         if not math.isfinite(one.log_likelihood):
-            raise WeightError(_no_number(name, number, one.log_likelihood, model))
+            raise no_number(
+                model, f"task {name!r}, row {number}: the model gives a log-likelihood of {one.log_likelihood}"
+            )
     return found
 
 
@@ -69,15 +71,8 @@ def log_likelihoods(model: Any, tokenizer: Any, name: str, items: Sequence[Quest
     for number, each in enumerate(scores, 1):
         if any(math.isnan(value) for value in each) or not math.isfinite(max(each)):
             bad = next(value for value in each if not math.isfinite(value))
-            raise WeightError(_no_number(name, number, bad, model))
+            raise no_number(model, f"task {name!r}, question {number}: the model gives a log-likelihood of {bad}")
     return scores
-
-
-def _no_number(name: str, number: int, value: float, model: Any) -> str:
-    return (
-        f"task {name!r}, question {number}: the model gives a log-likelihood of {value}; its weights are broken, or {model.dtype} "
-        "cannot hold what it computes (another dtype, such as bfloat16 or float32, may)"
-    )
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from pliant.measure.windows import (
     check_ids,
     check_model,
     longest_of,
+    no_number,
     tokens_at_once,
     windows_for,
     within_memory,
@@ -137,10 +138,11 @@ def _predict(model: Any, name: str, ids: torch.Tensor, reference: Any, keep: boo
         start = max(start, ids.shape[1])
     loss, divergence = within_memory(model, lambda tokens: _losses(model, ids, reference, tokens), start)
     mean = loss.mean().item()
-    if not math.isfinite(mean) or mean > MOST:
+    if not math.isfinite(mean):
+        raise no_number(model, f"the model's loss on {name!r} is {mean}")
+    if mean > MOST:
         raise WeightError(
-            f"the model's loss on {name!r} is {mean:.4g} nats per token, of which there is no perplexity; its weights are broken, "
-            f"or {model.dtype} cannot hold what it computes (another dtype, such as bfloat16 or float32, may)"
+            f"the model's loss on {name!r} is {mean:.4g} nats per token, of which there is no perplexity; the model is broken"
         )
     result = {
         "perplexity": math.exp(mean),
@@ -152,9 +154,7 @@ def _predict(model: Any, name: str, ids: torch.Tensor, reference: Any, keep: boo
     if divergence is not None:
         result["kl"] = divergence.mean().item()
         if not math.isfinite(result["kl"]):
-            raise WeightError(
-                f"the divergence from the reference on {name!r} is {result['kl']}; the reference is broken"
-            )
+            raise no_number(reference, f"the divergence on {name!r} from the reference is {result['kl']}")
     if keep:
         windows = hashlib.blake2b(ids.numpy().tobytes(), digest_size=16).hexdigest()
         result["items"] = {"digest": f"{windows}, {ids.shape[1]} tokens each", "loss": loss.tolist()}

@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from pliant.checkpoint.weights import check_finite
 from pliant.data import Text
 from pliant.device import empty_cache, free_memory, is_short_of_memory
-from pliant.errors import ArchitectureError, DataError, MemoryLimitError
+from pliant.errors import ArchitectureError, DataError, MemoryLimitError, WeightError
 from pliant.pages import pages_of
 
 USUAL = 2048
@@ -167,6 +168,21 @@ def longest_of(model: Any) -> int:
     config = model.config.get_text_config(decoder=True)
     bounds = (getattr(config, key, None) for key in ("max_position_embeddings", "max_seq_len"))  # the latter: MPT
     return next((bound for bound in bounds if bound), 2**31)
+
+
+def no_number(model: Any, told: str) -> WeightError:
+    """The error of a model that gives a figure which is none.
+
+    Arguments:
+        told: the figure, and what it is of.
+
+    Raises:
+        WeightError: the weights themselves are not finite; it names the first tensor.
+    """
+    check_finite(model)
+    dtype = str(model.dtype).removeprefix("torch.")
+    advice = "load it with dtype='bfloat16' or 'float32'" if dtype == "float16" else "the model is broken"
+    return WeightError(f"{told}: its weights are finite, what it computes from them in {dtype} is not; {advice}")
 
 
 def open_ended(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
