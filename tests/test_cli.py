@@ -291,7 +291,8 @@ def test_success_is_0(entry):
         (["export", "FOLDER", "--to", "onnx", "--out", "x"], "no export 'onnx'"),
         (["compress", "FOLDER", "--ratio", "2", "--data", "PROSE", "--out", "x"], "between 0 and 1"),
         (["compress", "FOLDER", "--ratio", "0.1", "--data", "gone.txt", "--out", "x"], "there is no file"),
-        (["compress", "FOLDER", "--ratio", "0.1", "--data", "PROSE", "--out", "FOLDER"], "--overwrite"),
+        (["compress", "FOLDER", "--ratio", "0.1", "--data", "PROSE", "--out", "FOLDER"], "is the model itself"),
+        (["compress", "FOLDER", "--ratio", "0.1", "--data", "PROSE", "--out", "FULL"], "--overwrite"),
         (
             ["compress", "FOLDER", "--ratio", "0.1", "--data", "PROSE", "--out", "x", "--set", "colour=red"],
             "Rows of calibration text for choosing blocks.",
@@ -300,7 +301,8 @@ def test_success_is_0(entry):
 )
 def test_a_refusal_is_1_with_the_reason_on_stderr(entry, folder, prose, tmp_path, monkeypatch, words, told):
     monkeypatch.chdir(tmp_path)
-    code, out, err = entry(*({"FOLDER": folder, "PROSE": prose}.get(word, word) for word in words))
+    places = {"FOLDER": folder, "PROSE": prose, "FULL": prose.parent}
+    code, out, err = entry(*(places.get(word, word) for word in words))
     assert code == 1
     assert out == ""
     assert err.startswith("pliant: ")
