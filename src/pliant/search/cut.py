@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from pliant.anatomy import Anatomy, agree, anatomy_of, answer, evaluating, probe
+from pliant.anatomy import Anatomy, agree, answer, evaluating, probe
 from pliant.checkpoint.weights import check_finite
 from pliant.data import Text
-from pliant.elastic import Elastic, Subnet, extract, ratio, validate
+from pliant.elastic import Elastic, Subnet, described, extract, ratio, validate
 from pliant.errors import DataError, SubnetError
 from pliant.measure.windows import seqlen_of, windows_for
 from pliant.search.found import parse_config
@@ -46,7 +46,7 @@ class Cut(Step):
 
     def run(self, job: Job) -> None:
         check_finite(job.model)
-        anatomy = anatomy_of(job.model)
+        anatomy = described(job.model)
         if isinstance(self.subnet, Subnet):
             subnet = self.subnet
             validate(subnet, anatomy)

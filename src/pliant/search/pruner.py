@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from pliant.anatomy import Anatomy, anatomy_of
+from pliant.anatomy import Anatomy
 from pliant.checkpoint.weights import check_finite, fingerprint
 from pliant.data import Text
+from pliant.elastic import described
 from pliant.errors import DataError, MemoryLimitError, RatioError
 from pliant.measure.score import METRICS
 from pliant.measure.windows import check_model, seqlen_of, windows_for
@@ -84,7 +85,7 @@ class Pruner(Step):
         check_finite(job.model)
         pages = pages_of(job.model)
         if self.repair and pages is not None:
-            needs = repair_bytes(job.model, anatomy_of(job.model), self._repair_windows(job))
+            needs = repair_bytes(job.model, described(job.model), self._repair_windows(job))
             if needs > pages.limit:
                 raise MemoryLimitError(
                     f"repair with {self.repair} rows needs {size(needs)}, the limit is {size(pages.limit)}; fewer rows take less"

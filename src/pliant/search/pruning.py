@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from pliant.anatomy import Anatomy, anatomy_of
-from pliant.elastic import Subnet, macs, parameters, ratio
+from pliant.anatomy import Anatomy
+from pliant.elastic import Subnet, described, macs, parameters, ratio
 from pliant.errors import RatioError
 from pliant.measure.walk import Footprint, Walk, footprint
 from pliant.measure.windows import tokens_at_once
@@ -78,7 +78,7 @@ class Pruning:
     counters: dict[str, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.anatomy = anatomy_of(self.job.model)
+        self.anatomy = described(self.job.model)
         self.archive = Archive(self.job.place(ARCHIVE, "evaluations"), self.belongs_to)
 
     def stage(

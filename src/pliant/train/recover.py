@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from pliant.anatomy import Anatomy, anatomy_of
+from pliant.anatomy import Anatomy
 from pliant.checkpoint.load import load
 from pliant.checkpoint.weights import check_finite, fingerprint
 from pliant.data import Examples, Text, examples
 from pliant.data.encode import Encoded
+from pliant.elastic import described
 from pliant.errors import DataError
 from pliant.measure.windows import check_ids, seqlen_of
 from pliant.progress import size
@@ -142,7 +143,7 @@ class Recover(Step):
         check_finite(model)
         Halves(model)  # a model that predicts no next tokens is refused before any work
         tokenizer = job.tokenizer()
-        anatomy = anatomy_of(model)
+        anatomy = described(model)
         given = self._examples(job)
         seqlen = seqlen_of(model, self.seqlen, USUAL)
         train, held_out = self._sequences(given, model, tokenizer, seqlen)
