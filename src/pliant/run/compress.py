@@ -157,13 +157,13 @@ def _compress(
     dtype: Any,
     progress: Progress,
 ) -> dict[str, Any]:
+    if measuring.prompts:
+        check_model(model)
     reads = calibration is not None or held_out or measuring.tasks or measuring.prompts
     tokenizer = tokenizer_of(model) if reads else None
     if measuring.speed and not predicts(model):
         progress.note("speed is measured of causal language models only")
         measuring = replace(measuring, speed=False)
-    if measuring.prompts:
-        check_model(model)
     check_target(out, overwrite, sum(p.numel() * p.element_size() for p in model.parameters()), source)
     check_savable(model)
     job = _job(model, tokenizer, step, calibration, held_out, measuring)

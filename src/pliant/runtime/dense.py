@@ -15,6 +15,8 @@ _STATE_HOOKS = (
     *("_state_dict_hooks", "_state_dict_pre_hooks"),
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 )
+PLAIN: tuple[type, ...] = (nn.Parameter,)
+"""Types of weights that hold their values as numbers."""
 
 
 def is_linear(module: nn.Module | None) -> bool:
@@ -47,7 +49,7 @@ def why_fixed(layer: nn.Module) -> str:
         return (
             "its weight is computed anew at each pass (a parametrization or a pruning mask); make that permanent first"
         )
-    if type(weight) is not nn.Parameter:
+    if type(weight) not in PLAIN:
         return f"its weight is a {type(weight).__name__}, no plain tensor"
     if weight.dtype not in FLOATS:
         return f"its weight is stored as {str(weight.dtype).removeprefix('torch.')}"
