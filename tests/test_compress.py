@@ -251,7 +251,7 @@ def test_bad_input_is_refused_and_nothing_is_left(folder, prose, tmp_path):
     refused(DataError, "one window needs 32", folder, step, short, out)
     refused(DataError, "no file", folder, step, tmp_path / "gone.txt", out)
     refused(RatioError, "cannot be reached", folder, pliant.MultiPruner(ratio=0.95, **FEW), prose, out)
-    refused(ArtefactError, "no model folder", tmp_path / "gone", step, prose, out)
+    refused(ArtefactError, "is not a model folder", tmp_path / "gone", step, prose, out)
     assert sorted(artefacts(tmp_path)) == ["empty.txt", "pico-llama", "short.txt"]
 
 

@@ -105,7 +105,7 @@ REFUSED = {
     ),
     "a GGUF file beside a config": (
         lambda f: [only(f, "config.json"), write(f / "a.gguf")],
-        "has no model.safetensors; of its GGUF files give one: a.gguf",
+        "has no model.safetensors, but GGUF files; give one of them: a.gguf",
     ),
     "an ONNX model": (
         lambda f: [only(f), write(f / "onnx" / "model.onnx")],
@@ -113,7 +113,7 @@ REFUSED = {
     ),
     "an ONNX model with a config": (
         lambda f: [only(f, "config.json"), write(f / "model.onnx")],
-        "has no model.safetensors, but model.onnx, which transformers does not read",
+        "has no model.safetensors; transformers cannot load model.onnx under these names",
     ),
     "weights of TensorFlow": (
         lambda f: [only(f, "config.json"), write(f / "tf_model.h5")],
@@ -125,18 +125,18 @@ REFUSED = {
     ),
     "checkpoints of a training": (
         lambda f: [only(f), write(f / "checkpoint-500" / "config.json", "{}")],
-        "but its sub-folders have; give one of them: checkpoint-500",
+        "but its sub-folders do; give one of them: checkpoint-500",
     ),
     "a folder of a hub's cache": (hub_cache, "give one of them: snapshots/0123abc"),
     "an empty folder": (only, "has no config.json: it is not a model folder"),
     "an empty file": (lambda f: write(f / WEIGHTS), "model.safetensors' is empty"),
-    "a pointer of git-lfs": (lambda f: write(f / WEIGHTS, LFS), "is a pointer of git-lfs, .* run 'git lfs pull' in"),
-    "shards that are pointers": (lfs_shards, r"model-\d+-of-\d+.safetensors' is a pointer of git-lfs"),
+    "a pointer of git-lfs": (lambda f: write(f / WEIGHTS, LFS), "is a git-lfs pointer, .* run 'git lfs pull' in"),
+    "shards that are pointers": (lfs_shards, r"model-\d+-of-\d+.safetensors' is a git-lfs pointer"),
     "a bin that is a pointer": (
         lambda f: [only(f, "config.json"), write(f / "pytorch_model.bin", LFS)],
-        "is a pointer of git-lfs",
+        "is a git-lfs pointer",
     ),
-    "a config that is a pointer": (lambda f: write(f / "config.json", LFS), "config.json' is a pointer of git-lfs"),
+    "a config that is a pointer": (lambda f: write(f / "config.json", LFS), "config.json' is a git-lfs pointer"),
     "a bin that is damaged": (
         lambda f: [only(f, "config.json"), write(f / "pytorch_model.bin", "nothing of the kind")],
         "cannot load",
@@ -162,7 +162,7 @@ REFUSED = {
     "codes that nothing explains": (codes_without_a_config, "holds 8-bit codes .* they would be noise"),
     "code of its own": (
         lambda f: config(f, model_type="mine", auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"}),
-        r"runs code of its own \(modeling_mine.Mine\); read it, .* trust_remote_code=True",
+        r"runs custom code \(modeling_mine.Mine\); read that code, .* trust_remote_code=True",
     ),
 }
 
