@@ -97,7 +97,7 @@ REFUSED = {
         lambda f: [only(f), write(f / "adapter_config.json", "{")],
         "a peft adapter of 'a model that it does not name'",
     ),
-    "a diffusers pipeline": (diffusers, "is a diffusers pipeline; give a part of it .*: text_encoder, unet"),
+    "a diffusers pipeline": (diffusers, "is a diffusers pipeline; give a sub-folder with .*: text_encoder, unet"),
     "a part of diffusers": (part_of_diffusers, r"part of a diffusers pipeline \(UNet2DConditionModel\)"),
     "GGUF files": (
         lambda f: [only(f), write(f / "a.Q4.gguf"), write(f / "b.Q8.gguf")],
@@ -117,11 +117,11 @@ REFUSED = {
     ),
     "weights of TensorFlow": (
         lambda f: [only(f, "config.json"), write(f / "tf_model.h5")],
-        "has no model.safetensors, but tf_model.h5",
+        "has no model.safetensors; transformers cannot load tf_model.h5",
     ),
     "a variant": (
         lambda f: (f / WEIGHTS).rename(f / "model.fp16.safetensors"),
-        "has no model.safetensors, but model.fp16.safetensors, .*; pass variant='fp16'",
+        "has no model.safetensors; transformers cannot load model.fp16.safetensors .*; pass variant='fp16'",
     ),
     "checkpoints of a training": (
         lambda f: [only(f), write(f / "checkpoint-500" / "config.json", "{}")],
@@ -156,7 +156,7 @@ REFUSED = {
     "a config of zeros": (lambda f: config(f, num_attention_heads=0), "cannot load"),
     "a config of another size": (
         lambda f: config(f, intermediate_size=64),
-        r"'model.layers.0.mlp.down_proj.weight' has shape \(36, 48\) in .*, .* has \(36, 64\) there; config and weights",
+        r"'model.layers.0.mlp.down_proj.weight' has shape \(36, 48\) in .*, .* describes shape \(36, 64\); config and weights",
     ),
     "the tokens of another model": (lambda f: config(f, vocab_size=100), r"has shape \(300, 36\)"),
     "codes that nothing explains": (codes_without_a_config, "holds 8-bit codes .* they would be noise"),

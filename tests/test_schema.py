@@ -305,8 +305,8 @@ def test_entries_that_the_dense_model_has_are_merged_with_what_was_cut_and_come_
 @pytest.mark.parametrize(
     ("entry", "told"),
     [
-        ({"sliding_window": 4}, "says 'sliding_window' of layer 1, which neither"),
-        ({"intermediate_size": 9, "rope_theta": 5.0}, "says 'rope_theta' of layer 1"),
+        ({"sliding_window": 4}, "sets 'sliding_window' of layer 1, which has no effect"),
+        ({"intermediate_size": 9, "rope_theta": 5.0}, "sets 'rope_theta' of layer 1"),
         ({"skip": ["self_attn"], "num_key_value_heads": 0}, "skips 'self_attn' in layer 1; .* blocks attention, mlp"),
         ({"intermediate_size": 49}, "layers.1.mlp has 49 channels; of 48 that the model has"),
         ({"intermediate_size": 0}, "layers.1.mlp has 0 channels"),
@@ -441,7 +441,7 @@ def test_an_encoder_decoder_whose_decoder_has_no_config_to_write_into_is_refused
         },
     }
     for look in (anatomy_of, described, lambda m: pliant.apply(m, pliant.ChannelPruner(ratio=0.1), progress=False)):
-        with pytest.raises(ArchitectureError, match="bart model has no part of its own for the decoder"):
+        with pytest.raises(ArchitectureError, match="bart model has no separate decoder config"):
             look(model)
     assert {key: tensor.shape for key, tensor in model.state_dict().items()} == before
 

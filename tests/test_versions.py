@@ -96,5 +96,5 @@ def test_what_is_installed_is_compared(tmp_path):
     (said,) = versions.differences(file, project)
     assert said.startswith("applies to Python below 3.11, this is 3.")
     file.write_text("numpy==0.1\n")
-    with pytest.raises(ValueError, match=r"'numpy==0\.1'; it is name==version with the Pythons"):
+    with pytest.raises(ValueError, match=r"'numpy==0\.1'; a line must read name==version"):
         versions.differences(file, project)
