@@ -549,7 +549,7 @@ def test_a_model_that_gives_no_numbers_is_refused_and_never_printed(entry, folde
                 "evaluate", folder, *words, *form, "--seqlen", 32, "--windows", 2, "--dtype", "float16"
             )
             assert (code, out) == (1, "")
-            assert "what it computes from them in float16 is not" in err
+            assert "its outputs in float16 are not" in err
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

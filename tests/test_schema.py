@@ -308,8 +308,8 @@ def test_entries_that_the_dense_model_has_are_merged_with_what_was_cut_and_come_
         ({"sliding_window": 4}, "sets 'sliding_window' of layer 1, which has no effect"),
         ({"intermediate_size": 9, "rope_theta": 5.0}, "sets 'rope_theta' of layer 1"),
         ({"skip": ["self_attn"], "num_key_value_heads": 0}, "skips 'self_attn' in layer 1; .* blocks attention, mlp"),
-        ({"intermediate_size": 49}, "layers.1.mlp has 49 channels; of 48 that the model has"),
-        ({"intermediate_size": 0}, "layers.1.mlp has 0 channels"),
+        ({"intermediate_size": 49}, "gives layers.1.mlp 49 channels; the dense model has 48"),
+        ({"intermediate_size": 0}, "gives layers.1.mlp 0 channels"),
     ],
 )
 def test_what_is_not_known_of_a_layer_is_refused(entry, told):

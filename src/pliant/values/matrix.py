@@ -149,11 +149,6 @@ def concerned(
     return found
 
 
-def matrices(model: nn.Module) -> Iterator[Matrix]:
-    """Every weight matrix that a step on values changes when it is not told which."""
-    return concerned(model).each(model)
-
-
 def head_of(model: Any) -> tuple[str, nn.Module] | None:
     """The output head of a language model and its name, if it has one."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
