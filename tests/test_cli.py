@@ -569,7 +569,7 @@ def test_continuations_are_printed(folder, tmp_path):
 
 def test_a_packed_model_says_how_it_runs(folder, tmp_path):
     for name, options, said in (
-        ("native", [], "all of them run in one native call"),
+        ("native", [], "all run in one native call"),
         ("mixed", ["--set", "rules=down_proj=dense"], "run one by one: not all of its linear layers are packed"),
     ):
         out = tmp_path / name

@@ -516,7 +516,7 @@ def test_an_interrupted_overwrite_with_other_settings_goes_on(folder, prose, tmp
 def test_the_folder_one_is_in_is_not_replaced(folder, prose, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    with pytest.raises(ArtefactError, match="the folder you are in"):
+    with pytest.raises(ArtefactError, match="is the current folder"):
         compress(folder, pliant.BlockPruner(ratio=0.2), prose, ".", progress=Progress())
 
 

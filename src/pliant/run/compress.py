@@ -52,7 +52,7 @@ class Measuring:
         perplexity: held-out texts; when empty, rows of the calibration text that the step does not see.
         tasks: question files.
         seqlen, windows, limit: as in :func:`pliant.evaluate`.
-        speed: time prefill and decode of both models, in turn, and measure what each takes on the disk and in memory.
+        speed: time prefill and decode of both models, in turn, and measure their disk space and memory.
         prompts: both models reply to these; the report shows the replies side by side.
     """
 
@@ -88,7 +88,7 @@ def compress(
         data: calibration text; None for a step that needs none.
         measuring: what to measure before and after.
         overwrite: replace what is in ``out``.
-        dtype, device: as for :func:`pliant.load`.
+        dtype, device: as in :func:`pliant.load`.
         memory: what the process may take beside what it has, as for :func:`pliant.load`; speed is then not measured.
 
     Raises:
@@ -218,9 +218,9 @@ def _compress(
         report["memory"] = {"limit": pages.limit, "peak": pages.peak}
 
     def weigh(written: Path) -> None:
-        """Of the model that was and of the one just written: bytes of weights on the disk, and memory that running takes."""
+        """Measure bytes on disk and memory to run, of the source model and of the model just written."""
         if measuring.speed:
-            with progress.stage("running both models in a process of their own, for their memory"):
+            with progress.stage("running both models in separate processes to measure their memory"):
                 for costs, where in ((before, source), (after, written)):
                     costs["disk_bytes"] = disk_bytes(where)
                     costs["run_memory"] = run_memory(where, dtype)
