@@ -119,7 +119,7 @@ def test_torch_own_transformer_leaves_its_fused_path_to_dense_layers(settings):
     assert packed_in(module) == {f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
     assert why(module, "layers.0.self_attn.out_proj") == "the attention around it reads its weight and never calls it"
     assert why(module, "layers.0.self_attn.in_proj_weight").startswith(
-        "parameters that MultiheadAttention keeps itself"
+        "parameters of MultiheadAttention outside linear layers"
     )
     close(run(module, x), expected["whole"])
     found = run(module, x, **masks["padded"])
@@ -166,19 +166,19 @@ def test_a_vision_model_keeps_its_convolutions():
     pack(vit)
     assert packed_in(vit)
     assert why(vit, "vit.embeddings.patch_embeddings.projection") == "convolutions"
-    assert why(vit, "classifier").endswith("'all-linear' takes in")
+    assert why(vit, "classifier").endswith("(target_modules='all-linear' includes them)")
     close(logits(vit), expected, 0.05)
 
 
 def test_a_classifier_is_packed_by_name():
     module = pack(pico("bert"), target_modules=["query", "classifier"], format="int8")
     assert packed_in(module) == {*(f"bert.encoder.layer.{i}.attention.self.query" for i in range(4)), "classifier"}
-    assert why(module, "bert.encoder.layer.0.attention.self.key") == "linear layers that target_modules does not name"
+    assert why(module, "bert.encoder.layer.0.attention.self.key") == "linear layers that target_modules does not match"
     assert why(module, "bert.embeddings.word_embeddings") == "embeddings"
     module = pack(pico("bert"), target_modules="all-linear", exclude_modules=r"bert\.encoder\.layer\.[01].*")
     assert not any(".layer.0." in name or ".layer.1." in name for name in packed_in(module))
     assert {"bert.pooler.dense", "classifier"} < packed_in(module)
-    assert why(module, "bert.encoder.layer.1.output.dense") == "linear layers that exclude_modules names"
+    assert why(module, "bert.encoder.layer.1.output.dense") == "linear layers that exclude_modules matches"
 
 
 def test_settings_that_name_no_layer_are_refused():
@@ -193,7 +193,7 @@ def test_settings_that_name_no_layer_are_refused():
             with pytest.raises(StepError, match=said.replace(".*", r"\.\*")):
                 pliant.apply(small(8, 8, 8), step(**settings), progress=False)
     for settings, said in (
-        ({"target_modules": "("}, "no regular expression"),
+        ({"target_modules": "("}, "not a valid regular expression"),
         ({"target_modules": []}, "a list of names, a regular expression or 'all-linear'"),
         ({"exclude_modules": 3}, "a list of names, a regular expression or 'all-linear'"),
     ):
