@@ -595,7 +595,7 @@ def test_formats_are_compared_of_a_model_with_few_positions():
     found = pliant.compare_formats(few, repeats=1)
     assert found["settings"] == {"prompt": 32, "tokens": 32, "repeats": 1}
     assert {row["native"] for name, row in found["formats"].items() if name != "float32"} == {False}
-    assert "laid out" in found["formats"]["bf16"]["why_not_native"]
+    assert "not one of the families with a native run" in found["formats"]["bf16"]["why_not_native"]
     with pytest.raises(DataError, match="50 \\+ 32 tokens are more than the 64 positions"):
         pliant.compare_formats(few, prompt=50)
 

@@ -127,7 +127,7 @@ def test_settings_that_make_no_sense_are_refused():
     for settings, said in (
         ({"format": "int3"}, "format is one of"),
         ({"head": "int3"}, "head is one of"),
-        ({"rules": {"(": "int8"}}, "no regular expression"),
+        ({"rules": {"(": "int8"}}, "not a valid regular expression"),
         ({"rules": "int8"}, "pattern=format"),
         ({"group": 16}, "group is one of"),
         ({"sparse": "yes"}, "auto, always or never"),

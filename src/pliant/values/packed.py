@@ -83,7 +83,7 @@ class PackedLinear(ValueStep):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise StepError(f"{pattern!r} is no regular expression: {error}") from None
+                raise StepError(f"{pattern!r} is not a valid regular expression: {error}") from None
 
     def _cache(self) -> dict[str, Any]:
         return {"format": self.cache, "key_sparsity": self.key_sparsity, "value_sparsity": self.value_sparsity}
