@@ -122,7 +122,7 @@ FOREIGN = {
     "a model of another tool": (model_of_another_tool, "is not an earlier result"),
     "a result and a file": (
         result_with_notes,
-        "holds files that are not part of the earlier result.*: notes.txt; move that away",
+        "holds files that are not part of the earlier result.*: notes.txt; move them away",
     ),
     "a result and a folder": (
         result_with_a_folder,

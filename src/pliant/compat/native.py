@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.output_capturing import _active_collector
 
 from pliant.compat.block_cache import BlockLayer, may_be_blocks
-from pliant.compat.plan import Plan, UnlikeError, read, watch_of
+from pliant.compat.plan import NativePlan, UnlikeError, read_plan, watch_of
 from pliant.compat.watch import Watch
 from pliant.errors import ArchitectureError, PackedError
 from pliant.runtime.cache import Blocks, Keeping, per_token
@@ -160,7 +160,7 @@ def _renamed(kwargs: dict[str, Any], word: str) -> dict[str, Any]:
     return {word if name == other else name: value for name, value in kwargs.items()}
 
 
-def _in_blocks(cache: Any, base: Any, plan: Plan) -> bool:
+def _in_blocks(cache: Any, base: Any, plan: NativePlan) -> bool:
     """Whether a cache stores blocks of one sequence. An empty dynamic cache, as ``generate`` creates it, is converted to blocks with
     the settings in the model's config."""
     layers = getattr(cache, "layers", [])
@@ -177,7 +177,7 @@ def _in_blocks(cache: Any, base: Any, plan: Plan) -> bool:
     return True
 
 
-def _kept_in(cache: Any, plan: Plan) -> list[Blocks | None]:
+def _kept_in(cache: Any, plan: NativePlan) -> list[Blocks | None]:
     """The blocks of each layer: those of a cache, or temporary ones without a cache."""
     kept: list[Blocks | None] = []
     for slot, heads in zip(plan.slots, plan.decoder.heads, strict=True):
@@ -191,9 +191,9 @@ def _keeping(base: Any) -> Keeping:
     return Keeping(**getattr(getattr(base.config, "quantization_config", None), "cache", {}))
 
 
-def plan_of(base: Any) -> Plan | None:
+def plan_of(base: Any) -> NativePlan | None:
     """The plan of a base model's native run in its current state; None if it has none. The plan is remade after a change."""
-    known: tuple[Plan | None, Watch] | None = vars(base).get("_pliant_native")
+    known: tuple[NativePlan | None, Watch] | None = vars(base).get("_pliant_native")
     if known is None or not known[1].unchanged():
         known = _read(base)
     plan, watch = known
@@ -202,10 +202,10 @@ def plan_of(base: Any) -> Plan | None:
     return plan
 
 
-def _read(base: Any) -> tuple[Plan | None, Watch]:
+def _read(base: Any) -> tuple[NativePlan | None, Watch]:
     watch = watch_of(base)
     try:
-        known = read(base, watch), watch
+        known = read_plan(base, watch), watch
     except (UnlikeError, ArchitectureError, PackedError, AttributeError):
         known = None, watch
     base._pliant_native = known
@@ -231,7 +231,7 @@ def run_natively(model: nn.Module) -> str:
     agreed = False
     try:
         watch = watch_of(base)
-        plan = read(base, watch)
+        plan = read_plan(base, watch)
         expected = [_try(base, start) for start in _starts(base)]
         nudged = [_try(base, start, 1 + NUDGE) for start in _starts(base)]
         base.__class__ = native_class(own)
@@ -274,7 +274,7 @@ def _try(base: Any, start: int, factor: float = 1.0) -> torch.Tensor:
     return base(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
 
 
-def _ran(plan: Plan, passes: int, compute: Callable[[], Any]) -> Any:
+def _ran(plan: NativePlan, passes: int, compute: Callable[[], Any]) -> Any:
     """The result of ``compute``, which must make ``passes`` native passes.
 
     Raises:
@@ -299,7 +299,7 @@ def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @torch.inference_mode()
-def _generates(model: Any, plan: Plan, tokens: int = 4) -> None:
+def _generates(model: Any, plan: NativePlan, tokens: int = 4) -> None:
     """Generate with a cache and compare the logits with those of a pass without a cache.
 
     Raises:

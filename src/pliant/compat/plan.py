@@ -51,7 +51,7 @@ class UnlikeError(Exception):
 
 
 @dataclass(frozen=True)
-class Plan:
+class NativePlan:
     """A native decoder and the information needed to call it.
 
     Attributes:
@@ -77,7 +77,7 @@ def watch_of(base: Any) -> Watch:
     return Watch([m for m in base.modules() if m is not base and id(m) not in called], [base], base.config)
 
 
-def read(base: Any, watch: Watch) -> Plan:
+def read_plan(base: Any, watch: Watch) -> NativePlan:
     """The native decoder of a base model's current layers.
 
     Raises:
@@ -108,7 +108,7 @@ def read(base: Any, watch: Watch) -> Plan:
         final_norm=norms.final,
     )
     watch.settle()
-    return Plan(made, reader.slots, words)
+    return NativePlan(made, reader.slots, words)
 
 
 def _refuse_config(config: Any) -> None:
