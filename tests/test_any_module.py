@@ -1,4 +1,4 @@
-"""Steps on values work on any module that has linear layers, and say what they leave."""
+"""Steps on values work on any module that has linear layers, and report which layers they skip."""
 
 import copy
 import itertools

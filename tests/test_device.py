@@ -1,4 +1,4 @@
-"""A device and a precision are the user's: what is named is taken, what is not there is refused, and tensors never wander."""
+"""The user chooses device and dtype: a missing device is refused, and tensors stay on the model's device."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Folders that others have made: each is loaded right, or refused with a sentence on what it is and what to give instead."""
+"""Folders of other tools load correctly, or are refused with an error that names their kind and the alternative."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a model takes on the disk and in memory, and what it replies."""
+"""Disk space and memory of a model, and its replies to prompts."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A natively run model computes as transformers does, whatever is done to it and however it is called."""
+"""A natively run model computes the same as transformers, after any change to it and with any arguments."""
 
 import contextlib
 import copy

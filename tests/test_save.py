@@ -1,4 +1,4 @@
-"""What saving may replace, what it takes along, and what it refuses before any work is done."""
+"""Saving replaces only earlier results, copies the companion files, and refuses unsavable models before any work."""
 
 import errno
 import json

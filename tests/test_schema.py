@@ -1,4 +1,4 @@
-"""What a cut model's config.json says, to pliant, to transformers of today, and to transformers that reads it by itself."""
+"""config.json of a cut model, as read by pliant, by current transformers, and by a transformers that builds it alone."""
 
 import copy
 import inspect
