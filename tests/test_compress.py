@@ -126,7 +126,7 @@ def test_ctrl_c_on_the_command_line_is_130_with_a_word(folder, prose, tmp_path):
     process.send_signal(signal.SIGINT)
     _, told = process.communicate()
     assert process.returncode == 130
-    assert "goes on from there" in told
+    assert "run the same command to resume" in told
     assert "Traceback" not in told
 
 

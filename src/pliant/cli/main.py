@@ -38,7 +38,7 @@ def main() -> None:
         app()
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer turns Ctrl-C into this before it gets here
-            _say("interrupted; what was evaluated is kept, the same command goes on from there")
+            _say("interrupted; finished evaluations are saved, run the same command to resume")
         raise
     except BusyError as error:
         _fail(str(error), 3)
@@ -71,7 +71,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Show what the libraries below have to say.")
+        bool, typer.Option("--verbose", "-v", help="Show the log messages of the libraries below.")
     ] = False,
 ) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
@@ -190,7 +190,7 @@ def compress(
 ) -> None:
     """Make a model smaller: search, cut, measure, and write a folder that transformers loads.
 
-    Interrupted work is kept beside the output folder; the same command goes on from there.
+    Interrupted work is kept beside the output folder; the same command resumes it.
     """
     from pliant.cli.settings import NEEDED, known_subnet, recipe
     from pliant.cli.show import show_report

@@ -39,7 +39,7 @@ def apply(
         tokenizer: the model's tokenizer; when left out, that of where the model was loaded from.
         dense: the model before it was cut, for steps that learn from it; when left out, it is loaded again from where the
             model came from.
-        work: a folder in which every evaluation is kept; the same call after a crash goes on from there.
+        work: a folder in which every evaluation is kept; the same call after a crash resumes from it.
         progress: False for silence, or a :class:`pliant.progress.Progress` of your own.
 
     Returns:

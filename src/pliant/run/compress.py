@@ -80,9 +80,9 @@ def compress(
 ) -> dict[str, Any]:
     """Compress a model into the folder ``out`` and return the report.
 
-    While it runs, evaluations are kept in ``out`` + ``.work``: after a crash or Ctrl-C the same call goes on from there.
-    Afterwards the archive is part of the artefact: a run with ``overwrite`` that differs in what no score depends on (the
-    ratio, say) starts from it, and one that differs in nothing finds its work done.
+    While it runs, evaluations are kept in ``out`` + ``.work``: after a crash or Ctrl-C the same call resumes from them. Afterwards
+    the archive is part of the artefact: a run with ``overwrite`` that differs only in settings on which no score depends (such as
+    the ratio) starts from it, and an identical run finds its work done.
 
     Arguments:
         data: calibration text; None for a step that needs none.
@@ -102,7 +102,7 @@ def compress(
         calibration, rest = calibration.split(0.1)
         held_out = [rest]
     if memory is not None:
-        measuring = replace(measuring, speed=False)  # two models at once, and files to read: it would tell nothing
+        measuring = replace(measuring, speed=False)  # two models at once, partly in files: timings would mean nothing
     work = work_folder(out)
     try:
         lock = FileLock(work / LOCK)
@@ -157,13 +157,13 @@ def _compress(
     dtype: Any,
     progress: Progress,
 ) -> dict[str, Any]:
+    if measuring.prompts:
+        check_model(model)
     reads = calibration is not None or held_out or measuring.tasks or measuring.prompts
     tokenizer = tokenizer_of(model) if reads else None
     if measuring.speed and not predicts(model):
         progress.note("speed is measured of causal language models only")
         measuring = replace(measuring, speed=False)
-    if measuring.prompts:
-        check_model(model)
     check_target(out, overwrite, sum(p.numel() * p.element_size() for p in model.parameters()), source)
     check_savable(model)
     job = _job(model, tokenizer, step, calibration, held_out, measuring)
