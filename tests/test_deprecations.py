@@ -91,9 +91,9 @@ def outcome(request, tmp_path_factory):
     (project / "pytest.ini").write_text(f"[pytest]\nfilterwarnings =\n  error\n{kinds}")
     command = [sys.executable, "-m", "pytest", "-p", "deprecations", "-p", "no:cacheprovider", "-rA", *request.param]
     path = os.pathsep.join(map(str, (installed, TESTS, *filter(None, [os.environ.get("PYTHONPATH")]))))
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")} | {
-        "PYTHONPATH": path
-    }
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "TRANSFORMERS_"))
+    } | {"PYTHONPATH": path}
     printed = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False).stdout
     assert re.search(rf"{len(USES) + 1} failed, {len(tests) - len(USES) - 1} passed", printed), printed
     found = re.findall(r"^(PASSED|FAILED) test_it.py::test_(\w+)", printed, re.MULTILINE)
