@@ -258,7 +258,7 @@ def renamed():
         (patched, "computes something other than a linear layer", True),
         (normed, "recomputed at each pass", False),
         (masked, "recomputed at each pass", False),
-        (renamed, "as it is saved or loaded", True),
+        (renamed, "when it is saved or loaded", True),
         (lambda: nn.Linear(16, 16).to(torch.float8_e4m3fn), "stored as float8_e4m3fn", False),
     ],
 )
@@ -379,13 +379,13 @@ def test_experts_that_are_not_packed_are_said():
     pack(module, format="int4", group=32)
     record = module.pliant_history[-1]
     first = record["left"]["reasons"][0]
-    assert first["why"].startswith("stacks of matrices, such as those of experts")
+    assert first["why"].startswith("stacks of matrices outside linear layers")
     assert first["parameters"] == experts
     assert "model.layers.0.mlp.experts.down_proj" in first["names"]
     assert record["left"]["parameters"] == sum(p.numel() for p in module.parameters())
     assert record["left"]["share"] == pytest.approx(record["left"]["parameters"] / total)
     assert f"Not packed: {record['left']['share']:.1%} of the parameters" in on_values(record)
-    assert f"{experts / total:.1%} stacks of matrices, such as those of experts" in on_values(record)
+    assert f"{experts / total:.1%} stacks of matrices outside linear layers" in on_values(record)
 
 
 def test_experts_that_are_not_packed_are_read_all_the_same():
@@ -443,7 +443,7 @@ with torch.inference_mode():
 def test_a_state_of_the_other_kind_is_refused():
     module, dense = pack(small(64, 96)), small(64, 96)
     before = run(module, torch.ones(1, 64))
-    with pytest.raises(PackedError, match=r"0\.weight is a dense weight of shape \(96, 64\), and this layer is packed"):
+    with pytest.raises(PackedError, match=r"0\.weight is a dense weight of shape \(96, 64\), but this layer is packed"):
         module.load_state_dict(dense.state_dict())
     broken = module.state_dict()
     broken["0.weight"] = broken["0.weight"].clone()

@@ -314,7 +314,7 @@ def test_a_model_that_computes_something_else_is_found_out(where, monkeypatch):
 
     monkeypatch.setattr(rotary, "forward", other)
     pliant.apply(model, pliant.PackedLinear(format="bf16"), progress=False)
-    assert f"off {where}" in model.pliant_history[-1]["why_not_native"]
+    assert f"% {where}" in model.pliant_history[-1]["why_not_native"]
     assert not isinstance(model.base_model, Native)
 
 
