@@ -174,7 +174,7 @@ def test_settings_that_make_no_sense_are_refused():
         with pytest.raises(PackedError, match=said):
             Keeping(**settings)
     layer = BlockLayer()
-    with pytest.raises(PackedError, match="different shapes"):
+    with pytest.raises(PackedError, match="of equal shape"):
         layer.append(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 5))
 
 

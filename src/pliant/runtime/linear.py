@@ -149,7 +149,9 @@ class Packed(nn.Module):
             PackedError: for any other layer.
         """
         if not is_linear(layer):
-            raise PackedError(f"{type(layer).__name__} cannot be packed; give a torch.nn.Linear or a Conv1D")
+            raise PackedError(
+                f"{type(layer).__name__} cannot be packed; give a torch.nn.Linear or transformers' Conv1D"
+            )
         if why := why_kept(layer):
             raise PackedError(f"{type(layer).__name__} cannot be packed: {why}")
         dense: Any = layer
