@@ -249,7 +249,7 @@ def test_state_is_loaded_with_another_sparsity():
         assert torch.equal(layer(x), other(x))
     with pytest.raises(PackedError, match="30 x 64 was loaded into a layer of 40 x 64"):
         layer.load_state_dict(Packed.of(torch.nn.Linear(64, 30), "int8").state_dict() | {"bias": torch.zeros(40)})
-    with pytest.raises(PackedError, match="cannot be packed; give a torch.nn.Linear"):
+    with pytest.raises(PackedError, match="cannot be packed; give a"):
         Packed.of(torch.nn.Conv1d(1, 1, 1), "int8")
     assert "int4 of 128 sparse" in repr(other)
 
