@@ -1,5 +1,5 @@
-"""A device that is not there: tensors on it are on the CPU, but say that they are on an Apple GPU, and what such a GPU refuses is
-refused: tensors of two devices in one operation, float64, numpy."""
+"""A simulated Apple GPU: its tensors are on the CPU but report the device mps, and operations that such a GPU refuses raise: tensors
+of two devices in one operation, float64, numpy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CROSSING = {"copy_", "to", "cpu", "__set__", "_has_compatible_shallow_copy_type
 
 
 class Elsewhere(torch.Tensor):
-    """On the device that is not there, while :class:`FakeDevice` is on."""
+    """A tensor on the simulated device, while :class:`FakeDevice` is active."""
 
 
 class WanderingError(AssertionError):
@@ -22,7 +22,7 @@ class WanderingError(AssertionError):
 
 
 class FakeDevice(TorchFunctionMode):
-    """While on, ``device="mps"`` makes such tensors, and every operation on them is looked at."""
+    """While active, ``device="mps"`` creates such tensors, and every operation on them is checked."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ class FakeDevice(TorchFunctionMode):
 
 
 def _on_cpu(value):
-    """Arguments with the name of the device taken out."""
+    """Arguments with the simulated device replaced by the CPU."""
     if isinstance(value, dict):
         return {key: _on_cpu(one) for key, one in value.items()}
     if type(value) in (tuple, list):
@@ -81,10 +81,10 @@ def _leaves(value):
 
 
 def _placed(out, there, name):
-    """What an operation gave, on the device that it is on."""
+    """The result of an operation, placed on its device."""
     if isinstance(out, torch.Tensor):
         if there and out.dtype == torch.float64:
-            raise WanderingError(f"{name} gives float64, which the device has not")
+            raise WanderingError(f"{name} gives float64, which the device does not have")
         if there == isinstance(out, Elsewhere):
             return out
         return out.as_subclass(Elsewhere if there else torch.Tensor)
@@ -96,7 +96,7 @@ def _placed(out, there, name):
 
 
 def moved(model):
-    """A copy of a model on the device that is not there."""
+    """A copy of a model on the simulated device."""
     model = copy.deepcopy(model)
     seen = {}
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""A report as `pliant compress` makes it, of a model that was never there."""
+"""A made-up report in the form that `pliant compress` writes."""
 
 
 def removal(stage, unit, loss, ratio, perplexity=None):

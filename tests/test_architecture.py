@@ -43,8 +43,8 @@ def test_every_file_that_ships_is_valid_and_tested():
         ({"blocks": {"mlp": {"module": "m", "weights": {"up": ["width", "hidden"]}}}}, "'width' is no axis"),
         ({"blocks": {"mlp": {"module": "m", "output": "list", "weights": {}}}}, "'tensor' or 'tuple'"),
         ({"native": {"models": {"toy": {}}, "norm": "norm"}}, "native needs 'embedding'"),
-        ({"native": {"models": ["toy"]}}, "models maps model types to window and rotates"),
-        ({"native": {"models": {"toy": {"windows": "w"}}}}, "models maps model types to window and rotates"),
+        ({"native": {"models": ["toy"]}}, "models must map model types to window and rotates"),
+        ({"native": {"models": {"toy": {"windows": "w"}}}}, "models must map model types to window and rotates"),
         ({"native": {"colour": "red"}}, "native has the unknown key 'colour'"),
         ({"output": "list"}, "output of a layer is 'tensor' or 'tuple', not 'list'"),
     ],
@@ -66,9 +66,9 @@ def test_a_faulty_file_is_refused_with_the_fault(change, told):
         ("residual", True, "residual is the place of an argument"),
         ("residual", "hidden_states", "residual is the place of an argument"),
         ("guard", 7, "guard is a config key, not 7"),
-        ("roles", {"up": "middle"}, "roles map q, k, .* to weights of the block"),
-        ("roles", {"top": "up"}, "roles map q, k, .* to weights of the block"),
-        ("roles", ["up"], "roles map q, k, .* to weights of the block"),
+        ("roles", {"up": "middle"}, "roles must map q, k, .* to weights of the block"),
+        ("roles", {"top": "up"}, "roles must map q, k, .* to weights of the block"),
+        ("roles", ["up"], "roles must map q, k, .* to weights of the block"),
         ("scores", "heads", "scores of block 'mlp': 'heads' is no axis"),
         ("cached", 1, "cached maps config keys to heads, it is 1"),
         (
@@ -77,7 +77,7 @@ def test_a_faulty_file_is_refused_with_the_fault(change, told):
             "weight 'up' of block 'mlp': a list of dimensions or 'whole' is expected, not 'part'",
         ),
         ("weights", {"up?": ["wide", "hidden"]}, "weight 'up' of block 'mlp': 'wide' is no axis"),
-        ("cached", {"multi_query": "n_head - 1"}, "cached 'multi_query' of block 'mlp': 'n_head - 1' is no size"),
+        ("cached", {"multi_query": "n_head - 1"}, "cached 'multi_query' of block 'mlp': 'n_head - 1' is not a size"),
         ("attributes", {"width": "wide"}, "attribute 'width' of block 'mlp': 'wide' is no axis"),
         ("norm", ["norm"], "block 'mlp' has the unknown key 'norm'"),
     ],
@@ -98,12 +98,12 @@ def test_a_faulty_word_about_a_block_is_refused_with_the_fault(key, value, told)
         ("multiple", True, "multiple is a whole number from 1"),
         ("active", 2, "axis 'channels': active is a config key, not 2"),
         ("activ", "k", "axis 'channels' has the unknown key 'activ'"),
-        ("size", "intermediate_size - 1", "size of axis 'channels': 'intermediate_size - 1' is no size"),
-        ("size", "a or b c", "size of axis 'channels': 'b c' is no size"),
-        ("size", "a + ", "size of axis 'channels': 'a \\+ ' is no size"),
+        ("size", "intermediate_size - 1", "size of axis 'channels': 'intermediate_size - 1' is not a size"),
+        ("size", "a or b c", "size of axis 'channels': 'b c' is not a size"),
+        ("size", "a + ", "size of axis 'channels': 'a \\+ ' is not a size"),
         ("size", ["a"], "size of axis 'channels'"),
-        ("unit", "a / b", "unit of axis 'channels': 'a / b' is no size.*'\\+', '\\*' and '//'"),
-        ("unit", True, "unit of axis 'channels': True is no size"),
+        ("unit", "a / b", "unit of axis 'channels': 'a / b' is not a size.*'\\+', '\\*' and '//'"),
+        ("unit", True, "unit of axis 'channels': True is not a size"),
     ],
 )
 def test_a_faulty_word_about_an_axis_is_refused_with_the_fault(key, value, told):
@@ -127,7 +127,7 @@ def test_a_size_may_be_sums_and_products_of_config_keys():
     for text in ("width", "hidden_size + width", "hidden_act", "tie_word_embeddings"):
         with pytest.raises(ArchitectureError, match="gives no whole number"):
             size(text)
-    with pytest.raises(ArchitectureError, match="'hidden_size % 2' is no size"):
+    with pytest.raises(ArchitectureError, match="'hidden_size % 2' is not a size"):
         size("hidden_size % 2")
 
 

@@ -174,7 +174,7 @@ def test_settings_that_make_no_sense_are_refused():
         with pytest.raises(PackedError, match=said):
             Keeping(**settings)
     layer = BlockLayer()
-    with pytest.raises(PackedError, match="different shapes"):
+    with pytest.raises(PackedError, match="of equal shape"):
         layer.append(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 5))
 
 
@@ -302,7 +302,7 @@ def test_layers_that_keep_another_state_keep_it_as_ever(name):
 
 
 def test_a_model_without_keys_and_values_is_refused():
-    with pytest.raises(PackedError, match="no layer of mamba keeps keys and values alone"):
+    with pytest.raises(PackedError, match="no cache layer of mamba holds only keys and values"):
         BlockCache(AutoConfig.for_model("mamba", vocab_size=300, hidden_size=32, num_hidden_layers=2))
 
 

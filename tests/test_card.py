@@ -60,7 +60,7 @@ def test_a_packed_model_is_not_said_to_be_cut():
     report = REPORT | {"ratio": 0.0, "steps": [PACKED]}
     shown = _card(history=(PACKED,), report=report)
     assert "tags:\n- pliant\n- quantized\n---" in shown
-    assert "parameters in 0 s. Layers of 4.38 bits a weight, run one by one: its norm is Odd<Norm>. " in shown
+    assert "parameters in 0 s. Packed layers at 4.38 bits per weight, run one by one: its norm is Odd<Norm>. " in shown
     assert "Not packed: 25.0% of the parameters (1.6 MB), of which 24.9% embeddings." in shown
     assert "%" not in table(report)[0][2]
     assert changed(report) == "linear layers (75.0% of the parameters) packed as int4 and int8"

@@ -266,15 +266,15 @@ def test_success_is_0(entry):
     ("words", "told"),
     [
         (["ls", "models"], "no list of 'models'"),
-        (["inspect", "./gone"], "'./gone' is no model folder"),
+        (["inspect", "./gone"], "'./gone' is not a model folder"),
         (["evaluate", "FOLDER"], "nothing to evaluate"),
         (["evaluate", "FOLDER", "--perplexity", "gone.txt"], "there is no file 'gone.txt'"),
         (["evaluate", "FOLDER", "--tasks", "gone.jsonl"], "there is no file 'gone.jsonl'"),
         (["bench", "FOLDER", "--tokens", "0"], "tokens"),
-        (["bench", "FOLDER", "--formats", "--batch", "2"], "a sequence at a time"),
+        (["bench", "FOLDER", "--formats", "--batch", "2"], "in batches of 1"),
         (["compress", "FOLDER", "--system", "packed", "--set", "format=int3", "--out", "x"], "format is one of"),
         (["inspect", "FOLDER", "--dtype", "float31"], "float31"),
-        (["inspect", "FOLDER", "--device", "gpu"], "there is no device 'gpu'; there are auto, cuda, mps, cpu"),
+        (["inspect", "FOLDER", "--device", "gpu"], "unknown device 'gpu'; choose one of auto, cuda, mps, cpu"),
         (["generate", "FOLDER", "Hello", "--tokens", "0"], "--tokens must be at least 1"),
         (
             ["generate", "FOLDER", "Hello", "--tokens", "252"],
@@ -284,11 +284,11 @@ def test_success_is_0(entry):
             ["generate", "FOLDER", "y" * 300],
             "300 + 64 tokens are more than the 256 positions of this model; give a shorter prompt",
         ),
-        (["bench", "FOLDER", "--formats", "--device", "cuda"], "packed layers run on the CPU; leave --device out"),
+        (["bench", "FOLDER", "--formats", "--device", "cuda"], "packed layers run on the CPU; leave out --device"),
         (["bench", "FOLDER", "--formats", "--prompt", "250"], "250 + 32 tokens are more than the 256 positions"),
         (["generate", "FOLDER", "Hello", "--chat"], "chat template"),
         (["generate", "FOLDER", ""], "prompt"),
-        (["export", "FOLDER", "--to", "onnx", "--out", "x"], "no export 'onnx'"),
+        (["export", "FOLDER", "--to", "onnx", "--out", "x"], "unknown export 'onnx'"),
         (["compress", "FOLDER", "--ratio", "2", "--data", "PROSE", "--out", "x"], "between 0 and 1"),
         (["compress", "FOLDER", "--ratio", "0.1", "--data", "gone.txt", "--out", "x"], "there is no file"),
         (["compress", "FOLDER", "--ratio", "0.1", "--data", "PROSE", "--out", "FOLDER"], "is the model itself"),
@@ -534,7 +534,7 @@ def test_every_verb_in_the_list_is_there_and_no_other_loads_a_model():
 def test_a_device_that_is_not_here_is_refused(entry, folder):
     code, out, err = entry("inspect", folder, "--device", "cuda")
     assert (code, out) == (1, "")
-    assert "finds no 'cuda' on this machine; it has cpu" in err
+    assert "finds no device 'cuda' on this machine; it finds cpu" in err
 
 
 def test_a_model_that_gives_no_numbers_is_refused_and_never_printed(entry, folder, prose, task):
@@ -549,12 +549,12 @@ def test_a_model_that_gives_no_numbers_is_refused_and_never_printed(entry, folde
                 "evaluate", folder, *words, *form, "--seqlen", 32, "--windows", 2, "--dtype", "float16"
             )
             assert (code, out) == (1, "")
-            assert "what it computes from them in float16 is not" in err
+            assert "its outputs in float16 are not" in err
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_json_holds_finite_figures_only(value):
-    with pytest.raises(WeightError, match=rf"tasks\.arc\[1\]\.acc is {value}, no finite number"):
+    with pytest.raises(WeightError, match=rf"tasks\.arc\[1\]\.acc is {value}, which is not finite"):
         to_json({"tasks": {"arc": [{"acc": 1.0}, {"acc": value}]}})
     assert json.loads(to_json({"a": [1, 2.5, None, "nan"]})) == {"a": [1, 2.5, None, "nan"]}
 
@@ -569,7 +569,7 @@ def test_continuations_are_printed(folder, tmp_path):
 
 def test_a_packed_model_says_how_it_runs(folder, tmp_path):
     for name, options, said in (
-        ("native", [], "all of them run in one native call"),
+        ("native", [], "all run in one native call"),
         ("mixed", ["--set", "rules=down_proj=dense"], "run one by one: not all of its linear layers are packed"),
     ):
         out = tmp_path / name

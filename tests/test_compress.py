@@ -126,7 +126,7 @@ def test_ctrl_c_on_the_command_line_is_130_with_a_word(folder, prose, tmp_path):
     process.send_signal(signal.SIGINT)
     _, told = process.communicate()
     assert process.returncode == 130
-    assert "goes on from there" in told
+    assert "run the same command to resume" in told
     assert "Traceback" not in told
 
 
@@ -251,7 +251,7 @@ def test_bad_input_is_refused_and_nothing_is_left(folder, prose, tmp_path):
     refused(DataError, "one window needs 32", folder, step, short, out)
     refused(DataError, "no file", folder, step, tmp_path / "gone.txt", out)
     refused(RatioError, "cannot be reached", folder, pliant.MultiPruner(ratio=0.95, **FEW), prose, out)
-    refused(ArtefactError, "no model folder", tmp_path / "gone", step, prose, out)
+    refused(ArtefactError, "is not a model folder", tmp_path / "gone", step, prose, out)
     assert sorted(artefacts(tmp_path)) == ["empty.txt", "pico-llama", "short.txt"]
 
 
@@ -516,7 +516,7 @@ def test_an_interrupted_overwrite_with_other_settings_goes_on(folder, prose, tmp
 def test_the_folder_one_is_in_is_not_replaced(folder, prose, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    with pytest.raises(ArtefactError, match="the folder you are in"):
+    with pytest.raises(ArtefactError, match="is the current folder"):
         compress(folder, pliant.BlockPruner(ratio=0.2), prose, ".", progress=Progress())
 
 

@@ -1,4 +1,4 @@
-"""What a removal saves: counted, or in milliseconds that are measured here."""
+"""The savings of a removal, counted or measured in milliseconds."""
 
 import json
 import random

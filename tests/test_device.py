@@ -1,4 +1,4 @@
-"""A device and a precision are the user's: what is named is taken, what is not there is refused, and tensors never wander."""
+"""The user chooses device and dtype: a missing device is refused, and tensors stay on the model's device."""
 
 import copy
 import json
@@ -211,14 +211,14 @@ def test_a_device_without_room_for_the_weights_is_refused(folder, monkeypatch):
 @pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps"])
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is an accelerator")
 def test_a_device_that_is_not_here_is_refused(name, folder):
-    with pytest.raises(DeviceError, match=rf"finds no '{name}' on this machine; it has cpu"):
+    with pytest.raises(DeviceError, match=rf"finds no device '{name}' on this machine; it finds cpu"):
         pliant.load(folder, device=name)
     assert device_of("auto").type == "cpu"
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "meta", "tpu:0"])
 def test_a_device_that_is_none_is_refused(name):
-    with pytest.raises(DeviceError, match="there are auto, cuda, mps, cpu"):
+    with pytest.raises(DeviceError, match="choose one of auto, cuda, mps, cpu"):
         device_of(name)
 
 
@@ -226,7 +226,7 @@ def test_the_second_gpu_of_two_is_there_and_the_third_is_not(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert device_of("cuda:1") == torch.device("cuda", 1)
     assert device_of("auto").type == "cuda"
-    with pytest.raises(DeviceError, match="finds no 'cuda:2' on this machine; it has cuda, cuda:1, cpu"):
+    with pytest.raises(DeviceError, match="finds no device 'cuda:2' on this machine; it finds cuda, cuda:1, cpu"):
         device_of("cuda:2")
 
 

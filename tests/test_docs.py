@@ -74,4 +74,4 @@ def test_any_module_is_packed_as_the_page_shows(capsys):
     page = (Path(__file__).parent.parent / "docs" / "runtime.md").read_text("utf-8")
     shown = re.search(r"## Any module\n.*?```python\n(.*?)```", page, flags=re.S)[1]
     exec(shown.replace("int8", "bf16"), {"pliant": pliant})
-    assert "parameters that MultiheadAttention keeps itself" in capsys.readouterr().out
+    assert "parameters of MultiheadAttention outside linear layers" in capsys.readouterr().out

@@ -287,15 +287,15 @@ def test_a_model_that_overflows_in_half_precision_has_no_perplexity_and_no_share
         model.model.layers[0].mlp.down_proj.weight.mul_(1e5)
         model.model.layers[0].mlp.up_proj.weight.mul_(1e4)
     half = copy.deepcopy(model).half()
-    with pytest.raises(WeightError, match=r"loss on 'prose.txt' is nan.* in float16 is not; load it with"):
+    with pytest.raises(WeightError, match=r"loss on 'prose.txt' is nan.* in float16 are not; load it with"):
         pliant.evaluate(half, perplexity=prose, tokenizer=tokenizer, seqlen=32, windows=2)
     kinds = {
         "log-likelihood of nan": (*_questions(3), Continuation("the moon", " walks")),
-        "logits": [OpenQuestion("7", "8")],
+        "largest logit is nan": [OpenQuestion("7", "8")],
     }
     for told, items in kinds.items():
         for item in items:
-            with pytest.raises(WeightError, match=rf"task 'some'.*{told}.* in float16 is not; load it with"):
+            with pytest.raises(WeightError, match=rf"task 'some'.*{told}.* in float16 are not; load it with"):
                 pliant.evaluate(half, tasks={"some": [item]}, tokenizer=tokenizer, max_new_tokens=4)
     assert math.isfinite(
         pliant.evaluate(model, perplexity=prose, tokenizer=tokenizer, seqlen=32, windows=2)["perplexity"]["prose.txt"][
@@ -307,7 +307,7 @@ def test_a_model_that_overflows_in_half_precision_has_no_perplexity_and_no_share
 def test_a_finite_loss_without_a_finite_exponential_is_no_perplexity(model, tokenizer, prose):
     with torch.no_grad():
         model.lm_head.weight.mul_(1e5)
-    with pytest.raises(WeightError, match=r"loss on 'prose.txt' is \d.* of which there is no perplexity"):
+    with pytest.raises(WeightError, match=r"loss on 'prose.txt' is \d.* and its perplexity overflows"):
         pliant.evaluate(model, perplexity=prose, tokenizer=tokenizer, seqlen=32, windows=2)
 
 
@@ -595,7 +595,7 @@ def test_formats_are_compared_of_a_model_with_few_positions():
     found = pliant.compare_formats(few, repeats=1)
     assert found["settings"] == {"prompt": 32, "tokens": 32, "repeats": 1}
     assert {row["native"] for name, row in found["formats"].items() if name != "float32"} == {False}
-    assert "not among the families" in found["formats"]["bf16"]["why_not_native"]
+    assert "not one of the families with a native run" in found["formats"]["bf16"]["why_not_native"]
     with pytest.raises(DataError, match="50 \\+ 32 tokens are more than the 64 positions"):
         pliant.compare_formats(few, prompt=50)
 

@@ -1,4 +1,4 @@
-"""Folders that others have made: each is loaded right, or refused with a sentence on what it is and what to give instead."""
+"""Folders of other tools load correctly, or are refused with an error that names their kind and the alternative."""
 
 import json
 import os
@@ -97,7 +97,7 @@ REFUSED = {
         lambda f: [only(f), write(f / "adapter_config.json", "{")],
         "a peft adapter of 'a model that it does not name'",
     ),
-    "a diffusers pipeline": (diffusers, "is a diffusers pipeline; give a part of it .*: text_encoder, unet"),
+    "a diffusers pipeline": (diffusers, "is a diffusers pipeline; give a sub-folder with .*: text_encoder, unet"),
     "a part of diffusers": (part_of_diffusers, r"part of a diffusers pipeline \(UNet2DConditionModel\)"),
     "GGUF files": (
         lambda f: [only(f), write(f / "a.Q4.gguf"), write(f / "b.Q8.gguf")],
@@ -105,7 +105,7 @@ REFUSED = {
     ),
     "a GGUF file beside a config": (
         lambda f: [only(f, "config.json"), write(f / "a.gguf")],
-        "has no model.safetensors; of its GGUF files give one: a.gguf",
+        "has no model.safetensors, but GGUF files; give one of them: a.gguf",
     ),
     "an ONNX model": (
         lambda f: [only(f), write(f / "onnx" / "model.onnx")],
@@ -113,30 +113,30 @@ REFUSED = {
     ),
     "an ONNX model with a config": (
         lambda f: [only(f, "config.json"), write(f / "model.onnx")],
-        "has no model.safetensors, but model.onnx, which transformers does not read",
+        "has no model.safetensors; transformers cannot load model.onnx under these names",
     ),
     "weights of TensorFlow": (
         lambda f: [only(f, "config.json"), write(f / "tf_model.h5")],
-        "has no model.safetensors, but tf_model.h5",
+        "has no model.safetensors; transformers cannot load tf_model.h5",
     ),
     "a variant": (
         lambda f: (f / WEIGHTS).rename(f / "model.fp16.safetensors"),
-        "has no model.safetensors, but model.fp16.safetensors, .*; pass variant='fp16'",
+        "has no model.safetensors; transformers cannot load model.fp16.safetensors .*; pass variant='fp16'",
     ),
     "checkpoints of a training": (
         lambda f: [only(f), write(f / "checkpoint-500" / "config.json", "{}")],
-        "but its sub-folders have; give one of them: checkpoint-500",
+        "but its sub-folders do; give one of them: checkpoint-500",
     ),
     "a folder of a hub's cache": (hub_cache, "give one of them: snapshots/0123abc"),
     "an empty folder": (only, "has no config.json: it is not a model folder"),
     "an empty file": (lambda f: write(f / WEIGHTS), "model.safetensors' is empty"),
-    "a pointer of git-lfs": (lambda f: write(f / WEIGHTS, LFS), "is a pointer of git-lfs, .* run 'git lfs pull' in"),
-    "shards that are pointers": (lfs_shards, r"model-\d+-of-\d+.safetensors' is a pointer of git-lfs"),
+    "a pointer of git-lfs": (lambda f: write(f / WEIGHTS, LFS), "is a git-lfs pointer, .* run 'git lfs pull' in"),
+    "shards that are pointers": (lfs_shards, r"model-\d+-of-\d+.safetensors' is a git-lfs pointer"),
     "a bin that is a pointer": (
         lambda f: [only(f, "config.json"), write(f / "pytorch_model.bin", LFS)],
-        "is a pointer of git-lfs",
+        "is a git-lfs pointer",
     ),
-    "a config that is a pointer": (lambda f: write(f / "config.json", LFS), "config.json' is a pointer of git-lfs"),
+    "a config that is a pointer": (lambda f: write(f / "config.json", LFS), "config.json' is a git-lfs pointer"),
     "a bin that is damaged": (
         lambda f: [only(f, "config.json"), write(f / "pytorch_model.bin", "nothing of the kind")],
         "cannot load",
@@ -156,13 +156,13 @@ REFUSED = {
     "a config of zeros": (lambda f: config(f, num_attention_heads=0), "cannot load"),
     "a config of another size": (
         lambda f: config(f, intermediate_size=64),
-        r"'model.layers.0.mlp.down_proj.weight' has shape \(36, 48\) in .*, .* has \(36, 64\) there; config and weights",
+        r"'model.layers.0.mlp.down_proj.weight' has shape \(36, 48\) in .*, .* describes shape \(36, 64\); config and weights",
     ),
     "the tokens of another model": (lambda f: config(f, vocab_size=100), r"has shape \(300, 36\)"),
     "codes that nothing explains": (codes_without_a_config, "holds 8-bit codes .* they would be noise"),
     "code of its own": (
         lambda f: config(f, model_type="mine", auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"}),
-        r"runs code of its own \(modeling_mine.Mine\); read it, .* trust_remote_code=True",
+        r"runs custom code \(modeling_mine.Mine\); read that code, .* trust_remote_code=True",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""What a model takes on the disk and in memory, and what it replies."""
+"""Disk space and memory of a model, and its replies to prompts."""
 
 import sys
 
@@ -63,7 +63,7 @@ def test_a_report_shows_replies_and_what_running_takes(folder, prose, tmp_path):
     page = (tmp_path / "small" / "report.html").read_text("utf-8")
     assert "<h2>Replies</h2>" in page
     assert page.index("memory to run") < page.index("<h2>Replies</h2>") < page.index("What is kept")
-    assert "| on the disk |" in (tmp_path / "small" / "README.md").read_text("utf-8")
+    assert "| on disk |" in (tmp_path / "small" / "README.md").read_text("utf-8")
 
 
 def test_what_replies_nothing_is_refused_before_the_work(tmp_path):

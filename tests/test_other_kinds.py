@@ -1,4 +1,4 @@
-"""Models that are more than a causal language model, or something else: they load, and are measured or refused rightly."""
+"""Models other than plain causal language models load, and are measured or refused correctly."""
 
 import pytest
 import torch

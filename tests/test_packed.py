@@ -20,7 +20,7 @@ from pliant.runtime.linear import Packed, linear
 from pliant.runtime.packed import header, pack
 from pliant.step import StepError
 from pliant.values.magnitude import zero_smallest
-from pliant.values.matrix import matrices
+from pliant.values.matrix import concerned
 
 needs_kernels = pytest.mark.skipif(library.library() is None, reason=library.state())
 
@@ -107,7 +107,7 @@ def test_auto_keeps_weights_as_they_are():
         model, dense = pico("llama"), pico("llama")
         pliant.apply(dense, pliant.RTN(bits=bits, group=group), progress=False)
         pliant.apply(model, [pliant.RTN(bits=bits, group=group), pliant.PackedLinear()], progress=False)
-        for matrix in matrices(dense):
+        for matrix in concerned(dense).each(dense):
             layer = model.get_submodule(matrix.name)
             assert layer.header().format == form
             assert torch.equal(layer.dense().weight, matrix.weight)
@@ -127,7 +127,7 @@ def test_settings_that_make_no_sense_are_refused():
     for settings, said in (
         ({"format": "int3"}, "format is one of"),
         ({"head": "int3"}, "head is one of"),
-        ({"rules": {"(": "int8"}}, "no regular expression"),
+        ({"rules": {"(": "int8"}}, "not a valid regular expression"),
         ({"rules": "int8"}, "pattern=format"),
         ({"group": 16}, "group is one of"),
         ({"sparse": "yes"}, "auto, always or never"),
@@ -161,12 +161,12 @@ def test_the_smallest_weights_go(sparsity, within):
 
 def test_steps_on_values_reach_every_matrix():
     model = pliant.apply(pico("mixtral"), pliant.Magnitude(sparsity=0.5), progress=False)
-    for matrix in matrices(model):
+    for matrix in concerned(model).each(model):
         assert float((matrix.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
     assert model.pliant_history[0]["sparsity"] == pytest.approx(0.5, abs=0.01)
     before = copy.deepcopy(model)
     pliant.apply(model, pliant.RTN(bits=3, group=32), progress=False)
-    for matrix, old in zip(matrices(model), matrices(before), strict=True):
+    for matrix, old in zip(concerned(model).each(model), concerned(before).each(before), strict=True):
         assert torch.equal(matrix.weight[old.weight == 0], old.weight[old.weight == 0])
         assert len(matrix.weight.flatten(0, -2)[0][:32].unique()) <= 8
     assert 0 < model.pliant_history[1]["relative_error"] < 0.5
@@ -249,7 +249,7 @@ def test_state_is_loaded_with_another_sparsity():
         assert torch.equal(layer(x), other(x))
     with pytest.raises(PackedError, match="30 x 64 was loaded into a layer of 40 x 64"):
         layer.load_state_dict(Packed.of(torch.nn.Linear(64, 30), "int8").state_dict() | {"bias": torch.zeros(40)})
-    with pytest.raises(PackedError, match="a linear layer is packed"):
+    with pytest.raises(PackedError, match="cannot be packed; give a"):
         Packed.of(torch.nn.Conv1d(1, 1, 1), "int8")
     assert "int4 of 128 sparse" in repr(other)
 

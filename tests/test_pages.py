@@ -381,7 +381,7 @@ def test_other_places_than_folders_are_refused(stored, tmp_path):
 
 def test_a_missing_tensor_is_named(stored):
     folder = rewritten(stored(), lambda state: state.pop("model.layers.1.mlp.up_proj.weight"))
-    with pytest.raises(ArtefactError, match=r"lacks 1 tensor\(s\), 'model.layers.1.mlp.up_proj.weight'"):
+    with pytest.raises(ArtefactError, match=r"lacks 1 tensor\(s\), such as 'model.layers.1.mlp.up_proj.weight'"):
         paged(folder)
 
 

@@ -202,9 +202,9 @@ def test_the_page_says_what_was_packed_and_how_it_runs():
     shown = Page(page(REPORT | {"ratio": 0.0, "steps": [PACKED]})).text
     assert "Linear layers (75.0% of the parameters) packed as int4 and int8. Measured" in shown
     assert (
-        "Layers of 4.38 bits a weight, run one by one: its norm is Odd<Norm>. Not packed: 25.0% of the parameters (1.6 MB)"
+        "Packed layers at 4.38 bits per weight, run one by one: its norm is Odd<Norm>. Not packed: 25.0% of the parameters (1.6 MB)"
         in shown
     )
     both = Page(page(REPORT | {"steps": [STEP, PACKED | {"native": True, "why_not_native": ""}]})).text
     assert "20.0% of the parameters removed, linear layers (75.0% of the parameters) packed as int4 and int8." in both
-    assert "all of them run in one native call." in both
+    assert "all run in one native call." in both

@@ -1,4 +1,4 @@
-"""What saving may replace, what it takes along, and what it refuses before any work is done."""
+"""Saving replaces only earlier results, copies the companion files, and refuses unsavable models before any work."""
 
 import errno
 import json
@@ -118,16 +118,22 @@ def something_with_a_recipe(out, _):
 
 
 FOREIGN = {
-    "other models": (models, "is not a result that could be replaced.*llama/config.json"),
-    "a model of another tool": (model_of_another_tool, "is not a result that could be replaced"),
+    "other models": (models, "is not an earlier result.*llama/config.json"),
+    "a model of another tool": (model_of_another_tool, "is not an earlier result"),
     "a result and a file": (
         result_with_notes,
-        "holds what is not part of the result in it.*: notes.txt; move that away",
+        "holds files that are not part of the earlier result.*: notes.txt; move them away",
     ),
-    "a result and a folder": (result_with_a_folder, "holds what is not part of the result.*: runs/empty"),
-    "a result and a link": (result_with_a_link, "holds what is not part of the result.*: data"),
-    "a result and a repository": (result_with_a_repository, r"holds what is not part of the result.*: \.git/HEAD"),
-    "a recipe of something else": (something_with_a_recipe, "is not a result that could be replaced.*cake.txt"),
+    "a result and a folder": (
+        result_with_a_folder,
+        "holds files that are not part of the earlier result.*: runs/empty",
+    ),
+    "a result and a link": (result_with_a_link, "holds files that are not part of the earlier result.*: data"),
+    "a result and a repository": (
+        result_with_a_repository,
+        r"holds files that are not part of the earlier result.*: \.git/HEAD",
+    ),
+    "a recipe of something else": (something_with_a_recipe, "is not an earlier result.*cake.txt"),
 }
 
 
@@ -165,7 +171,7 @@ def test_the_model_itself_is_never_replaced(way, folder, tmp_path, monkeypatch, 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_the_model_lies_in_is_never_replaced(way, folder, tmp_path, monkeypatch, capsys):
     before = contents(tmp_path)
-    with pytest.raises(ArtefactError, match="is not a result that could be replaced"):
+    with pytest.raises(ArtefactError, match="is not an earlier result"):
         WAYS[way](folder, tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert contents(tmp_path) == before
 
@@ -212,7 +218,7 @@ def test_a_file_that_comes_in_meanwhile_is_kept(folder, tmp_path, monkeypatch):
 def test_the_demo_replaces_nothing_else(tmp_path):
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "thesis.txt").write_text("mine")
-    with pytest.raises(ArtefactError, match="is not a result that could be replaced"):
+    with pytest.raises(ArtefactError, match="is not an earlier result"):
         demo(tmp_path, Progress())
     assert contents(tmp_path) == {"small/thesis.txt": b"mine"}
     with pytest.raises(ArtefactError, match="cannot write"):
@@ -223,7 +229,7 @@ def test_a_folder_of_work_that_is_none_is_left_alone(folder, tmp_path):
     work = tmp_path / "out.work"
     work.mkdir()
     (work / "notes.txt").write_text("mine")
-    with pytest.raises(ArtefactError, match=r"holds notes\.txt, which no run has written"):
+    with pytest.raises(ArtefactError, match=r"holds files that no run has written: notes\.txt"):
         by_compress(folder, tmp_path / "out")
     assert contents(work) == {"notes.txt": b"mine"}
     shutil.rmtree(work)
@@ -242,9 +248,9 @@ def test_a_place_that_cannot_become_a_result_is_refused(folder, tmp_path, monkey
     inner.mkdir(parents=True)
     monkeypatch.chdir(inner)
     for out, said in (
-        (".", "is the folder you are in"),
-        ("..", "is above the folder you are in"),
-        ("/proc", "is where a file system is mounted"),
+        (".", "is the current folder"),
+        ("..", "is a parent of the current folder"),
+        ("/proc", "is a mount point"),
         (tmp_path / ("n" * 300), "File name too long"),
         (folder / "config.json" / "out", "cannot write into"),
     ):

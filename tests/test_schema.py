@@ -1,4 +1,4 @@
-"""What a cut model's config.json says, to pliant, to transformers of today, and to transformers that reads it by itself."""
+"""config.json of a cut model, as read by pliant, by current transformers, and by a transformers that builds it alone."""
 
 import copy
 import inspect
@@ -305,11 +305,11 @@ def test_entries_that_the_dense_model_has_are_merged_with_what_was_cut_and_come_
 @pytest.mark.parametrize(
     ("entry", "told"),
     [
-        ({"sliding_window": 4}, "says 'sliding_window' of layer 1, which neither"),
-        ({"intermediate_size": 9, "rope_theta": 5.0}, "says 'rope_theta' of layer 1"),
+        ({"sliding_window": 4}, "sets 'sliding_window' of layer 1, which has no effect"),
+        ({"intermediate_size": 9, "rope_theta": 5.0}, "sets 'rope_theta' of layer 1"),
         ({"skip": ["self_attn"], "num_key_value_heads": 0}, "skips 'self_attn' in layer 1; .* blocks attention, mlp"),
-        ({"intermediate_size": 49}, "layers.1.mlp has 49 channels; of 48 that the model has"),
-        ({"intermediate_size": 0}, "layers.1.mlp has 0 channels"),
+        ({"intermediate_size": 49}, "gives layers.1.mlp 49 channels; the dense model has 48"),
+        ({"intermediate_size": 0}, "gives layers.1.mlp 0 channels"),
     ],
 )
 def test_what_is_not_known_of_a_layer_is_refused(entry, told):
@@ -390,7 +390,7 @@ def test_a_cut_text_decoder_in_a_wrapper_reloads_with_the_same_logits(name, kind
     assert torch.allclose(logits(again), logits(model), atol=5e-6)
     cut(again, Subnet().without("layers.3.mlp"))
     assert torch.allclose(logits(reloaded(again, tmp_path / "further")), logits(again), atol=5e-6)
-    with pytest.raises(ArtefactError, match="one part of several"):
+    with pytest.raises(ArtefactError, match="one of several parts"):
         pliant.homogeneous(model)
 
 
@@ -415,7 +415,10 @@ def test_transformers_alone_refuses_a_cut_wrapper(tmp_path):
 
 
 def test_a_classifier_that_holds_only_what_sees_is_refused_with_a_sentence():
-    for name, told in (("clip", "tracing is for convolutional"), ("siglip2", "nothing that this config describes")):
+    for name, told in (
+        ("clip", "tracing is for convolutional"),
+        ("siglip2", "the part that its text config describes"),
+    ):
         made = transformers.AutoConfig.for_model(name, vision_config=_SEES, text_config=_TEXT)
         model = transformers.AutoModelForImageClassification.from_config(made).eval()
         with pytest.raises(ArchitectureError, match=told):
@@ -441,7 +444,7 @@ def test_an_encoder_decoder_whose_decoder_has_no_config_to_write_into_is_refused
         },
     }
     for look in (anatomy_of, described, lambda m: pliant.apply(m, pliant.ChannelPruner(ratio=0.1), progress=False)):
-        with pytest.raises(ArchitectureError, match="bart model has no part of its own for the decoder"):
+        with pytest.raises(ArchitectureError, match="bart model has no separate decoder config"):
             look(model)
     assert {key: tensor.shape for key, tensor in model.state_dict().items()} == before
 

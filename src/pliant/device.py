@@ -1,4 +1,4 @@
-"""Where a model runs, and what that device can do: a CPU, an NVIDIA or AMD GPU (``cuda``), an Apple GPU (``mps``)."""
+"""Devices by name, and their free memory: a CPU, an NVIDIA or AMD GPU (``cuda``), an Apple GPU (``mps``)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from pliant.errors import DeviceError, PliantError
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 _MEMINFO = Path("/proc/meminfo")
-_SHORT = ("out of memory", "can't allocate memory", "not enough memory")  # in what an allocator says when there is none
+_SHORT = ("out of memory", "can't allocate memory", "not enough memory")  # phrases in the errors of allocators
 
 
 def device_of(name: str | torch.device) -> torch.device:
-    """A device by name.
+    """The torch device of a name.
 
     Arguments:
-        name: ``cpu``, ``cuda``, ``mps``, one of several such as ``cuda:1``, or ``auto``: cuda where there is one, else mps, else
-            cpu.
+        name: ``cpu``, ``cuda``, ``mps``, one of several such as ``cuda:1``, or ``auto``: cuda if there is one, else mps, else cpu.
 
     Raises:
-        DeviceError: there is no such device, or none on this machine.
+        DeviceError: the name is unknown, or this machine has no such device.
     """
     there = {"cuda": torch.cuda.device_count, "mps": lambda: int(torch.backends.mps.is_available()), "cpu": lambda: 1}
     if name == "auto":
@@ -34,24 +33,25 @@ def device_of(name: str | torch.device) -> torch.device:
         device = None
     if device is None or device.type not in there:
         raise DeviceError(
-            f"there is no device {str(name)!r}; there are {', '.join(DEVICES)}, and cuda:1 for the second of several"
+            f"unknown device {str(name)!r}; choose one of {', '.join(DEVICES)}, or cuda:1 for the second of several"
         )
     count = there[device.type]()
     if (device.index or 0) >= count:
         having = [f"{kind}:{index}" if index else kind for kind, counted in there.items() for index in range(counted())]
         raise DeviceError(
-            f"torch {torch.__version__} finds no {str(name)!r} on this machine; it has {', '.join(having)}. auto takes the first of these"
+            f"torch {torch.__version__} finds no device {str(name)!r} on this machine; it finds {', '.join(having)}. Name one of "
+            "these, or auto for the first"
         )
     return device
 
 
 def called(device: torch.device) -> str:
-    """A device as people know it: ``cpu``, ``cuda:0 (NVIDIA H100 80GB HBM3)``."""
+    """A device's name with its model: ``cpu``, ``cuda:0 (NVIDIA H100 80GB HBM3)``."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def wait(device: torch.device) -> None:
-    """Until an accelerator has done what it was given."""
+    """Wait until all work queued on an accelerator is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -59,7 +59,7 @@ def wait(device: torch.device) -> None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be taken on a device; None where the system does not say."""
+    """Bytes that can still be allocated on a device; None if the system does not report it."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch, for reuse
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -75,14 +75,14 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def is_short_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device has no memory left."""
+    """Whether an error reports that a device is out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError) and not isinstance(error, PliantError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _SHORT)
 
 
 def empty_cache(device: torch.device) -> None:
-    """Give back what torch keeps of a device's memory for reuse: what was freed may lie in pieces too small for what comes next."""
+    """Release the device memory that torch caches for reuse: it may be too fragmented for the next allocation."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.empty_cache()
@@ -91,10 +91,10 @@ def empty_cache(device: torch.device) -> None:
 
 
 def doubled(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor in float64: where it is, or on the CPU when its device has no float64 (mps)."""
+    """A tensor in float64: on its device, or on the CPU if the device has no float64 (mps)."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def total(tensor: torch.Tensor, dims: list[int] | None = None) -> torch.Tensor:
-    """The sum over all dimensions, or over some, added up in float64; on the CPU when the device has none."""
+    """The sum over all dimensions, or over ``dims``, in float64; on the CPU if the device has no float64."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).sum(dims, dtype=torch.float64)

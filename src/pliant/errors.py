@@ -42,7 +42,7 @@ class MemoryLimitError(PliantError, MemoryError):
 
 
 class DeviceError(PliantError, RuntimeError):
-    """A device is not there, or cannot do what is asked of it."""
+    """A device is missing, or cannot run this model."""
 
 
 class BusyError(PliantError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Figures as JSON, which knows no NaN and no infinity; other programs refuse a file that holds one."""
+"""Results as strict JSON: NaN and infinity are refused, because other programs refuse files that contain them."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pliant.errors import WeightError
 
 
 def to_json(found: Any) -> str:
-    """JSON of plain data, indented.
+    """Plain data as indented JSON.
 
     Raises:
-        WeightError: there is a figure that is no finite number; the message says where.
+        WeightError: a number is not finite; the message gives its path.
     """
     try:
         return json.dumps(found, indent=1, allow_nan=False)
     except ValueError:
         where, value = next(_infinite(found, ""), ("it", "none"))
-        raise WeightError(f"{where} is {value}, no finite number; the model's weights or the text are broken") from None
+        raise WeightError(f"{where} is {value}, which is not finite; check the model's weights and the text") from None
 
 
 def _infinite(found: Any, where: str) -> Any:
-    """Where there are such figures, and what they are."""
+    """The path and value of every number that is not finite."""
     if isinstance(found, dict):
         for key, value in found.items():
             yield from _infinite(value, f"{where}.{key}" if where else str(key))

@@ -51,14 +51,14 @@ class Anatomy:
 
 
 def layers_of(model: nn.Module, architecture: Architecture, config: Any = None) -> nn.ModuleList:
-    """The list of layers of a model, with or without a head on top of it, or of the text decoder that a model holds; ``.`` is
-    the model itself.
+    """The list of layers of a model, with or without a head on top of it, or of the text decoder inside a model. The path ``.``
+    means the model itself.
 
     Arguments:
-        config: the part of the model's config that describes the layers; that of its text decoder when left out.
+        config: the part of the model's config that describes the layers; default: that of its text decoder.
 
     Raises:
-        ArchitectureError: there is no such list where the architecture file says it is.
+        ArchitectureError: the model has no list of layers at the path in the architecture file.
     """
     if architecture.layers == ".":
         return nn.ModuleList([model])
@@ -76,8 +76,8 @@ def layers_of(model: nn.Module, architecture: Architecture, config: Any = None) 
 
 
 def holders_of(model: nn.Module, config: Any = None) -> list[nn.Module]:
-    """Where the layers that a config describes are: in the whole model; of one that reads more than text, only in what reads
-    that config, for its other parts may have layers at a path like theirs.
+    """The modules in which to look for the layers that a config describes: the whole model, or, in a multimodal model, the modules
+    built from that config, because other parts may have layers at the same path.
 
     Arguments:
         config: see :func:`layers_of`.
@@ -123,7 +123,7 @@ def anatomy_of(model: Any, *, example: Any = None) -> Anatomy:
     plain = plain_config(text_config)
     layers = layers_of(model, architecture)
     for spec in architecture.blocks:
-        guards(spec, architecture, layer_config(plain, 0))  # refused now, before anything is cut
+        guards(spec, architecture, layer_config(plain, 0))  # raises now, before anything is cut
     blocks = {b.name: b for i, layer in enumerate(layers) for b in blocks_of(layer, i, architecture, plain)}
     total = sum(parameter.numel() for parameter in model.parameters())  # tied parameters come once
     total += sum(module.parameters_held() for module in model.modules() if isinstance(module, Packed))

@@ -1,4 +1,4 @@
-"""A model's config, seen without what pliant has cut: the dense model's, every size of which can be read."""
+"""Read the dense model's config from a cut model's config, and compute sizes and guards from it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pliant.architecture.spec import factors
 from pliant.errors import ArchitectureError
 
 DENSE_LAYERS = "pliant_dense_layers"
-"""The config key that says that pliant wrote ``per_layer_config``: the entries that the dense model had, mostly none."""
+"""The config key that marks ``per_layer_config`` as written by pliant. It holds the dense model's entries, mostly none."""
 
 
 def is_cut(config: Any) -> bool:
-    """Whether the per-layer part of a config says what pliant has cut.
+    """Whether a config's ``per_layer_config`` describes a cut by pliant.
 
-    Some families have a per-layer part of their own, dense (Gemma 4). A config that pliant wrote bears its mark. Folders
-    written by pliant 0.1.0 bear none; transformers built none of their families from a per-layer part then, so that a config
-    without the mark is one of those unless transformers builds the family itself.
+    Some dense families use ``per_layer_config`` themselves (Gemma 4). A config that pliant wrote has the key ``DENSE_LAYERS``.
+    Folders written by pliant 0.1.0 lack it; at that time transformers built none of their families from ``per_layer_config``. So
+    a config without the key is one of those, unless transformers builds the family from it.
     """
     if not getattr(config, "is_heterogeneous", False):
         return False
@@ -32,7 +32,7 @@ def is_cut(config: Any) -> bool:
 
 @cache
 def builds_itself(config_class: type) -> bool:
-    """Whether transformers builds a family's layers from ``per_layer_config``: its modeling file reads it."""
+    """Whether transformers builds a family's layers from ``per_layer_config``, that is, its modeling file reads it."""
     name = config_class.__module__.replace(".configuration_", ".modeling_")
     try:
         modeling: ModuleType = importlib.import_module(name)
@@ -42,9 +42,9 @@ def builds_itself(config_class: type) -> bool:
 
 
 def plain_config(config: Any) -> Any:
-    """A copy of a config without what says that a model was cut: that of the dense model.
+    """A copy of a config without the entries that pliant wrote: the config of the dense model.
 
-    Every key can be read from it, unless the family has a per-layer part of its own: see :func:`layer_config`.
+    Every key can be read from it, unless the family has per-layer entries of its own: see :func:`layer_config`.
     """
     plain = copy.copy(config)
     if is_cut(config):
@@ -56,7 +56,7 @@ def plain_config(config: Any) -> Any:
 
 
 def entries_of(config: Any) -> dict[int, dict[str, Any]]:
-    """What a config says layer by layer, as it is written."""
+    """Layer index -> entry of a config's ``per_layer_config``, as written."""
     if not getattr(config, "is_heterogeneous", False):
         return {}
     return {int(layer): dict(entry) for layer, entry in config.to_dict()["per_layer_config"].items()}
@@ -68,30 +68,31 @@ def layer_config(plain: Any, index: int) -> Any:
 
 
 def text_config_of(config: Any) -> Any:
-    """The config of the model's text decoder: itself, or the part of it that says so.
+    """The config of the model's text decoder: the config itself, or one nested in it.
 
     Raises:
-        ArchitectureError: the part is made anew whenever it is asked for (older encoder-decoders: BART, T5), so that nothing
-            that is written into it would be saved.
+        ArchitectureError: the config creates the nested one at every access (older encoder-decoders: BART, T5), so that changes
+            to it would not be saved.
     """
     found = config.get_text_config(decoder=True)
     if found is not config and config.get_text_config(decoder=True) is not found:
         raise ArchitectureError(
-            f"the config of a {config.model_type} model has no part of its own for the decoder, so that a cut could not be "
-            "written into it; encoder-decoders of this kind are not cut"
+            f"the config of a {config.model_type} model has no separate decoder config, so a cut could not be recorded; "
+            "encoder-decoder models of this kind cannot be cut"
         )
     return found
 
 
 def global_size(config: Any, size: int | str) -> int:
-    """What a size in an architecture file comes to: a number, or config keys as ``a``, ``a * b``, ``a // b``, ``a + b``,
-    ``a or b``. Products are taken before sums, each from left to right; of alternatives, the first that the config knows.
+    """Evaluate a size in an architecture file: a number, or config keys as ``a``, ``a * b``, ``a // b``, ``a + b``, ``a or b``.
+
+    Products are evaluated before sums, each from left to right; of alternatives, the first that the config defines is taken.
 
     Arguments:
-        config: a config without per-layer part.
+        config: a config without per-layer entries.
 
     Raises:
-        ArchitectureError: none of the alternatives is a whole number, or the size is not written like that.
+        ArchitectureError: no alternative is an int, or the size is malformed.
     """
     if isinstance(size, int):
         return size
@@ -103,7 +104,7 @@ def global_size(config: Any, size: int | str) -> int:
 
 
 def _product(config: Any, term: list[str]) -> int | None:
-    """``[a, "*", b, "//", c]`` from left to right; None when the config lacks one of them."""
+    """Evaluate ``[a, "*", b, "//", c]`` from left to right; None if the config lacks one of the keys."""
     value = _number(config, term[0])
     for operator, operand in zip(term[1::2], term[2::2], strict=True):
         other = _number(config, operand)
@@ -119,18 +120,18 @@ def _number(config: Any, text: str) -> int | None:
 
 
 def guards(spec: BlockSpec, architecture: Architecture, config: Any) -> dict[str, float | int]:
-    """What is written where a block is gone, so that transformers alone refuses: config keys and values.
+    """The config keys and values written where a block is removed, so that transformers without pliant refuses the config.
 
-    It reads ``skip`` nowhere and would build the block with random weights; a key with another value in one layer makes it
-    refuse, as soon as it reads that key. The value is one that the layer can still be built with: the next float of the
-    norm epsilon, or of the key that the architecture file names. A size becomes 0: of a named key, or, where the config has
-    no norm epsilon, of the block's axes.
+    transformers ignores ``skip`` and would build the block with random weights; but it refuses as soon as it reads a key whose
+    value differs in one layer. The written value is the next float of the norm epsilon, or of the key that the architecture file
+    names, so that the layer can still be built from it. Sizes are written as 0: that of a named key, or, if the config has no norm
+    epsilon, those of the block's axes.
 
     Arguments:
-        config: of the layer, dense.
+        config: the dense config of the layer.
 
     Raises:
-        ArchitectureError: there is nothing to write, or the value would be the one that the dense model has.
+        ArchitectureError: there is no such key, or the written value would equal the dense model's.
     """
     where = f"block {spec.kind!r} of {architecture.name}.yaml"
     keys = (spec.guard,) if spec.guard else epsilons(config)
@@ -148,8 +149,8 @@ def guards(spec: BlockSpec, architecture: Architecture, config: Any) -> dict[str
         other = math.nextafter(value, math.inf) if isinstance(value, float) else 0
         if isinstance(value, bool) or not isinstance(value, float | int) or not abs(other - value) > 0:
             raise ArchitectureError(
-                f"{where} has the guard {key!r}, which is {value!r} in this {config.model_type} model; a guard is a fraction, "
-                "or a whole number other than 0: with any other value transformers alone would not notice that a block is gone"
+                f"{where} has the guard {key!r}, which is {value!r} in this {config.model_type} model; a guard must be a float or "
+                "a nonzero int, or transformers without pliant would not notice that a block is gone. Name another key"
             )
         written[key] = other
     return written
@@ -165,7 +166,7 @@ def epsilons(config: Any) -> tuple[str, ...]:
 
 
 def known_keys(architecture: Architecture, config: Any) -> set[str]:
-    """What pliant may write, or may have written, into the entry of a layer besides ``skip``: sizes and guards."""
+    """The keys besides ``skip`` that pliant writes into a layer's entry: sizes and guards."""
     sizes = {spec.config_key for spec in architecture.axes.values()}
     named = {spec.guard for spec in architecture.blocks}
     return {key for key in (*sizes, *named, *epsilons(config)) if key}

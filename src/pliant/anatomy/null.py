@@ -18,12 +18,12 @@ class Null(nn.Module):
         returns_tuple: whether the module it replaces returns ``(tensor, None)``, as attention does.
         residual: which argument the module adds to; None when its layer does the adding.
         guard: path of a weight of the module it replaces. A tensor of one element takes its name, so that whoever loads the
-            weights into a model that still has the module is told that the sizes differ.
-        attention: whether it stands for an attention, so that it has no attention weights to give.
+            weights into a model that still has the module gets a size mismatch.
+        attention: whether it replaces an attention module, which would have returned attention weights.
     """
 
     on_attention: ClassVar[list[Callable[[], None]]] = []
-    """Called whenever one that stands for an attention runs."""
+    """Functions called whenever a null module that replaces an attention runs."""
 
     def __init__(
         self,

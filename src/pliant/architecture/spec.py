@@ -18,10 +18,9 @@ One YAML file beside this one describes the repeated layer of a family::
         norms: [input_layernorm]    # what disappears with it; ``a or b`` is the first that is there
         output: tuple               # what the module returns: a tensor (default) or (tensor, None)
         residual: 0                 # the argument to which the module itself adds f; left out when the layer adds
-        guard: norm_eps             # a config key that transformers reads when it builds the layer. Another value of it is
-                                    # written where the block is gone, so that transformers alone refuses: the next float of
-                                    # a fraction, 0 for a size. Left out, the config's norm epsilon is; where there is none,
-                                    # the keys of the axes are
+        guard: norm_eps             # a config key that transformers reads when it builds the layer. It is overridden where
+                                    # the block is gone, so that transformers alone refuses: a float by the next float, a
+                                    # size by 0. Default: the config's norm epsilon, or the keys of the axes if there is none
         slot: layer_idx             # the attribute that names its cache slot
         scores: heads               # the axis that attention scores are computed over (for counting MACs)
         cached: {multi_query: 1}    # heads in the cache by the first of these config keys that is set; else those of scores
@@ -33,8 +32,8 @@ One YAML file beside this one describes the repeated layer of a family::
           experts.down_proj: [experts, hidden, channels]    # a parameter: a stack of matrices, one an expert
           q_norm?: [head]           # there only in some models of the family
           odd: whole                # goes with its block and is never cut
-        roles: {q: q_proj, k: k_proj, v: v_proj, o: o_proj}    # which weight does what, for native runs
-    native:                         # optional: how pliant's kernels run all layers in one call
+        roles: {q: q_proj, k: k_proj, v: v_proj, o: o_proj}    # the role of each weight, for native runs
+    native:                         # optional: the parts that pliant's kernels need to run all layers in one call
       models: {llama: {}, mistral: {window: config.sliding_window}, smollm3: {window: sliding_window, rotates: use_rope}}
       embedding: embed_tokens       # beside the list of layers, as are the next two
       norm: norm
@@ -42,16 +41,15 @@ One YAML file beside this one describes the repeated layer of a family::
       activation: hidden_act        # the config key of the MLP's activation
       scale: scaling                # the attribute of attention that its scores are multiplied by
 
-An axis counts in units (heads, channels); ``unit`` is how many elements wide one is. Sizes and units are numbers or
-config keys, or sums and products of those (``a * b``, ``a // b``, ``a + b``); where a key may be absent, ``n_inner or 4 *
-hidden_size`` says what stands for it. When f lies open in the
-layer, ``module: [fc1, fc2]`` lists the modules it is made of, and weights are named from the layer; the last one gives
-f. A norm that several blocks of a layer list is shared: it stays.
+An axis counts in units (heads, channels); ``unit`` is the width of one in elements. Sizes and units are numbers or config keys, or
+sums and products of those (``a * b``, ``a // b``, ``a + b``). If a key may be absent, ``n_inner or 4 * hidden_size`` gives its
+default. If the layer computes f without a module of its own, ``module: [fc1, fc2]`` lists the modules f is made of, and weights are
+named from the layer; the last module returns f. A norm that several blocks of a layer list is shared: it stays.
 
-``roles`` are q, k, v, o, and q_norm and k_norm where they are, of an attention; gate, up and down of an MLP. ``native`` lists the
-model types whose layers are known to be: an RMS norm before each block, rotary positions, softmax attention, a gated MLP. With a
-type come the attributes of its attention that say how many tokens a token sees (``window``) and whether positions are rotated in
-(``rotates``); ``config.x`` is a key of the config.
+The ``roles`` of an attention are q, k, v, o and, if it has them, q_norm and k_norm; those of an MLP are gate, up and down. ``native``
+lists the model types whose layers have an RMS norm before each block, rotary positions, softmax attention and a gated MLP. Each type
+names the attributes of its attention that hold the number of tokens a token attends to (``window``) and whether it applies rotary
+positions (``rotates``); ``config.x`` is a key of the config.
 """
 
 from __future__ import annotations
@@ -112,10 +110,10 @@ class BlockSpec:
         weights: name -> axes of each dimension, or None for one that is never cut.
         optional: the weights that only some models of the family have.
         residual: which argument the module adds f to, None when the layer does the adding.
-        guard: the config key whose override makes transformers alone refuse a config in which the block is gone; None
-            when the norm epsilon does, or the keys of its axes.
+        guard: the config key that is overridden where the block is gone, so that transformers alone refuses the config; None for
+            the norm epsilon, or the keys of its axes.
         cached: config key -> how many heads are in the cache when it is set and none before it is.
-        roles: role -> name of the weight that has it.
+        roles: role -> name of the weight.
     """
 
     kind: str
@@ -145,7 +143,7 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class NativeSpec:
-    """Where a native run of all layers finds the parts that are in no block.
+    """The parts outside the blocks that a native run of all layers needs.
 
     Attributes:
         models: model type -> ``window`` and ``rotates``: attributes of its attention, or config keys.
@@ -167,7 +165,7 @@ class Architecture:
     """A model family: where its layers are, which dimensions can shrink, which blocks a layer runs.
 
     Attributes:
-        native: how all layers are run in one native call; None where they cannot be.
+        native: the parts that a native run of all layers needs; None if the family has no native run.
         raw: the content of the file it was read from.
     """
 
@@ -198,34 +196,32 @@ _KEYS = {
     "native": set(_NATIVE),
     "axis": {"size", "unit", "follows", "cut", "active", "multiple"},
     "block": {
-        *(
-            "module",
-            "norms",
-            "output",
-            "residual",
-            "guard",
-            "slot",
-            "scores",
-            "cached",
-            "attributes",
-            "roles",
-            "weights",
-        ),
+        "module",
+        "norms",
+        "output",
+        "residual",
+        "guard",
+        "slot",
+        "scores",
+        "cached",
+        "attributes",
+        "roles",
+        "weights",
     },
 }
 
 
 def factors(alternative: str) -> list[list[str]]:
-    """One alternative of a size as the products it sums up: ``a * b + c`` as ``[["a", "*", "b"], ["c"]]``.
+    """Split one alternative of a size into the products that it sums: ``a * b + c`` into ``[["a", "*", "b"], ["c"]]``.
 
     Raises:
-        ArchitectureError: it is not made of numbers, config keys, ``+``, ``*`` and ``//`` in turn.
+        ArchitectureError: it does not alternate between operands (numbers, config keys) and operators (``+``, ``*``, ``//``).
     """
     words = alternative.split()
     fine = len(words) % 2 == 1 and all(word.isdigit() or word.isidentifier() for word in words[::2])
     if not fine or not all(word in ("+", "*", "//") for word in words[1::2]):
         raise ArchitectureError(
-            f"{alternative!r} is no size: it is a number, a config key, or several with '+', '*' and '//' in between"
+            f"{alternative!r} is not a size; give a number, a config key, or several of them joined by '+', '*' and '//'"
         )
     terms: list[list[str]] = [[]]
     for word in words:
@@ -254,7 +250,7 @@ def parse(name: str, raw: Any) -> Architecture:
 
     def size(where: str, given: Any) -> None:
         if isinstance(given, bool) or not isinstance(given, int | str):
-            faults.append(f"{where}: {given!r} is no size")
+            faults.append(f"{where}: {given!r} is not a size; give a number or config keys")
             return
         for alternative in str(given).split(" or "):
             try:
@@ -343,7 +339,7 @@ def parse(name: str, raw: Any) -> Architecture:
             part(f"scores of block {kind!r}", spec["scores"])
         roles = spec.get("roles") or {}
         if not isinstance(roles, dict) or not set(roles) <= set(ROLES) or not set(roles.values()) <= set(weights):
-            faults.append(f"block {kind!r}: roles map {', '.join(ROLES)} to weights of the block, not {roles!r}")
+            faults.append(f"block {kind!r}: roles must map {', '.join(ROLES)} to weights of the block, not {roles!r}")
         blocks.append(
             BlockSpec(
                 kind=kind,
@@ -368,7 +364,7 @@ def parse(name: str, raw: Any) -> Architecture:
         models = given.get("models")
         words = models.values() if isinstance(models, dict) else [None]
         if not all(isinstance(one, dict) and set(one) <= {"window", "rotates"} for one in words):
-            faults.append(f"native: models maps model types to window and rotates, or to {{}}; not {models!r}")
+            faults.append(f"native: models must map model types to window and rotates, or to {{}}; not {models!r}")
         if not faults:
             native = NativeSpec(**given)
     if top.get("output", "tensor") not in ("tensor", "tuple"):

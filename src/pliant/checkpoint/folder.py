@@ -1,4 +1,4 @@
-"""What a folder holds: a model that can be loaded, or something else, which is then named."""
+"""Check a model folder before its weights are read, and say what kind of folder it is if it is not one."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ _LFS_POINTER = 1024  # bytes: a pointer is a few lines of text
 
 
 def check_folder(folder: Path, *, variant: str | None = None) -> None:
-    """Look at config and weight files without reading the weights.
+    """Check the config and the weight files of a folder without reading the weights.
 
     Arguments:
         variant: as in transformers: a word in the names of the weight files.
 
     Raises:
-        ArtefactError: no or unreadable config.json, no weights, a shard that is missing or shorter than its header says.
+        ArtefactError: config.json is missing or unreadable, weights are missing, or a shard is missing or shorter than its header
+            says.
     """
     config = config_of(folder)
     quantised = any(of.get("quantization_config") or of.get("compression_config") for of in parts_of(config))
@@ -31,15 +32,15 @@ def check_folder(folder: Path, *, variant: str | None = None) -> None:
 
 
 def parts_of(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """A config, and the configs of the models that it consists of."""
+    """A config, and the configs nested in it."""
     return [config, *(part for part in config.values() if isinstance(part, dict))]
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    """What stands in a folder's config.json.
+    """The content of a folder's config.json.
 
     Raises:
-        ArtefactError: there is none, or it is not that of a model; with what the folder seems to be.
+        ArtefactError: it is missing, or not a model's; the message says what the folder seems to be.
     """
     path = folder / "config.json"
     try:
@@ -55,7 +56,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not config.get("model_type"):
         if isinstance(config, dict) and "_class_name" in config:
             raise ArtefactError(
-                f"{str(folder)!r} is a part of a diffusers pipeline ({config['_class_name']}); only models of transformers are read"
+                f"{str(folder)!r} is a part of a diffusers pipeline ({config['_class_name']}); give a transformers model"
             )
         raise ArtefactError(
             f'{str(path)!r} names no model_type; transformers needs one, such as "model_type": "llama", to know the model'
@@ -64,14 +65,14 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def _without_config(folder: Path) -> str:
-    """The sentence on a folder without config.json."""
+    """The error message for a folder without config.json."""
     named = repr(str(folder))
     if (folder / "adapter_config.json").is_file():
         return f"{named} is a peft adapter of {_base_of(folder)!r}, not a model; {_MERGE}"
     inside = sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob("*/config.json"))
     inside += sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob("snapshots/*/config.json"))
     if (folder / "model_index.json").is_file():
-        return f"{named} is a diffusers pipeline; give a part of it that is a transformers model: {', '.join(inside) or 'none here'}"
+        return f"{named} is a diffusers pipeline; give a sub-folder with a transformers model: {', '.join(inside) or 'none here'}"
     for suffix, what in (
         (".gguf", "GGUF files; give one of them"),
         (".onnx", "an ONNX model; give the model it was made from"),
@@ -84,7 +85,7 @@ def _without_config(folder: Path) -> str:
         if found and not inside:
             return f"{named} has no config.json, but {what}: {', '.join(found[:3])}"
     if inside:
-        return f"{named} has no config.json, but its sub-folders have; give one of them: {', '.join(inside[:5])}"
+        return f"{named} has no config.json, but its sub-folders do; give one of them: {', '.join(inside[:5])}"
     return f"{named} has no config.json: it is not a model folder"
 
 
@@ -92,7 +93,7 @@ _MERGE = "load both with peft, call merge_and_unload() and save the result, and 
 
 
 def _base_of(folder: Path) -> str:
-    """The model that an adapter is for."""
+    """The base model that an adapter names."""
     try:
         return str(json.loads((folder / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -100,10 +101,10 @@ def _base_of(folder: Path) -> str:
 
 
 def weight_files(folder: Path, config: Mapping[str, Any], *, variant: str | None = None) -> list[Path]:
-    """The files that transformers reads the weights from, in its order: one file comes before an index beside it.
+    """The files that transformers reads the weights from. As in transformers, a single file takes precedence over an index.
 
     Raises:
-        ArtefactError: there are none, or an index that is none; with what is there instead.
+        ArtefactError: the weights are missing, or the index is damaged; the message says what is there instead.
     """
 
     def varied(name: str) -> Path:
@@ -125,24 +126,24 @@ _OTHER = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5",
 
 
 def _without_weights(folder: Path, expected: str) -> str:
-    """The sentence on a folder without weights."""
+    """The error message for a folder without weights."""
     if (folder / "adapter_config.json").is_file():
         return f"{str(folder)!r} has no {expected}, but a peft adapter of {_base_of(folder)!r}; {_MERGE}"
     other = [path.relative_to(folder).as_posix() for pattern in _OTHER for path in sorted(folder.glob(pattern))]
     if not other:
         return f"{str(folder)!r} has no {expected}"
     if all(name.endswith(".gguf") for name in other):
-        return f"{str(folder)!r} has no {expected}; of its GGUF files give one: {', '.join(other[:3])}"
+        return f"{str(folder)!r} has no {expected}, but GGUF files; give one of them: {', '.join(other[:3])}"
     variants = {parts[1] for name in other if len(parts := name.split(".")) == 3 and f"{parts[0]}.{parts[2]}" in _STEMS}
     said = f"; pass variant={min(variants)!r}" if variants else ""
-    return f"{str(folder)!r} has no {expected}, but {', '.join(dict.fromkeys(other[:3]))}, which transformers does not read as they are{said}"
+    return f"{str(folder)!r} has no {expected}; transformers cannot load {', '.join(dict.fromkeys(other[:3]))} under these names{said}"
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Which file holds each tensor, as an index says.
+    """Tensor name -> file name, read from the index of a sharded checkpoint.
 
     Raises:
-        ArtefactError: it is no index.
+        ArtefactError: the file is not such an index.
     """
     try:
         found = json.loads(index.read_text("utf-8"))["weight_map"]
@@ -169,7 +170,7 @@ def _check_weights(path: Path, quantised: bool) -> None:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file is the few lines that git-lfs puts in the place of a large one."""
+    """Whether a file is a git-lfs pointer instead of the large file itself."""
     if path.stat().st_size > _LFS_POINTER:
         return False
     with path.open("rb") as file:
@@ -177,14 +178,14 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def _fetch(path: Path) -> str:
-    return f"{str(path)!r} is a pointer of git-lfs, not the file itself; run 'git lfs pull' in {str(path.parent)!r}"
+    return f"{str(path)!r} is a git-lfs pointer, not the file itself; run 'git lfs pull' in {str(path.parent)!r}"
 
 
 def _check_safetensors(path: Path, quantised: bool) -> None:
-    """A safetensors file is 8 bytes with the length of a JSON header, the header, and the data it speaks of.
+    """Check the header and the length of a safetensors file: 8 bytes with the header's length, a JSON header, the data.
 
     Arguments:
-        quantised: codes in 8 bits are what its config speaks of.
+        quantised: whether the config declares a quantisation, so that 8-bit codes are expected.
     """
     found = path.stat().st_size
     with path.open("rb") as file:
@@ -199,18 +200,20 @@ def _check_safetensors(path: Path, quantised: bool) -> None:
         raise ArtefactError(f"{str(path)!r} is damaged: it has no safetensors header")
     expected = 8 + length + max(ends, default=0)
     if found != expected:
-        raise ArtefactError(f"{str(path)!r} is truncated or damaged: {found} bytes, its header speaks of {expected}")
+        raise ArtefactError(
+            f"{str(path)!r} is truncated or damaged: it has {found} bytes, its header declares {expected}"
+        )
     codes = [
         name for name, entry in header.items() if name != "__metadata__" and entry.get("dtype", "").startswith("F8")
     ]
     if codes and not quantised:
         raise ArtefactError(
-            f"{str(path)!r} holds 8-bit codes ({codes[0]!r}), and the config.json beside it has no quantization_config that says what "
-            "they stand for; as weights they would be noise"
+            f"{str(path)!r} holds 8-bit codes ({codes[0]!r}), but the config.json beside it has no quantization_config to decode them; "
+            "read as weights they would be noise. Add the quantization_config, or give the unquantised model"
         )
 
 
-_SKIPPED = {  # what is not copied from the folder of a model, and why
+_SKIPPED = {  # reason -> patterns of files that are not copied from a model's folder
     "weights": (
         *(
             "*.safetensors",
@@ -261,13 +264,13 @@ _TEMPLATES = "additional_chat_templates"
 
 
 def companions(folder: Path) -> list[Path]:
-    """What belongs to a model beside its weights and config: tokenizer, processor, templates, code of its own, licence.
+    """The files of a model besides its weights and config: tokenizer, processor, templates, custom code, licence.
 
-    That is every file of the folder which is not known to be something else, the chat templates in a folder of theirs, and the
-    modules that sentence-transformers puts behind the model.
+    These are all files at the top of the folder that match no pattern of ``_SKIPPED``, the chat templates in
+    ``additional_chat_templates``, and the modules that sentence-transformers appends to the model.
 
     Returns:
-        Paths in ``folder``.
+        Paths relative to ``folder``.
     """
     own = [path for path in folder.iterdir() if not _is_skipped(path.name)]
     own += [path for place in (_TEMPLATES, *_modules_of(folder)) for path in (folder / place).rglob("*")]
@@ -275,7 +278,7 @@ def companions(folder: Path) -> list[Path]:
 
 
 def skipped_of_a_hub() -> list[str]:
-    """What need not be fetched of a repository for its :func:`companions`, as patterns."""
+    """Patterns of files that need not be downloaded from a hub repository for its :func:`companions`."""
     return [*(pattern for some in _SKIPPED.values() for pattern in some), "*/*"]
 
 
@@ -284,7 +287,7 @@ def _is_skipped(name: str) -> bool:
 
 
 def _modules_of(folder: Path) -> list[str]:
-    """Folders that a modules.json of sentence-transformers names."""
+    """Folders listed in the modules.json of sentence-transformers."""
     try:
         named = [Path(str(module["path"])) for module in json.loads((folder / "modules.json").read_text("utf-8"))]
     except (OSError, ValueError, KeyError, TypeError):

@@ -19,7 +19,7 @@ from pliant.progress import size
 from pliant.runtime.linear import Packed
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name, or owner/name
-_KINDS = (  # what a model may be: the auto class of transformers, and its list of the classes for each model_type
+_KINDS = (  # in order of preference: an auto class of transformers, and its mapping from model_type to classes
     ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
     ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
     ("AutoModelForMultimodalLM", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"),
@@ -44,14 +44,14 @@ def load(
     scratch: str | Path | None = None,
     **options: Any,
 ) -> Any:
-    """A model as an ordinary transformers model, in evaluation mode: of the class that its config names, a causal language model
-    where it names none.
+    """Load an ordinary transformers model, in evaluation mode: of the class that its config names, or a causal language model if
+    the config names none.
 
     Arguments:
         source: a folder, a ``.gguf`` file (dequantised; needs the ``gguf`` extra), or the id of a model on a hub.
-        dtype: as in transformers: ``auto`` keeps what is stored.
-        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``auto``: cuda where there is one, else mps, else cpu; of a packed model
-            always cpu. The CPU when left out, unless ``device_map`` says something else.
+        dtype: as in transformers: ``auto`` keeps the stored dtype.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``auto``: cuda if there is one, else mps, else cpu; always cpu for a
+            packed model. Default: the CPU, unless ``device_map`` is given.
         memory: bytes, or ``"2GB"``, that the process may take beside what it has already. The weights then stay in files, and
             only as much of them as fits is in memory: the way to prune a model that is larger than that. Needs Linux and
             weights as safetensors in a folder.
@@ -59,9 +59,9 @@ def load(
         options: passed on to ``from_pretrained``: ``device_map``, ``revision``, ``token``, ``attn_implementation`` …
 
     Raises:
-        ArtefactError: nothing there, a missing or truncated shard, or weights that the folder lacks.
-        DeviceError: a device that is not here, or one that cannot hold this model.
-        MemoryLimitError: the memory limit is too small for this model, or cannot be held here.
+        ArtefactError: the model does not exist, a shard is missing or truncated, or weights are missing.
+        DeviceError: the device is missing, or cannot hold this model.
+        MemoryLimitError: the memory limit is too small for this model, or cannot be enforced on this machine.
     """
     where = None if device is None else device_of(device)
     if where is not None and "device_map" in options:
@@ -70,7 +70,7 @@ def load(
         warnings.warn("torch_dtype is now called dtype", FutureWarning, stacklevel=2)
         dtype = options.pop("torch_dtype")
     if isinstance(dtype, str) and dtype not in DTYPES:
-        raise ArtefactError(f"there is no dtype {dtype!r}; there are {', '.join(DTYPES)}")
+        raise ArtefactError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     forgiven = options.pop("ignore_mismatched_sizes", False)
     path = Path(source).expanduser()
     if path.suffix == ".gguf" and not path.is_dir():
@@ -78,7 +78,7 @@ def load(
             raise ArtefactError(f"there is no file {str(source)!r}")
         if is_lfs_pointer(path):
             raise ArtefactError(
-                f"{str(source)!r} is a pointer of git-lfs, not the file itself; run 'git lfs pull' beside it"
+                f"{str(source)!r} is a git-lfs pointer, not the file itself; run 'git lfs pull' in its folder"
             )
         options["gguf_file"] = path.name
         with suppress(ImportError):  # without this class transformers dequantises every GGUF file
@@ -90,13 +90,13 @@ def load(
         check_folder(path / options.get("subfolder", ""), variant=options.get("variant"))
     elif not _HUB_ID.fullmatch(str(source)) or path.exists():
         raise ArtefactError(
-            f"{str(source)!r} is no model folder: give a folder with a config.json, a .gguf file, or the id of a model on a hub "
+            f"{str(source)!r} is not a model folder: give a folder with a config.json, a .gguf file, or the id of a model on a hub "
             "(owner/name)"
         )
     if memory is not None:
         if where is not None and where.type != "cpu" and device != "auto":
             raise DeviceError(
-                f"weights that stay in files are read by the CPU; leave memory or device={str(device)!r} out"
+                f"within a memory limit the model runs on the CPU; leave out memory or device={str(device)!r}"
             )
         if not path.is_dir() or options:
             given = ", ".join(options) if path.is_dir() else str(source)
@@ -113,18 +113,18 @@ def load(
             loaded = _auto_class(place, options).from_pretrained(
                 place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
-    model, told = loaded
+    model, info = loaded
     if "gguf_file" in options:
         model.name_or_path = str(path / options["gguf_file"])  # the tokenizer is in the file, too
-    if told["missing_keys"]:
-        missing = sorted(told["missing_keys"])
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
         raise ArtefactError(
-            f"{str(source)!r} lacks {len(missing)} tensor(s), {missing[0]!r} among them; they would have been random"
+            f"{str(source)!r} lacks {len(missing)} tensor(s), such as {missing[0]!r}; they would have random values"
         )
-    if told["mismatched_keys"] and not forgiven:
-        name, stored, built = min(told["mismatched_keys"])
+    if info["mismatched_keys"] and not forgiven:
+        name, stored, built = min(info["mismatched_keys"])
         raise ArtefactError(
-            f"{name!r} has shape {tuple(stored)} in {str(source)!r}, the model that its config.json describes has {tuple(built)} there; "
+            f"{name!r} has shape {tuple(stored)} in {str(source)!r}, but its config.json describes shape {tuple(built)}; "
             "config and weights are of different models, or another tool has changed one of them"
         )
     if where is not None and where.type != "cpu":
@@ -133,22 +133,25 @@ def load(
 
 
 def loaded(model: Any, *, dtype: Any = None, device: Any = None) -> Any:
-    """A model as it is, or what :func:`load` makes of its folder or name.
+    """The given model; a folder or name is loaded with :func:`load`.
 
     Raises:
-        DeviceError: a device or dtype is asked for, and the model is loaded already.
+        DeviceError: ``device`` or ``dtype`` is given for a model that is already loaded.
     """
     if isinstance(model, str | Path):
         return load(model, dtype=dtype or "auto", device=device)
     if dtype is not None or device is not None:
         raise DeviceError(
-            "device and dtype say how a model is loaded, and this one is; move it with model.to(...), or give its folder"
+            "device and dtype apply when a model is loaded, and this model already is; use model.to(...), or give its folder"
         )
     return model
 
 
 def _move(model: Any, device: torch.device, *, chosen: bool) -> None:
-    """Put a model on an accelerator; a packed one stays on the CPU, unless the device was chosen by name.
+    """Move a model to an accelerator; a packed model stays on the CPU.
+
+    Arguments:
+        chosen: the user named the device, so that a packed model is refused instead.
 
     Raises:
         DeviceError: the device cannot run this model, or has too little memory for it.
@@ -169,7 +172,7 @@ def _move(model: Any, device: torch.device, *, chosen: bool) -> None:
             raise
         room = free_memory(device)
         raise DeviceError(
-            f"the weights take {size(needs)}, {device} has {'less' if room is None else size(room)} free; load it with "
+            f"the weights take {size(needs)}, {device} has {'less' if room is None else size(room)} free; load the model with "
             "dtype='bfloat16', or on the CPU"
         ) from error
 
@@ -185,7 +188,7 @@ def _faults_named(source: str | Path) -> Iterator[None]:
         raise ArtefactError(f"cannot load {str(source)!r}: {error}") from error
     except (RuntimeError, ValueError) as error:
         raise ArtefactError(f"cannot load {str(source)!r}: {_first_line(error)}") from error
-    except Exception as error:  # a config may say anything, and every class reads its own
+    except Exception as error:  # a malformed config can raise anything, as each config class reads its keys itself
         raise ArtefactError(f"cannot load {str(source)!r}: {type(error).__name__}: {_first_line(error)}") from error
 
 
@@ -194,10 +197,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _auto_class(source: str, options: dict[str, Any]) -> Any:
-    """The class that loads what a config names in ``architectures``; a causal language model where it names nothing known.
+    """The auto class for the classes in a config's ``architectures``; ``AutoModelForCausalLM`` if none is known.
 
     Raises:
-        ArtefactError: the model runs code of its own, and nobody said that it may.
+        ArtefactError: the model needs custom code, and ``trust_remote_code`` is not given.
     """
     import transformers
 
@@ -210,15 +213,15 @@ def _auto_class(source: str, options: dict[str, Any]) -> Any:
     if own and kind not in transformers.CONFIG_MAPPING:
         if not options.get("trust_remote_code"):
             raise ArtefactError(
-                f"{source!r} runs code of its own ({', '.join(sorted(set(map(str, own.values()))))}); read it, and load the model in "
-                "Python with trust_remote_code=True if you trust it"
+                f"{source!r} runs custom code ({', '.join(sorted(set(map(str, own.values()))))}); read that code, and if you trust it, "
+                "load the model in Python with trust_remote_code=True"
             )
         return getattr(transformers, next((name for name, _ in _KINDS if name in own), "AutoModelForCausalLM"))
     return getattr(transformers, auto_name(kind, named))
 
 
 def auto_name(model_type: str | None, classes: Collection[str]) -> str:
-    """The auto class of transformers that makes one of ``classes`` of a config, ``AutoModelForCausalLM`` when none is known."""
+    """The auto class of transformers that maps ``model_type`` to one of ``classes``; ``AutoModelForCausalLM`` if none does."""
     from transformers.models.auto import modeling_auto
 
     for name, mapping in _KINDS:

@@ -24,18 +24,18 @@ from pliant.errors import ArtefactError, MemoryLimitError
 from pliant.pages import NEAR, Pages, in_file
 from pliant.progress import bytes_of, size
 
-_SEQUENTIAL = "HF_DEACTIVATE_ASYNC_LOAD"  # of transformers
-_COPIES = 3  # of a tensor that is put together from others: they, their stacks, and the whole
+_SEQUENTIAL = "HF_DEACTIVATE_ASYNC_LOAD"  # environment variable of transformers
+_COPIES = 3  # in memory while a tensor is assembled from others: the parts, their stacks, and the whole
 
 
 @torch.no_grad()
 def load_paged(
     auto_class: Any, folder: Path, dtype: Any, memory: int | str, scratch: str | Path | None
 ) -> tuple[Any, dict[str, Any]]:
-    """A model of ``folder`` whose weights are in files, see :mod:`pliant.pages`.
+    """Load the model of ``folder`` with its weights in files, see :mod:`pliant.pages`.
 
-    transformers loads it as it loads any other, and so converts, renames and ties what it would without a limit. Each tensor is read
-    when its turn comes, and is copied into a file the moment that it becomes a parameter.
+    transformers loads it like any other model, so it converts, renames and ties the same weights as without a limit. Each tensor is
+    read lazily, and copied into a file as soon as it becomes a parameter.
 
     Arguments:
         auto_class: the class of transformers that finds the right one for a config.
@@ -43,7 +43,7 @@ def load_paged(
         scratch: folder for the files.
 
     Returns:
-        The model, and what transformers has to say about missing tensors.
+        The model, and the loading info of transformers (missing and mismatched keys).
 
     Raises:
         ArtefactError: the folder has no safetensors weights, or they are quantised.
@@ -67,17 +67,17 @@ def load_paged(
         loaded: Any = type(shapes).from_pretrained(
             None, config=config, state_dict=stored, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    model, told = loaded
+    model, info = loaded
     model.name_or_path = model.config.name_or_path = str(folder)
     if model.can_generate() and (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     model.pliant_pages = pages
     pages.watch(model)
-    return model, told
+    return model, info
 
 
 class _Stored:
-    """A tensor of a checkpoint that is read when it is needed, in the form in which transformers takes them."""
+    """A tensor of a checkpoint that is read when indexed: the interface by which transformers reads lazily."""
 
     def __init__(self, file: Path, name: str):
         self._file, self._name = file, name
@@ -88,24 +88,24 @@ class _Stored:
 
 
 def _check_plain(folder: Path) -> None:
-    """Refuse what is stored as codes that have to be decoded all at once, and what is more than a model."""
+    """Raise if the weights are quantised, which would have to be decoded all at once, or if a peft adapter lies beside them."""
     for of in parts_of(config_of(folder)):
         method = of.get("quantization_config") or of.get("compression_config")
         if method:
             name = method.get("quant_method", "unnamed") if isinstance(method, dict) else method
             raise ArtefactError(
-                f"{str(folder)!r} is quantised ({name}), and quantised weights are not read within a memory limit; load it without, or "
-                "give the model that it was made from"
+                f"{str(folder)!r} is quantised ({name}), and quantised weights are not read within a memory limit; load it without a "
+                "limit, or give the unquantised model"
             )
     if (folder / "adapter_config.json").exists():
         raise ArtefactError(
-            f"{str(folder)!r} holds a peft adapter beside the model, which is not read within a memory limit; load it without, or "
-            "give the model that it was made from"
+            f"{str(folder)!r} holds a peft adapter beside the model, which is not read within a memory limit; load it without a limit, "
+            "or give the base model"
         )
 
 
 def _check_limit(shapes: Any, stored: Mapping[str, Any], limit: int) -> None:
-    """Refuse a limit that is too low for the largest tensor: once, or where it is put together from others, as often as that takes."""
+    """Raise if the largest tensor does not fit the limit; a tensor that is assembled from others counts ``_COPIES`` times."""
     prefix = f"{shapes.base_model_prefix}."
     largest = 0
     for name, parameter in shapes.named_parameters():
@@ -113,12 +113,13 @@ def _check_limit(shapes: Any, stored: Mapping[str, Any], limit: int) -> None:
         largest = max(largest, parameter.nbytes * (1 if as_it_is else _COPIES))
     if largest > NEAR * limit:
         raise MemoryLimitError(
-            f"a limit of {size(limit)} cannot be held: the largest tensor of this model takes {size(largest)} while it is loaded"
+            f"a limit of {size(limit)} is too low: the largest tensor of this model takes {size(largest)} while it is loaded; "
+            f"that may be at most {NEAR:.0%} of the limit"
         )
 
 
 def save_paged(model: Any, pages: Pages, folder: Path, shard: int) -> None:
-    """The weights that ``save_pretrained`` writes, with no more than a shard in memory.
+    """Write the weights as ``save_pretrained`` does, with at most one shard in memory.
 
     Arguments:
         shard: bytes in a file at most, unless a tensor is larger.
@@ -139,7 +140,7 @@ def save_paged(model: Any, pages: Pages, folder: Path, shard: int) -> None:
 
 
 def _as_stored(model: Any, tensors: Mapping[str, torch.Tensor], pages: Pages) -> dict[str, torch.Tensor]:
-    """Tensors as checkpoints of this family name and divide them, a layer at a time."""
+    """Convert tensors back to the names and shapes in checkpoints of this family, a layer at a time."""
     from transformers.core_model_loading import revert_weight_conversion
 
     layers: dict[str, dict[str, torch.Tensor]] = {}
@@ -157,7 +158,7 @@ def _as_stored(model: Any, tensors: Mapping[str, torch.Tensor], pages: Pages) ->
 
 @contextmanager
 def _placed_in(pages: Pages) -> Iterator[None]:
-    """While inside, what this thread makes a parameter of a module is put into a file."""
+    """While inside, every parameter that this thread registers in a module is moved into a file."""
     thread = threading.get_ident()
 
     def place(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
@@ -177,7 +178,7 @@ def _placed_in(pages: Pages) -> Iterator[None]:
 
 @contextmanager
 def _one_after_the_other() -> Iterator[None]:
-    """While inside, transformers reads no tensor before the one before it has been placed."""
+    """While inside, transformers reads tensors one by one, each after the previous one was placed."""
     before = os.environ.get(_SEQUENTIAL)
     os.environ[_SEQUENTIAL] = "1"
     try:
@@ -190,12 +191,12 @@ def _one_after_the_other() -> Iterator[None]:
 
 
 def _stored(folder: Path) -> dict[str, _Stored]:
-    """Every tensor of a checkpoint, by its name there."""
+    """Tensor name -> lazily read tensor, for all tensors of a checkpoint."""
     stored: dict[str, _Stored] = {}
     for path in weight_files(folder, config_of(folder)):
         if path.suffix != ".safetensors":
             raise ArtefactError(
-                f"{str(folder)!r} has no safetensors weights; only those can be read within a memory limit"
+                f"{str(folder)!r} has no safetensors weights; a memory limit needs them, so save the model as safetensors first"
             )
         with safe_open(path, "pt") as file:
             stored |= {name: _Stored(path, name) for name in file.keys()}  # noqa: SIM118 - not a mapping
@@ -203,6 +204,6 @@ def _stored(folder: Path) -> dict[str, _Stored]:
 
 
 def _dtype_of(stored: Mapping[str, _Stored]) -> torch.dtype:
-    """The type of the first tensor that is not of whole numbers."""
+    """The dtype of the first floating-point tensor; torch's default if there is none."""
     dtypes = (tensor[...].dtype for tensor in stored.values())
     return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.get_default_dtype())

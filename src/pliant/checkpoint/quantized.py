@@ -39,7 +39,7 @@ def packed_formats(model: nn.Module) -> dict[str, int]:
 
 
 def packed_bytes(model: nn.Module) -> int:
-    """Bytes of all packed layers: what a token reads of them."""
+    """Bytes of all packed layers, each counted once: these are read for every token."""
     return sum({id(m.packed): m.packed.numel() for m in model.modules() if isinstance(m, Packed)}.values())
 
 
@@ -55,8 +55,8 @@ def held_bytes(model: nn.Module) -> int:
 
 
 def record_packed(model: Any, cache: Mapping[str, Any]) -> None:
-    """Make the config of a transformers model say which of its layers are packed, and how its caches keep tokens. In any other
-    module the transformers models in it are seen to; it has no config of its own.
+    """Record in a transformers model's config which of its layers are packed, and how its caches keep tokens. In any other module,
+    do so for the transformers models inside it.
     """
     if not isinstance(model, PreTrainedModel):
         for child in model.children():
@@ -79,17 +79,19 @@ def record_packed(model: Any, cache: Mapping[str, Any]) -> None:
 
 
 def make_room(model: Any, packing: Any) -> None:
-    """Put empty packed layers where the linear ones are, before weights are loaded.
+    """Replace linear layers by empty packed layers, before weights are loaded.
 
     Arguments:
-        packing: the :class:`PackedConfig` that the model's config has. Where it came from that of the text model inside, its names
-            are completed to those of the whole, and the whole config alone has it from then on.
+        packing: the :class:`PackedConfig` of the model's config. If it came from the config of the text model inside, its names are
+            extended to those of the whole model, and it is removed from the text config.
 
     Raises:
-        ArtefactError: another version, or a layer that is no linear one.
+        ArtefactError: the version is unknown, or a listed layer is not linear.
     """
     if packing.version != VERSION:
-        raise ArtefactError(f"packed layers of version {packing.version}; this pliant knows version {VERSION}")
+        raise ArtefactError(
+            f"the packed layers have version {packing.version}, this pliant reads version {VERSION}; use the pliant that wrote them"
+        )
     _complete(model, packing)
     placed: dict[int, Packed] = {}
     for name, entry in packing.modules.items():
@@ -101,7 +103,9 @@ def make_room(model: Any, packing: Any) -> None:
             continue  # the same layer under another name, which is replaced already
         if id(layer) not in placed:
             if not is_linear(layer):
-                raise ArtefactError(f"{name!r} is said to be packed, but is {type(layer).__name__}, no linear layer")
+                raise ArtefactError(
+                    f"config.json lists {name!r} as packed, but it is {type(layer).__name__}, not a linear layer"
+                )
             rows, columns = sizes_of(layer)
             weight = torch.empty(entry["bytes"], dtype=torch.uint8, device="meta")
             bias = None if layer.bias is None else torch.empty(rows, device="meta")
@@ -112,7 +116,7 @@ def make_room(model: Any, packing: Any) -> None:
 
 
 def _complete(model: Any, packing: Any) -> None:
-    """transformers takes the entry of a text model that was packed by itself for one of the whole model."""
+    """Extend the names of a text model that was packed by itself: transformers applies its entry to the whole model."""
     text: Any = model.config.get_text_config(decoder=True)
     if text is model.config or "quantization_config" not in vars(text):
         return
@@ -123,7 +127,7 @@ def _complete(model: Any, packing: Any) -> None:
 
 
 def _untie(model: Any, modules: Collection[str]) -> bool:
-    """Have transformers tie no packed weight to another (an embedding, which stays); whether it would have."""
+    """Remove packed weights from transformers' tied weights; return whether any was tied (to an embedding, which stays)."""
     packed = {*modules}
 
     def stays(key: str, source: str) -> bool:

@@ -1,11 +1,11 @@
 """Per-layer shapes in config.json, in transformers' own vocabulary: ``per_layer_config`` with ``skip``.
 
 A layer that differs from the rest is written as ``{"intermediate_size": 5888}``; a removed block as ``{"skip": ["mlp"]}``
-together with a guard: transformers alone reads ``skip`` nowhere and would build the block with random weights; an override of
-what it reads makes it refuse instead. See :func:`pliant.anatomy.guards`.
+together with a guard: transformers alone ignores ``skip`` and would build the block with random weights; an override of
+a key that it reads makes it refuse instead. See :func:`pliant.anatomy.guards`.
 
-Entries that the dense model had, of a family with a per-layer part of its own, stay in; ``pliant_dense_layers`` keeps them as
-they were, and says by being there that pliant wrote the rest.
+Some dense families have per-layer entries of their own. pliant merges its entries into them. ``pliant_dense_layers`` keeps the
+dense entries, and its presence marks a config that pliant wrote.
 """
 
 from __future__ import annotations
@@ -98,23 +98,22 @@ def write(model: Any) -> None:
     if asked_for:
         setattr(config, _ALLOW, True)
         return
-    if (
-        overrides or cut_before
-    ):  # left over from an earlier cut, it would let transformers alone build what is gone by now
+    if overrides or cut_before:
+        # left over from an earlier cut, it would let transformers alone build the removed blocks
         vars(config).pop(_ALLOW, None)
     if any("skip" in entry for entry in overrides.values()) and isinstance(model, PreTrainedModel):
         _prove_refusal(model)
 
 
 as_transformers_alone: ContextVar[bool] = ContextVar("as_transformers_alone", default=False)
-"""While it is true, models are built as where pliant is not there."""
+"""While it is true, models are built as by transformers without pliant."""
 
 
 def _prove_refusal(model: PreTrainedModel) -> None:
-    """Have transformers alone build a model from the config of a cut one, on no memory; it has to refuse.
+    """Check that transformers alone refuses to build the cut model from its config; it is built on the meta device.
 
     Raises:
-        ArchitectureError: it builds one: what the guards override is not read when a model is built.
+        ArchitectureError: it builds one, because it does not read the guard keys.
     """
     token = as_transformers_alone.set(True)
     try:
@@ -134,7 +133,7 @@ def _prove_refusal(model: PreTrainedModel) -> None:
 
 
 def cuts_in(config: Any) -> Iterator[Any]:
-    """A config, if it says what the whole model was cut to, and those of its parts whose layers were cut."""
+    """The configs that describe a cut: the config itself, if it records the shapes of the whole model, and nested ones."""
     if getattr(config, RECORD, None):
         yield config
     yield from (part for part in _cut_by_layer(config) if part is not config or not getattr(config, RECORD, None))
@@ -148,10 +147,11 @@ def _cut_by_layer(config: Any) -> Iterator[Any]:
 
 
 def uncut(config: Any) -> tuple[Any, list[tuple[Any, Any]]]:
-    """The dense model's config, in every part of it. A record of shapes in a part is left to the model that it is of.
+    """The dense model's config, with nested configs made dense as well. Shape records in nested configs are left alone: the model
+    of the nested config reads them.
 
     Returns:
-        It, and pairs of what had to be copied for that: the copy, and the config or the part of it that it is a copy of.
+        The dense config, and a list of pairs ``(copy, original)`` of all configs that were copied.
     """
     plain = plain_config(config)
     pairs = [(plain, config)]
@@ -178,9 +178,9 @@ def shape_model(model: nn.Module, config: Any) -> None:
         config: the model's, or the part of it that describes these layers.
 
     Raises:
-        ArchitectureError: no architecture file describes the family, or the model has no layers where it says they are: of
-            a class that does not hold them, say.
-        ArtefactError: the config says something of a layer that is not known here.
+        ArchitectureError: no architecture file describes the family, or the model has no layers at the path in that file, for
+            example because its class does not hold them.
+        ArtefactError: the config has an unknown entry for a layer.
     """
     if recorded := getattr(config, RECORD, None):
         shape_by(model, recorded)
@@ -193,7 +193,7 @@ def shape_model(model: nn.Module, config: Any) -> None:
 
 
 def _check_entries(config: Any, architecture: Architecture) -> None:
-    """Refuse what would be passed over: keys that say nothing here, blocks that the family does not have."""
+    """Raise for entries that would have no effect: unknown keys, and blocks that the family does not have."""
     plain = plain_config(config)
     dense = entries_of(plain)
     kinds = [spec.kind for spec in architecture.blocks]
@@ -201,8 +201,8 @@ def _check_entries(config: Any, architecture: Architecture) -> None:
         known = known_keys(architecture, layer_config(plain, layer)) | {"skip", *dense.get(layer, ())}
         if unknown := sorted(set(entry) - known):
             raise ArtefactError(
-                f"per_layer_config says {unknown[0]!r} of layer {layer}, which neither transformers nor pliant would heed when "
-                f"it builds a {config.model_type} model; known are {', '.join(sorted(known))}"
+                f"per_layer_config sets {unknown[0]!r} of layer {layer}, which has no effect in a {config.model_type} model; "
+                f"allowed are {', '.join(sorted(known))}"
             )
         if unknown := sorted(set(entry.get("skip", ())) - {*kinds}):
             raise ArtefactError(
@@ -220,8 +220,8 @@ def _shape_layer(layer: nn.Module, index: int, layers: list[Any], architecture: 
         for leader, units in kept.items():
             if not 1 <= units <= block.axes[leader].size:
                 raise ArtefactError(
-                    f"per_layer_config says that {block.name} has {units} {leader}; of {block.axes[leader].size} that the "
-                    "model has, 1 or more can be kept"
+                    f"per_layer_config gives {block.name} {units} {leader}; the dense model has {block.axes[leader].size}, so "
+                    f"it must be between 1 and {block.axes[leader].size}"
                 )
         shrink(layer, block, kept)
         if block.spec.slot:

@@ -27,10 +27,8 @@ app = typer.Typer(
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object instead of tables; progress as JSON lines on stderr.")
 ]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for what is stored.")]
-Device = Annotated[
-    str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto: cuda where there is one, else mps, else cpu.")
-]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the stored dtype.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto: cuda if there is one, else mps, else cpu.")]
 Model = Annotated[str, typer.Argument(help="A model folder, a .gguf file, or the id of a model on a hub.")]
 
 
@@ -40,7 +38,7 @@ def main() -> None:
         app()
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer turns Ctrl-C into this before it gets here
-            _say("interrupted; what was evaluated is kept, the same command goes on from there")
+            _say("interrupted; finished evaluations are saved, run the same command to resume")
         raise
     except BusyError as error:
         _fail(str(error), 3)
@@ -73,7 +71,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Show what the libraries below have to say.")
+        bool, typer.Option("--verbose", "-v", help="Show the log messages of the libraries below.")
     ] = False,
 ) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
@@ -177,7 +175,7 @@ def compress(
     limit: Annotated[int, typer.Option(help="Questions of each file at most.")] = 200,
     speed: Annotated[bool, typer.Option(help="Time both models in turn at the end, and measure their memory.")] = True,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Show the replies of both models to this; repeatable.")
+        list[str] | None, typer.Option(help="Show both models' replies to this prompt; repeatable.")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is in the folder.")] = False,
     memory: Annotated[
@@ -192,7 +190,7 @@ def compress(
 ) -> None:
     """Make a model smaller: search, cut, measure, and write a folder that transformers loads.
 
-    Interrupted work is kept beside the output folder; the same command goes on from there.
+    Interrupted work is kept beside the output folder; the same command resumes it.
     """
     from pliant.cli.settings import NEEDED, known_subnet, recipe
     from pliant.cli.show import show_report
@@ -243,9 +241,7 @@ def evaluate(
             help="Another model: measure it too, print the difference and how sure it is, and the KL divergence from it.",
         ),
     ] = "",
-    seqlen: Annotated[
-        int, typer.Option(help="Tokens in a window; as many as the model has positions where these are fewer.")
-    ] = 2048,
+    seqlen: Annotated[int, typer.Option(help="Tokens per window; at most the model's number of positions.")] = 2048,
     windows: Annotated[int | None, typer.Option(help="Windows of each text at most.")] = None,
     limit: Annotated[int | None, typer.Option(help="Questions of each task at most.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens at most in a generated answer.")] = 256,
@@ -292,7 +288,7 @@ def bench(
     prompt: Annotated[
         int | None,
         typer.Option(
-            help="Tokens in the prompt; 256 when left out (128 with --formats), or as many as the model has room for."
+            help="Tokens in the prompt; by default 256 (128 with --formats), or as many as the model has positions for."
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens decoded.")] = 32,
@@ -314,9 +310,11 @@ def bench(
     from pliant.measure.speed import bench as measure
 
     if (formats and (against or batch != 1)) or (perplexity and not formats):
-        raise PliantError("--formats compares one model with itself, a sequence at a time; --perplexity goes with it")
+        raise PliantError(
+            "--formats times one model in batches of 1; leave out --against and --batch, and give --perplexity only with --formats"
+        )
     if formats and device not in ("cpu", "auto"):
-        raise PliantError("--formats packs the model, and packed layers run on the CPU; leave --device out")
+        raise PliantError("--formats packs the model, and packed layers run on the CPU; leave out --device")
     if formats:
         from pliant.progress import Console, Events
         from pliant.run.formats import compare_formats
@@ -364,9 +362,9 @@ def generate(
     tokenizer = tokenizer_of(loaded)
     torch.manual_seed(seed)
     if chat and not tokenizer.chat_template:
-        raise PliantError(f"{model} has no chat template; leave --chat out")
+        raise PliantError(f"{model} has no chat template; leave out --chat")
     if tokens < 1:
-        raise PliantError(f"--tokens must be at least 1, it is {tokens}")
+        raise PliantError(f"--tokens must be at least 1, not {tokens}")
     if not prompt:
         raise PliantError("the prompt is empty; give the model something to continue")
     if chat:
@@ -400,7 +398,7 @@ def export(
     from pliant.run.save import save
 
     if to != "homogeneous":
-        raise PliantError(f"there is no export {to!r}; there is homogeneous")
+        raise PliantError(f"unknown export {to!r}; choose homogeneous")
     _print(f"wrote {save(homogeneous(load(model, dtype=dtype, device=device)), out, overwrite=overwrite)}")
 
 

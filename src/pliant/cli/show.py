@@ -185,7 +185,7 @@ def show_formats(found: dict[str, Any]) -> None:
     for name, row in rows.items():
         if row.get("native") is False:
             _print(f"{name} runs layer by layer: {row['why_not_native']}")
-    pays = [f"{form} from {at:.0%} zeros on" for form, at in found["break_even"].items() if at <= 1]
+    pays = [f"{form} from {at:.0%} zeros" for form, at in found["break_even"].items() if at <= 1]
     _print(f"Leaving zeros out is faster here: {', '.join(pays) or 'in no format'}. Kernels: {found['kernels']}.")
     _print(f"Take {found['recommended']}.")
 

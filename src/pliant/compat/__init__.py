@@ -1,4 +1,4 @@
-"""The only place where pliant changes another package, takes the place of its classes, or uses a private name of it.
+"""The only place where pliant patches another package, subclasses its internals, or uses its private names.
 
-Every such thing has a test that the versions in use still bear it.
+Each of these has a test against the package versions in use.
 """

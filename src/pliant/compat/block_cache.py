@@ -1,7 +1,7 @@
-"""A key-value cache of transformers that keeps :class:`pliant.runtime.cache.Blocks`.
+"""A transformers key-value cache that stores :class:`pliant.runtime.cache.Blocks`.
 
-It takes the place of any cache: ``model.generate(..., past_key_values=pliant.BlockCache(...))``. A stock model gets all keys and
-values back as tensors at every step; a native run attends to the blocks as they are.
+It is passed like any cache: ``model.generate(..., past_key_values=pliant.BlockCache(...))``. A stock model gets all keys and
+values back as tensors at every step; a native run attends to the blocks directly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pliant.runtime.cache import Blocks, Keeping
 
 
 class BlockLayer(CacheLayerMixin):
-    """Keys and values of one layer. Those of a batch are heads beside each other."""
+    """Keys and values of one layer. The sequences of a batch are stored as additional heads."""
 
     is_compileable = False
     is_croppable = True
@@ -30,10 +30,10 @@ class BlockLayer(CacheLayerMixin):
         self.batch = 1
 
     def open(self, batch: int, heads: int, width: int) -> Blocks:
-        """The blocks, made at the first token.
+        """The blocks of this layer, created at the first token.
 
         Raises:
-            PackedError: they hold another number of sequences, or heads of another number or width.
+            PackedError: they hold another number of sequences or heads, or heads of another width.
         """
         if self.blocks is None:
             self.blocks = Blocks(self.keeping, batch * heads, width)
@@ -41,18 +41,18 @@ class BlockLayer(CacheLayerMixin):
             self.is_initialized = True
         elif (self.batch, self.blocks.heads, self.blocks.width) != (batch, batch * heads, width):
             raise PackedError(
-                f"this cache holds {self.batch} sequence(s) with {self.blocks.heads // self.batch} heads of {self.blocks.width}; "
-                f"{batch} with {heads} heads of {width} cannot be added"
+                f"this cache holds {self.batch} sequence(s) with {self.blocks.heads // self.batch} heads of width "
+                f"{self.blocks.width}; {batch} with {heads} heads of width {width} cannot be added; use a new cache"
             )
         return self.blocks
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Arguments: shape ``(batch, heads, tokens, width)`` each."""
+        """Create the blocks for keys and values of shape ``(batch, heads, tokens, width)`` each."""
         self._open_for(key_states, value_states)
 
     def _open_for(self, key_states: torch.Tensor, value_states: torch.Tensor) -> Blocks:
         if value_states.shape != key_states.shape:
-            raise PackedError("keys and values of different shapes are not kept in blocks")
+            raise PackedError("a BlockCache needs keys and values of equal shape; use the model's own cache")
         self.dtype, self.device = key_states.dtype, key_states.device
         return self.open(key_states.shape[0], key_states.shape[1], key_states.shape[3])
 
@@ -76,9 +76,9 @@ class BlockLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add tokens and return all there are, as attention in transformers wants them.
+        """Add tokens and return all keys and values, as attention in transformers expects them.
 
-        The tokens of a call see each other, and what is not packed by then, as they are.
+        The new tokens, and those not packed yet, are returned exactly.
         """
         self._open_for(key_states, value_states)
         before = self.read()
@@ -88,7 +88,7 @@ class BlockLayer(CacheLayerMixin):
         return keys, values
 
     def bytes(self) -> int:
-        """Bytes that keys and values take."""
+        """Bytes of the keys and values."""
         return 0 if self.blocks is None else self.blocks.bytes()
 
     def get_seq_length(self) -> int:
@@ -101,7 +101,7 @@ class BlockLayer(CacheLayerMixin):
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget so many tokens at the end, given below 0; above 0 it is the number of tokens that stay (until 5.14)."""
+        """Drop the last ``-tokens_to_remove`` tokens; a positive number is the number of tokens to keep (transformers 5.14)."""
         if self.blocks is not None and tokens_to_remove:
             left = tokens_to_remove if tokens_to_remove > 0 else self.blocks.length() + tokens_to_remove
             self.blocks.crop(max(0, left))
@@ -120,33 +120,33 @@ class BlockLayer(CacheLayerMixin):
         self._again(lambda states: states.repeat_interleave(repeats, 0))
 
     def _again(self, change: Any) -> None:
-        """Rebuild from other rows of the batch."""
+        """Rebuild the blocks from changed rows of the batch."""
         if self.blocks is not None:
             keys, values = self.read()
             self.reset()
             self.append(change(keys), change(values))
 
     def offload(self) -> None:
-        """It is where it belongs."""
+        """Do nothing: the blocks stay in CPU memory."""
 
     prefetch = offload
 
 
 def may_be_blocks(layer: Any) -> bool:
-    """Whether a layer of a cache keeps keys and values and nothing else, so that a :class:`BlockLayer` can take its place."""
+    """Whether a cache layer holds only keys and values, so that a :class:`BlockLayer` can replace it."""
     return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class BlockCache(Cache):
-    """A cache of :class:`BlockLayer` for ``generate`` of any decoder. A layer that keeps another state than keys and values, such
-    as that of a convolution, keeps it as transformers does.
+    """A key-value cache in blocks for ``generate`` of any decoder. Layers with another state, such as convolutions, keep it as in
+    transformers.
 
     Arguments:
-        config: the model's config, for the layers.
+        config: the model's config, which describes the layers.
         keeping: settings of :class:`Keeping`: ``format``, ``key_sparsity``, ``value_sparsity``, ``recent``, ``first``.
 
     Raises:
-        PackedError: a setting is out of range, or no layer keeps keys and values alone.
+        PackedError: a setting is out of range, or no layer holds only keys and values.
     """
 
     def __init__(self, config: Any, **keeping: Any):
@@ -155,10 +155,10 @@ class BlockCache(Cache):
         if not any(isinstance(layer, BlockLayer) for layer in layers):
             kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
             raise PackedError(
-                f"no layer of {config.model_type} keeps keys and values alone (they are {kinds}); use the model's own cache"
+                f"no cache layer of {config.model_type} holds only keys and values (they are {kinds}); use the model's own cache"
             )
         super().__init__(layers=layers)
 
     def bytes(self) -> int:
-        """Bytes that the keys and values in blocks take."""
+        """Bytes of the keys and values in blocks."""
         return sum(layer.bytes() for layer in self.layers if isinstance(layer, BlockLayer))

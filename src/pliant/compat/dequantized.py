@@ -1,8 +1,8 @@
-"""A model that was dequantised while it was loaded is saved as what it is by then: in bfloat16, say, and not in FP8.
+"""Save a model that was dequantised at load in its current dtype, for example bfloat16 and not FP8.
 
-transformers remembers in ``_weight_conversions`` what it did to the weights of a checkpoint and undoes it when it saves. Up to
-5.23 that goes for the dequantisation, too: codes and scales are written as weights, with a config that names no quantisation,
-and the folder loads as noise. 5.24 forgets the conversions together with the quantization config. So does every version then.
+transformers records in ``_weight_conversions`` how it converted the weights of a checkpoint, and reverts that when it saves. Up to
+5.23 it also reverts the dequantisation: codes and scales are written as weights, the config names no quantisation, and the folder
+loads as noise. 5.24 deletes the conversions together with the quantization config. This patch makes older versions do so, too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _CONVERSIONS = "_weight_conversions"
 
 
 def forget_with_the_config(module: ModuleType) -> None:
-    """Have every quantiser forget the conversions of a model's weights when it removes the quantization config."""
+    """Make every quantiser delete a model's weight conversions when it removes the quantization config."""
     remove = module.HfQuantizer.remove_quantization_config
 
     @functools.wraps(remove)

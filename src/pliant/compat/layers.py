@@ -1,10 +1,10 @@
 """``import pliant`` is all it takes for ``AutoModelForCausalLM.from_pretrained`` to rebuild per-layer shapes.
 
-transformers reads ``per_layer_config`` into its configs since 5.14 and builds no model from what pliant writes there (checked:
-5.14 to 5.24): it refuses such a config. Until it does, the constructors of a family's model classes are wrapped when its
-modeling file is imported: the outermost one builds the model full-size (on no memory at all inside ``from_pretrained``) from
-the dense model's config, in every part of it, and has it cut. For any other config the wrapper only calls the original; so it does for families that
-transformers builds from a per-layer part of their own (Gemma 4). The official registry of stand-in classes
+Since 5.14 transformers reads ``per_layer_config`` into its configs, but builds no model from pliant's entries (checked: 5.14 to
+5.24): it refuses such a config. Until it does, the constructors of a family's model classes are wrapped when its modeling file is
+imported. The outermost one builds the full-size model from the dense config (on the meta device inside ``from_pretrained``) and
+then cuts it. For any other config the wrapper only calls the original, also for families that transformers builds from
+per-layer entries of their own (Gemma 4). The official registry of stand-in classes
 (``transformers.monkey_patching``) would do for layers that know their number, but with anything registered each load of any
 model walks every name of the package first: 0.6 s, where loading a tiny model takes 0.03 s (``benchmarks/load_tax.py``).
 """
@@ -20,8 +20,7 @@ _MARK = "_pliant_shapes_layers"
 
 
 def wrap_models(module: ModuleType) -> None:
-    """Wrap the constructors of the model classes that a modeling file defines, those that take a config alone, and its
-    auxiliary loss of experts."""
+    """Wrap the constructors of a modeling file's model classes, if they take only a config, and its auxiliary loss of experts."""
     for name, model_class in list(vars(module).items()):
         own = isinstance(model_class, type) and model_class.__module__ == module.__name__
         whole = name.endswith("Model") or "For" in name
@@ -46,14 +45,13 @@ def _shaping(original: Callable[..., None]) -> Callable[..., None]:
         dense, pairs = uncut(config)
         before = [dict(vars(plain)) for plain, _ in pairs]
         original(self, dense, *args, **kwargs)
-        for (plain, own), known in zip(
-            pairs, before, strict=True
-        ):  # what a constructor settled: the attention implementation
+        for (plain, own), known in zip(pairs, before, strict=True):
+            # copy back the values that a constructor set, such as the attention implementation
             vars(own).update({key: value for key, value in vars(plain).items() if known.get(key, known) is not value})
         owns = {id(plain): own for plain, own in pairs}
         for module in self.modules():
-            # later changes of the model's config must reach its layers; but what is only computed from a config (the angles of
-            # rotary positions), and computed again when weights are loaded, is that of the dense model
+            # later changes of the model's config must reach its layers; but modules with only values computed from a config (rotary
+            # angles), which are computed again when weights are loaded, keep the dense config
             computed = module._non_persistent_buffers_set and not module._parameters and not module._modules
             if id(getattr(module, "config", None)) in owns and not computed:
                 module.config = owns[id(module.config)]
@@ -66,7 +64,7 @@ def _shaping(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _may_be_cut(config: Any) -> bool:
-    """Whether a config, or a part of it, has a record of shapes or a per-layer part; to find that out, nothing is imported."""
+    """Whether a config, or one nested in it, has a shape record or per-layer entries; imports nothing."""
     if getattr(config, "pliant_shapes", None) or getattr(config, "is_heterogeneous", False):
         return True
     parts = (getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())
@@ -74,13 +72,13 @@ def _may_be_cut(config: Any) -> bool:
 
 
 def _balancing(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The auxiliary loss of experts, for layers that have lost some of theirs.
+    """The auxiliary loss of experts, for models whose layers have different numbers of experts.
 
-    transformers puts the routers of all layers into one tensor. Here those with as many experts are; of the losses of such
-    groups, the mean over layers is taken. With experts alike in all layers it is the original, for their number.
+    transformers concatenates the router logits of all layers. Here only those with the same number of experts are concatenated, and
+    the losses are averaged over the layers. With the same number in all layers the original is called.
     """
 
-    import torch  # whoever has such a loss has imported it
+    import torch  # a modeling file with such a loss has imported it already
 
     @functools.wraps(original)
     def balance(gate_logits: Any, num_experts: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Have the layers of a transformers model run in one native call, wherever that computes the same.
+"""Run the layers of a transformers model in one native call, if that computes the same.
 
-The base of a packed model gets a subclass of its own class. Its ``forward`` hands all layers to :mod:`pliant.runtime.decoder` when
-every argument is known, when nothing on the way is observed or replaced (hooks, adapters, other weights), in evaluation and
-without gradients. Everything else is computed by the class of transformers, layer by layer, with the same packed weights.
+The base of a packed model gets a subclass of its own class. Its ``forward`` passes all layers to :mod:`pliant.runtime.decoder` if
+every argument is known, no module is hooked or replaced, and the model is in evaluation mode without gradients. Otherwise the class
+of transformers computes layer by layer, with the same packed weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.output_capturing import _active_collector
 
 from pliant.compat.block_cache import BlockLayer, may_be_blocks
-from pliant.compat.plan import Plan, UnlikeError, read, watch_of
+from pliant.compat.plan import NativePlan, UnlikeError, read_plan, watch_of
 from pliant.compat.watch import Watch
 from pliant.errors import ArchitectureError, PackedError
 from pliant.runtime.cache import Blocks, Keeping, per_token
@@ -27,34 +27,31 @@ from pliant.runtime.library import library
 from pliant.runtime.linear import Packed
 from pliant.runtime.threads import threads, torch_on_all, torch_on_one
 
-NUDGE = 1e-6  # what rounding does; 8-bit activations make more of it, so it is measured how much
-AGREEMENT = 1e-3  # of hidden states, beside that
-TRIED = 16  # tokens that both ways are tried on
+NUDGE = 1e-6  # relative input perturbation of the size of rounding, to measure how much 8-bit activations amplify it
+AGREEMENT = 1e-3  # allowed relative difference of hidden states, besides the amplified rounding
+TRIED = 16  # tokens on which native and transformers' code are compared
 CACHE = ("cache", "past_key_values")  # names of one argument: since 5.24 of transformers, and before
-KNOWN = {  # arguments of forward that a native run accounts for
+KNOWN = {  # arguments of forward that a native run handles
     *("input_ids", "attention_mask", "position_ids", *CACHE, "inputs_embeds", "use_cache"),
     *("cache_position", "return_dict", "output_attentions", "output_hidden_states"),
 }
-CALLED = (
-    "logits_processor",
-    "stopping_criteria",
-)  # arguments of generate: lists of functions that it calls at every token
-BRING = ("assistant_model", "custom_generate")  # arguments that bring a loop or a model of their own
+CALLED = ("logits_processor", "stopping_criteria")  # arguments of generate: lists of functions called at every token
+BRING = ("assistant_model", "custom_generate")  # arguments of generate that add a model or a loop of their own
 
 
 class Native:
-    """What is put before a base model's own class.
+    """Mixin placed before a base model's own class.
 
     Attributes:
         arguments: names of the arguments of forward, in order.
-        cache_word: how this transformers calls the cache, as an argument and in an output.
+        cache_word: this transformers' name for the cache, as an argument and in an output.
     """
 
     arguments: ClassVar[tuple[str, ...]] = ()
     cache_word: ClassVar[str] = ""
 
     def __reduce__(self: Any) -> Any:
-        """A copy, or what is unpickled, makes a native decoder of its own."""
+        """Pickle without the native decoder; a copy or unpickled model makes its own."""
         state = {name: value for name, value in vars(self).items() if name != "_pliant_native"}
         return _empty, (type(self).__mro__[2],), state
 
@@ -64,7 +61,7 @@ class Native:
 
 @functools.cache
 def native_class(own: type) -> type:
-    """A base model's class whose forward pass is one native call where that can be."""
+    """A subclass of a base model's class whose forward pass is one native call if possible."""
     stock: Any = own.forward  # pyright: ignore[reportAttributeAccessIssue]
     arguments = tuple(inspect.signature(stock).parameters)[1:]
     word = next(word for word in CACHE if word in arguments)
@@ -89,7 +86,7 @@ def _empty(own: type) -> Any:
 
 
 def _known(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """The arguments of a call that are given, by name. None when one of them, or what is about, is not known."""
+    """The given arguments of a call, by name; None if an argument or the surrounding state rules out a native run."""
     if len(args) > len(base.arguments):
         return None
     given = {**dict(zip(base.arguments, args, strict=False)), **kwargs}
@@ -108,7 +105,7 @@ def _known(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
 
 
 def _observed() -> bool:
-    """Whether somebody counts, records or changes operations of torch or outputs of modules."""
+    """Whether a torch mode, a transform, tracing or a global hook observes or changes operations."""
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
@@ -121,7 +118,7 @@ def _observed() -> bool:
 
 
 def _run(base: Any, given: Mapping[str, Any]) -> Any:
-    """One native pass; None, and no token is added to a cache, where it would not compute the same."""
+    """One native pass; None, without adding tokens to the cache, if it would not compute the same."""
     plan = plan_of(base)
     if plan is None:
         return None
@@ -141,7 +138,7 @@ def _run(base: Any, given: Mapping[str, Any]) -> Any:
         return None
     positions = given.get("position_ids", here[None])
     if positions.dim() != 2 or positions.shape[1] != tokens or not bool((positions.diff() == 1).all()):
-        return None  # several sequences in a row, which do not see each other
+        return None  # several sequences in one row, which must not attend to each other
     if embeds is None:
         embeds = base.get_submodule(plan.words.embedding)(given["input_ids"])
     stream = embeds.to(torch.float32, copy=True).contiguous()
@@ -156,16 +153,16 @@ def _run(base: Any, given: Mapping[str, Any]) -> Any:
 
 
 def _renamed(kwargs: dict[str, Any], word: str) -> dict[str, Any]:
-    """Arguments with the cache under the name that this transformers has for it; as they are where both names are given."""
+    """Arguments with the cache under this transformers' name for it; unchanged if both names are given."""
     other = CACHE[1 - CACHE.index(word)]
     if other not in kwargs or word in kwargs:
         return kwargs
     return {word if name == other else name: value for name, value in kwargs.items()}
 
 
-def _in_blocks(cache: Any, base: Any, plan: Plan) -> bool:
-    """Whether a cache keeps blocks of one sequence; an empty dynamic one, as ``generate`` makes it, is made to, in the way that
-    the model's config says."""
+def _in_blocks(cache: Any, base: Any, plan: NativePlan) -> bool:
+    """Whether a cache stores blocks of one sequence. An empty dynamic cache, as ``generate`` creates it, is converted to blocks with
+    the settings in the model's config."""
     layers = getattr(cache, "layers", [])
     if len(layers) <= max(slot for slot in plan.slots if slot is not None):
         return False
@@ -180,8 +177,8 @@ def _in_blocks(cache: Any, base: Any, plan: Plan) -> bool:
     return True
 
 
-def _kept_in(cache: Any, plan: Plan) -> list[Blocks | None]:
-    """Where each layer keeps its tokens: in a cache, or, without one, only as long as the pass takes."""
+def _kept_in(cache: Any, plan: NativePlan) -> list[Blocks | None]:
+    """The blocks of each layer: those of a cache, or temporary ones without a cache."""
     kept: list[Blocks | None] = []
     for slot, heads in zip(plan.slots, plan.decoder.heads, strict=True):
         layer = BlockLayer() if cache is None or slot is None else cache.layers[slot]
@@ -190,13 +187,13 @@ def _kept_in(cache: Any, plan: Plan) -> list[Blocks | None]:
 
 
 def _keeping(base: Any) -> Keeping:
-    """How the caches that a model makes itself keep their tokens."""
+    """The block settings in a model's config, for caches that ``generate`` creates."""
     return Keeping(**getattr(getattr(base.config, "quantization_config", None), "cache", {}))
 
 
-def plan_of(base: Any) -> Plan | None:
-    """How a base model is run natively as it is now; None where it is not. Read again after whatever it relies on has changed."""
-    known: tuple[Plan | None, Watch] | None = vars(base).get("_pliant_native")
+def plan_of(base: Any) -> NativePlan | None:
+    """The plan of a base model's native run in its current state; None if it has none. The plan is remade after a change."""
+    known: tuple[NativePlan | None, Watch] | None = vars(base).get("_pliant_native")
     if known is None or not known[1].unchanged():
         known = _read(base)
     plan, watch = known
@@ -205,10 +202,10 @@ def plan_of(base: Any) -> Plan | None:
     return plan
 
 
-def _read(base: Any) -> tuple[Plan | None, Watch]:
+def _read(base: Any) -> tuple[NativePlan | None, Watch]:
     watch = watch_of(base)
     try:
-        known = read(base, watch), watch
+        known = read_plan(base, watch), watch
     except (UnlikeError, ArchitectureError, PackedError, AttributeError):
         known = None, watch
     base._pliant_native = known
@@ -216,17 +213,17 @@ def _read(base: Any) -> tuple[Plan | None, Watch]:
 
 
 def run_natively(model: nn.Module) -> str:
-    """Have the base of a packed model run natively, if it is of the kind that can be: both ways are tried on a few tokens, at the
-    beginning and at the end of its context, and a few are generated.
+    """Make the base of a packed model run natively if it can. Native and transformers' code are compared on a few tokens at the
+    beginning and at the end of the context, and by generating a few tokens.
 
     Returns:
-        Why not, or nothing.
+        The reason why it cannot, or an empty string.
     """
     base: Any = getattr(model, "base_model", model)
     if library() is None:
         return "there are no kernels"
     if not hasattr(base, "config"):
-        return "it is no model of transformers"
+        return "it is not a transformers model"
     if isinstance(base, Native):
         return "" if plan_of(base) is not None else "its layers are no longer those that were packed"
     own, was_training = type(base), base.training
@@ -234,7 +231,7 @@ def run_natively(model: nn.Module) -> str:
     agreed = False
     try:
         watch = watch_of(base)
-        plan = read(base, watch)
+        plan = read_plan(base, watch)
         expected = [_try(base, start) for start in _starts(base)]
         nudged = [_try(base, start, 1 + NUDGE) for start in _starts(base)]
         base.__class__ = native_class(own)
@@ -257,19 +254,19 @@ def run_natively(model: nn.Module) -> str:
 
 
 def how_it_runs(model: nn.Module) -> dict[str, Any]:
-    """Of a packed model: ``native``, whether all its layers run in one call, and ``why_not_native``."""
+    """Of a packed model: ``native``, whether all its layers run in one native call, and ``why_not_native``, the reason if not."""
     why_not = run_natively(model)
     return {"native": not why_not, "why_not_native": why_not}
 
 
 def _starts(base: Any) -> list[int]:
-    """Positions that are tried: the first, and the last ones that the model was made for."""
+    """The positions to compare at: the first, and the last of the model's context."""
     return sorted({0, max(0, getattr(base.config, "max_position_embeddings", 0) - TRIED)})
 
 
 @torch.inference_mode()
 def _try(base: Any, start: int, factor: float = 1.0) -> torch.Tensor:
-    """Hidden states of a few tokens, computed in float32."""
+    """Hidden states of ``TRIED`` tokens from position ``start``, computed in float32; ``factor`` scales the embeddings."""
     embedding = base.get_input_embeddings()
     ids = torch.arange(TRIED).view(1, -1) * 97 % embedding.weight.shape[0]
     positions = torch.arange(start, start + TRIED)[None]
@@ -277,8 +274,8 @@ def _try(base: Any, start: int, factor: float = 1.0) -> torch.Tensor:
     return base(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
 
 
-def _ran(plan: Plan, passes: int, compute: Callable[[], Any]) -> Any:
-    """The result of what has to run natively.
+def _ran(plan: NativePlan, passes: int, compute: Callable[[], Any]) -> Any:
+    """The result of ``compute``, which must make ``passes`` native passes.
 
     Raises:
         UnlikeError: it did not.
@@ -286,24 +283,24 @@ def _ran(plan: Plan, passes: int, compute: Callable[[], Any]) -> Any:
     before = plan.decoder.runs
     result = compute()
     if plan.decoder.runs != before + passes:
-        raise UnlikeError("transformers calls it with arguments that native runs do not know")
+        raise UnlikeError("transformers calls it with arguments that native runs do not support")
     return result
 
 
 def _compare(found: torch.Tensor, expected: torch.Tensor, nudged: torch.Tensor, where: str) -> None:
     off = _apart(found, expected)
     if not off <= AGREEMENT + 3 * _apart(nudged, expected):
-        raise UnlikeError(f"its layers compute something else: {off:.1%} off {where}")
+        raise UnlikeError(f"the native result differs by {off:.1%} {where}")
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
-    """How far apart hidden states are at the median token, relative to their size."""
+    """Relative distance of hidden states at the median token."""
     return float(((a.float() - b.float()).norm(dim=-1) / b.float().norm(dim=-1)).median())
 
 
 @torch.inference_mode()
-def _generates(model: Any, plan: Plan, tokens: int = 4) -> None:
-    """Generate with a cache and compare with a pass without.
+def _generates(model: Any, plan: NativePlan, tokens: int = 4) -> None:
+    """Generate with a cache and compare the logits with those of a pass without a cache.
 
     Raises:
         UnlikeError: they differ, or it did not run natively.
@@ -312,7 +309,7 @@ def _generates(model: Any, plan: Plan, tokens: int = 4) -> None:
         return
     ids = torch.arange(TRIED).view(1, -1) * 89 % model.get_input_embeddings().weight.shape[0]
     settings = model.generation_config
-    model.generation_config = GenerationConfig()  # its own may ask for anything
+    model.generation_config = GenerationConfig()  # the model's own may change the logits
     try:
         made = _ran(
             plan,
@@ -332,12 +329,12 @@ def _generates(model: Any, plan: Plan, tokens: int = 4) -> None:
     whole = model(made.sequences[:, :-1], use_cache=False).logits[:, -tokens:]
     off = _apart(torch.stack(made.logits, 1), whole)
     if not off <= AGREEMENT:
-        raise UnlikeError(f"generating with a cache gives other logits than without: {off:.1%} off")
+        raise UnlikeError(f"logits with and without a cache differ by {off:.1%}")
 
 
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """transformers' ``generate``, on one thread where all that does much is native. Functions that the caller brings along have
-    all threads."""
+    """transformers' ``generate``, with torch on one thread if the heavy work is native. The caller's own functions run with all
+    threads."""
     own = type(model).generate
     if not isinstance(model.base_model, Native):
         return own(model, *args, **kwargs)
@@ -358,10 +355,10 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _on_all(function: Any) -> Any:
-    """The same function, or object that can be called, with all threads while it runs."""
+    """The same function or callable object, running with all threads."""
     kind = type(function)
     if kind.__module__.startswith("transformers."):
-        return function  # does little, and generate looks at its type
+        return function  # it is cheap, and generate checks its type
 
     def with_all(call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
@@ -375,14 +372,14 @@ def _on_all(function: Any) -> Any:
         return with_all(function)
     try:
         twin = object.__new__(type(kind.__name__, (kind,), {"__call__": with_all(kind.__call__)}))
-        twin.__dict__ = function.__dict__  # what it remembers, its owner remembers
+        twin.__dict__ = function.__dict__  # shared, so that the caller's object sees its state change
     except (TypeError, AttributeError):
         return function
     return twin
 
 
 def cached_bytes(model: nn.Module) -> int | None:
-    """Bytes that a token takes in the cache of a model that runs natively, once it is packed; None for any other."""
+    """Bytes per token in the packed cache of a model that runs natively; None for any other model."""
     base: Any = getattr(model, "base_model", model)
     plan = plan_of(base) if isinstance(base, Native) else None
     if plan is None:

@@ -1,4 +1,4 @@
-"""How transformers loads a model with packed layers: an entry in its registry of quantisation methods.
+"""The quantiser by which transformers loads a model with packed layers, in its registry of quantisation methods.
 
 Imported right after that registry, while the rest of transformers may not be there yet.
 """
@@ -15,7 +15,7 @@ from pliant.runtime.packed import METHOD
 
 @register_quantizer(METHOD)
 class PackedQuantizer(HfQuantizer):
-    """Builds packed layers before weights are loaded, and looks at them afterwards."""
+    """Builds packed layers before weights are loaded, and checks them afterwards."""
 
     requires_calibration = True
 

@@ -1,4 +1,4 @@
-"""Read the layers of a transformers model for a native run, by what its architecture file says of them."""
+"""Build the native decoder of a transformers model from its architecture file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pliant.compat.watch import Watch
 from pliant.runtime.decoder import ACTIVATIONS, Decoder, Layer, decoder
 from pliant.runtime.linear import Packed
 
-ROPE = {  # keys of rope_parameters that a model's rotary module accounts for in its angles
+ROPE = {  # keys of rope_parameters that only affect the angles from the model's rotary module
     *(
         "rope_type",
         "type",
@@ -30,7 +30,7 @@ ROPE = {  # keys of rope_parameters that a model's rotary module accounts for in
     *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "short_factor", "long_factor"),
     *("low_freq_factor", "high_freq_factor"),
 }
-CONFIG = {  # keys that a config class may declare and that change nothing here beside what is read from the modules
+CONFIG = {  # config keys that change nothing here, or whose effect is read from the modules
     *(
         "vocab_size",
         "hidden_size",
@@ -47,16 +47,16 @@ CONFIG = {  # keys that a config class may declare and that change nothing here 
 
 
 class UnlikeError(Exception):
-    """A model is not of the kind that is run natively, or not any more, and why."""
+    """A model cannot run natively, or no longer can; the message says why."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A native decoder and how it is called.
+class NativePlan:
+    """A native decoder and the information needed to call it.
 
     Attributes:
-        slots: where each layer keeps its tokens in a cache; None for one without attention.
-        words: where the parts beside the layers are.
+        slots: the cache slot of each layer; None for a layer without attention.
+        words: the paths of the parts outside the layers.
     """
 
     decoder: Decoder
@@ -65,23 +65,23 @@ class Plan:
 
 
 def watch_of(base: Any) -> Watch:
-    """A watch over all modules of a base model that a native run does the work of.
+    """A watch over all modules of a base model that a native run replaces.
 
     Raises:
-        UnlikeError: it is of no family that is run natively.
+        UnlikeError: its family has no native run.
     """
     words = described_by(base.config).native
     if words is None or base.config.model_type not in words.models:
-        raise UnlikeError(f"{base.config.model_type} is not among the families that are run natively")
+        raise UnlikeError(f"{base.config.model_type} is not one of the families with a native run")
     called = {id(module) for path in (words.embedding, words.rotary) for module in base.get_submodule(path).modules()}
     return Watch([m for m in base.modules() if m is not base and id(m) not in called], [base], base.config)
 
 
-def read(base: Any, watch: Watch) -> Plan:
-    """A native decoder of the layers that a base model has now.
+def read_plan(base: Any, watch: Watch) -> NativePlan:
+    """The native decoder of a base model's current layers.
 
     Raises:
-        UnlikeError, pliant.PliantError: they are of another kind.
+        UnlikeError, pliant.PliantError: the layers are of another kind.
     """
     if (foreign := watch.foreign()) != "":
         raise UnlikeError(foreign)
@@ -108,25 +108,25 @@ def read(base: Any, watch: Watch) -> Plan:
         final_norm=norms.final,
     )
     watch.settle()
-    return Plan(made, reader.slots, words)
+    return NativePlan(made, reader.slots, words)
 
 
 def _refuse_config(config: Any) -> None:
-    """Raise unless every key that could change what the layers compute is known."""
+    """Raise if a config key could change the computation and is not known."""
     common = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     for key in sorted({field.name for field in dataclasses.fields(config)} - common - CONFIG):
         value = getattr(config, key, None)
         if value not in (None, False, getattr(type(config), key, None)):
-            raise UnlikeError(f"its config has {key}={value!r}, which native runs do not know")
+            raise UnlikeError(f"its config has {key}={value!r}, which native runs do not support")
     rope = getattr(config, "rope_parameters", None) or {}
     if unknown := sorted(set(rope) - ROPE):
-        raise UnlikeError(f"its rope_parameters have {unknown[0]!r}, which native runs do not know")
+        raise UnlikeError(f"its rope_parameters have {unknown[0]!r}, which native runs do not support")
     if getattr(config, "is_causal", None) is False:
-        raise UnlikeError("its tokens see those behind them")
+        raise UnlikeError("its attention is not causal")
 
 
 class _Norms:
-    """The norms of a model: RMS norms of one class and one epsilon."""
+    """Reader of a model's norms, which must be RMS norms of one class and one epsilon."""
 
     def __init__(self, final: nn.Module, watch: Watch):
         self.kind, self.watch = type(final), watch
@@ -134,7 +134,7 @@ class _Norms:
         self.final = self.weight(final)
 
     def weight(self, norm: nn.Module) -> torch.Tensor:
-        """Shape ``(hidden,)``, or ``(width,)`` of a norm over heads."""
+        """The weight of a norm, shape ``(hidden,)``, or ``(width,)`` for a norm over heads."""
         if type(norm) is not self.kind or self._epsilon(norm) != self.epsilon:
             raise UnlikeError("its norms are not all alike")
         weight: Any = norm.weight
@@ -153,10 +153,10 @@ class _Reader:
         self.slots: list[int | None] = []
 
     def layer(self, layer: nn.Module, index: int) -> Layer:
-        """What is in one layer.
+        """Read one layer.
 
         Raises:
-            UnlikeError: something else than a native run knows.
+            UnlikeError: a native run does not support it.
         """
         given: dict[str, Any] = {"packed": {}, "norms": {}}
         self.slots.append(None)
@@ -187,7 +187,7 @@ class _Reader:
         if scale is None or (heads.unit, scale) != (self.width, self.scale):
             raise UnlikeError("its layers have heads of different widths or scales")
         if self.watch.read(attention, "is_causal") is False:
-            raise UnlikeError("its tokens see those behind them")
+            raise UnlikeError("its attention is not causal")
         slot = None if block.spec.slot is None else self.watch.read(attention, block.spec.slot)
         self.slots[-1] = index if slot is None else slot
         rotates = self.kind.get("rotates")
@@ -199,7 +199,7 @@ class _Reader:
         }
 
     def _window(self, attention: nn.Module) -> int:
-        """Tokens that a token of a layer sees, 0 for all."""
+        """Number of tokens that a token attends to, 0 for all."""
         where = self.kind.get("window")
         if where is None:
             return 0

@@ -1,6 +1,6 @@
-"""A model whose code lies in its own folder is rebuilt from its per-layer shapes like one of transformers.
+"""Rebuild a model with custom code from its per-layer shapes, like a model of transformers.
 
-transformers executes such code itself, past the import system, so that it is seen to when a class of it is looked up.
+transformers executes custom code itself, outside the import system, so the wrapping happens when it looks up a class of that code.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MODULE = "transformers.dynamic_module_utils"
 
 
 def wrap_remote_models(module: Any) -> None:
-    """Have the constructors wrapped in every modeling file that transformers executes from a folder or a hub."""
+    """Wrap the constructors in every modeling file that transformers executes from a folder or a hub."""
     look_up = module.get_class_in_module
 
     @functools.wraps(look_up)

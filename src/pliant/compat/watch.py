@@ -1,4 +1,4 @@
-"""Notice when something on the way through a model's layers is no longer what it was."""
+"""Detect changes to a model's modules, tensors and hooks since it was read for a native run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pliant.anatomy import Null
 from pliant.runtime.linear import Packed
 
 OWN = (Packed, Null)
-KNOWN = ("transformers.models.", "transformers.activations", "torch.nn.modules.")  # where other classes may come from
+KNOWN = ("transformers.models.", "transformers.activations", "torch.nn.modules.")  # packages of other allowed classes
 CAPTURE = "transformers.utils.output_capturing"  # its hooks do nothing unless outputs of layers are asked for
 
 _END = object()
@@ -22,14 +22,14 @@ _training = itemgetter("training")
 
 
 class Watch:
-    """What a native run takes for granted of modules: their classes, children, tensors, hooks, and attributes that were read.
+    """The state of modules that a native run relies on: classes, children, tensors, hooks, and the attributes that were read.
 
-    Looking at all of it takes a few microseconds a layer, so that it can be done before every token.
+    Checking it takes a few microseconds per layer, so it is done before every token.
 
     Arguments:
-        modules: whose work the run does.
+        modules: the modules that the run replaces.
         owners: other modules whose children it relies on.
-        config: of the model.
+        config: the model's config.
     """
 
     def __init__(self, modules: list[nn.Module], owners: list[nn.Module], config: Any):
@@ -43,15 +43,13 @@ class Watch:
         self.settle()
 
     def settle(self) -> None:
-        """Take what there is now for granted."""
+        """Record the current state as the expected one."""
         hooks = [space[kind] for space in self.spaces for kind in ("_forward_pre_hooks", "_forward_hooks")]
         self.unhooked = [each for each in hooks if not each]
         self.hooked = [each for each in hooks if each]
         self.hooks = [list(each.values()) for each in self.hooked]
         self.types = [*map(type, self.modules)]
-        self.sizes = [
-            *map(len, self.spaces)
-        ]  # grows with a forward of its own, or anything else that is hung on a module
+        self.sizes = [*map(len, self.spaces)]  # grows when a forward or any other attribute is set on a module
         self.things = [*chain.from_iterable(map(dict.values, self.held)), _END]
         self.values = [*map(dict.get, self.read_from, self.read_keys)]
         self.classes = list(set(self.types))
@@ -59,7 +57,7 @@ class Watch:
         self.interfaces = _interfaces(self.config)
 
     def unchanged(self) -> bool:
-        """Whether all is as it was."""
+        """Whether the state is still the recorded one."""
         return (
             not any(self.unhooked)
             and all(map(is_, map(type, self.modules), self.types))
@@ -72,7 +70,7 @@ class Watch:
         )
 
     def read(self, module: nn.Module, key: str) -> Any:
-        """A plain attribute, None where there is none, which is watched from then on."""
+        """A plain attribute of a module, or None; it is watched from then on."""
         return self._note(vars(module), key)
 
     def setting(self, key: str) -> Any:
@@ -89,14 +87,14 @@ class Watch:
         return not any(map(_training, self.spaces))
 
     def foreign(self) -> str:
-        """Code that is not known to be that of the modules: in words, or nothing."""
+        """A description of the first class, forward, hook or attention function that is not known; empty if all are known."""
         for module, space in zip(self.modules, self.spaces, strict=True):
             kind = type(module)
             theirs = kind.__module__.startswith(KNOWN) and kind.forward.__module__.startswith(KNOWN)
             if kind not in OWN and not theirs:
                 return f"it has modules of {kind.__module__}.{kind.__qualname__}"
             if "forward" in space:
-                return f"a {kind.__name__} has a forward of its own"
+                return f"the forward of a {kind.__name__} was replaced"
             hooks = [*space["_forward_pre_hooks"].values(), *space["_forward_hooks"].values()]
             if any(getattr(hook, "__module__", "") != CAPTURE for hook in hooks):
                 return f"a {kind.__name__} has a hook"
@@ -107,6 +105,6 @@ class Watch:
 
 
 def _interfaces(config: Any) -> list[Any]:
-    """How attention is computed and masked: a name and two functions."""
+    """The attention implementation: its name, its attention function and its mask function."""
     name = config._attn_implementation
     return [name, ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name)]

@@ -25,8 +25,8 @@ def questions(path: str | Path, limit: int | None = None) -> list[Question] | li
         limit: rows at most, from the first.
 
     Returns:
-        :class:`Question` where the rows give choices, :class:`OpenQuestion` where they only give an answer,
-        :class:`Continuation` for rows of ``context`` and ``continuation``.
+        :class:`Question` for rows with choices, :class:`OpenQuestion` for rows with only an answer, :class:`Continuation` for
+        rows with ``context`` and ``continuation``.
 
     Raises:
         DataError: missing file, missing key, fewer than two choices, an answer that is no choice, or rows of both kinds;
@@ -41,8 +41,8 @@ def questions(path: str | Path, limit: int | None = None) -> list[Question] | li
             found.append(form_of(row, path).pose(row))
             if type(found[-1]) is not type(found[0]):
                 raise DataError(
-                    "some rows of this file give choices, some only an answer or a continuation; these are measured in different "
-                    "ways, put them into files of their own"
+                    "some rows of this file give choices, others only an answer or a continuation; these are measured differently, "
+                    "so put them into separate files"
                 )
         except DataError as error:
             raise DataError(f"{str(path)!r}, row {number}: {error}") from None

@@ -1,4 +1,4 @@
-"""What a model is asked: to choose between continuations, to answer in its own words, or to go on as a text does."""
+"""The kinds of questions: choose between continuations, answer freely, or predict a given continuation."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def _read(model: Any, config: Any) -> dict[str, Any]:
 
 
 def _layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The longest list of modules of one class; of a model that reads more than text, in the part that its text config
+    """The path and modules of the longest list of modules of one class; in a multimodal model, within the part that its text config
     describes."""
     inside = {module for holder in holders_of(model) for module in holder.modules()}
     lists = [
@@ -109,7 +109,7 @@ def _layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if module in inside
     ]
     if not lists:
-        raise ArchitectureError("nothing that this config describes in it has a list of layers of one class")
+        raise ArchitectureError("the part that its text config describes has no list of layers of one class")
     return max(lists, key=lambda pair: len(pair[1]))
 
 

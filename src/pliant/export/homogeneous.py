@@ -41,8 +41,8 @@ def homogeneous(model: Any) -> Any:
         )
     if text_config_of(model.config) is not model.config:
         raise ArtefactError(
-            f"{type(model).__name__} holds its text decoder as one part of several, whose layers are not renumbered; what is cut "
-            "loads after 'import pliant'"
+            f"{type(model).__name__} contains its text decoder as one of several parts, and such models are not exported; use the "
+            "cut folder, which loads after 'import pliant'"
         )
     layers = _whole_layers(anatomy)
     config = _uniform_config(model.config, anatomy, len(layers))

@@ -23,7 +23,7 @@ def answer(
 
     Raises:
         DataError: an empty prompt, no room for an answer, or a tokenizer made for another model.
-        WeightError: the model gives no numbers.
+        WeightError: the model's logits are not finite.
     """
     written = generate(model, tokenizer, name, [item.context for item in items], max_new_tokens)
     return {"match": [item.matches(text) for item, text in zip(items, written, strict=True)]}
@@ -57,7 +57,7 @@ def generate(model: Any, tokenizer: Any, name: str, prompts: Sequence[str], max_
 def _written(
     model: Any, tokenizer: Any, name: str, rows: list[list[int]], max_new_tokens: int, at_once: int
 ) -> list[str]:
-    """What follows each row of token ids, with so many rows at once."""
+    """The generated text after each row of token ids, in batches of ``at_once`` rows."""
     pad = next((one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id) if one is not None), 0)
     written = [""] * len(rows)
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
@@ -84,7 +84,7 @@ def _written(
 
 
 def _check_numbers(model: Any, name: str, ids: list[int]) -> None:
-    """Refuse logits of which there is no likeliest token: generation would go on with whatever is first."""
+    """Raise if the logits have no finite maximum: greedy generation would then pick an arbitrary token."""
     logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=1).logits
-    if not torch.isfinite(logits.amax()):  # NaN among them is the largest
-        raise no_number(model, f"task {name!r}: the model gives logits of which none is the largest")
+    if not torch.isfinite(logits.amax()):  # amax returns NaN if there is any
+        raise no_number(model, f"task {name!r}: the largest logit is {logits.amax().item()}")

@@ -1,4 +1,4 @@
-"""How likely texts are after others: multiple-choice questions are answered by it, continuations are measured by it."""
+"""Log-likelihoods of texts after a context, which answer multiple-choice questions and measure continuations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def choose(model: Any, tokenizer: Any, name: str, items: Sequence[Question]) -> 
 
     Raises:
         DataError: an empty context, or a tokenizer made for another model.
-        WeightError: the model gives some choice no number.
+        WeightError: the log-likelihood of a choice is not finite.
     """
     right: dict[str, list[bool]] = {"acc": [], "acc_norm": []}
     for item, scores in zip(items, log_likelihoods(model, tokenizer, name, items), strict=True):
@@ -37,11 +37,12 @@ def choose(model: Any, tokenizer: Any, name: str, items: Sequence[Question]) -> 
 
 
 def continuations(model: Any, tokenizer: Any, name: str, items: Sequence[Continuation]) -> list[Likelihood]:
-    """How likely each continuation is after its context, and whether it is what the model would write.
+    """The log-likelihood of each continuation after its context, and whether greedy generation would write it.
 
     Raises:
-        DataError: an empty context, a continuation that the model cannot read at once, or a tokenizer made for another model.
-        WeightError: the model gives one no number.
+        DataError: an empty context, a continuation that is longer than the model's positions, or a tokenizer made for another
+            model.
+        WeightError: the log-likelihood of a continuation is not finite.
     """
     found = _likelihoods(
         model, tokenizer, name, [(n, item.context, item.continuation) for n, item in enumerate(items, 1)]
@@ -49,7 +50,8 @@ def continuations(model: Any, tokenizer: Any, name: str, items: Sequence[Continu
     for number, one in enumerate(found, 1):
         if one.cut:
             raise DataError(
-                f"task {name!r}, row {number}: the continuation is longer than the {longest_of(model)} positions of this model"
+                f"task {name!r}, row {number}: the continuation is longer than the {longest_of(model)} positions of this model; "
+                "shorten or remove it"
             )
         if not math.isfinite(one.log_likelihood):
             raise no_number(
@@ -63,7 +65,7 @@ def log_likelihoods(model: Any, tokenizer: Any, name: str, items: Sequence[Quest
 
     Raises:
         DataError: an empty context, or a tokenizer made for another model.
-        WeightError: the model gives some choice no number, or no choice of a question a finite one.
+        WeightError: the log-likelihood of a choice is NaN, or no choice of a question has a finite one.
     """
     pairs = [(number, *pair) for number, item in enumerate(items, 1) for pair in item.pairs]
     flat = iter(_likelihoods(model, tokenizer, name, pairs))
@@ -77,12 +79,12 @@ def log_likelihoods(model: Any, tokenizer: Any, name: str, items: Sequence[Quest
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of a continuation.
+    """The log-likelihood of a continuation.
 
     Attributes:
-        log_likelihood: of all its tokens, in nats.
-        greedy: whether each of them is the likeliest after those before it.
-        cut: whether its first tokens were left out, because the model does not read as many.
+        log_likelihood: the sum over its tokens, in nats.
+        greedy: whether each token is the likeliest after those before it.
+        cut: whether its first tokens were left out, because it is longer than the model's positions.
     """
 
     log_likelihood: float
@@ -91,17 +93,16 @@ class Likelihood:
 
 
 def _likelihoods(model: Any, tokenizer: Any, name: str, pairs: Sequence[tuple[int, str, str]]) -> list[Likelihood]:
-    """Of every continuation.
+    """The likelihood of every continuation.
 
-    The last token of a continuation is only predicted, never read. Choices of one token after the same context therefore are
-    one row of a batch, not one each.
+    The last token of a continuation is predicted but never read. So choices of one token after the same context share one row
+    of a batch.
 
     Arguments:
-        pairs: number of the row that is to blame, context, continuation.
+        pairs: row number for error messages, context, continuation.
     """
-    wanted: dict[
-        Ids, list[tuple[int, Ids, bool]]
-    ] = {}  # what to read: which pair, the tokens to predict at its end, cut
+    # tokens to read -> (index of the pair, tokens to predict at the end, whether they were cut)
+    wanted: dict[Ids, list[tuple[int, Ids, bool]]] = {}
     longest = longest_of(model)
     for place, (read, predicted) in enumerate(_tokens(tokenizer, name, pairs)):
         kept = predicted[-longest:]
@@ -112,7 +113,7 @@ def _likelihoods(model: Any, tokenizer: Any, name: str, pairs: Sequence[tuple[in
 
 @torch.inference_mode()
 def _scored(model: Any, wanted: dict[Ids, list[tuple[int, Ids, bool]]], tokens: int) -> list[Likelihood]:
-    """:func:`_likelihoods` with so many tokens in a forward pass, padding included."""
+    """:func:`_likelihoods` with at most ``tokens`` tokens in a forward pass, padding included."""
     scores: dict[int, Likelihood] = {}
     for batch in _batches(wanted, tokens):
         width = len(batch[-1])

@@ -37,7 +37,7 @@ from pliant.pages import pages_of
 
 Source = str | Path | Text
 Questions = Sequence[Question] | Sequence[OpenQuestion] | Sequence[Continuation]
-MOST = math.log(sys.float_info.max)  # nats of which there is an exponential
+MOST = math.log(sys.float_info.max)  # nats: the exponential of more overflows
 
 SHARES = {"acc": "stderr", "acc_norm": "stderr_norm", "match": "stderr"}
 """What a task may be measured by, and the name of the standard error."""
@@ -65,7 +65,7 @@ def evaluate(
         model: a transformers model, measured on the device that it is on; or what :func:`pliant.load` takes.
         perplexity: text files (or ``pliant.text``) to predict, one figure each.
         tasks: question files, or questions by name; see :func:`pliant.questions`. Questions with choices are answered by
-            likelihood, open ones by greedy generation; of continuations it counts whether every token is the likeliest.
+            likelihood, open ones by greedy generation; a continuation is correct if every token is the likeliest.
         harness: tasks of lm-eval, by name or YAML file; needs ``pip install 'pliant[eval]'``.
         reference: a model to compare next-token distributions with, on the same text; or what :func:`pliant.load` takes.
         seqlen: tokens in a window; shortened to what the model can read.
@@ -78,14 +78,15 @@ def evaluate(
     Returns:
         ``{"perplexity": {name: {"perplexity", "loss", "stderr", "windows", "seqlen"[, "kl"]}}, "tasks": {name: {"acc",
         "acc_norm", "stderr", "stderr_norm", "questions"}}}``; a task of open questions has ``{"match", "stderr",
-        "questions"}``, one of continuations ``{"acc", "stderr", "perplexity", "stderr_perplexity", "questions"}``. ``stderr`` is one standard error: of the loss in nats per token, of acc or match. ``"harness"`` is only
-        there when asked for. With ``items`` every text has ``"items": {"digest", "loss"}``, every task ``{"digest"}`` and 0 or
-        1 for each question under its metrics.
+        "questions"}``, one of continuations ``{"acc", "stderr", "perplexity", "stderr_perplexity", "questions"}``. ``stderr`` is
+        one standard error: of the loss in nats per token, of acc or match. ``"harness"`` is only there when asked for. With
+        ``items`` every text has ``"items": {"digest", "loss"}``, every task ``{"digest"}`` and 0 or 1 for each question under
+        its metrics.
 
     Raises:
         ArchitectureError: a model that predicts no next tokens.
         DataError: nothing to measure, or text or questions that cannot be used.
-        WeightError: the model gives no finite loss, or no number for a choice.
+        WeightError: the loss, or the log-likelihood of a choice, is not finite.
         PliantError: lm-eval is needed and not there, or fails.
     """
     texts = [perplexity] if isinstance(perplexity, str | Path | Text) else list(perplexity)
@@ -142,7 +143,7 @@ def _predict(model: Any, name: str, ids: torch.Tensor, reference: Any, keep: boo
         raise no_number(model, f"the model's loss on {name!r} is {mean}")
     if mean > MOST:
         raise WeightError(
-            f"the model's loss on {name!r} is {mean:.4g} nats per token, of which there is no perplexity; the model is broken"
+            f"the model's loss on {name!r} is {mean:.4g} nats per token, and its perplexity overflows; check the model's weights"
         )
     result = {
         "perplexity": math.exp(mean),
@@ -166,7 +167,7 @@ def _losses(model: Any, ids: torch.Tensor, reference: Any, tokens: int) -> tuple
     """Mean loss of every window and, with a reference, mean divergence from it; float64, shape ``(windows,)``.
 
     Arguments:
-        tokens: in one forward pass; of a window that has more, logits of so many positions at a time.
+        tokens: in one forward pass; for a longer window, logits are computed for this many positions at a time.
     """
     losses, divergences = [], []
     stream = _stream(model) if reference is None and tokens < ids.shape[1] else None
@@ -190,7 +191,7 @@ def _losses(model: Any, ids: torch.Tensor, reference: Any, tokens: int) -> tuple
 
 
 def _stream(model: Any) -> Stream | None:
-    """For logits in parts; None for a model whose layers nothing is known of, unless its memory is limited."""
+    """A stream to compute logits in parts; None if the model has no anatomy, unless its memory is limited."""
     try:
         return Stream(model, anatomy_of(model))
     except PliantError:
@@ -213,7 +214,7 @@ def _ask(
         right = answer(model, tokenizer, name, items, max_new_tokens)
     else:
         raise DataError(
-            f"task {name!r} mixes questions with choices, open questions and continuations; give each kind a task of its own"
+            f"task {name!r} mixes questions with choices, open questions and continuations; put each kind into its own task"
         )
     shares = {metric: sum(each) / len(each) for metric, each in right.items()}
     errors = {SHARES[metric]: (share * (1 - share) / len(items)) ** 0.5 for metric, share in shares.items()}
@@ -227,22 +228,22 @@ def _ask(
 
 
 def _continue(model: Any, tokenizer: Any, name: str, items: Sequence[Continuation], keep: bool) -> dict[str, Any]:
-    """Share of the continuations that are the likeliest tokens, and their perplexity: of whole continuations, as in lm-eval."""
+    """Share of continuations whose tokens are all the likeliest, and perplexity per continuation, as in lm-eval."""
     likely = continuations(model, tokenizer, name, items)
     losses = [-one.log_likelihood for one in likely]
     right = [int(one.greedy) for one in likely]
     mean, share = sum(losses) / len(losses), sum(right) / len(right)
     if mean > MOST:
         raise WeightError(
-            f"task {name!r}: the mean loss of a continuation is {mean:.4g} nats, of which there is no perplexity; the weights of "
-            "the model are broken"
+            f"task {name!r}: the mean loss of a continuation is {mean:.4g} nats, and its perplexity overflows; check the model's "
+            "weights"
         )
     perplexity = math.exp(mean)
     row: dict[str, Any] = {
         "acc": share,
         "stderr": (share * (1 - share) / len(items)) ** 0.5,
         "perplexity": perplexity,
-        # that of the mean loss, times the slope of the exponential
+        # standard error of the mean loss, times the derivative of exp at it
         "stderr_perplexity": perplexity * stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else None,
         "questions": len(items),
     }

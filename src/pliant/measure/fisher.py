@@ -35,7 +35,7 @@ def damage_of_units(model: Any, anatomy: Anatomy, windows: torch.Tensor, progres
 def _damage(
     model: Any, anatomy: Anatomy, windows: torch.Tensor, tokens: int, progress: Progress
 ) -> dict[str, torch.Tensor]:
-    """:func:`damage_of_units` with so many tokens in a forward pass."""
+    """:func:`damage_of_units` with ``tokens`` tokens in a forward pass."""
     stream, depth = Stream(model.eval(), anatomy), anatomy.depth
     layers = layers_of(model, anatomy.architecture)
     watched: list[list[tuple[nn.Module, Block, Weight]]] = [[] for _ in range(depth)]
@@ -63,7 +63,7 @@ def _damage(
 
 @torch.enable_grad()
 def _slope_of_loss(stream: Stream, ids: torch.Tensor, last: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Gradient of the summed loss by the hidden state after the last layer, with logits of ``tokens`` positions at a time."""
+    """Gradient of the summed loss with respect to the last hidden state, with logits of ``tokens`` positions at a time."""
     last = last.requires_grad_()
     slope = torch.zeros_like(last)
     for where, logits in stream.parts(ids, tokens, len(stream.layers), last):

@@ -1,4 +1,4 @@
-"""What a model takes on the disk and in memory when somebody runs it."""
+"""Measure the disk space of a model and the memory of running it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-TOKENS = 32  # that are generated
+TOKENS = 32  # generated while memory is measured
 
 
 def disk_bytes(folder: str | Path) -> int | None:
-    """Bytes of the weight files of a model folder; None where the model is not in a folder."""
+    """Bytes of the weight files of a model folder; None if the model is not in a folder."""
     files = [file for kind in ("*.safetensors", "*.bin", "*.gguf") for file in Path(folder).glob(kind)]
     return sum(file.stat().st_size for file in files) or None
 
 
 def run_memory(source: str | Path, dtype: Any = "auto") -> int | None:
-    """Bytes that a process of its own takes more at its highest, while it loads a model and generates a few tokens, than with
-    torch, transformers and pliant alone. None where the system does not tell (it is Linux that does), or the process fails."""
+    """Peak memory in bytes of a separate process that loads a model and generates a few tokens, less the memory of torch,
+    transformers and pliant alone. None if the system does not report it (only Linux does), or the process fails."""
     if not Path("/proc/self/clear_refs").exists():
         return None
     task = {"source": str(source), "dtype": str(dtype).removeprefix("torch."), "tokens": TOKENS}
@@ -29,7 +29,7 @@ def run_memory(source: str | Path, dtype: Any = "auto") -> int | None:
 
 
 def _resident(key: str) -> int:
-    """Bytes by a line of /proc/self/status."""
+    """Bytes in the line ``key`` of /proc/self/status."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
     return 1024 * int(line.split()[1])
 
@@ -48,8 +48,8 @@ def _run(source: str, dtype: str, tokens: int) -> None:
     ids = torch.ones(1, 4, dtype=torch.long)
     settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
     tiny: Any = transformers.LlamaForCausalLM(small)
-    tiny.generate(ids, attention_mask=ids, **settings)  # what a first call brings in
-    Path("/proc/self/clear_refs").write_text("5")  # the highest from here on
+    tiny.generate(ids, attention_mask=ids, **settings)  # so that lazy imports are not counted
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = _resident("VmRSS")
     model = load(source, dtype=dtype)
     model.generate(ids, attention_mask=ids, **settings)

@@ -27,7 +27,7 @@ def harness(
         question.
 
     Raises:
-        WeightError: a figure is no finite number.
+        WeightError: a result is not finite.
         PliantError: lm-eval is not installed, does not know a task, or cannot get its data.
     """
     try:
@@ -57,10 +57,10 @@ def harness(
 
 
 def _row(name: str, row: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a task: their keys are ``metric,way``; where lm-eval has no figure it puts a string.
+    """The results of a task: their keys are ``metric,way``; lm-eval writes a string where it has no result.
 
     Raises:
-        WeightError: a figure is no finite number.
+        WeightError: a result is not finite.
     """
     figures: dict[str, Any] = {}
     for key, value in row.items():
@@ -68,7 +68,7 @@ def _row(name: str, row: dict[str, Any]) -> dict[str, Any]:
         if comma and not isinstance(value, str):
             ending = "_stderr" if metric.endswith("_stderr") else ""
             if isinstance(value, float) and not math.isfinite(value):
-                raise WeightError(f"lm-eval's {metric} of {name} is {value}; the model's weights are broken")
+                raise WeightError(f"lm-eval's {metric} of {name} is {value}; check the model's weights")
             figures[_metric(metric.removesuffix("_stderr"), way) + ending] = value
     return figures
 

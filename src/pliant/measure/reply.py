@@ -13,10 +13,10 @@ from pliant.measure.windows import longest_of
 
 @torch.inference_mode()
 def replies(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int = 64) -> list[str]:
-    """What a model answers, chosen greedily; in the tokenizer's chat template where there is one.
+    """A model's greedily generated reply to each prompt, in the tokenizer's chat template if there is one.
 
     Arguments:
-        tokens: of a reply at most.
+        tokens: maximum length of a reply.
 
     Raises:
         DataError: a prompt fills all positions of the model.
@@ -34,7 +34,9 @@ def replies(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int = 64
         length = given["input_ids"].shape[1]
         room = min(tokens, longest_of(model) - length)
         if room < 1:
-            raise DataError(f"a prompt has {length} tokens, the model reads {longest_of(model)}: {prompt[:40]!r}")
+            raise DataError(
+                f"a prompt has {length} tokens, the model reads {longest_of(model)}; shorten the prompt {prompt[:40]!r}"
+            )
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         out = model.generate(**given, max_new_tokens=room, do_sample=False, pad_token_id=pad)
         found.append(tokenizer.decode(out[0, length:], skip_special_tokens=True).strip())

@@ -20,7 +20,7 @@ def nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         ids: shape ``(windows, seqlen)``.
 
     Returns:
-        Nats per token, float64, shape ``(windows,)``; on the CPU where the device of the logits has no float64.
+        Nats per token, float64, shape ``(windows,)``; on the CPU if the device of the logits has no float64.
     """
     return nll_sum(logits, ids[:, 1:]) / (ids.shape[1] - 1)
 

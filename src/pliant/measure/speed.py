@@ -18,7 +18,7 @@ from pliant.measure.windows import check_model, check_room, longest_of
 from pliant.progress import peak_memory
 
 PROMPT = 256
-"""Tokens in a prompt when nobody says how many."""
+"""Default number of tokens in a prompt."""
 
 
 def bench(
@@ -37,7 +37,7 @@ def bench(
 
     Arguments:
         model, against: transformers models, timed on the device that they are on; or what :func:`pliant.load` takes.
-        prompt: tokens in the prompt; 256 when left out, or as many as the positions of the models leave room for.
+        prompt: tokens in the prompt; default: 256, or as many as the models have positions for.
         tokens: tokens decoded after it, one at a time, with the key-value cache.
         batch: sequences at once.
         repeats: timed rounds, after one that is not timed.
@@ -46,7 +46,7 @@ def bench(
     Returns:
         For ``model`` (and ``against``): ``prefill`` and ``decode`` in tokens per second as ``median``, ``p10``, ``p90``;
         ``speedup`` as the median over rounds of model/against; ``peak_memory`` of the process in bytes; ``settings``: the
-        arguments as they were taken; ``on``: device and dtype of each model.
+        values used for the arguments; ``on``: device and dtype of each model.
 
     Raises:
         ArchitectureError: a model that predicts no next tokens.
@@ -90,7 +90,7 @@ def bench(
 
 
 def prompt_for(models: Mapping[str, Any], given: int | None, tokens: int, usual: int = PROMPT) -> int:
-    """Tokens of a prompt that ``tokens`` follow: as given, or the usual number, or as many as every model has positions for.
+    """Length of a prompt that is followed by ``tokens`` tokens: as given, or ``usual``, or as many as all models have positions for.
 
     Raises:
         ArchitectureError: a model that predicts no next tokens.
@@ -128,7 +128,7 @@ def new_cache(model: Any) -> Any:
 
 
 def wait(model: Any) -> None:
-    """Until the accelerator has done what it was told, where the model is on one."""
+    """Wait until all work queued on the model's device is done."""
     devices.wait(model.device)
 
 

@@ -58,8 +58,8 @@ def token_time(model: Any, *, prompt: int = 64, tokens: int = 32, seed: int = 0)
 
 @contextmanager
 def _timed(roots: list[nn.Module]) -> Iterator[dict[str, float]]:
-    """Seconds spent in linear layers, in attention modules, and in linear layers within these. A native run takes a hook for a
-    reason to call modules one by one: there are none to be in what it runs."""
+    """Seconds spent in linear layers, in attention modules, and in linear layers within these. A native run falls back to calling
+    modules one by one if it finds a hook, so ``roots`` must not contain the modules that it runs."""
     spent = {"linears": 0.0, "attention": 0.0, "within": 0.0}
     inside: list[nn.Module] = []
     begun: dict[nn.Module, float] = {}

@@ -36,8 +36,8 @@ class Walk:
         memory: bytes that hidden states may take; with less, every k-th boundary is kept and the rest recomputed.
         stretch: layers that all windows go through before the next ones are run; all of them when left out. With a model
             whose weights are in files, as many as memory holds, so that each is read once for all windows.
-        tokens: in one forward pass; when left out, :func:`pliant.measure.windows.tokens_at_once`. Where the device turns out
-            to have no memory for so many, half of them are taken from then on, and every second boundary is forgotten.
+        tokens: in one forward pass; default: :func:`pliant.measure.windows.tokens_at_once`. When the device runs out of memory,
+            this is halved for the rest of the search, and only every second boundary is kept.
 
     Attributes:
         tokens: as above.
@@ -93,7 +93,7 @@ class Walk:
         return within_memory(self.model, scored, self.tokens)
 
     def _split(self, tokens: int) -> None:
-        """Cut the windows into batches of so many tokens, and logits into as many positions; nothing is remembered any more."""
+        """Cut the windows into batches of ``tokens`` tokens, and logits into as many positions; discard all kept hidden states."""
         self.tokens = self._parts = tokens
         self.batches = batches_of(self.model, self._windows, tokens)
         self._hidden: list[dict[int, torch.Tensor]] = [{} for _ in self.batches]
@@ -226,7 +226,7 @@ def footprint(model: Any, anatomy: Anatomy, windows: torch.Tensor, metric: str) 
     logits = copies * vocabulary * (tokens * element + min(tokens, TOKENS_AT_A_TIME) * 8)
     if pages is None:
         free = free_memory(next(model.parameters()).device)
-        if free is not None:  # boundaries that find no room are computed again
+        if free is not None:  # boundaries that do not fit are recomputed
             hidden = max(hidden // anatomy.depth, min(hidden, free // 2))
         return Footprint(whole, hidden, logits, anatomy.depth)
     layers = layers_of(model, anatomy.architecture)

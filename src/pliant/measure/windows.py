@@ -14,11 +14,11 @@ from pliant.errors import ArchitectureError, DataError, MemoryLimitError, Weight
 from pliant.pages import pages_of
 
 USUAL = 2048
-"""Tokens in a window when nobody says how many."""
+"""Default number of tokens in a window."""
 
 TOKENS_AT_ONCE = 512  # in one forward pass on a CPU: enough to keep matrix products busy, few enough for its caches
 MOST_AT_ONCE = 32768  # on an accelerator
-FEWEST_AT_ONCE = 16  # a device without memory for so few is not worth trying on
+FEWEST_AT_ONCE = 16  # below this a pass is not retried with fewer tokens
 SHARE = 0.25  # of the free memory that logits and activations of one forward pass may take
 
 Result = TypeVar("Result")
@@ -33,8 +33,8 @@ def check_model(model: Any) -> None:
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ArchitectureError(
-            f"{type(model).__name__} is an encoder-decoder model, which reads one text and writes another; a loss in predicting the "
-            "next tokens of a text needs a causal language model"
+            f"{type(model).__name__} is an encoder-decoder model; the loss of predicting the next tokens of a text needs a causal "
+            "language model"
         )
     if not predicts(model):
         raise ArchitectureError(f"{type(model).__name__} predicts no next tokens; a causal language model is needed")
@@ -45,28 +45,27 @@ def check_model(model: Any) -> None:
 
 
 def predicts(model: Any) -> bool:
-    """Whether it is a causal language model, which may read images as well."""
+    """Whether a model is a causal language model, which may also read images."""
     if not getattr(model, "can_generate", bool)() or getattr(model.config, "is_encoder_decoder", False):
         return False
-    decoder = model.get_decoder() or model  # a vision tower sees all of an image
+    decoder = model.get_decoder() or model  # a vision tower has non-causal attention
     return not any(getattr(module, "is_causal", None) is False for module in decoder.modules())
 
 
 def batches_of(model: Any, windows: torch.Tensor, tokens: int | None = None) -> list[torch.Tensor]:
-    """``windows`` on the device of a model, as many at a time as one forward pass takes.
+    """Split ``windows`` into batches for one forward pass each, on the model's device.
 
     Arguments:
-        tokens: in one forward pass; :func:`tokens_at_once` when left out.
+        tokens: in one forward pass; default: :func:`tokens_at_once`.
     """
     device = next(model.parameters()).device
     return list(windows.to(device).split(max(1, (tokens or tokens_at_once(model)) // windows.shape[1])))
 
 
 def tokens_at_once(model: Any) -> int:
-    """Tokens that a model takes in one forward pass: as many as a quarter of the free memory has room for, a power of two.
+    """Number of tokens in one forward pass: the largest power of two whose logits and activations fit a quarter of the free memory.
 
-    On a CPU 512 are fastest, so there are never more, and fewer only where memory is short or limited. On an accelerator there
-    are up to 32,768.
+    At most 512 on a CPU, where that is fastest, and at most 32,768 on an accelerator.
     """
     pages = pages_of(model)
     weight = next(model.parameters())
@@ -78,26 +77,25 @@ def tokens_at_once(model: Any) -> int:
     if free is None:
         return min(most, TOKENS_AT_ONCE)
     hidden = model.config.get_text_config(decoder=True).hidden_size
-    # logits and what is made of them; hidden states, and what an MLP and an attention have at a time
+    # logits and their log-softmax; hidden states, and the activations of an MLP and an attention
     each = (2 * vocabulary + 24 * hidden) * weight.element_size()
     fit = max(1, int(SHARE * free) // each)
     return min(most, 1 << fit.bit_length() - 1)
 
 
 def within_memory(model: Any, work: Callable[[int], Result], tokens: int | None = None) -> Result:
-    """What ``work`` makes of a number of tokens in a forward pass; where the device has no memory for so many, all of it again with
-    half of them. So the result is the same as if it had begun with the number that fits.
+    """Call ``work`` with a number of tokens per forward pass; when the device runs out of memory, repeat all of it with half as many.
+    So the result is the same as if it had begun with the number that fits.
 
     Arguments:
-        tokens: to begin with; :func:`tokens_at_once` when left out.
+        tokens: to begin with; default: :func:`tokens_at_once`.
 
     Raises:
-        MemoryLimitError: there is not even memory for 16 tokens.
+        MemoryLimitError: there is no memory even for 16 tokens.
     """
     tokens = tokens or tokens_at_once(model)
-    while (
-        found := _tried(work, tokens)
-    ) is None:  # outside of any handler: an error holds on to what filled the memory
+    while (found := _tried(work, tokens)) is None:
+        # outside of any handler: an exception keeps the tensors that filled the memory alive
         device = next(model.parameters()).device
         empty_cache(device)
         if tokens // 2 < FEWEST_AT_ONCE:
@@ -110,7 +108,7 @@ def within_memory(model: Any, work: Callable[[int], Result], tokens: int | None 
 
 
 def _tried(work: Callable[[int], Result], tokens: int) -> tuple[Result] | None:
-    """What ``work`` gives, or None when memory is short."""
+    """The result of ``work`` in a tuple, or None if memory ran out."""
     try:
         return (work(tokens),)
     except (RuntimeError, MemoryError) as error:
@@ -120,31 +118,31 @@ def _tried(work: Callable[[int], Result], tokens: int) -> tuple[Result] | None:
 
 
 def seqlen_of(model: Any, given: int | None, usual: int = USUAL) -> int:
-    """Tokens in a window: as given, or the smaller of ``usual`` and the positions of the model.
+    """Number of tokens in a window: as given, or the smaller of ``usual`` and the model's positions.
 
     Raises:
-        DataError: more are given than the model has positions.
+        DataError: the given number exceeds the model's positions.
     """
     longest = longest_of(model)
     if given is None:
         return min(usual, longest)
     if given > longest:
         raise DataError(
-            f"windows of {given} tokens are longer than the {longest} positions of this model; leave seqlen out, or give at most "
+            f"windows of {given} tokens are longer than the {longest} positions of this model; leave out seqlen, or give at most "
             f"{longest}"
         )
     return given
 
 
 def check_room(model: Any, prompt: int, tokens: int, name: str = "this model") -> None:
-    """Refuse to generate past the positions of a model.
+    """Raise if a prompt and the tokens generated after it exceed the model's positions.
 
     Arguments:
-        prompt: tokens that are there.
-        tokens: tokens to come.
+        prompt: tokens in the prompt.
+        tokens: tokens to generate.
 
     Raises:
-        DataError: together they are more than the model reads.
+        DataError: their sum exceeds the model's positions.
     """
     longest = longest_of(model)
     if prompt + tokens > longest:
@@ -170,19 +168,19 @@ def longest_of(model: Any) -> int:
     return next((bound for bound in bounds if bound), 2**31)
 
 
-def no_number(model: Any, told: str) -> WeightError:
-    """The error of a model that gives a figure which is none.
+def no_number(model: Any, found: str) -> WeightError:
+    """The error for a model whose output is not finite.
 
     Arguments:
-        told: the figure, and what it is of.
+        found: the quantity and its value, as a clause.
 
     Raises:
         WeightError: the weights themselves are not finite; it names the first tensor.
     """
     check_finite(model)
     dtype = str(model.dtype).removeprefix("torch.")
-    advice = "load it with dtype='bfloat16' or 'float32'" if dtype == "float16" else "the model is broken"
-    return WeightError(f"{told}: its weights are finite, what it computes from them in {dtype} is not; {advice}")
+    advice = "load it with dtype='bfloat16' or 'float32'" if dtype == "float16" else "check the model's weights"
+    return WeightError(f"{found}: its weights are finite, but its outputs in {dtype} are not; {advice}")
 
 
 def open_ended(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

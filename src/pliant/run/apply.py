@@ -33,18 +33,18 @@ def apply(
 
     Arguments:
         model: a transformers model; for steps on values (``PackedLinear``, ``Magnitude``, ``RTN``, ``SparAMX``) any module with
-            linear layers. To keep the dense one, copy it first (``copy.deepcopy``).
+            linear layers. The model is changed in place; to keep the original, copy it first (``copy.deepcopy``).
         step: e.g. ``pliant.MultiPruner(ratio=0.2)``.
         data: calibration text: ``pliant.text(path)`` or a path. A step that trains also takes ``pliant.examples(path)``.
         tokenizer: the model's tokenizer; when left out, that of where the model was loaded from.
         dense: the model before it was cut, for steps that learn from it; when left out, it is loaded again from where the
             model came from.
-        work: a folder in which every evaluation is kept; the same call after a crash goes on from there.
+        work: a folder in which every evaluation is kept; the same call after a crash resumes from it.
         progress: False for silence, or a :class:`pliant.progress.Progress` of your own.
 
     Returns:
-        The same model, changed. ``model.save_pretrained(dir)`` of a transformers model writes a folder that reloads; what was done
-        is in ``model.pliant_history``.
+        The same model, changed. ``model.save_pretrained(dir)`` of a transformers model writes a folder that reloads;
+        ``model.pliant_history`` records the steps.
     """
     if isinstance(data, str | Path):
         data = text(data)

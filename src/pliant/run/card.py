@@ -17,7 +17,7 @@ from pliant.measure.evaluate import SHARES
 READERS = {"pixel_values": ("processor", "AutoImageProcessor")}
 """What reads the input of a model, by the name of that input; a tokenizer for all others."""
 
-NAMED = 0.001  # the share of the parameters from which on a kind that a step has left is named
+NAMED = 0.001  # kinds of skipped parameters below this share of the model are not named
 
 
 def versions() -> dict[str, Any]:
@@ -88,17 +88,17 @@ def changed(report: dict[str, Any]) -> str:
 
 
 def measured_on(report: dict[str, Any]) -> str:
-    """The device, or the processor and its threads."""
+    """The device of a report; for the CPU, its model and the number of threads."""
     where = report["machine"]
     return f"{where['cpu']}, {where['threads']} threads" if report["device"] == "cpu" else report["device"]
 
 
 def on_values(step: dict[str, Any]) -> str:
-    """How a model runs that a step has packed; how much of it a step on values has left. Nothing for other steps."""
+    """How a packed model runs, and which parameters a step on values skipped; an empty string for other steps."""
     told = []
     if "packed" in step:
-        how = "all of them run in one native call" if step["native"] else f"run one by one: {step['why_not_native']}"
-        told.append(f"Layers of {step['bits']:.2f} bits a weight, {how}")
+        how = "all run in one native call" if step["native"] else f"run one by one: {step['why_not_native']}"
+        told.append(f"Packed layers at {step['bits']:.2f} bits per weight, {how}")
     left = step.get("left", {"parameters": 0})
     if left["parameters"]:
         shares = [(kind["parameters"] * left["share"] / left["parameters"], kind["why"]) for kind in left["reasons"]]
@@ -123,7 +123,7 @@ def table(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("parameters", f"{before['parameters']:,}", f"{after['parameters']:,}{less}"),
         ("weights", _megabytes(before["weight_bytes"]), _megabytes(after["weight_bytes"])),
     ]
-    for key, name in (("disk_bytes", "on the disk"), ("run_memory", "memory to run")):
+    for key, name in (("disk_bytes", "on disk"), ("run_memory", "memory to run")):
         if before.get(key) and after.get(key):
             rows.append((name, _megabytes(before[key]), f"{_megabytes(after[key])} ({_less(before[key], after[key])})"))
     if before["cache_bytes_per_token"]:

@@ -52,7 +52,7 @@ class Measuring:
         perplexity: held-out texts; when empty, rows of the calibration text that the step does not see.
         tasks: question files.
         seqlen, windows, limit: as in :func:`pliant.evaluate`.
-        speed: time prefill and decode of both models, in turn, and measure what each takes on the disk and in memory.
+        speed: time prefill and decode of both models, in turn, and measure their disk space and memory.
         prompts: both models reply to these; the report shows the replies side by side.
     """
 
@@ -80,15 +80,15 @@ def compress(
 ) -> dict[str, Any]:
     """Compress a model into the folder ``out`` and return the report.
 
-    While it runs, evaluations are kept in ``out`` + ``.work``: after a crash or Ctrl-C the same call goes on from there.
-    Afterwards the archive is part of the artefact: a run with ``overwrite`` that differs in what no score depends on (the
-    ratio, say) starts from it, and one that differs in nothing finds its work done.
+    While it runs, evaluations are kept in ``out`` + ``.work``: after a crash or Ctrl-C the same call resumes from them. Afterwards
+    the archive is part of the artefact: a run with ``overwrite`` that differs only in settings on which no score depends (such as
+    the ratio) starts from it, and an identical run finds its work done.
 
     Arguments:
         data: calibration text; None for a step that needs none.
         measuring: what to measure before and after.
         overwrite: replace what is in ``out``.
-        dtype, device: as for :func:`pliant.load`.
+        dtype, device: as in :func:`pliant.load`.
         memory: what the process may take beside what it has, as for :func:`pliant.load`; speed is then not measured.
 
     Raises:
@@ -102,7 +102,7 @@ def compress(
         calibration, rest = calibration.split(0.1)
         held_out = [rest]
     if memory is not None:
-        measuring = replace(measuring, speed=False)  # two models at once, and files to read: it would tell nothing
+        measuring = replace(measuring, speed=False)  # two models at once, partly in files: timings would mean nothing
     work = work_folder(out)
     try:
         lock = FileLock(work / LOCK)
@@ -218,9 +218,9 @@ def _compress(
         report["memory"] = {"limit": pages.limit, "peak": pages.peak}
 
     def weigh(written: Path) -> None:
-        """Of the model that was and of the one just written: bytes of weights on the disk, and memory that running takes."""
+        """Measure bytes on disk and memory to run, of the source model and of the model just written."""
         if measuring.speed:
-            with progress.stage("running both models in a process of their own, for their memory"):
+            with progress.stage("running both models in separate processes to measure their memory"):
                 for costs, where in ((before, source), (after, written)):
                     costs["disk_bytes"] = disk_bytes(where)
                     costs["run_memory"] = run_memory(where, dtype)

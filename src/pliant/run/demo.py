@@ -82,7 +82,7 @@ def _write(path: Path, lines: list[str]) -> None:
 
 
 def run(folder: Path, progress: Progress) -> dict[str, Any]:
-    """Prune SmolLM2-135M by a tenth, refit what stays, pack it in int4, reload it with plain transformers and measure both.
+    """Prune SmolLM2-135M by a tenth, refit the kept weights, pack it in int4, reload it with plain transformers and measure both.
 
     A second run finds the work of the first.
     """
@@ -111,7 +111,7 @@ def run(folder: Path, progress: Progress) -> dict[str, Any]:
 
 
 def _manual(folder: Path) -> Path:
-    """Text of another kind than the calibration: the language reference that comes with Python."""
+    """Write held-out text of another kind than the calibration text: Python's language reference."""
     from pydoc_data.topics import topics
 
     path = folder / "python-manual.txt"

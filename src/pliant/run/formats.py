@@ -26,7 +26,7 @@ FORMATS = {
     "int4, groups of 128": {"format": "int4"},
 }
 PROMPT = 128
-SPLIT = 64  # tokens of the prompt after which the parts of a token are timed
+SPLIT = 64  # most tokens in the prompt before the parts of a token are timed
 HARM = 1.02  # perplexity over that of the model as it is that a recommended format may have
 
 
@@ -44,21 +44,21 @@ def compare_formats(
     """Pack copies of a model in every format and measure each in turn with the model as it is.
 
     Arguments:
-        model: a transformers model on the CPU, or what :func:`pliant.load` takes.
+        model: a transformers model on the CPU, or a folder or name for :func:`pliant.load`.
         perplexity: text to measure quality on; without it bf16 and int8 are taken to do no harm.
         windows: windows of that text at most.
-        prompt, tokens, repeats: as in :func:`pliant.bench`, but 128 tokens of prompt when left out.
-        dtype: of a model that is given by name or folder.
+        prompt, tokens, repeats: as in :func:`pliant.bench`, but with a default prompt of 128 tokens.
+        dtype: for a model given by name or folder.
 
     Returns:
         ``formats``: name -> ``decode``, ``prefill`` (tokens per second), ``speedup`` of both over the model as it is, ``bits`` of
-        a weight, ``bytes`` that a token reads of them, milliseconds of a token as in ``token_time``, ``perplexity``, whether all
+        a weight, ``bytes`` of weights read per token, milliseconds per token as in ``token_time``, ``perplexity``, whether all
         layers run in one ``native`` call, and why not;
-        ``break_even``: the sparsity from which on leaving zeros out is faster, of each format (above 1: never);
+        ``break_even``: for each format, the sparsity from which leaving zeros out is faster (above 1: never);
         ``recommended``: a format, or the model as it is.
 
     Raises:
-        DataError: more tokens than the model has positions.
+        DataError: the prompt and the tokens exceed the model's positions.
         PackedError: the model is packed already.
     """
     model = loaded(model, dtype=dtype)

@@ -48,7 +48,7 @@ def page(report: dict[str, Any]) -> str:
 
 
 def _replies(replies: list[dict[str, str]]) -> str:
-    """What both models answer, side by side."""
+    """The replies of both models, side by side."""
     if not replies:
         return ""
     rows = "".join(

@@ -42,16 +42,16 @@ def save(
 
     Arguments:
         folder: must not exist yet, unless ``overwrite``.
-        tokenizer: written beside the model; when left out, what the source folder holds beside weights is copied unchanged.
+        tokenizer: written beside the model; by default the source folder's files besides the weights are copied unchanged.
         report: what ``pliant compress`` measured; written as ``report.json`` and ``report.html``.
         extra: files to put in, by name.
-        weigh: called with the folder that the model and its tokenizer are in, before the report is written.
+        weigh: called with the temporary folder of the written model and tokenizer, before the report is written.
         overwrite: replace an earlier result. A folder that holds anything else is refused.
         max_shard_size: as in transformers; within a memory limit at most an eighth of it.
 
     Raises:
-        ArtefactError: the folder exists, cannot be written, or the disk is full; or the model cannot be saved. Nothing is left
-            behind then.
+        ArtefactError: the folder exists or cannot be written, the disk is full, or the model cannot be saved. Nothing is left
+            behind.
     """
     need = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     target = check_target(folder, overwrite, need, source=model.name_or_path)
@@ -83,8 +83,10 @@ def save(
 
 
 def _bytes(max_shard_size: int | str) -> int:
-    """Raises:
-    ArtefactError: it is no amount.
+    """Parse a size such as ``5GB`` into bytes.
+
+    Raises:
+        ArtefactError: it is not a size.
     """
     try:
         return bytes_of(str(max_shard_size))
@@ -93,10 +95,10 @@ def _bytes(max_shard_size: int | str) -> int:
 
 
 def _describe(model: Any) -> None:
-    """Make a model's config say what its tensors are, as it does already where nothing was cut.
+    """Write the shapes of a cut model into its config; a model that was not cut needs no architecture file.
 
     Raises:
-        ArchitectureError: something was, and no architecture file says what.
+        ArchitectureError: the model was cut, and no architecture file describes it.
     """
     try:
         write(model)
@@ -108,19 +110,19 @@ def _describe(model: Any) -> None:
 
 
 def _shapes_of(model: Any) -> dict[str, Any]:
-    """Shape of every tensor of a model, by its name."""
+    """Tensor name -> shape, for all tensors of a model."""
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def check_savable(model: Any, tokenizer: Any = None) -> None:
-    """Can a model be saved? Asked before hours of work: all but its weights is written into a folder that goes again.
+    """Check before hours of work that a model can be saved: write everything but its weights into a temporary folder.
 
     Raises:
-        ArtefactError: saying why not.
+        ArtefactError: it cannot; the message says why.
     """
     if getattr(model, "peft_config", None):
         raise ArtefactError(
-            "this model has a peft adapter, of which alone transformers would save the weights; call merge_and_unload() first"
+            "this model has a peft adapter, and transformers would save only the adapter's weights; call merge_and_unload() first"
         )
     try:
         with tempfile.TemporaryDirectory() as place:
@@ -142,27 +144,27 @@ def _save_model(model: Any, aside: Path, shard: int) -> None:
 
 
 def _save_settings(model: Any, aside: Path) -> None:
-    """What ``save_pretrained`` writes beside weights."""
+    """Write the files that ``save_pretrained`` writes besides the weights."""
     with _generation_config_kept(model, aside), _refused():
         model.save_pretrained(aside, state_dict={})
 
 
 @contextmanager
 def _refused() -> Iterator[None]:
-    """What transformers has to say about a model that it does not save, as an error of ours."""
+    """While inside, turn transformers' errors about a model that it cannot save into ArtefactError."""
     try:
         yield
     except OSError:
-        raise  # of the disk
+        raise  # a disk error, not the model's
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ArtefactError(f"transformers cannot save this model: {str(error).strip().splitlines()[0]}") from error
 
 
 @contextmanager
 def _generation_config_kept(model: Any, aside: Path) -> Iterator[None]:
-    """While inside, ``save_pretrained`` writes a generation config of defaults; then the model's own is written over it, as it is.
+    """While inside, ``save_pretrained`` writes a default generation config; afterwards the model's own replaces it unchanged.
 
-    Many models come with one that transformers loads and refuses to save, such as a temperature beside ``do_sample=false``.
+    Many models have one that transformers loads but refuses to save, such as a temperature with ``do_sample=false``.
     """
     own = getattr(model, "generation_config", None)
     if own is None or not model.can_generate():
@@ -177,7 +179,7 @@ def _generation_config_kept(model: Any, aside: Path) -> Iterator[None]:
 
 
 def _save_beside(model: Any, tokenizer: Any, aside: Path) -> None:
-    """The tokenizer or processor, and whatever else belongs to a model beside its weights."""
+    """Write the tokenizer or processor, and the other files of a model besides its weights."""
     if tokenizer is not None:
         tokenizer.save_pretrained(aside)
         return
@@ -192,27 +194,29 @@ def _save_beside(model: Any, tokenizer: Any, aside: Path) -> None:
     else:
         from transformers import AutoImageProcessor
 
-        # without those that it has none of, or that need packages which are not here
+        # a model may have no image processor, or one that needs packages which are not installed
         with suppress(ImportError, OSError, ValueError):
             AutoImageProcessor.from_pretrained(model.name_or_path).save_pretrained(aside)
     if not source.is_file():
-        with suppress(OSError, ValueError):  # nothing of it is here: what transformers reads has been written
+        with suppress(
+            OSError, ValueError
+        ):  # not cached, and no hub: the files that transformers reads are written already
             _copy(_of_a_hub(model), aside)
 
 
 def _of_a_hub(model: Any) -> Path:
-    """A folder with the files of a model's repository, without its weights."""
+    """A local folder with the files of a model's hub repository, without its weights."""
     from huggingface_hub import snapshot_download
 
     place = {"repo_id": model.name_or_path, "revision": getattr(model.config, "_commit_hash", None)}
     try:
         return Path(snapshot_download(**place, ignore_patterns=skipped_of_a_hub()))
-    except (OSError, ValueError):  # a hub that does not answer
+    except (OSError, ValueError):  # the hub does not answer
         return Path(snapshot_download(**place, local_files_only=True))
 
 
 def _copy(source: Path, aside: Path) -> None:
-    """The companions of a model's weights, as they are; links become what they point to."""
+    """Copy the companion files of a model's weights unchanged; links are followed."""
     for name in companions(source):
         if not (aside / name).exists():
             (aside / name).parent.mkdir(parents=True, exist_ok=True)

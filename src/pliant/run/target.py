@@ -1,4 +1,4 @@
-"""The folder that a result is written to: whether it can be, and how it takes the place of an earlier one.
+"""Check the folder that a result is written to, and replace an earlier result in it.
 
 An earlier result lists its files in ``recipe.yaml``. Only a folder that holds these and nothing else is ever replaced.
 """
@@ -26,23 +26,23 @@ _SHOWN = 5  # names in a message
 
 
 def check_target(folder: str | Path, overwrite: bool, need: int = 0, source: Any = None) -> Path:
-    """Can ``folder`` be written? Asked before hours of work, too.
+    """Check that ``folder`` can be written; also called before hours of work.
 
     Arguments:
-        need: bytes.
-        source: where the model is from, which must not be replaced.
+        need: bytes to be written.
+        source: folder of the original model, which must not be replaced.
 
     Returns:
-        The folder, without links.
+        The folder with links resolved.
 
     Raises:
-        ArtefactError: saying why not.
+        ArtefactError: it cannot; the message says why.
     """
     target = Path(folder).expanduser().resolve()
     here = Path.cwd()
     if target == here or target in here.parents:
-        where = "the folder you are in" if target == here else "above the folder you are in"
-        raise ArtefactError(f"{str(target)!r} is {where}; name one that can be made anew")
+        where = "the current folder" if target == here else "a parent of the current folder"
+        raise ArtefactError(f"{str(target)!r} is {where}; name a new folder")
     if source and _is_same(target, Path(str(source)).expanduser()):
         raise ArtefactError(f"{str(target)!r} is the model itself; name another folder for the result")
     try:
@@ -53,9 +53,7 @@ def check_target(folder: str | Path, overwrite: bool, need: int = 0, source: Any
         raise ArtefactError(f"{str(target)!r} is a file; give a folder")
     if target.is_dir():
         if os.path.ismount(target):
-            raise ArtefactError(
-                f"{str(target)!r} is where a file system is mounted, which cannot be replaced; name a folder in it"
-            )
+            raise ArtefactError(f"{str(target)!r} is a mount point and cannot be replaced; name a folder inside it")
         if any(target.iterdir()):
             if not overwrite:
                 raise ArtefactError(
@@ -76,7 +74,7 @@ def check_target(folder: str | Path, overwrite: bool, need: int = 0, source: Any
 
 
 def _is_same(target: Path, source: Path) -> bool:
-    """Whether two names are of one folder, or the second is of a file in it."""
+    """Whether ``source`` is the same folder as ``target``, or a file in it."""
     try:
         return target.samefile(source) or (source.is_file() and target.samefile(source.parent))
     except OSError:  # one of them is not there, or is the id of a model on a hub
@@ -84,25 +82,27 @@ def _is_same(target: Path, source: Path) -> bool:
 
 
 def check_replaceable(target: Path) -> None:
-    """Raises:
-    ArtefactError: a folder is no result, or holds what is not its own.
+    """Check that a folder holds an earlier result and nothing else.
+
+    Raises:
+        ArtefactError: it is not a result, or holds other files.
     """
     found = files_in(target)
     own = _listed(target)
     if own is None:
         raise ArtefactError(
-            f"{str(target)!r} is not a result that could be replaced: it has no {RECIPE} that lists its files, and holds "
+            f"{str(target)!r} is not an earlier result, so it is not replaced: it has no {RECIPE} that lists its files, and holds "
             f"{_some(found)}; name another folder, or remove this one yourself"
         )
     if foreign := found - own:
         raise ArtefactError(
-            f"{str(target)!r} holds what is not part of the result in it, and would be lost: {_some(foreign)}; move that away, or "
-            "name another folder"
+            f"{str(target)!r} holds files that are not part of the earlier result and would be lost: {_some(foreign)}; move them "
+            "away, or name another folder"
         )
 
 
 def files_in(folder: Path) -> set[str]:
-    """Names of all files below a folder, of links, and of folders without anything in them."""
+    """Relative names of all files, links and empty folders below a folder."""
     found: set[str] = set()
     for place, folders, files in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]
@@ -113,7 +113,7 @@ def files_in(folder: Path) -> set[str]:
 
 
 def _listed(target: Path) -> set[str] | None:
-    """The files that a result says it has; None for what is no result."""
+    """The files that a result's recipe lists; None if the folder is not a result."""
     try:
         recipe = yaml.safe_load((target / RECIPE).read_text("utf-8"))
         return {str(name) for name in recipe["files"]}
@@ -128,7 +128,7 @@ def _some(names: set[str]) -> str:
 
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
-    """A new folder beside ``target``, which is gone at the end unless it was moved."""
+    """A new temporary folder beside ``target``, deleted at the end unless it was moved."""
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name[:40]}.", dir=target.parent))
     try:
         yield aside
@@ -138,7 +138,7 @@ def _beside(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
-    """A new folder beside ``target`` that takes its place when the block ends well and vanishes when it does not."""
+    """A new folder beside ``target`` that replaces it if the block succeeds, and is deleted if it fails."""
     copied = done = False
     old = None
     try:
@@ -151,7 +151,7 @@ def written_aside(target: Path) -> Iterator[Path]:
             if target.exists() and not any(target.iterdir()):
                 target.rmdir()
             if target.exists():
-                check_replaceable(target)  # again: it may have taken hours to get here
+                check_replaceable(target)  # again: files may have been added during the run
                 copied = _set_aside(target, old)
                 shutil.rmtree(target, ignore_errors=True)
             os.replace(aside, target)
@@ -172,7 +172,7 @@ def written_aside(target: Path) -> Iterator[Path]:
 
 
 def _set_aside(target: Path, old: Path) -> bool:
-    """Move a folder, or copy it where it cannot be moved: one that comes from the image of a container cannot.
+    """Move a folder, or copy it if it cannot be moved, as a folder from a container's image cannot.
 
     Returns:
         Whether it was copied.
@@ -188,10 +188,10 @@ def _set_aside(target: Path, old: Path) -> bool:
 
 
 def work_folder(target: Path) -> Path:
-    """The folder beside ``target`` in which a run keeps what it has evaluated.
+    """Create the folder beside ``target`` in which a run keeps its evaluations.
 
     Raises:
-        ArtefactError: it cannot be made, or holds what no run has written.
+        ArtefactError: it cannot be created, or holds files that no run has written.
     """
     work = target.with_name(target.name + ".work")
     try:
@@ -201,7 +201,7 @@ def work_folder(target: Path) -> Path:
         raise ArtefactError(f"cannot write into {str(work)!r}: {error.strerror or error}") from error
     if found and LOCK not in found:
         raise ArtefactError(
-            f"{str(work)!r} is where a run into {target.name!r} keeps what it has evaluated, and it holds {_some(found)}, which no "
-            "run has written; move that away, or name another folder"
+            f"{str(work)!r} is the work folder of a run into {target.name!r}, but holds files that no run has written: "
+            f"{_some(found)}; move them away, or name another folder"
         )
     return work

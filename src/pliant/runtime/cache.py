@@ -73,17 +73,17 @@ class Keeping:
 
 
 class Blocks:
-    """Keys and values of one layer, in memory of the native side. A copy, or what is unpickled, has memory of its own.
+    """Keys and values of one layer, in native memory. Copies and unpickled objects have their own memory.
 
     Arguments:
-        heads: key-value heads; those of the sequences of a batch are beside each other.
+        heads: key-value heads, times the sequences of a batch.
         width: elements of a head.
     """
 
     def __init__(self, keeping: Keeping, heads: int, width: int):
         native: Any = library()
         if native is None:
-            raise PackedError("a BlockCache needs pliant's kernels, which are not there: see 'pliant doctor'")
+            raise PackedError("a BlockCache needs pliant's kernels, which cannot be loaded; run 'pliant doctor'")
         kept = keeping.native()
         self._take(keeping, heads, width, native.pliant_cache_new(heads, width, ctypes.byref(kept)))
 
@@ -111,8 +111,8 @@ class Blocks:
         native.pliant_cache_settle(self.handle, threads())
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values, shape ``(heads, tokens, width)``, float32. Packed blocks lie on their grid: added to another
-        cache, they stay what they are."""
+        """All keys and values, shape ``(heads, tokens, width)``, float32. Values of packed blocks lie on the rounding grid, so packing
+        them again in another cache is exact."""
         native: Any = library()
         shape = (self.heads, self.length(), self.width)
         keys, values = torch.empty(shape), torch.empty(shape)
@@ -120,7 +120,7 @@ class Blocks:
         return keys, values
 
     def length(self) -> int:
-        """Tokens."""
+        """Number of tokens."""
         native: Any = library()
         return native.pliant_cache_length(self.handle)
 
@@ -130,7 +130,7 @@ class Blocks:
         return native.pliant_cache_bytes(self.handle)
 
     def crop(self, length: int) -> None:
-        """Forget all but the first tokens."""
+        """Drop all but the first ``length`` tokens."""
         native: Any = library()
         native.pliant_cache_crop(self.handle, length)
 
@@ -143,7 +143,7 @@ def _filled(keeping: Keeping, heads: int, width: int, keys: torch.Tensor, values
 
 @functools.cache
 def per_token(keeping: Keeping, heads: int, width: int) -> float:
-    """Bytes that a token takes in a layer once it is packed."""
+    """Bytes per token in one layer, once packed."""
     blocks = Blocks(dataclasses.replace(keeping, recent=0, first=0), heads, width)
     states = torch.randn(2, 2 * BLOCK, heads * width, generator=torch.Generator().manual_seed(0))
     sizes = []

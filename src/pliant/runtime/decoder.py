@@ -1,7 +1,7 @@
 """Run all layers of a Llama-like decoder in one native call.
 
-Between the matrix products of a small model, eager PyTorch spends several times what these take. Here the layers are given as
-packed matrices and vectors; :mod:`pliant.compat.native` says which models they may stand for.
+Eager PyTorch spends several times as long between the matrix products of a small model as in them. Here layers are packed matrices
+and vectors; :mod:`pliant.compat.native` decides which models they can replace.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ class _Plan(ctypes.Structure):
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One layer. A block that was removed has no matrices.
+    """One layer. A removed block has no matrices.
 
     Attributes:
-        packed: ``q``, ``k``, ``v``, ``o``, ``gate``, ``up``, ``down``, as far as they are there.
+        packed: role (``q``, ``k``, ``v``, ``o``, ``gate``, ``up``, ``down``) -> packed layer.
         norms: ``attention_norm`` and ``mlp_norm``, shape ``(hidden,)``; ``q_norm`` and ``k_norm``, shape ``(width,)``, in layers
             that have them.
-        heads, kv_heads: of its attention.
-        window: tokens that a token sees, 0 for all.
-        rotates: whether its attention knows positions.
+        heads, kv_heads: numbers of query heads and of key-value heads.
+        window: number of tokens that a token attends to, 0 for all.
+        rotates: whether its attention applies rotary positions.
     """
 
     packed: Mapping[str, Packed]
@@ -72,7 +72,7 @@ class Layer:
 
 @dataclass(eq=False)
 class Decoder:
-    """The layers of a model, as the native side knows them. It reads the tensors of its layers where they are.
+    """The layers of a model in the native library, which reads their tensors in place.
 
     Attributes:
         handle: of the native object.
@@ -80,7 +80,7 @@ class Decoder:
         width: elements of a head.
         held: tensors that the native side points into.
         spent: nanoseconds in matrix products and in attention, since it was last set to 0.
-        runs: passes that it has made.
+        runs: number of passes so far.
     """
 
     handle: int
@@ -101,7 +101,7 @@ class Decoder:
             caches: one for every layer, None where attention was removed.
 
         Returns:
-            False, and nothing is done, where a packed matrix has another form by now.
+            False, without computing anything, if the header of a packed matrix has changed.
         """
         native: Any = library()
         handles = (_P * len(caches))(*(None if blocks is None else blocks.handle for blocks in caches))
@@ -131,17 +131,17 @@ def decoder(
     scale: float,
     final_norm: torch.Tensor,
 ) -> Decoder:
-    """Make a decoder of layers.
+    """Create a native decoder from layers.
 
     Arguments:
         hidden, width: elements of the residual stream and of a head.
-        activation: one of :data:`ACTIVATIONS`, between the matrices of the MLP.
+        activation: the MLP's activation, one of :data:`ACTIVATIONS`.
         epsilon: of all norms, which are RMS norms.
-        scale: that scores are multiplied by.
-        final_norm: shape ``(hidden,)``.
+        scale: factor of the attention scores.
+        final_norm: weight of the norm after the last layer, shape ``(hidden,)``.
 
     Raises:
-        PackedError: sizes that do not go together, tensors that are not on the CPU, or there are no kernels.
+        PackedError: sizes do not match, tensors are not on the CPU, or there are no kernels.
     """
     native: Any = library()
     if native is None:
@@ -152,14 +152,16 @@ def decoder(
         if tensor is None:
             return _Vector(None, 0)
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.dtype not in TYPES:
-            raise PackedError(f"a norm or a bias is {tensor.dtype} on {tensor.device}, or not in one piece")
+            raise PackedError(
+                f"a norm or a bias is {tensor.dtype} on {tensor.device}, or not contiguous; it must be a contiguous float on the CPU"
+            )
         held.append(tensor)
         return _Vector(tensor.data_ptr(), TYPES[tensor.dtype])
 
     def projection(packed: Packed) -> _Projection:
         matrix = packed.packed
         if matrix.device.type != "cpu":
-            raise PackedError(f"a packed matrix is on {matrix.device}")
+            raise PackedError(f"a packed matrix is on {matrix.device}; it must be on the CPU")
         held.append(matrix)
         return _Projection(matrix.data_ptr(), matrix.numel(), vector(packed.bias))
 

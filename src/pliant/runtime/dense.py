@@ -1,4 +1,4 @@
-"""Linear layers as torch and transformers have them: which modules are such, their weights, and what stands against a change."""
+"""Recognise linear layers of torch and transformers, read their weights, and say why one cannot be changed."""
 
 from __future__ import annotations
 
@@ -36,43 +36,41 @@ def sizes_of(layer: Any) -> tuple[int, int]:
 
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
-    """The parameter that a module itself holds under a name, if it is one and not computed."""
+    """A module's own parameter of a name; None if the attribute is missing or computed."""
     return dict(module.named_parameters(recurse=False)).get(name)
 
 
 def why_fixed(layer: nn.Module) -> str:
-    """Why the values of a linear layer's weight cannot be changed where they are; nothing where they can."""
+    """Why a linear layer's weight cannot be changed in place; an empty string if it can."""
     if not is_linear(layer):
-        return f"{type(layer).__name__} keeps its weight in a form of its own"
+        return f"{type(layer).__name__} stores its weight in a form of its own"
     weight = own_parameter(layer, "weight")
     if weight is None:
-        return (
-            "its weight is computed anew at each pass (a parametrization or a pruning mask); make that permanent first"
-        )
+        return "its weight is recomputed at each pass (a parametrization or a pruning mask); make that permanent first"
     if type(weight) not in PLAIN:
-        return f"its weight is a {type(weight).__name__}, no plain tensor"
+        return f"its weight is a {type(weight).__name__}, not a plain parameter"
     if weight.dtype not in FLOATS:
         return f"its weight is stored as {str(weight.dtype).removeprefix('torch.')}"
     return "" if weight.numel() else "it has no weights"
 
 
 def why_kept(layer: Any) -> str:
-    """Why a linear layer cannot be replaced by another that computes the same; nothing where it can."""
+    """Why a linear layer cannot be replaced by an equivalent one; an empty string if it can."""
     if why := why_fixed(layer):
         return why
     if not _is_product(layer):
-        return f"it computes in a way of its own ({type(layer).__name__})"
+        return f"its forward computes something other than a linear layer ({type(layer).__name__})"
     if isinstance(layer, NonDynamicallyQuantizableLinear):
         return "the attention around it reads its weight and never calls it"
     if any(vars(layer).get(hooks) for hooks in _STATE_HOOKS):
-        return "hooks change its state as it is saved or loaded"
+        return "it has hooks that change its state when it is saved or loaded"
     return ""
 
 
 @torch.no_grad()
 def _is_product(layer: Any) -> bool:
-    """Whether ``x W^T + bias`` is all that a layer computes. A derived class with a ``forward`` of its own is tried on a few rows;
-    one that holds more than a weight and a bias may do more tomorrow.
+    """Whether a layer computes exactly ``x W^T + bias``. A derived class with its own ``forward`` is tested on three random rows;
+    one with other parameters, buffers or children is not accepted, because its output may depend on them.
     """
     if "forward" in vars(layer):
         return False
@@ -85,7 +83,7 @@ def _is_product(layer: Any) -> bool:
     x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
     try:
         found = layer.forward(x)
-    except Exception:  # whatever a forward raises that takes something else than rows
+    except Exception:  # a forward with another signature can raise anything
         return False
     expected = F.linear(x, weight, layer.bias)
     return isinstance(found, torch.Tensor) and torch.allclose(

@@ -36,11 +36,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out
         Shape ``(..., out_features)``, of x's dtype.
 
     Raises:
-        PackedError: the matrix is none, or of another size than x, or x holds no floating-point numbers.
+        PackedError: the matrix is invalid, its size does not match x, or x is not floating-point.
     """
     if not x.is_floating_point():
         raise PackedError(
-            f"a packed layer multiplies floating-point numbers, not {str(x.dtype).removeprefix('torch.')}"
+            f"a packed layer needs a floating-point input, not {str(x.dtype).removeprefix('torch.')}; convert it first"
         )
     native = library()
     if native is None or x.dtype not in TYPES:
@@ -108,8 +108,8 @@ class Packed(nn.Module):
     Its state has ``weight``, the packed matrix as bytes, and ``bias``. It runs on the CPU.
 
     Attributes:
-        dtype: of the layer that it was made from, or was moved to since; what ``weight`` and ``dense()`` are read as.
-        tied: whether its weight is that of a module which is stored beside it (an embedding): no parameters of its own.
+        dtype: the dtype of ``weight``: that of the original layer, or of the last ``.to(dtype)``.
+        tied: whether its weight is also stored by another module (an embedding), so that it adds no parameters.
     """
 
     bias: torch.Tensor | None
@@ -140,24 +140,26 @@ class Packed(nn.Module):
         group: int = 128,
         packed: torch.Tensor | None = None,
     ) -> Packed:
-        """The packed form of a ``torch.nn.Linear``, or of transformers' ``Conv1D``, with the hooks that are on it.
+        """Pack a ``torch.nn.Linear`` or transformers' ``Conv1D``; its forward and backward hooks are kept.
 
         Arguments:
-            packed: the matrix, if it is packed already (another layer has the same weight).
+            packed: the packed matrix, if another layer with the same weight was packed already.
 
         Raises:
             PackedError: for any other layer.
         """
         if not is_linear(layer):
-            raise PackedError(f"a linear layer is packed, not {type(layer).__name__}")
+            raise PackedError(
+                f"{type(layer).__name__} cannot be packed; give a torch.nn.Linear or transformers' Conv1D"
+            )
         if why := why_kept(layer):
-            raise PackedError(f"{type(layer).__name__} is not packed: {why}")
+            raise PackedError(f"{type(layer).__name__} cannot be packed: {why}")
         dense: Any = layer
         if packed is None:
             packed = pack(weight_of(dense), format, sparse=sparse, group=group)
         rows, columns = sizes_of(dense)
         made = cls(columns, rows, packed, dense.bias, dense.weight.dtype)
-        for hooks in _HOOKS:  # the same objects: handles that remove a hook go on to do so
+        for hooks in _HOOKS:  # the same dict objects, so that the handles of hooks still remove them
             vars(made)[hooks] = vars(dense)[hooks]
         return made.train(dense.training)
 
@@ -170,7 +172,7 @@ class Packed(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight, for code that reads it; before it is loaded, the place for its bytes."""
+        """The weight as a read-only tensor, shape ``(out_features, in_features)``; on the meta device, the buffer of its bytes."""
         packed = self._buffers.get("weight")
         if packed is None:
             raise AttributeError("weight")
@@ -189,7 +191,7 @@ class Packed(nn.Module):
         return x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad)
 
     def header(self) -> Header:
-        """What the packed weight says of itself."""
+        """The header of the packed weight."""
         return header(self.packed)
 
     def parameters_held(self) -> int:
@@ -198,7 +200,7 @@ class Packed(nn.Module):
         return own + (0 if self.bias is None else self.out_features)
 
     def dense(self) -> nn.Linear:
-        """An ordinary layer with the weights that the packed one stands for, in float32."""
+        """An ordinary linear layer with the unpacked weights, in float32."""
         layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
         with torch.no_grad():
             layer.weight.copy_(unpack(self.packed))
@@ -216,8 +218,10 @@ class Packed(nn.Module):
         self._buffers["weight"] = room(self.packed.numel()).copy_(self.packed)
 
     def _check(self, packed: torch.Tensor) -> None:
-        """Raises:
-        PackedError: these bytes are damaged, or those of another layer.
+        """Check packed bytes for this layer.
+
+        Raises:
+            PackedError: they are damaged, or belong to a layer of another size.
         """
         verify(packed)
         found = header(packed)
@@ -234,27 +238,29 @@ class Packed(nn.Module):
         if isinstance(given, torch.Tensor):
             if given.dtype != torch.uint8:
                 raise PackedError(
-                    f"{prefix}weight is a dense weight of shape {tuple(given.shape)}, and this layer is packed: load it into "
-                    "the model before that is packed"
+                    f"{prefix}weight is a dense weight of shape {tuple(given.shape)}, but this layer is packed; load it into the "
+                    "model before packing"
                 )
             self._check(given)
-            self._buffers["weight"] = room(given.numel())  # another sparsity is another size
+            self._buffers["weight"] = room(given.numel())  # its size depends on the sparsity
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
         if local_metadata.get("assign_to_params_buffers"):
             self.settle()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Packed:
-        """Raises:
-        PackedError: the layer would leave the CPU, or its bytes would be made into numbers.
+        """Apply ``fn``, such as ``.to(dtype)``, to the layer but keep the packed bytes.
+
+        Raises:
+            PackedError: the layer would leave the CPU, or its bytes would be converted.
         """
         moved, bytes_ = fn(torch.empty(0, dtype=self.dtype)), fn(torch.empty(0, dtype=torch.uint8))
         if moved.device.type != "cpu":
             raise PackedError(
-                f"packed layers run on the CPU and were to go to {moved.device}; move the model before it is packed"
+                f"packed layers run on the CPU and cannot be moved to {moved.device}; move the model before packing"
             )
         if bytes_.dtype != torch.uint8 or not moved.dtype.is_floating_point:
             raise PackedError(
-                f"packed bytes cannot be made into {bytes_.dtype}; use .to(dtype) with a floating-point dtype"
+                f"packed bytes cannot be converted to {bytes_.dtype}; use .to(dtype) with a floating-point dtype"
             )
         super()._apply(fn, recurse)
         self.dtype = moved.dtype

@@ -20,7 +20,7 @@ from pliant.runtime.library import library
 from pliant.runtime.threads import threads
 
 METHOD = "pliant"
-"""Name of packed layers among the quantisation methods of transformers."""
+"""Name of packed layers in transformers' registry of quantisation methods."""
 FORMATS = ("bf16", "int8", "int4")
 GROUPS = (32, 64, 128)
 """Inputs that may share a scale in int4."""

@@ -1,4 +1,4 @@
-"""The weight of a packed layer, for code that reads it where other code calls the layer."""
+"""The weight of a packed layer as a read-only tensor, for code that reads the weight instead of calling the layer."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch.nn import functional as F
 from pliant.errors import PackedError
 from pliant.runtime.packed import unpack
 
-_ABOUT = {  # questions on a tensor that need none of its values
+_ABOUT = {  # attributes and methods that need no values
     *("dtype", "shape", "size", "dim", "ndim", "numel", "nelement", "element_size", "itemsize", "nbytes", "__len__"),
     *("stride", "is_contiguous", "layout", "is_floating_point", "is_complex", "is_sparse", "is_nested", "is_quantized"),
     *("is_mkldnn", "is_cuda", "is_xpu", "is_mps", "requires_grad", "grad", "grad_fn", "is_leaf", "__hash__"),
 }
 _WHERE = {"is_cpu": True, "is_meta": False}
-_SELF = {"data", "detach"}  # what is written to them would reach the weight
+_SELF = {"data", "detach"}  # returned as the read-only view, because they alias the weight
 _ADDRESS = {
     "data_ptr",
     "storage",
@@ -28,27 +28,28 @@ _ADDRESS = {
 
 
 class PackedWeight(torch.Tensor):
-    """What ``layer.weight`` of a packed layer is: its shape ``(out_features, in_features)``, its type, and its values for whoever
-    computes with them.
+    """The tensor that ``layer.weight`` of a packed layer returns, shape ``(out_features, in_features)``, in the layer's dtype.
 
-    ``F.linear`` with it is the packed product. Anything else unpacks it first: right, and slow. PyTorch's fused encoder layers,
-    which would read the bytes as they are, see that it is no plain tensor and take their other way. It cannot be written to.
+    ``F.linear`` with it computes the packed product. Every other operation unpacks it first, which is slow. PyTorch's fused encoder
+    layers, which would read its memory directly, are skipped because it is not a plain tensor. It is read-only.
     """
 
     packed: torch.Tensor
 
     @staticmethod
     def of(packed: torch.Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> PackedWeight:
-        """The view of a packed matrix, shape ``(bytes,)``."""
+        """The view of ``packed``, a packed matrix of shape ``(bytes,)``."""
         view = torch.empty(out_features, in_features, dtype=dtype, device="meta").as_subclass(PackedWeight)
-        vars(view).update(vars(packed))  # what others note on tensors: transformers, that one is not to be made random
+        vars(view).update(vars(packed))  # attributes that others set on tensors: transformers marks initialised ones
         view.packed = packed
         return view
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Raises:
-        PackedError: for what writes to a packed weight, or asks where it lies in memory.
+        """Compute ``func`` with the packed or the unpacked weight.
+
+        Raises:
+            PackedError: ``func`` writes to a packed weight, or asks for its memory address.
         """
         kwargs = kwargs or {}
         name = func.__name__
@@ -67,14 +68,14 @@ class PackedWeight(torch.Tensor):
                 return own
             if name in _ADDRESS:
                 raise PackedError(
-                    f"a packed weight has no {name}: its values do not lie in memory; unpack it: layer.dense()"
+                    f"a packed weight has no {name}, because its values are not in memory; use layer.dense().weight"
                 )
             if _writes(name) and not (name == "requires_grad_" and not args[1:] and kwargs == {"requires_grad": False}):
                 raise PackedError(
-                    f"a packed weight cannot be written to ({name}); change the model before it is packed"
+                    f"a packed weight is read-only ({name} writes to it); change the model before packing"
                 )
         if _held(kwargs.get("out")):
-            raise PackedError("a packed weight cannot be written to (out=); change the model before it is packed")
+            raise PackedError("a packed weight is read-only and cannot be out=; change the model before packing")
         if func is F.linear and own is None and len(args) > 1 and isinstance(args[1], PackedWeight):
             x, view, bias = args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias")
             return torch.ops.pliant.linear(x, view.packed, bias, view.shape[0])
@@ -82,7 +83,7 @@ class PackedWeight(torch.Tensor):
 
 
 def _writes(name: str) -> bool:
-    """Whether a method of that name changes the tensor it is called on."""
+    """Whether the tensor method ``name`` changes its tensor."""
     if name.startswith("__"):
         return name in ("__setitem__", "__set__", "__delete__") or (name.startswith("__i") and name not in _READS)
     return name.endswith("_")
@@ -96,7 +97,7 @@ def _held(value: Any) -> bool:
 
 
 def _dense(value: Any) -> Any:
-    """The same arguments, with ordinary tensors in the place of packed weights."""
+    """The same arguments, with packed weights replaced by unpacked tensors."""
     if isinstance(value, PackedWeight):
         return unpack(value.packed).to(value.dtype)
     if isinstance(value, dict):

@@ -26,7 +26,7 @@ class Archive:
         belongs_to: model, data and settings that the scores depend on, JSON-ready.
 
     Attributes:
-        tokens: in one forward pass when the last score was made, which decides how sums are rounded; None when not known.
+        tokens: number of tokens per forward pass of the last score, on which the rounding of sums depends; None if unknown.
 
     Raises:
         ArchiveError: when the file belongs to something else; the message names what differs.

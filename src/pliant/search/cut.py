@@ -36,7 +36,7 @@ class Cut(Step):
     """activation: rows of calibration text that the order was taken from."""
 
     seqlen: int | None = None
-    """activation: tokens in a calibration window; the smaller of 2048 and the positions of the model when left out."""
+    """activation: tokens in a calibration window. Default: the smaller of 2048 and the model's positions."""
 
     seed: int = 42
     """activation: seed of the draw of calibration rows."""

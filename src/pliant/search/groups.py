@@ -28,17 +28,17 @@ def narrowed(cuts: Iterable[tuple[str, int]]) -> Subnet:
 
 
 def cut_until(cuts: Sequence[tuple[str, int]], reached: Callable[[Subnet], float], target: float) -> Subnet | None:
-    """The sub-network after as few of ``cuts``, from the first on, as bring ``reached`` to the target; None when all of them do not.
+    """The sub-network after the fewest of ``cuts``, in order, that bring ``reached`` to the target; None if all of them do not.
 
-    It ends less than one unit above the target. One unit is the smallest group that could be cut next off the end of any axis, or
-    put back. Where the next cut takes more than that too much, it is passed over, and with it what follows on its axis.
+    It ends less than one unit above the target. One unit is the smallest group that could be removed next from the end of any axis,
+    or restored. A cut that would exceed the target by more is skipped, together with the later cuts on its axis.
     """
     count = bisect_left(range(len(cuts) + 1), target - 1e-12, key=lambda n: reached(narrowed(cuts[:n])))
     if count > len(cuts):
         return None
     done, left = list(cuts[: max(0, count - 1)]), list(cuts[max(0, count - 1) :])
     while (now := reached(narrowed(done))) < target - 1e-12:
-        nexts = {axis: (axis, units) for axis, units in reversed(left)}  # the first that is left of each axis
+        nexts = {axis: (axis, units) for axis, units in reversed(left)}  # the first remaining cut of each axis
         gains = {cut: reached(narrowed([*done, cut])) - now for cut in nexts.values()}
         small = (cut for cut in left if gains.get(cut, inf) < target - now + min(gains.values()) - 1e-12)
         done.append(next(small))

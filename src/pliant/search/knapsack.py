@@ -44,8 +44,8 @@ class KnapsackPruner(OrderedPruner):
     """Every block at a few widths, or gone: a multiple-choice knapsack over damages measured one at a time, then swaps
     that are scored for real.
 
-    The damages are taken to add up, which is nearly true of widths and less so of whole blocks; the swaps make up for it. What a
-    mix of these few widths removes beyond the ratio is put back group by group.
+    The loss increases are assumed to add up, which nearly holds for widths and less so for whole blocks; swaps correct for this.
+    If the chosen widths remove more than the ratio, groups are restored one by one.
     """
 
     kind: ClassVar[str] = "knapsack"
@@ -116,7 +116,7 @@ class KnapsackPruner(OrderedPruner):
         return menus
 
     def _settled(self, anatomy: Anatomy, curves: dict[str, list[Choice]], picked: dict[str, int]) -> Subnet:
-        """A mix, less than a group above the ratio."""
+        """The sub-network of the picked choices, adjusted to less than one group above the ratio."""
         axes = {axis.name: axis for name in curves for axis in anatomy.blocks[name].leaders} if self.levels else {}
         steps = {name: [axis.size, *widths(axis, self.group)] for name, axis in axes.items()}
         return settled(anatomy, _subnet(curves, picked), self.ratio, steps, curves)
@@ -150,16 +150,15 @@ def solve(menus: Sequence[Sequence[Choice]], target: float, slack: float) -> lis
     Dynamic programming over savings rounded down to 1/4000 of the target, so that the result always saves enough.
 
     Arguments:
-        slack: parameters that may be saved beyond the target; where no mix is within them, the one that saves least is taken.
+        slack: parameters that may be removed beyond the target; if no combination is within it, the one that removes least is taken.
 
     Returns:
         The place of the choice in each menu, or None when even the largest savings do not come to the target.
     """
     unit = target / STEPS
     sizes = [[int(choice.saved / unit) for choice in menu] for menu in menus]
-    length = (
-        STEPS + max(max(of_menu) for of_menu in sizes) + 1
-    )  # what saves more saves enough with a block left out, too
+    # a combination that saves more than this still saves enough with one block left whole
+    length = STEPS + max(max(of_menu) for of_menu in sizes) + 1
     best = np.full(length, np.inf)
     best[0] = 0.0
     picks: list[np.ndarray] = []

@@ -71,14 +71,14 @@ def pooled(*several: Moves) -> Moves:
 
 
 def fitting(anatomy: Anatomy, moves: Moves, target: float, units: Moves | None = None) -> Moves:
-    """``moves`` without those that would leave the ratio more than one unit above ``target``.
+    """``moves`` without those that would bring the ratio to one unit or more above ``target``.
 
-    One unit is the smallest share of all parameters that can still be removed in one move: a block, a group of channels, a
-    key-value group with its queries, an expert. So a search that ends at the first ratio of at least ``target`` ends less than one
-    unit above it. A unit that is larger is passed over near the end, and smaller ones make up the rest.
+    One unit is the smallest share of all parameters that one move can still remove: a block, a group of channels, a key-value
+    group with its queries, an expert. So a search that ends at the first ratio of at least ``target`` ends less than one unit above
+    it. Near the target larger moves are skipped, and smaller ones remove the rest.
 
     Arguments:
-        units: what else may be removed later, and so counts as a unit; ``moves`` alone when left out.
+        units: all moves that may still follow, which determine the unit; default: ``moves``.
     """
 
     largest = max((ratio(anatomy, move.subnet) for move in moves(Subnet())), default=0.0)
@@ -100,14 +100,14 @@ def settled(
     steps: Mapping[str, Sequence[int]],
     blocks: Collection[str] = (),
 ) -> Subnet:
-    """``subnet``, whose ratio is at least ``target``, brought to less than one unit above it.
+    """Adjust ``subnet``, whose ratio is at least ``target``, to less than one unit above it.
 
-    What is too much is put back, the largest units first. When what is left is more than the smallest unit that could be removed
-    instead, one unit is put back that leaves too little, and small ones are taken from the widest axes.
+    Units are restored while the ratio stays at least ``target``, the largest first. If the excess is still more than the smallest
+    removable unit, one more unit is restored, which falls below the target, and small units are removed from the widest axes.
 
     Arguments:
-        steps: units that an axis may keep, all of them first, by its full name; other axes stay as they are.
-        blocks: blocks that may come back, as narrow as they can be.
+        steps: full name of an axis -> the widths that it may keep, widest first; other axes are unchanged.
+        blocks: blocks that may be restored, at their smallest width.
     """
 
     def at(kept: Mapping[str, int], skip: frozenset[str], axis: str, units: int) -> Subnet:

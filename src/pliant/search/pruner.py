@@ -32,14 +32,14 @@ class Pruner(Step):
     """Settings shared by every pruner that reads calibration text."""
 
     ratio: float
-    """Share of all parameters to remove, embeddings included: 0.2 makes the model a fifth smaller. The result is less than one unit
-    above it: a block, a group of channels, a key-value group, whatever is the smallest that can go."""
+    """Share of all parameters to remove, embeddings included: 0.2 makes the model a fifth smaller. The result exceeds it by less
+    than one unit, the smallest part that can be removed: a block, a group of channels, a key-value group."""
 
     samples: int = 256
     """Rows of calibration text for choosing blocks."""
 
     seqlen: int | None = None
-    """Tokens in a calibration window; the smaller of 2048 and the positions of the model when left out."""
+    """Tokens in a calibration window. Default: the smaller of 2048 and the model's positions."""
 
     metric: str = "perplexity"
     """What a removal must not hurt: perplexity, or kl (divergence from the dense model's predictions)."""
@@ -92,7 +92,7 @@ class Pruner(Step):
                 )
         seqlen = seqlen_of(job.model, self.seqlen)
         if self.seqlen is None:
-            job.progress.note(f"windows of {seqlen} tokens; seqlen says otherwise")
+            job.progress.note(f"windows of {seqlen} tokens; set seqlen to change this")
         job.record["seqlen"] = seqlen
         settings = {**self.to_dict(), "seqlen": seqlen}
         belongs_to = {
@@ -164,10 +164,10 @@ class GreedyPruner(Pruner):
         until: float,
         units: Moves | None = None,
     ) -> None:
-        """Remove units until ``ratio >= until`` or nothing is left to offer, never more than one unit beyond the ratio asked for.
+        """Remove units until ``ratio >= until`` or no moves are left; the result stays less than one unit above the step's ratio.
 
         Arguments:
-            units: what later stages may still remove; ``moves`` alone when left out.
+            units: all moves that later stages may make; default: ``moves``.
         """
         fit = fitting(pruning.anatomy, moves, self.ratio, units)
         pruning.stage(name, fit, windows, until, greedy=self.greedy(), per=None if self.per == UNIT else self.per)

@@ -147,7 +147,9 @@ class Pruning:
         began = time.monotonic()
         needs = footprint(self.job.model, self.anatomy, windows, self.metric)
         tokens = tokens_at_once(self.job.model)
-        if self.archive.tokens is not None:  # a search that goes on rounds as it did, as far as memory allows
+        if (
+            self.archive.tokens is not None
+        ):  # a resumed search uses the same batch size, so sums round alike, if memory allows
             tokens = min(tokens, self.archive.tokens)
         walk = Walk(
             self.job.model,

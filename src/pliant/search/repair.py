@@ -247,7 +247,7 @@ def _refit(
 
 
 def _like(change: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """With the dtype of a parameter, then on its device, which may have no float64."""
+    """``change`` in a parameter's dtype and on its device; converted first, because the device may have no float64."""
     return change.to(parameter.dtype).to(parameter.device)
 
 

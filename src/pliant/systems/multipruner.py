@@ -72,7 +72,7 @@ class MultiPruner(WidthPruner):
                 until += self.ratio * share
                 last = name == wanted[-1][0]
                 windows = for_blocks if name == "blocks" else for_widths
-                units = moves if last else all_kinds  # what is left for later stages is not overshot by an earlier one
+                units = moves if last else all_kinds  # so that an early stage does not overshoot the ratio
                 self.stage(pruning, name, moves, windows, self.ratio if last else until, units)
             if ratio(anatomy, pruning.subnet) < self.ratio - 1e-12:  # the last one ran dry: whatever earlier ones left
                 self.stage(pruning, "what is left", all_kinds, for_widths, self.ratio)

@@ -40,8 +40,7 @@ class MultiPrunerEvol(WidthPruner):
     """Generations, the first random one included."""
 
     tolerance: float = 0.005
-    """How far above the ratio a sub-network may lie to be looked at; what it removes beyond the ratio is given back, as far as units
-    allow."""
+    """Consider sub-networks up to this far above the ratio; the excess is restored, down to less than one unit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,7 +28,7 @@ from pliant.train.state import StateFile
 from pliant.train.trained import Full, Lora, Trained, linear_layers, training_mode
 
 STEPS = 200
-USUAL = 256  # tokens in a sequence, where the model has so many positions
+USUAL = 256  # default number of tokens in a sequence, if the model has as many positions
 RATES = {"lora": 3e-4, "full": 5e-5}
 MEMORY = ("fast", "small")
 
@@ -56,8 +56,8 @@ class Recover(Step):
     """Sequences in memory at a time; when left out, what makes about 512 tokens on a CPU, 4096 on a GPU."""
 
     seqlen: int | None = None
-    """Tokens in a sequence; longer examples are cut off, plain text is packed into windows of this length. The smaller of 256
-    and the positions of the model when left out."""
+    """Tokens in a sequence; longer examples are cut off, plain text is packed into windows of this length. Default: the smaller of
+    256 and the model's positions."""
 
     lr: float | None = None
     """Highest learning rate; when left out, 3e-4 for lora and 5e-5 for full."""

@@ -13,7 +13,7 @@ from pliant.values.matrix import ValueStep, concerned, left_over
 
 @dataclass(frozen=True, kw_only=True)
 class Magnitude(ValueStep):
-    """Zero the weights of smallest absolute value in every matrix (Han et al. 2015). Needs no data.
+    """Zero the smallest weights by absolute value in every matrix (Han et al. 2015). Needs no data.
 
     The simplest sparsifier there is: without training afterwards, half of the weights is more than most models bear.
     """

@@ -1,4 +1,4 @@
-"""Which weight matrices a step on values concerns, and what of a model is left as it is."""
+"""Select the weight matrices that a step on values changes, and report the parameters that it skips."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from pliant.runtime.dense import is_linear, own_parameter, weight_of, why_fixed,
 from pliant.step import Step, StepError
 
 ALL = "all-linear"
-OUTSIDE = f"linear layers outside the blocks, which target_modules={ALL!r} takes in"
-HEAD = "the output head, which only its name in target_modules takes in"
-UNNAMED = "linear layers that target_modules does not name"
-EXCLUDED = "linear layers that exclude_modules names"
+OUTSIDE = f"linear layers outside the blocks (target_modules={ALL!r} includes them)"
+HEAD = "the output head (its name in target_modules includes it)"
+UNNAMED = "linear layers that target_modules does not match"
+EXCLUDED = "linear layers that exclude_modules matches"
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Matrix:
 
     Attributes:
         name: what holds it, e.g. ``model.layers.3.mlp.up_proj``.
-        path: of the parameter itself.
+        path: name of the parameter.
         weight: a view of its values with inputs last, shape ``(out, in)`` or ``(experts, out, in)``.
-        layer: the linear layer that it belongs to; None for a parameter in no linear layer: a stack of experts, a router.
-        names: all names of that layer: one object may stand in several places.
+        layer: the linear layer that it belongs to; None for a parameter outside linear layers: a stack of experts, a router.
+        names: all names of that layer: one module may be registered in several places.
     """
 
     name: str
@@ -48,18 +48,18 @@ class Matrix:
 
 @dataclass
 class Concern:
-    """What a step on values works on.
+    """The matrices that a step on values changes, and those that it skips.
 
     Attributes:
-        matrices: those it changes.
-        left: name of a linear layer or stack that it leaves -> why.
+        matrices: the matrices to change.
+        left: name of a skipped linear layer or stack -> the reason.
     """
 
     matrices: list[Matrix] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
 
     def each(self, model: nn.Module) -> Iterator[Matrix]:
-        """The matrices one after the other; weights that lie in files are given back when memory is short."""
+        """Iterate over the matrices; weights in files are released when memory is short."""
         for matrix in self.matrices:
             yield matrix
             hold(model)
@@ -67,16 +67,16 @@ class Concern:
 
 @dataclass(frozen=True, kw_only=True)
 class ValueStep(Step):
-    """Base of the steps on values: which layers they change. They work on any module that has linear layers."""
+    """Base of the steps on values, with the selection of layers. They work on any module that has linear layers."""
 
     reshapes: ClassVar[bool] = False
 
     target_modules: str | Sequence[str] | None = None
-    """The linear layers to change, as in peft: names or ends of names; or a regular expression that matches whole names; or
-    all-linear. None takes those in the blocks of a model whose architecture has a file, and all of any other model."""
+    """The linear layers to change, as in peft: names or name endings; or a regular expression that matches whole names; or
+    all-linear. Default: those in the blocks, if the model has an architecture file; otherwise all."""
 
     exclude_modules: str | Sequence[str] | None = None
-    """Linear layers to leave: names or ends of names, or a regular expression that matches whole names."""
+    """Linear layers to skip: names or name endings, or a regular expression that matches whole names."""
 
     def __post_init__(self) -> None:
         for setting in ("target_modules", "exclude_modules"):
@@ -88,10 +88,10 @@ def _checked(setting: str, value: Any) -> str | tuple[str, ...] | None:
         try:
             re.compile(value or "")
         except re.error as error:
-            raise StepError(f"{setting}: {value!r} is no regular expression: {error}") from None
+            raise StepError(f"{setting}: {value!r} is not a valid regular expression: {error}") from None
         return value or None
     if not isinstance(value, list | tuple | set) or not value or not all(isinstance(one, str) for one in value):
-        raise StepError(f"{setting} is a list of names, a regular expression or {ALL!r}, not {value!r}")
+        raise StepError(f"{setting} must be a list of names, a regular expression or {ALL!r}, not {value!r}")
     return tuple(sorted(value) if isinstance(value, set) else value)
 
 
@@ -103,18 +103,18 @@ def concerned(
     replaces: bool = False,
     head: bool = False,
 ) -> Concern:
-    """The weight matrices that a step changes: those of the blocks where a file describes the model's architecture, otherwise
+    """Select the weight matrices that a step changes: by default those in the blocks, if the model has an architecture file, otherwise
     those of all linear layers.
 
     Arguments:
-        target: names or ends of names; or a regular expression that matches whole names; or ``all-linear``.
-        exclude: the same, to leave layers.
-        replaces: the step puts another layer in the place of a linear one, so that stacks of experts are left.
-        head: take the output head of a language model, too, if ``target`` does not say otherwise.
+        target: names or name endings; or a regular expression that matches whole names; or ``all-linear``.
+        exclude: the same, for layers to skip.
+        replaces: the step replaces linear layers, so that stacks of experts are skipped.
+        head: include the output head of a language model, unless ``target`` lists layers.
 
     Raises:
-        StepError: a name or pattern that fits no layer, no layer that can be changed, or a model without weights.
-        WeightError: weights that are not finite.
+        StepError: a name or pattern matches no layer, no layer can be changed, or the model has no weights.
+        WeightError: the weights are not finite.
     """
     _ready(model)
     blocks = list(_blocks(model))
@@ -149,26 +149,21 @@ def concerned(
     return found
 
 
-def matrices(model: nn.Module) -> Iterator[Matrix]:
-    """Every weight matrix that a step on values changes when it is not told which."""
-    return concerned(model).each(model)
-
-
 def head_of(model: Any) -> tuple[str, nn.Module] | None:
-    """The output head of a language model and its name, if it has one."""
+    """The name and module of a language model's output head, if it has one."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return next(((name, module) for name, module in model.named_modules() if module is head), None) if head else None
 
 
 def left_over(model: nn.Module, found: Concern, changed: int) -> dict[str, Any]:
-    """What of a model a step has left as it was.
+    """Summarise the parameters that a step has skipped.
 
     Arguments:
-        changed: parameters that it has changed.
+        changed: number of parameters that it has changed.
 
     Returns:
-        ``parameters``, ``bytes`` and ``share`` (of all parameters); ``reasons``: of each kind ``why``, ``parameters``, ``bytes`` and
-        the ``names`` of layers, the largest kind first.
+        ``parameters``, ``bytes`` and ``share`` (of all parameters); ``reasons``: for each reason ``why``, ``parameters``, ``bytes`` and
+        the ``names`` of layers, the largest first.
     """
     still = (one for one in found.matrices if one.layer is None or model.get_submodule(one.name) is one.layer)
     seen = {id(_parameter(model, one)) for one in still}
@@ -200,7 +195,7 @@ def left_over(model: nn.Module, found: Concern, changed: int) -> dict[str, Any]:
 
 
 def _parameter(model: nn.Module, matrix: Matrix) -> torch.Tensor | None:
-    """The parameter that holds a matrix; None where there is none, or the layer was replaced."""
+    """The parameter that holds a matrix; None if there is none, or the layer was replaced."""
     if matrix.layer is not None:
         return own_parameter(matrix.layer, "weight")
     return model.get_parameter(matrix.path)
@@ -209,14 +204,14 @@ def _parameter(model: nn.Module, matrix: Matrix) -> torch.Tensor | None:
 def _ready(model: nn.Module) -> None:
     parameters = list(model.parameters())
     if any(is_lazy(parameter) for parameter in parameters):
-        raise StepError("this module has lazy layers, which have no weights yet; run it once on an input")
+        raise StepError("this module has lazy layers without weights; run it once on an input first")
     if any(parameter.is_meta for parameter in parameters):
         raise StepError("this module is on the meta device and has no weights; load them first")
     check_finite(model)
 
 
 def _candidates(model: nn.Module, blocks: Sequence[Matrix]) -> dict[str, Matrix]:
-    """All linear layers by their first name, quantised ones of other libraries too, and the stacks of experts in the blocks."""
+    """First name -> matrix, for all linear layers, quantised ones of other libraries included, and the stacks of experts in blocks."""
     names: dict[int, list[str]] = {}
     layers: dict[int, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -233,14 +228,14 @@ def _candidates(model: nn.Module, blocks: Sequence[Matrix]) -> dict[str, Matrix]
 
 
 def _blocks(model: Any) -> Iterator[Matrix]:
-    """The matrices that an architecture file lists, if there is one for this model and the model is as it says."""
+    """The matrices listed in the model's architecture file, if there is a file and it matches the model."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     if getattr(text, "model_type", None) not in catalogue() and not getattr(text, "pliant_architecture", None):
         return
     try:
         anatomy = anatomy_of(model)
-    except ArchitectureError:  # other layers than the file describes: an adapter, say
+    except ArchitectureError:  # the layers differ from the file, for example by an adapter
         return
     layers = layers_of(model, anatomy.architecture)
     names = {id(module): name for name, module in model.named_modules()}
@@ -255,7 +250,7 @@ def _blocks(model: Any) -> Iterator[Matrix]:
 
 
 def _named(everything: dict[str, Matrix], wanted: str | Sequence[str], setting: str) -> set[str]:
-    """The layers that a regular expression matches whole, or that names or ends of names name, as in peft."""
+    """The names of the layers matched by a regular expression (whole names), or by names or name endings, as in peft."""
     chosen: set[str] = set()
     for pattern in [wanted] if isinstance(wanted, str) else wanted:
         fits = {
@@ -266,7 +261,7 @@ def _named(everything: dict[str, Matrix], wanted: str | Sequence[str], setting: 
         if not fits:
             how = "matches" if isinstance(wanted, str) else "is or ends with"
             like = next(iter(everything), None)
-            raise StepError(f"{setting}: no linear layer's name {how} {pattern!r}; they are like {like!r}")
+            raise StepError(f"{setting}: no linear layer's name {how} {pattern!r}; an existing name is {like!r}")
         chosen |= fits
     return chosen
 
@@ -276,7 +271,7 @@ def _fits(name: str, pattern: str, whole: bool) -> bool:
 
 
 def _why_left(model: nn.Module, name: str, one: Matrix, replaces: bool) -> str:
-    """Why a matrix cannot be changed, or its layer replaced; nothing where it can."""
+    """Why a matrix cannot be changed, or its layer replaced; an empty string if it can."""
     if one.layer is None:
         owner = model.get_submodule(one.path.rpartition(".")[0])
         return _kind(owner, one.weight) if replaces else ""
@@ -306,7 +301,7 @@ def _why_left(model: nn.Module, name: str, one: Matrix, replaces: bool) -> str:
 
 
 def _kind(module: nn.Module, parameter: torch.Tensor) -> str:
-    """What a parameter is that belongs to no linear layer."""
+    """The kind of a parameter outside linear layers, in words."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "embeddings"
     if parameter.dim() <= 1:
@@ -314,5 +309,5 @@ def _kind(module: nn.Module, parameter: torch.Tensor) -> str:
     if isinstance(module, _ConvNd):
         return "convolutions"
     if parameter.dim() == 3:
-        return "stacks of matrices, such as those of experts: parameters, and no layers"
-    return f"parameters that {type(module).__name__} keeps itself, in no linear layer"
+        return "stacks of matrices outside linear layers, such as those of experts"
+    return f"parameters of {type(module).__name__} outside linear layers"

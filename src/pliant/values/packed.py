@@ -31,8 +31,9 @@ CHOICES = ("auto", "dense", *FORMATS)
 class PackedLinear(ValueStep):
     """Store linear layers as bf16, int8 or int4, leave zeros out where that is faster, and run them on pliant's CPU kernels.
 
-    Any module with linear layers can be packed. Layers are left that something else than a call reads or wraps (an adapter, a
-    parametrization); the record says which, and how much of the model that is. Packing comes last: a packed model is run, saved, loaded and measured, but not cut or trained any more.
+    Any module with linear layers can be packed. Layers whose weight is read or wrapped by other code (an adapter, a parametrization)
+    are skipped; the record lists them and their share of the model. Packing comes last: a packed model can be run, saved, loaded
+    and measured, but no longer cut or trained.
     """
 
     kind: ClassVar[str] = "packed"
@@ -82,7 +83,7 @@ class PackedLinear(ValueStep):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise StepError(f"{pattern!r} is no regular expression: {error}") from None
+                raise StepError(f"{pattern!r} is not a valid regular expression: {error}") from None
 
     def _cache(self) -> dict[str, Any]:
         return {"format": self.cache, "key_sparsity": self.key_sparsity, "value_sparsity": self.value_sparsity}
@@ -93,7 +94,9 @@ class PackedLinear(ValueStep):
         if pages_of(model) is not None:
             raise StepError("packing keeps the packed weights in memory; load the model without a memory limit")
         if is_linear(model):
-            raise StepError(f"a {type(model).__name__} cannot be replaced in place; pack torch.nn.Sequential(layer)")
+            raise StepError(
+                f"a single {type(model).__name__} cannot be replaced in place; pack torch.nn.Sequential(layer)"
+            )
         if any(parameter.device.type not in ("cpu", "meta") for parameter in model.parameters()):
             raise StepError("packed layers run on the CPU; load the model there")
         found = concerned(model, self.target_modules, self.exclude_modules, replaces=True, head=self.head != "dense")

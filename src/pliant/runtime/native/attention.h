@@ -20,7 +20,7 @@ constexpr int64_t kLaneBytes = 16;
 #endif
 using Lanes = float __attribute__((vector_size(kLaneBytes)));
 
-// a * b + c, rounded as the lanes beside it are: left to itself, a compiler may take a loop of these apart into products and sums.
+// a * b + c, rounded once like the vector lanes: otherwise a compiler may split a loop of these into products and sums.
 inline float fused(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fmaf(a, b, c);

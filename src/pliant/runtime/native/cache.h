@@ -21,7 +21,7 @@ struct Keeping {
 class Cache {
  public:
   Cache(int64_t heads, int64_t width, const Keeping& keeping) : heads_(heads), width_(width), keeping_(keeping) {}
-  Cache(const Cache& other);  // one of its own
+  Cache(const Cache& other);  // deep copy
   Cache& operator=(const Cache&) = delete;
 
   int64_t heads() const { return heads_; }
@@ -50,9 +50,9 @@ class Cache {
   struct Block {
     std::vector<float> keys, values;             // [width][64] and [64][width], or empty when packed
     std::vector<uint8_t> packed_keys, packed_values;  // matrices of 64 x width and width x 64
-    Matrix key_matrix, value_matrix;                  // what these hold
+    Matrix key_matrix, value_matrix;                  // views of packed_keys and packed_values
 
-    void look();  // after the packed bytes have come, or moved
+    void look();  // sets the views; call it when the packed bytes are new or have moved
   };
   struct Partial;
 

@@ -56,7 +56,7 @@ std::string look(const Projection& part, const char* name, int64_t rows, int64_t
   return "";
 }
 
-// Its values as floats: where they are, or widened into `to`.
+// The values as floats: in place if they are floats, else widened into `to`.
 const float* floats(const Vector& from, int64_t n, std::vector<float>& to) {
   const auto type = static_cast<Type>(from.type);
   if (!from.data || type == Type::f32) return static_cast<const float*>(from.data);

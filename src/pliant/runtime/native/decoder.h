@@ -11,13 +11,13 @@
 
 namespace pliant {
 
-// The values of a tensor where they lie, so that later changes of them count; null where there is none. As Python fills it in.
+// A tensor's values in place, so that later changes take effect; null if there is none. Filled in by Python.
 struct Vector {
   const void* data;
   int64_t type;  // Type
 };
 
-// One packed matrix with a bias or none; no bytes where there is no such matrix.
+// One packed matrix and its optional bias; data is null if there is no such matrix.
 struct Projection {
   const uint8_t* data;
   int64_t size;
@@ -49,8 +49,8 @@ class Decoder {
   std::string add(const LayerPlan& plan);
 
   // stream[tokens][hidden]: embeddings in, the normed hidden state out. cosine and sine are [tokens][rotated]. Nanoseconds
-  // spent in matrix products and in attention are added to `spent`. False, and nothing is touched, when a packed matrix is no
-  // longer of the form that it had when its layer was added.
+  // spent in matrix products and in attention are added to `spent`. Returns false, and changes nothing, if the header of a
+  // packed matrix differs from the one at the time its layer was added.
   bool run(float* stream, int64_t tokens, const float* cosine, const float* sine, int64_t rotated, Cache* const* caches,
            int threads, int64_t* spent);
 
@@ -66,7 +66,7 @@ class Decoder {
   std::vector<Layer> layers_;
   Rows rows_;
   std::vector<float> normed_, q_, k_, v_, mixed_, inner_;
-  std::vector<float> widened_[3];  // vectors in half precision, as floats
+  std::vector<float> widened_[3];  // half-precision vectors as floats
 };
 
 }  // namespace pliant
