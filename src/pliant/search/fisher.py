@@ -16,6 +16,7 @@ from pliant.measure.units import read_axes
 from pliant.search.cost import COSTS, Cost
 from pliant.search.greedy import Move, check_loss
 from pliant.search.groups import cut_until, narrowed, widths
+from pliant.search.moves import step_moves
 from pliant.search.order import ordered
 from pliant.search.pruner import OrderedPruner
 from pliant.step import Job, StepError
@@ -65,7 +66,7 @@ class FisherPruner(OrderedPruner):
                 check_loss(of_units.sum().item())
             subnet = self._reaching(self._cuts(anatomy, damage, pruning.cost(self.per)), anatomy)
             pruning.commit("fisher information", Move("all", subnet), None)
-            self.finish(pruning, job)
+            self.finish(pruning, job, step_moves(read_axes(anatomy), self.group))
 
     def _cuts(self, anatomy: Anatomy, damage: Mapping[str, torch.Tensor], cost: Cost) -> Cuts:
         """Every cut there is, what hurts least for what it saves first."""

@@ -15,7 +15,7 @@ from pliant.elastic import Subnet, parameters, ratio
 from pliant.errors import RatioError
 from pliant.search.greedy import Move, check_loss
 from pliant.search.groups import widths
-from pliant.search.moves import block_moves, settled
+from pliant.search.moves import Moves, block_moves, settled, step_moves
 from pliant.search.order import ordered
 from pliant.search.pruner import OrderedPruner
 from pliant.search.pruning import Pruning, Scorer
@@ -72,7 +72,7 @@ class KnapsackPruner(OrderedPruner):
             with pruning.scoring("knapsack", windows) as score:
                 subnet, loss = self._allocate(pruning, score)
             pruning.commit("knapsack", Move("all", subnet), loss)
-            self.finish(pruning, job)
+            self.finish(pruning, job, self._moves(pruning.anatomy))
 
     def _allocate(self, pruning: Pruning, score: Scorer) -> tuple[Subnet, float]:
         menus = self._menus(pruning)
@@ -120,6 +120,10 @@ class KnapsackPruner(OrderedPruner):
         axes = {axis.name: axis for name in curves for axis in anatomy.blocks[name].leaders} if self.levels else {}
         steps = {name: [axis.size, *widths(axis, self.group)] for name, axis in axes.items()}
         return settled(anatomy, _subnet(curves, picked), self.ratio, steps, curves)
+
+    def _moves(self, anatomy: Anatomy) -> Moves:
+        """One group less of each axis; whole blocks where no widths are tried."""
+        return step_moves(anatomy.axes.values(), self.group) if self.levels else block_moves(anatomy)
 
     def _swap(
         self, pruning: Pruning, curves: dict[str, list[Choice]], picked: dict[str, int], score: Scorer

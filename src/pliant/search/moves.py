@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from pliant.anatomy import Anatomy
-from pliant.elastic import Subnet, ratio
+from pliant.anatomy import Anatomy, Axis
+from pliant.elastic import Subnet, parameters, ratio
 from pliant.search.greedy import Move
+from pliant.search.groups import widths
 
 Moves = Callable[[Subnet], Sequence[Move]]
 
@@ -65,17 +66,29 @@ def width_moves(anatomy: Anatomy, groups: Mapping[str, int]) -> Moves:
     return moves
 
 
+def step_moves(axes: Iterable[Axis], elements: int) -> Moves:
+    """Narrow an axis of the dense model by one group, see :func:`pliant.search.groups.widths`."""
+    steps = {axis.name: left[0] for axis in axes if (left := widths(axis, elements))}
+    return lambda subnet: [Move(name, subnet.keeping(name, units)) for name, units in steps.items()]
+
+
 def pooled(*several: Moves) -> Moves:
     """All the moves of several kinds, side by side."""
     return lambda subnet: [move for moves in several for move in moves(subnet)]
+
+
+def unit_of(anatomy: Anatomy, moves: Moves) -> int:
+    """Parameters of the smallest move in the dense model."""
+    dense = parameters(anatomy)
+    return min(dense - parameters(anatomy, move.subnet) for move in moves(Subnet()))
 
 
 def fitting(anatomy: Anatomy, moves: Moves, target: float, units: Moves | None = None) -> Moves:
     """``moves`` without those that would bring the ratio to one unit or more above ``target``.
 
     One unit is the smallest share of all parameters that one move can still remove: a block, a group of channels, a key-value
-    group with its queries, an expert. So a search that ends at the first ratio of at least ``target`` ends less than one unit above
-    it. Near the target larger moves are skipped, and smaller ones remove the rest.
+    group with its queries, an expert. Near the target larger moves are skipped, and smaller ones remove the rest. Where all small
+    units are gone, a larger one is offered; :func:`pliant.search.restore.put_backs` then finds which small ones come back.
 
     Arguments:
         units: all moves that may still follow, which determine the unit; default: ``moves``.

@@ -61,9 +61,10 @@ class OneShot(Pruner):
             offered = fit(pruning.subnet)
             if not offered:
                 break
-            lowest = min(offered, key=lambda move: sum(ranks[b] for b in move.subnet.skip - pruning.subnet.skip))
-            pruning.commit("blocks", lowest, None)
-        self.finish(pruning, job)
+            ranked = [(sum(ranks[b] for b in move.subnet.skip - pruning.subnet.skip), move) for move in offered]
+            rank, lowest = min(ranked, key=lambda one: one[0])
+            pruning.commit("blocks", lowest, None, rank)
+        self.finish(pruning, job, moves)
 
     def _ranks(self, pruning: Pruning, job: Job, windows: torch.Tensor) -> dict[str, float]:
         blocks = pruning.anatomy.blocks

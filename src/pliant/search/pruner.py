@@ -18,7 +18,7 @@ from pliant.pages import pages_of
 from pliant.progress import size
 from pliant.search.cost import COSTS
 from pliant.search.greedy import Greedy
-from pliant.search.moves import Moves, fitting, head_axes, reach
+from pliant.search.moves import Moves, fitting, head_axes, reach, unit_of
 from pliant.search.order import check_order
 from pliant.search.pruning import Pruning
 from pliant.search.repair import repair_bytes
@@ -115,9 +115,17 @@ class Pruner(Step):
         if most < self.ratio:
             raise RatioError(f"ratio {self.ratio} cannot be reached: removing all that may go comes to {most:.4f}")
 
-    def finish(self, pruning: Pruning, job: Job) -> None:
-        """Refit if asked to, and make the result permanent."""
-        pruning.require(self.ratio)
+    def finish(self, pruning: Pruning, job: Job, moves: Moves, windows: torch.Tensor | None = None) -> None:
+        """Put back what is too much, refit if asked to, and make the result permanent.
+
+        Arguments:
+            moves: the smallest one of them, in the dense model, is the unit that the result may be off by.
+            windows: what a sub-network with units put back is scored on; None leaves it without a score.
+
+        Raises:
+            RatioError: the result is not less than one unit above the ratio, and cannot be.
+        """
+        pruning.settle(self.ratio, unit_of(pruning.anatomy, moves), windows)
         pruning.cut(self._repair_windows(job) if self.repair else None, self.ridge)
 
     def _repair_windows(self, job: Job) -> torch.Tensor:

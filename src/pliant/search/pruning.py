@@ -22,12 +22,14 @@ from pliant.progress import duration, size
 from pliant.search.archive import Archive
 from pliant.search.cost import Cost, cost_of
 from pliant.search.cut import cut_exactly
-from pliant.search.greedy import Greedy, Move
+from pliant.search.greedy import Greedy, Move, check_loss
 from pliant.search.moves import Moves
 from pliant.search.repair import repair
+from pliant.search.restore import Removal, put_backs
 from pliant.step import Job
 
 ARCHIVE = "search.jsonl"
+PUT_BACK = "put back"  # the stage that takes back what was too much
 ROUGH = 0.25  # share of the windows that a rough score is taken on
 PER_REMOVAL = 5.0  # scores that a lazy search takes for one, as long as it has made none
 
@@ -75,6 +77,7 @@ class Pruning:
     anatomy: Anatomy = field(init=False)
     subnet: Subnet = field(init=False, default_factory=Subnet)
     points: list[dict[str, Any]] = field(init=False, default_factory=list)
+    removals: list[Removal] = field(init=False, default_factory=list)
     counters: dict[str, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -116,8 +119,9 @@ class Pruning:
             def committed(move: Move, loss: float) -> None:
                 nonlocal made
                 made += 1
+                before = self.archive.get(score.pool, self.subnet)
                 score.walk.rebase(move.subnet)
-                self.commit(name, move, loss)
+                self.commit(name, move, loss, math.nan if before is None else loss - before)
 
             greedy.run(
                 self.subnet,
@@ -184,12 +188,47 @@ class Pruning:
         """A cost by name, see :func:`pliant.search.cost.cost_of`; what is measured for it is kept beside the archive."""
         return cost_of(per, self.job.model, self.anatomy, self.job.place(f"latency-{per}.json", "evaluations"))
 
-    def commit(self, stage: str, move: Move, loss: float | None) -> None:
+    def commit(self, stage: str, move: Move, loss: float | None, hurt: float = math.nan) -> None:
         """Take a move, and mark the point it leads to on the trade curve.
 
         Arguments:
             loss: nats per token after it, None where it was not measured.
+            hurt: how much the removal hurt, in the method's own measure; NaN where that is unknown.
         """
+        self.removals.append(Removal(move.unit, self.subnet, move.subnet, hurt))
+        self._mark(stage, move, loss)
+
+    def settle(self, target: float, unit: int, windows: torch.Tensor | None = None) -> None:
+        """Put removed units back until the ratio is less than one unit above ``target``.
+
+        Arguments:
+            unit: parameters of the smallest unit.
+            windows: what the sub-networks after it are scored on; None leaves them without a score.
+
+        Raises:
+            RatioError: the stages ran dry before ``target``, or no selection of what they removed ends within one unit of it.
+        """
+        self.require(target)
+        back = put_backs(self.anatomy, self.removals, target, unit)
+        if not back:
+            return
+        if windows is None:
+            for removal in back:
+                self._put_back(removal, None)
+            return
+        with self.scoring(PUT_BACK, windows) as score:
+            for done, removal in enumerate(back, 1):
+                check_loss(loss := score(removal.undone(self.subnet)))
+                self._put_back(removal, loss)
+                score.walk.rebase(self.subnet)
+                self.job.progress.step(done / len(back), f"{removal.unit} is back, loss {loss:.4f}")
+        self.counters[PUT_BACK]["steps"] = len(back)
+
+    def _put_back(self, removal: Removal, loss: float | None) -> None:
+        self.removals.remove(removal)
+        self._mark(PUT_BACK, Move(f"{removal.unit} {PUT_BACK}", removal.undone(self.subnet)), loss)
+
+    def _mark(self, stage: str, move: Move, loss: float | None) -> None:
         self.subnet = move.subnet
         perplexity = None if loss is None or self.metric != "perplexity" else math.exp(min(loss, 700))
         self.points.append(

@@ -30,4 +30,4 @@ class UnifiedPruner(WidthPruner):
         windows = self.windows(job, self.samples, self.seed)
         with ordered(job, anatomy, self.order, windows):
             self.stage(pruning, "blocks, channels and heads", moves, windows, self.ratio)
-            self.finish(pruning, job)
+            self.finish(pruning, job, moves, windows)

@@ -31,5 +31,6 @@ class BlockPruner(GreedyPruner):
         pruning = self.begin(job)
         moves = block_moves(pruning.anatomy, kinds)
         self.check_reach(pruning.anatomy, [moves])
-        self.stage(pruning, "blocks", moves, self.windows(job, self.samples, self.seed), self.ratio)
-        self.finish(pruning, job)
+        windows = self.windows(job, self.samples, self.seed)
+        self.stage(pruning, "blocks", moves, windows, self.ratio)
+        self.finish(pruning, job, moves, windows)

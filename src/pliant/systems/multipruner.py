@@ -76,4 +76,4 @@ class MultiPruner(WidthPruner):
                 self.stage(pruning, name, moves, windows, self.ratio if last else until, units)
             if ratio(anatomy, pruning.subnet) < self.ratio - 1e-12:  # the last one ran dry: whatever earlier ones left
                 self.stage(pruning, "what is left", all_kinds, for_widths, self.ratio)
-            self.finish(pruning, job)
+            self.finish(pruning, job, wanted[-1][2], for_blocks if wanted[-1][0] == "blocks" else for_widths)

@@ -61,7 +61,7 @@ class MultiPrunerEvol(WidthPruner):
                 subnet = self._evolve(pruning, score, groups)
                 loss = score(subnet)
             pruning.commit("widths", Move("all", subnet), loss)
-            self.finish(pruning, job)
+            self.finish(pruning, job, units, for_widths)
 
     def _evolve(self, pruning: Pruning, score: Scorer, groups: dict[str, int]) -> Subnet:
         from pymoo.algorithms.moo.nsga2 import NSGA2

@@ -1,0 +1,135 @@
+"""Units that a search removed too much are put back, so that it ends within one unit of its ratio."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+from pliant.anatomy import Anatomy
+from pliant.elastic import Subnet, parameters
+from pliant.errors import RatioError
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One committed move.
+
+    Attributes:
+        unit: what went.
+        before: the sub-network that still had it.
+        after: the sub-network without it.
+        hurt: how much its removal hurt, in the method's own measure; NaN where that is unknown.
+    """
+
+    unit: str
+    before: Subnet
+    after: Subnet
+    hurt: float
+
+    @property
+    def blocks(self) -> frozenset[str]:
+        """Blocks that the move changed."""
+        axes = {axis for axis, _ in set(self.before.keep) ^ set(self.after.keep)}
+        return (self.before.skip ^ self.after.skip) | {axis.rpartition(".")[0] for axis in axes}
+
+    def undone(self, subnet: Subnet) -> Subnet:
+        """``subnet`` with the blocks of this move as they were before it."""
+        blocks = self.blocks
+        keep = [kept for kept in subnet.keep if kept[0].rpartition(".")[0] not in blocks]
+        keep += [kept for kept in self.before.keep if kept[0].rpartition(".")[0] in blocks]
+        return Subnet((subnet.skip - blocks) | (self.before.skip & blocks), tuple(sorted(keep)))
+
+
+def put_backs(anatomy: Anatomy, removals: Sequence[Removal], target: float, unit: int) -> list[Removal]:
+    """Removals to undo, in this order, so that the ratio is at least ``target`` and less than one unit above it.
+
+    Only as many as needed. Of those whose return leads there, the one that hurt most comes first; of equal ones the latest. Moves
+    on the same block are undone last first.
+
+    Arguments:
+        removals: all moves in the order they were made; the last one reached at least ``target``.
+        unit: parameters of the smallest unit.
+
+    Raises:
+        RatioError: no selection of these removals ends there.
+    """
+    dense = parameters(anatomy)
+    removed = dense - parameters(anatomy, removals[-1].after) if removals else 0
+    excess = math.floor(removed - (target - 1e-12) * dense)  # parameters that may come back
+    if excess < unit:
+        return []
+    saved = [parameters(anatomy, one.before) - parameters(anatomy, one.after) for one in removals]
+    chains = _chains(removals)
+    back: list[Removal] = []
+    while excess >= unit:
+        # the last move of each chain can be undone next
+        lasts = sorted((chain[-1] for chain in chains if chain), key=lambda i: (_known(removals[i].hurt), i), reverse=True)
+        for last in lasts:
+            left = excess - saved[last]
+            shorter = [chain[:-1] if chain[-1:] == [last] else chain for chain in chains]
+            if left >= 0 and _fills(shorter, saved, left, unit):
+                break
+        else:
+            raise RatioError(_refusal(chains, saved, removed, dense, target, unit))
+        excess, chains = left, shorter
+        back.append(removals[last])
+    return back
+
+
+def _known(hurt: float) -> float:
+    return -math.inf if math.isnan(hurt) else hurt
+
+
+def _chains(removals: Sequence[Removal]) -> list[list[int]]:
+    """Places of the removals that changed the same blocks, in order."""
+    chains: list[tuple[frozenset[str], list[int]]] = []
+    for place, removal in enumerate(removals):
+        same = [chain for chain in chains if chain[0] & removal.blocks]
+        merged = frozenset().union(removal.blocks, *(blocks for blocks, _ in same))
+        places = sorted([place, *(i for _, of_chain in same for i in of_chain)])
+        chains = [chain for chain in chains if chain not in same] + [(merged, places)]
+    return [places for _, places in chains]
+
+
+def _sums(chains: Sequence[Sequence[int]], saved: Sequence[int], most: int, part: int) -> int:
+    """What undoing ends of the chains can bring back: bit ``n`` is set where it is ``n * part`` parameters, up to ``most``."""
+    bits, mask = 1, (1 << (most // part + 1)) - 1
+    for chain in chains:
+        grown, back = bits, 0
+        for place in reversed(chain):
+            back += saved[place]
+            if back > most:
+                break
+            grown |= bits << (back // part)
+        bits = grown & mask
+    return bits
+
+
+def _fills(chains: Sequence[Sequence[int]], saved: Sequence[int], excess: int, unit: int) -> bool:
+    """Whether undoing can bring back at most ``excess`` and leave less than one unit of it."""
+    part = _part(saved)
+    return excess - (_sums(chains, saved, excess, part).bit_length() - 1) * part < unit
+
+
+def _part(saved: Sequence[int]) -> int:
+    return max(1, reduce(math.gcd, saved, 0))
+
+
+def _refusal(
+    chains: Sequence[Sequence[int]], saved: Sequence[int], removed: int, dense: int, target: float, unit: int
+) -> str:
+    part = _part(saved)
+    excess = math.floor(removed - (target - 1e-12) * dense)
+    bits = _sums(chains, saved, removed, part)
+    above = (bits & ((1 << (excess // part + 1)) - 1)).bit_length() - 1
+    more = bits >> (excess // part + 1)
+    below = excess // part + (more & -more).bit_length()  # place of the lowest bit
+    # rounded down, so that the same selection still reaches a ratio that is given as printed
+    near = [math.floor((removed - place * part) / dense * 1e4) / 1e4 for place in (below, above)]
+    shown = " or ".join(f"{ratio:.4f}" for ratio in near if ratio > 0)
+    return (
+        f"ratio {target} cannot be reached within one unit, which is {unit / dense:.4f}: the nearest that the units removed "
+        f"come to is {shown}; give one of these"
+    )
