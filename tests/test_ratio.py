@@ -1,14 +1,18 @@
 """Every method ends less than one unit above its ratio, or refuses."""
 
+from itertools import pairwise, product
+
 import pytest
 
 import pliant
 from pico import pico, tokenizer
 from pliant.anatomy import anatomy_of
-from pliant.elastic import Subnet, ratio
+from pliant.elastic import Subnet, parameters, ratio
 from pliant.errors import RatioError
+from pliant.measure.rank import RANKINGS
 from pliant.search.groups import cut_until, widths
 from pliant.search.moves import block_moves, fitting, layer_moves, pooled, width_moves
+from pliant.search.restore import Removal, put_backs
 from pliant.systems import PRUNERS
 
 WORDS = ["the", "cat", "sat", "on", "a", "red", "mat", "and", "looked", "at", "dogs", "that", "ran", "over", "hills"]
@@ -86,6 +90,106 @@ def test_a_method_ends_within_one_unit_of_its_ratio_or_refuses(name, wanted, dep
     pliant.apply(model, step, TEXT, tokenizer=tokenizer(), progress=False)
     reached = 1 - sum(parameter.numel() for parameter in model.parameters()) / dense
     assert wanted - 1e-9 <= reached < wanted + unit(anatomy)
+
+
+UNEVEN = {  # MLPs are four times as large as attentions, or more
+    "llama": {"hidden_size": 48, "intermediate_size": 192, "num_attention_heads": 8, "num_key_value_heads": 4}
+    | {"head_dim": 6},
+    "mixtral": {},
+}
+ON_UNEVEN = [
+    *(("blockpruner", {}), ("oneshot of layers", {}), ("multipruner", {}), ("unified", {})),
+    *(("knapsack", {}), ("knapsack of whole blocks", {}), ("multipruner_evol", {})),
+    *(("oneshot", {"by": by}) for by in (*RANKINGS, "perplexity", "random")),
+]
+
+
+@pytest.mark.parametrize("wanted", [0.1, 0.3])
+@pytest.mark.parametrize(("name", "more"), ON_UNEVEN, ids=lambda given: given if isinstance(given, str) else None)
+@pytest.mark.parametrize("family", UNEVEN)
+def test_blocks_of_very_different_size_end_within_one_unit_or_are_refused(family, name, more, wanted):
+    cls, settings, unit = METHODS[name]
+    model = pico(family, num_hidden_layers=4, **UNEVEN[family])
+    anatomy, before = anatomy_of(model), {key: value.clone() for key, value in model.state_dict().items()}
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    step = cls(ratio=wanted, **{**settings, **FEW, **more})
+    of_blocks = name in ("blockpruner", "oneshot", "oneshot of layers", "knapsack of whole blocks")
+    if of_blocks and not any(wanted <= share < wanted + unit(anatomy) for share in shares(anatomy, name)):
+        with pytest.raises(RatioError, match=r"cannot be reached within one unit, .* give one of these"):
+            pliant.apply(model, step, TEXT, tokenizer=tokenizer(), progress=False)
+        assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+        return
+    pliant.apply(model, step, TEXT, tokenizer=tokenizer(), progress=False)
+    reached = 1 - sum(parameter.numel() for parameter in model.parameters()) / dense
+    assert wanted - 1e-9 <= reached < wanted + unit(anatomy)
+    assert model.pliant_history[0]["points"][-1]["ratio"] == pytest.approx(reached)
+
+
+def shares(anatomy, name):
+    """Everything that whole blocks or layers can come to; one attention stays."""
+    offered = (layer_moves if "layers" in name else block_moves)(anatomy)(Subnet())
+    sizes = [ratio(anatomy, move.subnet) for move in offered]
+    most = sum(not (move.unit.endswith("mlp")) for move in offered) - 1
+    return {
+        sum(size for size, goes in zip(sizes, chosen, strict=True) if goes)
+        for chosen in product((False, True), repeat=len(sizes))
+        if sum(goes and not move.unit.endswith("mlp") for move, goes in zip(offered, chosen, strict=True)) <= most
+    }
+
+
+def test_what_was_too_much_is_put_back_scored_and_resumed(tmp_path):
+    step = pliant.BlockPruner(ratio=0.3, **FEW)
+    records = []
+    for _ in range(2):
+        model = pico("llama", num_hidden_layers=4, **UNEVEN["llama"])
+        pliant.apply(model, step, TEXT, tokenizer=tokenizer(), progress=False, work=tmp_path)
+        records.append(model.pliant_history[0])
+    first, again = records
+    back = [point for point in first["points"] if point["stage"] == "put back"]
+    assert len(back) == first["counters"]["put back"]["steps"] == 3
+    assert all(point["unit"].endswith("attention put back") and point["loss"] is not None for point in back)
+    assert first["counters"]["put back"]["evaluations"] > 0 == again["counters"]["put back"]["evaluations"]
+    assert (first["points"], first["subnet"]) == (again["points"], again["subnet"])
+
+
+def test_of_units_that_may_come_back_the_one_that_hurt_most_does():
+    anatomy = anatomy_of(pico("llama", **UNEVEN["llama"]))
+    small, large = (ratio(anatomy, Subnet().without(f"layers.0.{kind}")) for kind in ("attention", "mlp"))
+    unit = round(small * parameters(anatomy))
+
+    def back(target, *gone):
+        removals, subnet = [], Subnet()
+        for block, hurt in gone:
+            removals.append(Removal(block, subnet, subnet.without(f"layers.{block}"), hurt))
+            subnet = removals[-1].after
+        return [one.unit for one in put_backs(anatomy, removals, target, unit)]
+
+    gone = [("0.attention", 0.1), ("1.attention", 0.3), ("2.attention", 0.2), ("0.mlp", 5.0)]
+    assert back(large + 3 * small, *gone) == []
+    assert back(large + 2 * small, *gone) == ["1.attention"]
+    assert back(large + small, *gone) == ["1.attention", "2.attention"]
+    assert back(3 * small, *gone) == ["0.mlp"]
+    assert back(2 * small, *gone) == ["0.mlp", "1.attention"]
+    unknown = [(block, float("nan")) for block, _ in gone]
+    assert back(large + 2 * small, *unknown) == ["2.attention"]
+    with pytest.raises(RatioError, match=rf"the nearest .* is 0\.0{int(small * 1e4)} or 0\.{int(large * 1e4)}; give"):
+        back(2 * small, gone[0], gone[3])
+
+
+def test_widths_come_back_last_first():
+    anatomy = anatomy_of(pico("llama"))
+    states = [Subnet(), Subnet().keeping("layers.0.mlp.channels", 40), Subnet().keeping("layers.0.mlp.channels", 32)]
+    states.append(states[-1].without("layers.0.mlp"))
+    removals = [
+        Removal(str(i), *pair, hurt) for i, (pair, hurt) in enumerate(zip(pairwise(states), (9, 1, 1), strict=True))
+    ]
+    unit = round(ratio(anatomy, states[1]) * parameters(anatomy))
+    back = put_backs(anatomy, removals, ratio(anatomy, states[1]), unit)
+    assert [one.unit for one in back] == ["2", "1"]
+    subnet = states[-1]
+    for one in back:
+        subnet = one.undone(subnet)
+    assert subnet == states[1]
 
 
 def test_a_block_that_is_too_large_is_passed_over():

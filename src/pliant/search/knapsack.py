@@ -15,7 +15,7 @@ from pliant.elastic import Subnet, parameters, ratio
 from pliant.errors import RatioError
 from pliant.search.greedy import Move, check_loss
 from pliant.search.groups import widths
-from pliant.search.moves import Moves, block_moves, settled, step_moves
+from pliant.search.moves import Moves, block_moves, settled, step_moves, unit_of
 from pliant.search.order import ordered
 from pliant.search.pruner import OrderedPruner
 from pliant.search.pruning import Pruning, Scorer
@@ -133,6 +133,7 @@ class KnapsackPruner(OrderedPruner):
         anatomy = pruning.anatomy
         best = self._settled(anatomy, curves, picked)
         loss = score(best)
+        unit = (unit_of(anatomy, self._moves(anatomy)) - 0.5) / parameters(anatomy)  # a whole one is too much
         for done in range(self.swaps if len(curves) > 1 else 0):
             down, up = draw.sample(list(curves), 2)
             tried = {**picked, down: picked[down] + 1, up: picked[up] - 1}
@@ -141,6 +142,8 @@ class KnapsackPruner(OrderedPruner):
             if ratio(anatomy, _subnet(curves, tried)) < self.ratio:
                 continue
             subnet = self._settled(anatomy, curves, tried)
+            if ratio(anatomy, subnet) > max(ratio(anatomy, best), self.ratio + unit):
+                continue
             value = score(subnet)
             if value < loss:
                 picked, best, loss = tried, subnet, value

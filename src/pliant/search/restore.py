@@ -65,7 +65,9 @@ def put_backs(anatomy: Anatomy, removals: Sequence[Removal], target: float, unit
     back: list[Removal] = []
     while excess >= unit:
         # the last move of each chain can be undone next
-        lasts = sorted((chain[-1] for chain in chains if chain), key=lambda i: (_known(removals[i].hurt), i), reverse=True)
+        lasts = sorted(
+            (chain[-1] for chain in chains if chain), key=lambda i: (_known(removals[i].hurt), i), reverse=True
+        )
         for last in lasts:
             left = excess - saved[last]
             shorter = [chain[:-1] if chain[-1:] == [last] else chain for chain in chains]
