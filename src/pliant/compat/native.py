@@ -35,6 +35,7 @@ KNOWN = {  # arguments of forward that a native run handles
     *("input_ids", "attention_mask", "position_ids", *CACHE, "inputs_embeds", "use_cache"),
     *("cache_position", "return_dict", "output_attentions", "output_hidden_states"),
 }
+TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position")  # those of them that are
 CALLED = ("logits_processor", "stopping_criteria")  # arguments of generate: lists of functions called at every token
 BRING = ("assistant_model", "custom_generate")  # arguments of generate that add a model or a loop of their own
 
@@ -96,8 +97,10 @@ def _known(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
     asked = [given.pop(n, getattr(base.config, n, False)) for n in ("output_attentions", "output_hidden_states")]
     if any(asked) or given.pop("return_dict", getattr(base.config, "return_dict", True)) is not True:
         return None
-    inputs = [given[name] for name in ("input_ids", "inputs_embeds") if name in given]
-    if len(inputs) != 1 or type(inputs[0]) is not torch.Tensor or inputs[0].device.type != "cpu":
+    tensors = {name: given[name] for name in TENSORS if name in given}
+    if any(type(tensor) is not torch.Tensor or tensor.device.type != "cpu" for tensor in tensors.values()):
+        return None
+    if ("input_ids" in given) == ("inputs_embeds" in given):
         return None
     if base.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or _observed():
         return None
