@@ -10,8 +10,8 @@ import torch
 import transformers
 
 import pliant
-from pico import DECODERS, IDS, logits, pico
-from pliant.checkpoint.quantized import is_packed
+from pico import DECODERS, IDS, inputs, logits, pico
+from pliant.checkpoint.quantized import is_packed, settle
 from pliant.compat.cache import cache_argument
 from pliant.errors import ArtefactError, PackedError
 from pliant.runtime import library
@@ -61,6 +61,61 @@ def test_it_reloads_with_plain_transformers(tmp_path, name):
     assert entry["quant_method"] == "pliant"
     again.save_pretrained(tmp_path / "twice")
     assert torch.equal(logits(pliant.load(tmp_path / "twice")), expected)
+
+
+CLASSES = ["AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForTokenClassification"]
+
+
+@pytest.mark.parametrize("opened", CLASSES)
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_folder_opens_in_a_class_with_another_head_or_none(tmp_path, name, whole, opened):
+    """The layers of a base have another prefix where a head is on top."""
+    model = pico(name)
+    written = model if whole else model.base_model
+    pliant.apply(written, [pliant.PackedLinear(format="int8", head="int8" if whole else "dense")], progress=False)
+    written.save_pretrained(tmp_path / "once")
+    given = inputs(model)
+    with torch.no_grad():
+        expected = model.base_model(**given).last_hidden_state
+        for _ in range(2):
+            again = getattr(transformers, opened).from_pretrained(tmp_path / "once")
+            found = {path for path, module in again.base_model.named_modules() if isinstance(module, Packed)}
+            there = {path for path, module in model.base_model.named_modules() if isinstance(module, Packed)}
+            assert there - found <= {"pooler.dense"}
+            assert again.config.quantization_config.modules.keys() == {
+                path for path, module in again.named_modules() if isinstance(module, Packed)
+            }
+            torch.testing.assert_close(again.base_model(**given).last_hidden_state, expected, rtol=0, atol=0)
+            again.save_pretrained(tmp_path / "once")
+
+
+def test_a_folder_of_a_packed_head_alone_opens_without_it(tmp_path):
+    model = packed(format="int8", head="int8", target_modules=["lm_head"])
+    model.save_pretrained(tmp_path)
+    expected = model.base_model(IDS).last_hidden_state
+    again = transformers.AutoModel.from_pretrained(tmp_path)
+    assert not is_packed(again)
+    assert torch.equal(again(IDS).last_hidden_state, expected)
+
+
+def test_names_that_fit_no_layer_are_refused(tmp_path):
+    packed(format="int8").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    modules = config["quantization_config"]["modules"]
+    config["quantization_config"]["modules"] = {f"decoder.{name}": entry for name, entry in modules.items()}
+    file.write_text(json.dumps(config))
+    with pytest.raises(ArtefactError, match=r"LlamaForCausalLM has none of the packed layers .* 'decoder.model.layers"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_packed_bytes_in_a_layer_that_is_not_packed_are_refused():
+    model = pico("llama")
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = torch.nn.Parameter(pack(layer.weight, "int8"), requires_grad=False)
+    with pytest.raises(ArtefactError, match=r"model.layers.0.mlp.up_proj: packed bytes were loaded into a layer"):
+        settle(model)
 
 
 def test_a_cut_model_is_packed_and_reloads(tmp_path):

@@ -25,6 +25,7 @@ from pliant.errors import ArchitectureError, PackedError
 from pliant.runtime.cache import Blocks, Keeping, per_token
 from pliant.runtime.library import library
 from pliant.runtime.linear import Packed
+from pliant.runtime.observed import observed
 from pliant.runtime.threads import threads, torch_on_all, torch_on_one
 
 NUDGE = 1e-6  # relative input perturbation of the size of rounding, to measure how much 8-bit activations amplify it
@@ -108,12 +109,9 @@ def _known(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
 
 
 def _observed() -> bool:
-    """Whether a torch mode, a transform, tracing or a global hook observes or changes operations."""
+    """Whether a torch mode, a transform, a trace, a global hook or a capture of outputs observes or changes operations."""
     return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
-        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        observed()
         or nn.modules.module._global_forward_hooks
         or nn.modules.module._global_forward_pre_hooks
         or _active_collector.get()

@@ -115,7 +115,7 @@ class Blocks:
         them again in another cache is exact."""
         native: Any = library()
         shape = (self.heads, self.length(), self.width)
-        keys, values = torch.empty(shape), torch.empty(shape)
+        keys, values = (torch.empty(shape, dtype=torch.float32) for _ in range(2))
         native.pliant_cache_read(self.handle, keys.data_ptr(), values.data_ptr())
         return keys, values
 
@@ -145,7 +145,8 @@ def _filled(keeping: Keeping, heads: int, width: int, keys: torch.Tensor, values
 def per_token(keeping: Keeping, heads: int, width: int) -> float:
     """Bytes per token in one layer, once packed."""
     blocks = Blocks(dataclasses.replace(keeping, recent=0, first=0), heads, width)
-    states = torch.randn(2, 2 * BLOCK, heads * width, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(2, 2 * BLOCK, heads * width, generator=generator, dtype=torch.float32)
     sizes = []
     for keys, values in zip(states[0].split(BLOCK), states[1].split(BLOCK), strict=True):
         blocks.append(keys, values)
