@@ -253,6 +253,36 @@ def test_a_pruner_without_a_ratio_is_refused(systems, pairs, told):
         recipe(systems, {}, pairs)
 
 
+@pytest.mark.parametrize(
+    ("systems", "pairs", "said"),
+    [
+        (["packed"], [], "--ratio 0.2 has no effect on packed;"),
+        (["magnitude", "rtn"], [], "--ratio 0.2 has no effect on magnitude and rtn;"),
+        (["multipruner"], ["ratio=0.4"], "--ratio 0.2 and --set ratio=0.4 contradict each other"),
+        (["multipruner"], ["multipruner.ratio=0.4"], "contradict each other"),
+        (["channelpruner"], ["ratio=none", "macs_ratio=0.1"], "contradict each other"),
+        (["multipruner"], ["samples=4", "samples=8"], "--set samples is '4' and then '8'"),
+    ],
+)
+def test_an_option_without_effect_is_refused(systems, pairs, said):
+    with pytest.raises(StepError, match=re.escape(said)):
+        recipe(systems, {"ratio": "0.2"}, pairs)
+
+
+def test_a_ratio_that_one_of_the_systems_takes_is_taken():
+    pruner, packed = recipe(["fisher", "packed"], {"ratio": "0.2"}, ["ratio=0.20"])
+    assert (pruner.ratio, packed.kind) == (0.2, "packed")
+    first, second = recipe(["fisher", "knapsack"], {"ratio": "0.2"}, ["knapsack.ratio=0.1"])
+    assert (first.ratio, second.ratio) == (0.2, 0.1)
+
+
+def test_a_known_subnet_is_cut_once(tmp_path):
+    found = tmp_path / "found.json"
+    found.write_text(json.dumps({"skip": [], "keep": {}}))
+    with pytest.raises(StepError, match="fisher and knapsack are 2 pruners"):
+        known_subnet(found, ["fisher", "knapsack"], [])
+
+
 # exit codes
 
 
@@ -289,6 +319,9 @@ def test_success_is_0(entry):
         (["generate", "FOLDER", "Hello", "--chat"], "chat template"),
         (["generate", "FOLDER", ""], "prompt"),
         (["export", "FOLDER", "--to", "onnx", "--out", "x"], "unknown export 'onnx'"),
+        (["compress", "FOLDER", "--system", "packed", "--ratio", "0.2", "--out", "x"], "--ratio 0.2 has no effect"),
+        (["compress", "FOLDER", "--subnet", "found.json", "--ratio", "0.2", "--out", "x"], "give one of them"),
+        (["compress", "FOLDER", "--system", "packed", "--column", "body", "--out", "x"], "no effect without --data"),
         (["compress", "FOLDER", "--ratio", "2", "--data", "PROSE", "--out", "x"], "between 0 and 1"),
         (["compress", "FOLDER", "--ratio", "0.1", "--data", "gone.txt", "--out", "x"], "there is no file"),
         (["compress", "FOLDER", "--ratio", "0.1", "--data", "PROSE", "--out", "FOLDER"], "is the model itself"),
@@ -310,7 +343,17 @@ def test_a_refusal_is_1_with_the_reason_on_stderr(entry, folder, prose, tmp_path
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("words", [["fly"], ["ls", "--fast"], ["compress", "m"], ["bench", "m", "--prompt", "x"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["fly"],
+        ["ls", "--fast"],
+        ["compress", "m"],
+        ["bench", "m", "--prompt", "x"],
+        ["generate", "m", "Hi", "--sample", "--seed", str(10**23)],
+        ["generate", "m", "Hi", "--seed", "-1"],
+    ],
+)
 def test_wrong_usage_is_2(entry, words):
     code, out, err = entry(*words)
     assert (code, out) == (2, "")
