@@ -20,8 +20,10 @@ from pliant.cli import main
 from pliant.cli.doctor import diagnose
 from pliant.cli.main import app
 from pliant.cli.settings import build, known_subnet, recipe, step_class
+from pliant.elastic import Subnet
 from pliant.errors import ArtefactError, DataError, PliantError, RatioError, WeightError
 from pliant.figures import to_json
+from pliant.search import Cut
 from pliant.step import StepError, help_texts
 from pliant.systems import SYSTEMS
 
@@ -267,6 +269,16 @@ def test_a_pruner_without_a_ratio_is_refused(systems, pairs, told):
 def test_an_option_without_effect_is_refused(systems, pairs, said):
     with pytest.raises(StepError, match=re.escape(said)):
         recipe(systems, {"ratio": "0.2"}, pairs)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, True, None, "7"])
+@pytest.mark.parametrize(
+    "step", [lambda **s: pliant.MultiPruner(ratio=0.1, **s), pliant.Recover, lambda **s: Cut(subnet=Subnet(), **s)]
+)
+def test_a_seed_out_of_range_is_refused(step, seed):
+    step(seed=0), step(seed=2**63 - 1)
+    with pytest.raises(StepError, match="seed is a whole number from 0 to 9223372036854775807"):
+        step(seed=seed)
 
 
 def test_a_ratio_that_one_of_the_systems_takes_is_taken():
