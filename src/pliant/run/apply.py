@@ -51,11 +51,7 @@ def apply(
         StepError: before any work: ``model`` is not a model, ``step`` not a step, or a step comes after one that packs.
         DataError: ``data`` is none of the above.
     """
-    if not isinstance(model, nn.Module):
-        path = isinstance(model, str | Path)
-        raise StepError(
-            f"a model is expected, not {model!r}" + (f"; load it first: pliant.load({str(model)!r})" if path else "")
-        )
+    _check_model(model)
     steps = recipe_of(step)
     if isinstance(data, str | Path):
         data = text(data)
@@ -99,6 +95,14 @@ def apply(
         )
         model.pliant_history = history
     return model
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        path = isinstance(model, str | Path)
+        raise StepError(
+            f"a model is expected, not {model!r}" + (f"; load it first: pliant.load({str(model)!r})" if path else "")
+        )
 
 
 def _parameters(model: Any) -> int:
