@@ -13,7 +13,7 @@ import pliant
 from pico import DECODERS, IDS, inputs, logits, pico
 from pliant.checkpoint.quantized import is_packed, settle
 from pliant.compat.cache import cache_argument
-from pliant.errors import ArtefactError, PackedError
+from pliant.errors import ArtefactError, DataError, PackedError
 from pliant.runtime import library
 from pliant.runtime import pays as measured
 from pliant.runtime.linear import Packed, linear
@@ -185,6 +185,14 @@ def test_settings_that_make_no_sense_are_refused():
         ({"rules": {"(": "int8"}}, "not a valid regular expression"),
         ({"rules": "int8"}, "pattern=format"),
         ({"group": 16}, "group is one of"),
+        ({"group": 32.0}, r"group is one of .*, not 32\.0"),
+        ({"rules": None}, "rules map regular expressions to formats, .* not None"),
+        ({"rules": {3: "int8"}}, "rules map regular expressions to formats"),
+        ({"rules": ["down_proj"]}, "rules map regular expressions to formats"),
+        ({"format": None}, "format is one of"),
+        ({"key_sparsity": "0.3"}, "key_sparsity is a share from 0 to below 1, not '0.3'"),
+        ({"value_sparsity": None}, "value_sparsity is a share"),
+        ({"cache": None}, "a cache is kept as"),
         ({"sparse": "yes"}, "auto, always or never"),
     ):
         with pytest.raises(StepError, match=said):
@@ -195,6 +203,40 @@ def test_settings_that_make_no_sense_are_refused():
         pliant.apply(packed(), pliant.Magnitude(sparsity=0.1), progress=False)
     with pytest.raises(StepError, match="none of the layers"):
         packed(format="dense", head="dense")
+
+
+class Untouched(torch.nn.Linear):
+    """Fails as soon as anything reads its parameters."""
+
+    def parameters(self, *_, **__):
+        raise AssertionError("the model was read")
+
+
+@pytest.mark.parametrize("last", [pliant.PackedLinear(), pliant.SparAMX(sparsity=0.5)], ids=lambda step: step.kind)
+def test_a_step_after_packing_is_refused_before_any_work(last):
+    steps = [last, pliant.Magnitude(sparsity=0.1)]
+    with pytest.raises(
+        StepError, match=f"{last.kind} packs the model, and packing comes last; magnitude comes after it"
+    ):
+        pliant.apply(Untouched(2, 2), steps, progress=False)
+    with pytest.raises(StepError, match="packing comes last"):
+        pliant.apply(Untouched(2, 2), [last, last], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "step", "data", "error", "said"),
+    [
+        ("folder", pliant.Magnitude(sparsity=0.1), None, StepError, r"load it first: pliant\.load\('folder'\)"),
+        (None, pliant.Magnitude(sparsity=0.1), None, StepError, "a model is expected, not None"),
+        (torch.nn.Linear(2, 2), None, None, StepError, "a step is expected, .* not None"),
+        (torch.nn.Linear(2, 2), "packed", None, StepError, "a step is expected, .* not 'packed'"),
+        (torch.nn.Linear(2, 2), [pliant.PackedLinear], None, StepError, "a step is expected"),
+        (torch.nn.Linear(2, 2), pliant.Magnitude(sparsity=0.1), 5, DataError, "data is .* not 5"),
+    ],
+)
+def test_what_is_no_model_step_or_data_is_refused(model, step, data, error, said):
+    with pytest.raises(error, match=said):
+        pliant.apply(model, step, data, progress=False)
 
 
 @pytest.mark.parametrize("within", ["matrix", "row"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from pliant.errors import PackedError
@@ -176,11 +176,15 @@ class BlockCache(Cache):
         keeping: settings of :class:`Keeping`: ``format``, ``key_sparsity``, ``value_sparsity``, ``recent``, ``first``.
 
     Raises:
-        PackedError: a setting is out of range, or no layer holds only keys and values.
+        PackedError: a setting is unknown or out of range, ``config`` is not a config, or no layer holds only keys and values.
     """
 
     def __init__(self, config: Any, **keeping: Any):
-        kept = Keeping(**keeping)
+        kept = Keeping.of(keeping)
+        if not isinstance(config, PreTrainedConfig):
+            raise PackedError(
+                f"a BlockCache needs the config of a model, as in BlockCache(model.config); not a {type(config).__name__}"
+            )
         layers = [BlockLayer(kept) if may_be_blocks(layer) else layer for layer in DynamicCache(config=config).layers]
         if not any(isinstance(layer, BlockLayer) for layer in layers):
             kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))

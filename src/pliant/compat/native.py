@@ -189,7 +189,7 @@ def _kept_in(cache: Any, plan: NativePlan) -> list[Blocks | None]:
 
 def _keeping(base: Any) -> Keeping:
     """The block settings in a model's config, for caches that ``generate`` creates."""
-    return Keeping(**getattr(getattr(base.config, "quantization_config", None), "cache", {}))
+    return Keeping.of(getattr(getattr(base.config, "quantization_config", None), "cache", {}))
 
 
 def plan_of(base: Any) -> NativePlan | None:

@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import functools
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,12 +54,25 @@ class Keeping:
         if self.format not in ("float32", "bf16", "int8"):
             raise PackedError(f"a cache is kept as float32, bf16 or int8, not {self.format!r}")
         for name, share in (("key_sparsity", self.key_sparsity), ("value_sparsity", self.value_sparsity)):
-            if not 0 <= share < 1:
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
                 raise PackedError(f"{name} is a share from 0 to below 1, not {share!r}")
             if share and self.format == "float32":
                 raise PackedError(f"{name} needs packed blocks: format bf16 or int8")
-        if self.recent < 0 or self.first < 0:
-            raise PackedError("recent and first are numbers of tokens")
+        for name, tokens in (("recent", self.recent), ("first", self.first)):
+            if isinstance(tokens, bool) or not isinstance(tokens, int) or not 0 <= tokens < 2**63:
+                raise PackedError(f"recent and first are numbers of tokens; {name} is {tokens!r}")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Keeping:
+        """From settings by name.
+
+        Raises:
+            PackedError: there is no such setting, or it is out of range.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(settings) - {*known}):
+            raise PackedError(f"a cache has no setting {unknown[0]!r}; it has {', '.join(known)}")
+        return cls(**settings)
 
     def native(self) -> _Keeping:
         packed = self.format != "float32"
