@@ -170,9 +170,23 @@ def test_settings_that_make_no_sense_are_refused():
         ({"value_sparsity": -0.1}, "from 0 to below 1"),
         ({"format": "float32", "key_sparsity": 0.5}, "needs packed blocks"),
         ({"recent": -1}, "numbers of tokens"),
+        ({"recent": 1.5}, r"numbers of tokens; recent is 1\.5"),
+        ({"first": "4"}, "numbers of tokens; first is '4'"),
+        ({"key_sparsity": "0.3"}, "key_sparsity is a share from 0 to below 1, not '0.3'"),
+        ({"value_sparsity": None}, "value_sparsity is a share"),
+        ({"key_sparsity": False}, "key_sparsity is a share"),
     ):
         with pytest.raises(PackedError, match=said):
             Keeping(**settings)
+        with pytest.raises(PackedError, match=said):
+            BlockCache(config("llama"), **settings)
+    with pytest.raises(
+        PackedError, match="no setting 'foo'; it has format, key_sparsity, value_sparsity, recent, first"
+    ):
+        BlockCache(config("llama"), foo=1)
+    for wrong in (None, {}, "llama", pico()):
+        with pytest.raises(PackedError, match="needs the config of a model"):
+            BlockCache(wrong)
     layer = BlockLayer()
     with pytest.raises(PackedError, match="of equal shape"):
         layer.append(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 5))

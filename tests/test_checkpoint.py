@@ -368,6 +368,8 @@ def test_what_an_ordinary_config_cannot_say_is_refused():
         homogeneous(cut("llama", "channels"))
     with pytest.raises(ArtefactError, match="no list that could be shortened"):
         homogeneous(convnets.net("resnet_basic"))
+    with pytest.raises(ArtefactError, match="this model is packed"):
+        homogeneous(pliant.apply(pico("llama"), pliant.PackedLinear(), progress=False))
 
 
 def test_layers_that_compute_by_their_number_are_not_renumbered():

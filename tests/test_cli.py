@@ -20,8 +20,10 @@ from pliant.cli import main
 from pliant.cli.doctor import diagnose
 from pliant.cli.main import app
 from pliant.cli.settings import build, known_subnet, recipe, step_class
+from pliant.elastic import Subnet
 from pliant.errors import ArtefactError, DataError, PliantError, RatioError, WeightError
 from pliant.figures import to_json
+from pliant.search import Cut
 from pliant.step import StepError, help_texts
 from pliant.systems import SYSTEMS
 
@@ -253,6 +255,46 @@ def test_a_pruner_without_a_ratio_is_refused(systems, pairs, told):
         recipe(systems, {}, pairs)
 
 
+@pytest.mark.parametrize(
+    ("systems", "pairs", "said"),
+    [
+        (["packed"], [], "--ratio 0.2 has no effect on packed;"),
+        (["magnitude", "rtn"], [], "--ratio 0.2 has no effect on magnitude and rtn;"),
+        (["multipruner"], ["ratio=0.4"], "--ratio 0.2 and --set ratio=0.4 contradict each other"),
+        (["multipruner"], ["multipruner.ratio=0.4"], "contradict each other"),
+        (["channelpruner"], ["ratio=none", "macs_ratio=0.1"], "contradict each other"),
+        (["multipruner"], ["samples=4", "samples=8"], "--set samples is '4' and then '8'"),
+    ],
+)
+def test_an_option_without_effect_is_refused(systems, pairs, said):
+    with pytest.raises(StepError, match=re.escape(said)):
+        recipe(systems, {"ratio": "0.2"}, pairs)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, True, None, "7"])
+@pytest.mark.parametrize(
+    "step", [lambda **s: pliant.MultiPruner(ratio=0.1, **s), pliant.Recover, lambda **s: Cut(subnet=Subnet(), **s)]
+)
+def test_a_seed_out_of_range_is_refused(step, seed):
+    step(seed=0), step(seed=2**63 - 1)
+    with pytest.raises(StepError, match="seed is a whole number from 0 to 9223372036854775807"):
+        step(seed=seed)
+
+
+def test_a_ratio_that_one_of_the_systems_takes_is_taken():
+    pruner, packed = recipe(["fisher", "packed"], {"ratio": "0.2"}, ["ratio=0.20"])
+    assert (pruner.ratio, packed.kind) == (0.2, "packed")
+    first, second = recipe(["fisher", "knapsack"], {"ratio": "0.2"}, ["knapsack.ratio=0.1"])
+    assert (first.ratio, second.ratio) == (0.2, 0.1)
+
+
+def test_a_known_subnet_is_cut_once(tmp_path):
+    found = tmp_path / "found.json"
+    found.write_text(json.dumps({"skip": [], "keep": {}}))
+    with pytest.raises(StepError, match="fisher and knapsack are 2 pruners"):
+        known_subnet(found, ["fisher", "knapsack"], [])
+
+
 # exit codes
 
 
@@ -289,6 +331,9 @@ def test_success_is_0(entry):
         (["generate", "FOLDER", "Hello", "--chat"], "chat template"),
         (["generate", "FOLDER", ""], "prompt"),
         (["export", "FOLDER", "--to", "onnx", "--out", "x"], "unknown export 'onnx'"),
+        (["compress", "FOLDER", "--system", "packed", "--ratio", "0.2", "--out", "x"], "--ratio 0.2 has no effect"),
+        (["compress", "FOLDER", "--subnet", "found.json", "--ratio", "0.2", "--out", "x"], "give one of them"),
+        (["compress", "FOLDER", "--system", "packed", "--column", "body", "--out", "x"], "no effect without --data"),
         (["compress", "FOLDER", "--ratio", "2", "--data", "PROSE", "--out", "x"], "between 0 and 1"),
         (["compress", "FOLDER", "--ratio", "0.1", "--data", "gone.txt", "--out", "x"], "there is no file"),
         (["compress", "FOLDER", "--ratio", "0.1", "--data", "PROSE", "--out", "FOLDER"], "is the model itself"),
@@ -310,7 +355,17 @@ def test_a_refusal_is_1_with_the_reason_on_stderr(entry, folder, prose, tmp_path
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("words", [["fly"], ["ls", "--fast"], ["compress", "m"], ["bench", "m", "--prompt", "x"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["fly"],
+        ["ls", "--fast"],
+        ["compress", "m"],
+        ["bench", "m", "--prompt", "x"],
+        ["generate", "m", "Hi", "--sample", "--seed", str(10**23)],
+        ["generate", "m", "Hi", "--seed", "-1"],
+    ],
+)
 def test_wrong_usage_is_2(entry, words):
     code, out, err = entry(*words)
     assert (code, out) == (2, "")

@@ -187,7 +187,7 @@ def test_whatever_is_done_to_a_model_counts(kind, through):
 @pytest.mark.parametrize("through", [uncached, cached])
 def test_a_model_that_is_made_bfloat16_afterwards(through):
     model = packed().bfloat16()
-    before = runs(model)
+    before = plan_of(model.base_model).decoder.runs
     found = through(model)
     assert (found.dtype, runs(model) > before) == (torch.bfloat16, True)
     with by_transformers(model):
@@ -477,3 +477,104 @@ def test_a_cache_of_another_model_is_refused():
     cache.layers[0].append(torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2, 4))
     with torch.no_grad(), pytest.raises(PackedError, match="3 heads of width 4"):
         model(PROMPT, **cache_argument(model, cache))
+
+
+@torch.no_grad()
+def differs(model, change):
+    """How far a native run is from transformers' code after a change, and how far that is from before."""
+    before = uncached(model)
+    change(model)
+    found = uncached(model)
+    with by_transformers(model):
+        expected = uncached(model)
+    return float((found - expected).abs().max()), float((expected - before).abs().max())
+
+
+def other_data(model):
+    model.model.norm.weight.data = torch.zeros_like(model.model.norm.weight)
+
+
+def other_vector(model):
+    torch.manual_seed(0)
+    torch.nn.utils.vector_to_parameters(torch.randn(sum(p.numel() for p in model.parameters())), model.parameters())
+
+
+def other_bytes(model):
+    layer = first(model).mlp.down_proj
+    layer.packed.data = packed(seed=1).model.layers[0].mlp.down_proj.packed.clone()
+
+
+def all_norms(model):
+    for layer in model.model.layers:
+        layer.input_layernorm = nn.LayerNorm(36, bias=False).eval()
+        layer.post_attention_layernorm = nn.LayerNorm(36, bias=False).eval()
+    model.model.norm = nn.LayerNorm(36, bias=False).eval()
+
+
+def all_activations(model):
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.ReLU().eval()
+
+
+@pytest.mark.parametrize("change", [other_data, other_vector, other_bytes, all_norms, all_activations])
+def test_data_that_is_exchanged_and_parts_that_are_alike_count(change):
+    off, effect = differs(packed(), change)
+    assert off < 1e-4
+    assert effect > 0.01
+
+
+def test_a_config_that_transformers_no_longer_reads_is_not_obeyed():
+    off, effect = differs(packed(), lambda model: setattr(model.config, "hidden_act", "gelu"))
+    assert (off, effect) < (1e-4, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "smollm3", "mistral"])
+@pytest.mark.parametrize("change", ["sliding_window", "layer_types"])
+def test_windows_are_those_of_the_masks(name, change):
+    kinds = ["sliding_attention", "full_attention"] * 2
+    own = {"use_sliding_window": True, "max_window_layers": 4, "layer_types": kinds} if name != "mistral" else {}
+    model = packed(name, sliding_window=4, **own)
+    if change == "layer_types" and name == "mistral":
+        pytest.skip("it has none")
+
+    def changed(model):
+        if change == "sliding_window":
+            model.config.sliding_window = 2
+        else:
+            model.config.layer_types[0] = "full_attention"
+
+    off, _ = differs(model, changed)
+    assert off < 1e-4
+
+
+def test_code_that_is_patched_around_modules_counts(monkeypatch):
+    import transformers.models.llama.modeling_llama as modeling
+
+    model = packed()
+    monkeypatch.setattr(modeling.LlamaMLP, "__call__", lambda _, x: x * 0)
+    assert differs(model, lambda _: None)[0] == 0
+    monkeypatch.undo()
+    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", lambda q, k, *_, **__: (q, k))
+    assert differs(model, lambda _: None)[0] == 0
+
+
+def test_masks_by_kind_of_layer_are_left_to_transformers():
+    model = packed("qwen2")
+    found = uncached(model, attention_mask={"full_attention": None})
+    with by_transformers(model):
+        assert torch.equal(found, uncached(model, attention_mask={"full_attention": None}))
+
+
+def test_keys_and_values_of_a_native_run_can_be_read():
+    dense, model = pico(initializer_range=0.3), packed(initializer_range=0.3)
+    for which in (dense, model):
+        with torch.no_grad():
+            cache = which(PROMPT, use_cache=True)
+            cache = getattr(cache, "cache", None) or cache.past_key_values
+            again = transformers.DynamicCache([(layer.keys, layer.values) for layer in cache.layers])
+            assert again.get_seq_length() == 12
+            found = which(PROMPT[:, :1], **cache_argument(which, again)).logits
+            whole = which(torch.cat([PROMPT, PROMPT[:, :1]], 1), use_cache=False).logits[:, -1:]
+        torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-3)
+    with pytest.raises(PackedError, match="cannot be replaced"):
+        pliant.BlockCache(model.config).layers[0].keys = torch.zeros(1)

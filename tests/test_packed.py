@@ -10,10 +10,10 @@ import torch
 import transformers
 
 import pliant
-from pico import DECODERS, IDS, logits, pico
-from pliant.checkpoint.quantized import is_packed
+from pico import DECODERS, IDS, inputs, logits, pico
+from pliant.checkpoint.quantized import is_packed, settle
 from pliant.compat.cache import cache_argument
-from pliant.errors import ArtefactError, PackedError
+from pliant.errors import ArtefactError, DataError, PackedError
 from pliant.runtime import library
 from pliant.runtime import pays as measured
 from pliant.runtime.linear import Packed, linear
@@ -61,6 +61,61 @@ def test_it_reloads_with_plain_transformers(tmp_path, name):
     assert entry["quant_method"] == "pliant"
     again.save_pretrained(tmp_path / "twice")
     assert torch.equal(logits(pliant.load(tmp_path / "twice")), expected)
+
+
+CLASSES = ["AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForTokenClassification"]
+
+
+@pytest.mark.parametrize("opened", CLASSES)
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_folder_opens_in_a_class_with_another_head_or_none(tmp_path, name, whole, opened):
+    """The layers of a base have another prefix where a head is on top."""
+    model = pico(name)
+    written = model if whole else model.base_model
+    pliant.apply(written, [pliant.PackedLinear(format="int8", head="int8" if whole else "dense")], progress=False)
+    written.save_pretrained(tmp_path / "once")
+    given = inputs(model)
+    with torch.no_grad():
+        expected = model.base_model(**given).last_hidden_state
+        for _ in range(2):
+            again = getattr(transformers, opened).from_pretrained(tmp_path / "once")
+            found = {path for path, module in again.base_model.named_modules() if isinstance(module, Packed)}
+            there = {path for path, module in model.base_model.named_modules() if isinstance(module, Packed)}
+            assert there - found <= {"pooler.dense"}
+            assert again.config.quantization_config.modules.keys() == {
+                path for path, module in again.named_modules() if isinstance(module, Packed)
+            }
+            torch.testing.assert_close(again.base_model(**given).last_hidden_state, expected, rtol=0, atol=0)
+            again.save_pretrained(tmp_path / "once")
+
+
+def test_a_folder_of_a_packed_head_alone_opens_without_it(tmp_path):
+    model = packed(format="int8", head="int8", target_modules=["lm_head"])
+    model.save_pretrained(tmp_path)
+    expected = model.base_model(IDS).last_hidden_state
+    again = transformers.AutoModel.from_pretrained(tmp_path)
+    assert not is_packed(again)
+    assert torch.equal(again(IDS).last_hidden_state, expected)
+
+
+def test_names_that_fit_no_layer_are_refused(tmp_path):
+    packed(format="int8").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    modules = config["quantization_config"]["modules"]
+    config["quantization_config"]["modules"] = {f"decoder.{name}": entry for name, entry in modules.items()}
+    file.write_text(json.dumps(config))
+    with pytest.raises(ArtefactError, match=r"LlamaForCausalLM has none of the packed layers .* 'decoder.model.layers"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_packed_bytes_in_a_layer_that_is_not_packed_are_refused():
+    model = pico("llama")
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = torch.nn.Parameter(pack(layer.weight, "int8"), requires_grad=False)
+    with pytest.raises(ArtefactError, match=r"model.layers.0.mlp.up_proj: packed bytes were loaded into a layer"):
+        settle(model)
 
 
 def test_a_cut_model_is_packed_and_reloads(tmp_path):
@@ -130,6 +185,14 @@ def test_settings_that_make_no_sense_are_refused():
         ({"rules": {"(": "int8"}}, "not a valid regular expression"),
         ({"rules": "int8"}, "pattern=format"),
         ({"group": 16}, "group is one of"),
+        ({"group": 32.0}, r"group is one of .*, not 32\.0"),
+        ({"rules": None}, "rules map regular expressions to formats, .* not None"),
+        ({"rules": {3: "int8"}}, "rules map regular expressions to formats"),
+        ({"rules": ["down_proj"]}, "rules map regular expressions to formats"),
+        ({"format": None}, "format is one of"),
+        ({"key_sparsity": "0.3"}, "key_sparsity is a share from 0 to below 1, not '0.3'"),
+        ({"value_sparsity": None}, "value_sparsity is a share"),
+        ({"cache": None}, "a cache is kept as"),
         ({"sparse": "yes"}, "auto, always or never"),
     ):
         with pytest.raises(StepError, match=said):
@@ -140,6 +203,40 @@ def test_settings_that_make_no_sense_are_refused():
         pliant.apply(packed(), pliant.Magnitude(sparsity=0.1), progress=False)
     with pytest.raises(StepError, match="none of the layers"):
         packed(format="dense", head="dense")
+
+
+class Untouched(torch.nn.Linear):
+    """Fails as soon as anything reads its parameters."""
+
+    def parameters(self, *_, **__):
+        raise AssertionError("the model was read")
+
+
+@pytest.mark.parametrize("last", [pliant.PackedLinear(), pliant.SparAMX(sparsity=0.5)], ids=lambda step: step.kind)
+def test_a_step_after_packing_is_refused_before_any_work(last):
+    steps = [last, pliant.Magnitude(sparsity=0.1)]
+    with pytest.raises(
+        StepError, match=f"{last.kind} packs the model, and packing comes last; magnitude comes after it"
+    ):
+        pliant.apply(Untouched(2, 2), steps, progress=False)
+    with pytest.raises(StepError, match="packing comes last"):
+        pliant.apply(Untouched(2, 2), [last, last], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "step", "data", "error", "said"),
+    [
+        ("folder", pliant.Magnitude(sparsity=0.1), None, StepError, r"load it first: pliant\.load\('folder'\)"),
+        (None, pliant.Magnitude(sparsity=0.1), None, StepError, "a model is expected, not None"),
+        (torch.nn.Linear(2, 2), None, None, StepError, "a step is expected, .* not None"),
+        (torch.nn.Linear(2, 2), "packed", None, StepError, "a step is expected, .* not 'packed'"),
+        (torch.nn.Linear(2, 2), [pliant.PackedLinear], None, StepError, "a step is expected"),
+        (torch.nn.Linear(2, 2), pliant.Magnitude(sparsity=0.1), 5, DataError, "data is .* not 5"),
+    ],
+)
+def test_what_is_no_model_step_or_data_is_refused(model, step, data, error, said):
+    with pytest.raises(error, match=said):
+        pliant.apply(model, step, data, progress=False)
 
 
 @pytest.mark.parametrize("within", ["matrix", "row"])

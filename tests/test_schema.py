@@ -320,6 +320,44 @@ def test_what_is_not_known_of_a_layer_is_refused(entry, told):
         transformers.AutoModelForCausalLM.from_config(made)
 
 
+@pytest.mark.parametrize("value", [0.1, 0.0, math.nextafter(1e-6, 1), True])
+@pytest.mark.parametrize("skip", [{}, {"skip": []}, {"skip": ["mlp"]}], ids=["none", "empty", "mlp"])
+def test_an_epsilon_of_a_layer_is_refused_unless_it_guards_a_removed_block(value, skip, tmp_path):
+    model = pico("llama")
+    model.config.per_layer_config = {1: skip | {"rms_norm_eps": value}}
+    if skip.get("skip") and value is not True and value in (0.0, math.nextafter(1e-6, 1)):
+        transformers.AutoModelForCausalLM.from_config(model.config)
+        return
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ArtefactError, match=r"sets 'rms_norm_eps' of layer 1 to .*, which has no effect"):
+        pliant.load(tmp_path)
+
+
+@pytest.mark.skipif(not HERE, reason="this transformers has no such family")
+def test_an_entry_that_the_dense_model_has_cannot_be_changed():
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model("gemma4_text", **copy.deepcopy(_GEMMA4))
+    )
+    model.config.pliant_architecture = yaml.safe_load(GEMMA4)
+    cut(model.eval(), MIXTURE)
+    entries = entries_of(model.config)
+    entries[1]["head_dim"] = 24
+    model.config.per_layer_config = entries
+    with pytest.raises(ArtefactError, match=r"sets 'head_dim' of layer 1 to 24, .* built with 32"):
+        transformers.AutoModelForCausalLM.from_config(model.config)
+
+
+def test_a_guard_of_the_architecture_file_is_refused_where_it_guards_nothing():
+    model = pico("llama")
+    described(model)
+    raw = copy.deepcopy(dict(anatomy_of(model).architecture.raw))
+    raw["blocks"]["mlp"]["guard"] = "initializer_range"
+    model.config.pliant_architecture = raw
+    model.config.per_layer_config = {1: {"skip": ["attention"], "initializer_range": 0.5}}
+    with pytest.raises(ArtefactError, match=r"sets 'initializer_range' of layer 1 to 0\.5"):
+        transformers.AutoModelForCausalLM.from_config(model.config)
+
+
 def test_a_per_layer_part_of_a_family_that_neither_knows_is_refused():
     made = config("cohere", hidden_size=48, head_dim=None)
     made.per_layer_config = {1: {"skip": ["mlp"]}}  # transformers alone would build the block

@@ -6,6 +6,7 @@ import copy
 import importlib
 import inspect
 import math
+from collections.abc import Iterable
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -168,5 +169,18 @@ def epsilons(config: Any) -> tuple[str, ...]:
 def known_keys(architecture: Architecture, config: Any) -> set[str]:
     """The keys besides ``skip`` that pliant writes into a layer's entry: sizes and guards."""
     sizes = {spec.config_key for spec in architecture.axes.values()}
-    named = {spec.guard for spec in architecture.blocks}
-    return {key for key in (*sizes, *named, *epsilons(config)) if key}
+    return {key for key in sizes if key} | guard_keys(architecture.blocks, config)
+
+
+def guard_keys(blocks: Iterable[BlockSpec], config: Any) -> set[str]:
+    """The keys that are guards where these blocks are removed, besides sizes."""
+    return {key for spec in blocks for key in ((spec.guard,) if spec.guard else epsilons(config))}
+
+
+def is_guard(value: Any, dense: Any) -> bool:
+    """Whether a value in a layer's entry is what pliant writes for a guard: the next float of the dense model's, or the 0 that
+    pliant 0.1.0 wrote.
+    """
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        return False
+    return value == 0 or (isinstance(dense, float) and value == math.nextafter(dense, math.inf))

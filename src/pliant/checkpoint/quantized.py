@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pliant.checkpoint.quantizer import VERSION, PackedConfig
+from pliant.checkpoint.shapes import find_path
 from pliant.errors import ArtefactError, PackedError
 from pliant.runtime.dense import is_linear, sizes_of
 from pliant.runtime.linear import Packed
@@ -83,22 +84,21 @@ def make_room(model: Any, packing: Any) -> None:
 
     Arguments:
         packing: the :class:`PackedConfig` of the model's config. If it came from the config of the text model inside, its names are
-            extended to those of the whole model, and it is removed from the text config.
+            extended to those of the whole model, and it is removed from the text config. Layers of a head that the model lacks
+            are removed from it, and names get the prefix that they have in this model.
 
     Raises:
-        ArtefactError: the version is unknown, or a listed layer is not linear.
+        ArtefactError: the version is unknown, no listed layer is in the model, or one is not linear.
     """
     if packing.version != VERSION:
         raise ArtefactError(
             f"the packed layers have version {packing.version}, this pliant reads version {VERSION}; use the pliant that wrote them"
         )
     _complete(model, packing)
+    packing.modules = _named_here(model, packing.modules)
     placed: dict[int, Packed] = {}
     for name, entry in packing.modules.items():
-        try:
-            layer: Any = model.get_submodule(name)
-        except AttributeError:
-            continue  # that of a head which this class does without
+        layer: Any = model.get_submodule(name)
         if isinstance(layer, Packed):
             continue  # the same layer under another name, which is replaced already
         if id(layer) not in placed:
@@ -113,6 +113,24 @@ def make_room(model: Any, packing: Any) -> None:
             placed[id(layer)].tied = entry.get("tied", False)
         model.set_submodule(name, placed[id(layer)])
     _untie(model, packing.modules)
+
+
+def _named_here(model: Any, modules: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of the layers that this model has, under its own names: the folder may be of a model with another head, or none.
+
+    Raises:
+        ArtefactError: it has none of them, and they are not just the layers of a head.
+    """
+    places = {name: find_path(model, name, model.get_submodule) for name in modules}
+    here = {place: modules[name] for name, place in places.items() if place is not None}
+    # a model's base is a stack of numbered layers
+    stacked = [name for name in modules if any(part.isdigit() for part in name.split("."))]
+    if stacked and not here:
+        raise ArtefactError(
+            f"{type(model).__name__} has none of the packed layers that config.json lists, such as {stacked[0]!r}; "
+            "open the folder with the class that wrote it"
+        )
+    return here
 
 
 def _complete(model: Any, packing: Any) -> None:
@@ -152,9 +170,14 @@ def settle(model: nn.Module) -> None:
     """Look at all packed layers of a loaded model and move them to where they are read fastest.
 
     Raises:
-        ArtefactError: one is damaged.
+        ArtefactError: one is damaged, or packed bytes were loaded into a layer that is not packed.
     """
     for name, module in model.named_modules():
+        if is_linear(module) and module.weight.dtype == torch.uint8:
+            raise ArtefactError(
+                f"{name}: packed bytes were loaded into a layer that config.json does not list as packed; open the folder with "
+                "the class that wrote it"
+            )
         if isinstance(module, Packed):
             try:
                 module.settle()

@@ -28,8 +28,10 @@ from pliant.anatomy import (
     described_by,
     entries_of,
     global_size,
+    guard_keys,
     guards,
     is_cut,
+    is_guard,
     known_keys,
     layer_config,
     layers_of,
@@ -193,12 +195,15 @@ def shape_model(model: nn.Module, config: Any) -> None:
 
 
 def _check_entries(config: Any, architecture: Architecture) -> None:
-    """Raise for entries that would have no effect: unknown keys, and blocks that the family does not have."""
+    """Raise for entries that would have no effect: unknown keys, blocks that the family does not have, and values that
+    neither are the dense model's nor guard a removed block.
+    """
     plain = plain_config(config)
     dense = entries_of(plain)
     kinds = [spec.kind for spec in architecture.blocks]
     for layer, entry in entries_of(config).items():
-        known = known_keys(architecture, layer_config(plain, layer)) | {"skip", *dense.get(layer, ())}
+        of_layer = layer_config(plain, layer)
+        known = known_keys(architecture, of_layer) | {"skip", *dense.get(layer, ())}
         if unknown := sorted(set(entry) - known):
             raise ArtefactError(
                 f"per_layer_config sets {unknown[0]!r} of layer {layer}, which has no effect in a {config.model_type} model; "
@@ -209,6 +214,17 @@ def _check_entries(config: Any, architecture: Architecture) -> None:
                 f"per_layer_config skips {unknown[0]!r} in layer {layer}; a layer of {architecture.name}.yaml has the blocks "
                 f"{', '.join(kinds)}"
             )
+        removed = [spec for spec in architecture.blocks if spec.kind in entry.get("skip", ())]
+        allowed = guard_keys(removed, of_layer)
+        sizes = {spec.config_key for spec in architecture.axes.values()}
+        for key in sorted(set(entry) - {"skip", *sizes}):
+            plainly = dense.get(layer, {}).get(key, getattr(of_layer, key, None))
+            value = entry[key]
+            if value != plainly and not (key in allowed and is_guard(value, plainly)):
+                raise ArtefactError(
+                    f"per_layer_config sets {key!r} of layer {layer} to {value!r}, which has no effect; the layer is built with "
+                    f"{plainly!r}. Leave the key out"
+                )
 
 
 def _shape_layer(layer: nn.Module, index: int, layers: list[Any], architecture: Architecture, plain: Any) -> None:

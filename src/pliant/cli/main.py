@@ -200,6 +200,10 @@ def compress(
     from pliant.run.compress import compress as run
     from pliant.systems import SEARCHES
 
+    if data is None and column != "text":
+        raise PliantError(f"--column {column} has no effect without --data; leave it out, or give the rows with --data")
+    if subnet is not None and ratio is not None:
+        raise PliantError("--subnet says what to keep, and --ratio how much to remove; give one of them")
     calibration = None if data is None else text(data, column=column)
     systems = system or ["multipruner"]
     if subnet is not None:
@@ -347,7 +351,7 @@ def generate(
     tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 64,
     chat: Annotated[bool, typer.Option(help="Put the prompt through the model's chat template.")] = False,
     sample: Annotated[bool, typer.Option(help="Draw tokens instead of taking the likeliest.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the draw.")] = 0,
     dtype: Dtype = "auto",
     device: Device = "cpu",
 ) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from pliant.errors import PackedError
@@ -24,10 +24,40 @@ class BlockLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, keeping: Keeping | None = None):
-        super().__init__()
         self.keeping = keeping or Keeping()
         self.blocks: Blocks | None = None
         self.batch = 1
+        super().__init__()
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """A copy of all keys, shape ``(batch, heads, tokens, width)``; None before the first token."""
+        return self._states(0)
+
+    @keys.setter
+    def keys(self, value: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._refuse(value)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """The same of values."""
+        return self._states(1)
+
+    @values.setter
+    def values(self, value: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._refuse(value)
+
+    def _states(self, which: int) -> torch.Tensor | None:
+        if self.blocks is None:
+            return None
+        return self.read()[which].to(getattr(self, "dtype", torch.float32))
+
+    def _refuse(self, value: Any) -> None:
+        """Keys and values are added with :meth:`update`; the constructor of transformers sets both to None."""
+        if value is not None:
+            raise PackedError(
+                "keys and values in blocks cannot be replaced; add tokens with update, or use another cache"
+            )
 
     def open(self, batch: int, heads: int, width: int) -> Blocks:
         """The blocks of this layer, created at the first token.
@@ -146,11 +176,15 @@ class BlockCache(Cache):
         keeping: settings of :class:`Keeping`: ``format``, ``key_sparsity``, ``value_sparsity``, ``recent``, ``first``.
 
     Raises:
-        PackedError: a setting is out of range, or no layer holds only keys and values.
+        PackedError: a setting is unknown or out of range, ``config`` is not a config, or no layer holds only keys and values.
     """
 
     def __init__(self, config: Any, **keeping: Any):
-        kept = Keeping(**keeping)
+        kept = Keeping.of(keeping)
+        if not isinstance(config, PreTrainedConfig):
+            raise PackedError(
+                f"a BlockCache needs the config of a model, as in BlockCache(model.config); not a {type(config).__name__}"
+            )
         layers = [BlockLayer(kept) if may_be_blocks(layer) else layer for layer in DynamicCache(config=config).layers]
         if not any(isinstance(layer, BlockLayer) for layer in layers):
             kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))

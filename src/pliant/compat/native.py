@@ -25,6 +25,7 @@ from pliant.errors import ArchitectureError, PackedError
 from pliant.runtime.cache import Blocks, Keeping, per_token
 from pliant.runtime.library import library
 from pliant.runtime.linear import Packed
+from pliant.runtime.observed import observed
 from pliant.runtime.threads import threads, torch_on_all, torch_on_one
 
 NUDGE = 1e-6  # relative input perturbation of the size of rounding, to measure how much 8-bit activations amplify it
@@ -35,6 +36,7 @@ KNOWN = {  # arguments of forward that a native run handles
     *("input_ids", "attention_mask", "position_ids", *CACHE, "inputs_embeds", "use_cache"),
     *("cache_position", "return_dict", "output_attentions", "output_hidden_states"),
 }
+TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position")  # those of them that are
 CALLED = ("logits_processor", "stopping_criteria")  # arguments of generate: lists of functions called at every token
 BRING = ("assistant_model", "custom_generate")  # arguments of generate that add a model or a loop of their own
 
@@ -96,8 +98,10 @@ def _known(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
     asked = [given.pop(n, getattr(base.config, n, False)) for n in ("output_attentions", "output_hidden_states")]
     if any(asked) or given.pop("return_dict", getattr(base.config, "return_dict", True)) is not True:
         return None
-    inputs = [given[name] for name in ("input_ids", "inputs_embeds") if name in given]
-    if len(inputs) != 1 or type(inputs[0]) is not torch.Tensor or inputs[0].device.type != "cpu":
+    tensors = {name: given[name] for name in TENSORS if name in given}
+    if any(type(tensor) is not torch.Tensor or tensor.device.type != "cpu" for tensor in tensors.values()):
+        return None
+    if ("input_ids" in given) == ("inputs_embeds" in given):
         return None
     if base.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or _observed():
         return None
@@ -105,12 +109,9 @@ def _known(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
 
 
 def _observed() -> bool:
-    """Whether a torch mode, a transform, tracing or a global hook observes or changes operations."""
+    """Whether a torch mode, a transform, a trace, a global hook or a capture of outputs observes or changes operations."""
     return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
-        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        observed()
         or nn.modules.module._global_forward_hooks
         or nn.modules.module._global_forward_pre_hooks
         or _active_collector.get()
@@ -188,7 +189,7 @@ def _kept_in(cache: Any, plan: NativePlan) -> list[Blocks | None]:
 
 def _keeping(base: Any) -> Keeping:
     """The block settings in a model's config, for caches that ``generate`` creates."""
-    return Keeping(**getattr(getattr(base.config, "quantization_config", None), "cache", {}))
+    return Keeping.of(getattr(getattr(base.config, "quantization_config", None), "cache", {}))
 
 
 def plan_of(base: Any) -> NativePlan | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from pliant.anatomy import Anatomy, Block, anatomy_of, described_by, layers_of, plain_config
 from pliant.architecture import NativeSpec
@@ -92,6 +93,8 @@ def read_plan(base: Any, watch: Watch) -> NativePlan:
     activation = watch.setting(words.activation)
     if activation not in ACTIVATIONS:
         raise UnlikeError(f"its activation is {activation}")
+    if name := watch.functions(type(base)):
+        raise UnlikeError(f"{name} of its modeling file was replaced")
     norms = _Norms(base.get_submodule(words.norm), watch)
     stack = layers_of(base, anatomy.architecture)
     reader = _Reader(anatomy, words, words.models[config.model_type], norms, watch)
@@ -135,6 +138,8 @@ class _Norms:
 
     def weight(self, norm: nn.Module) -> torch.Tensor:
         """The weight of a norm, shape ``(hidden,)``, or ``(width,)`` for a norm over heads."""
+        if not self.kind.__module__.startswith("transformers.models."):
+            raise UnlikeError(f"its norms are {self.kind.__name__}")
         if type(norm) is not self.kind or self._epsilon(norm) != self.epsilon:
             raise UnlikeError("its norms are not all alike")
         weight: Any = norm.weight
@@ -173,10 +178,19 @@ class _Reader:
             name = "attention_norm" if "q" in packed else "mlp_norm"
             given["norms"][name] = self.norms.weight(layer.get_submodule(spec.norms[0]))
             if "q" in packed:
-                given |= self._attention(layer.get_submodule(spec.module), block, index)
+                given |= self._attention(layer, layer.get_submodule(spec.module), block, index)
+            else:
+                self._check_activation(layer.get_submodule(spec.module), modules)
         return Layer(**given)
 
-    def _attention(self, attention: nn.Module, block: Block, index: int) -> dict[str, Any]:
+    def _check_activation(self, mlp: nn.Module, weights: Mapping[str, nn.Module]) -> None:
+        """Raise unless the rest of an MLP is the activation that the config names."""
+        others = [child for child in mlp.children() if all(child is not weight for weight in weights.values())]
+        expected = type(ACT2FN[self.watch.setting(self.words.activation)])
+        if [*map(type, others)] != [expected]:
+            raise UnlikeError(f"its MLP has {', '.join(type(o).__name__ for o in others)}, not a {expected.__name__}")
+
+    def _attention(self, layer: nn.Module, attention: nn.Module, block: Block, index: int) -> dict[str, Any]:
         heads, kv_heads = (
             block.axes[block.spec.weights[block.spec.roles[role]][0][0].axis]  # pyright: ignore[reportOptionalSubscript]
             for role in ("q", "k")
@@ -194,14 +208,21 @@ class _Reader:
         return {
             "heads": heads.size,
             "kv_heads": kv_heads.size,
-            "window": self._window(attention),
+            "window": self._window(layer, attention, index),
             "rotates": rotates is None or bool(self.watch.read(attention, rotates)),
         }
 
-    def _window(self, attention: nn.Module) -> int:
-        """Number of tokens that a token attends to, 0 for all."""
+    def _window(self, layer: nn.Module, attention: nn.Module, index: int) -> int:
+        """Number of tokens that a token attends to, 0 for all: the attention, its layer and the config have to agree."""
         where = self.kind.get("window")
         if where is None:
             return 0
-        key = where.removeprefix("config.")
-        return (self.watch.setting(key) if key != where else self.watch.read(attention, key)) or 0
+        if where.startswith("config."):
+            return self.watch.setting(where.removeprefix("config.")) or 0
+        own = self.watch.read(attention, where) or 0
+        size, kinds = self.watch.setting("sliding_window"), self.watch.setting("layer_types")
+        kind = kinds[index] if kinds else "full_attention"
+        masked = (size or 0) if kind == "sliding_attention" else 0
+        if own != masked or self.watch.read(layer, "attention_type") not in (None, kind):
+            raise UnlikeError("its config and its attention disagree about the sliding window")
+        return own

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import chain
 from operator import is_, itemgetter
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -15,6 +17,10 @@ from pliant.runtime.linear import Packed
 
 OWN = (Packed, Null)
 KNOWN = ("transformers.models.", "transformers.activations", "torch.nn.modules.")  # packages of other allowed classes
+FUNCTIONS = (  # of a modeling file, where a native run does their work
+    *("apply_rotary_pos_emb", "rotate_half", "eager_attention_forward"),
+    *("create_causal_mask", "create_sliding_window_causal_mask"),
+)
 CAPTURE = "transformers.utils.output_capturing"  # its hooks do nothing unless outputs of layers are asked for
 
 _END = object()
@@ -51,9 +57,12 @@ class Watch:
         self.types = [*map(type, self.modules)]
         self.sizes = [*map(len, self.spaces)]  # grows when a forward or any other attribute is set on a module
         self.things = [*chain.from_iterable(map(dict.values, self.held)), _END]
-        self.values = [*map(dict.get, self.read_from, self.read_keys)]
+        self.tensors = [thing for thing in self.things if isinstance(thing, torch.Tensor)]
+        self.places = [*map(torch.Tensor.data_ptr, self.tensors)]  # changes when a parameter gets other data
+        values = map(dict.get, self.read_from, self.read_keys)
+        self.values = [list(value) if isinstance(value, list) else value for value in values]
         self.classes = list(set(self.types))
-        self.forwards = [kind.forward for kind in self.classes]
+        self.calls = [(kind.__call__, kind.forward) for kind in self.classes]
         self.interfaces = _interfaces(self.config)
 
     def unchanged(self) -> bool:
@@ -65,7 +74,8 @@ class Watch:
             and [*map(len, self.spaces)] == self.sizes
             and [*map(dict.get, self.read_from, self.read_keys)] == self.values
             and [list(each.values()) for each in self.hooked] == self.hooks
-            and [kind.forward for kind in self.classes] == self.forwards
+            and [*map(torch.Tensor.data_ptr, self.tensors)] == self.places
+            and [(kind.__call__, kind.forward) for kind in self.classes] == self.calls
             and _interfaces(self.config) == self.interfaces
         )
 
@@ -76,6 +86,12 @@ class Watch:
     def setting(self, key: str) -> Any:
         """A value of the config, watched from then on."""
         return self._note(vars(self.config), key)
+
+    def functions(self, kind: type) -> str:
+        """Watch the functions that a class's modeling file calls; the name of one that transformers does not ship, or nothing."""
+        names = vars(sys.modules[kind.__module__])
+        called = {name: self._note(names, name) for name in FUNCTIONS}
+        return next((n for n, f in called.items() if f and not f.__module__.startswith("transformers.")), "")
 
     def _note(self, space: dict[str, Any], key: str) -> Any:
         self.read_from.append(space)
@@ -91,7 +107,8 @@ class Watch:
         for module, space in zip(self.modules, self.spaces, strict=True):
             kind = type(module)
             theirs = kind.__module__.startswith(KNOWN) and kind.forward.__module__.startswith(KNOWN)
-            if kind not in OWN and not theirs:
+            theirs = theirs or kind in OWN
+            if not theirs or not kind.__call__.__module__.startswith(("torch.", "transformers.")):
                 return f"it has modules of {kind.__module__}.{kind.__qualname__}"
             if "forward" in space:
                 return f"the forward of a {kind.__name__} was replaced"

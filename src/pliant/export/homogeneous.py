@@ -20,6 +20,7 @@ from pliant.anatomy import (
     probe,
     text_config_of,
 )
+from pliant.checkpoint.quantized import is_packed
 from pliant.errors import ArtefactError
 
 _BY_LAYER = ("layer_types", "no_rope_layers")  # config keys that list one thing a layer
@@ -31,9 +32,14 @@ def homogeneous(model: Any) -> Any:
     The result shares its weights with ``model``, which stays as it is.
 
     Raises:
-        ArtefactError: when a layer is only half removed, widths differ, or what a layer computes depends on its number; the
+        ArtefactError: when the model is packed, a layer is only half removed, widths differ, or what a layer computes depends on its number; the
             message says which.
     """
+    if is_packed(model):
+        raise ArtefactError(
+            "this model is packed, and only pliant's kernels read packed layers; export the model it was packed from. The packed "
+            "folder loads after 'import pliant'"
+        )
     anatomy = anatomy_of(model)
     if anatomy.traced:
         raise ArtefactError(

@@ -11,6 +11,19 @@ from pliant.errors import DataError
 from pliant.measure.windows import longest_of
 
 
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Refuse prompts that a model cannot continue.
+
+    Raises:
+        DataError: ``prompts`` is one string instead of a list of them, or one of them is empty.
+    """
+    if isinstance(prompts, str):
+        raise DataError(f"prompts are a list of strings, not one string; write [{prompts[:40]!r}]")
+    for prompt in prompts:
+        if not isinstance(prompt, str) or not prompt:
+            raise DataError(f"a prompt is a text of at least one character, not {prompt!r}; leave it out")
+
+
 @torch.inference_mode()
 def replies(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int = 64) -> list[str]:
     """A model's greedily generated reply to each prompt, in the tokenizer's chat template if there is one.
@@ -19,8 +32,9 @@ def replies(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int = 64
         tokens: maximum length of a reply.
 
     Raises:
-        DataError: a prompt fills all positions of the model.
+        DataError: a prompt is empty, or fills all positions of the model.
     """
+    check_prompts(prompts)
     found = []
     for prompt in prompts:
         if getattr(tokenizer, "chat_template", None):

@@ -27,17 +27,17 @@ from pliant.errors import BusyError, PliantError
 from pliant.machine import machine
 from pliant.measure.evaluate import evaluate
 from pliant.measure.footprint import disk_bytes, run_memory
-from pliant.measure.reply import replies
+from pliant.measure.reply import check_prompts, replies
 from pliant.measure.speed import bench
 from pliant.measure.windows import check_model, longest_of, predicts
 from pliant.pages import pages_of
 from pliant.progress import Console, Progress
-from pliant.run.apply import apply
+from pliant.run.apply import apply, check_unpacked
 from pliant.run.card import versions
 from pliant.run.save import check_savable, save
 from pliant.run.target import LOCK, check_target, work_folder
 from pliant.search import ArchiveError
-from pliant.step import Step
+from pliant.step import Step, recipe_of
 
 ARCHIVES = "search*.jsonl"  # one for each step that searched
 MEASURED = "measured.json"
@@ -93,8 +93,12 @@ def compress(
 
     Raises:
         BusyError: another run is writing to ``out``.
+        StepError: before any work: ``step`` is not a step, or a step comes after one that packs.
+        DataError: before any work: a prompt is empty.
     """
     progress = progress or Console()
+    steps = recipe_of(step)
+    check_prompts(measuring.prompts)
     out = check_target(out, overwrite, source=source)
     calibration = text(data) if isinstance(data, str | Path) else data
     held_out = [one if isinstance(one, Text) else text(one) for one in measuring.perplexity]
@@ -116,7 +120,7 @@ def compress(
                 shutil.copyfile(made, work / made.name)
         with progress.stage(f"loading {source}"):
             model = load(source, dtype=dtype, device=device, memory=memory, scratch=work)
-        return _compress(source, model, step, calibration, held_out, out, work, measuring, overwrite, dtype, progress)
+        return _compress(source, model, steps, calibration, held_out, out, work, measuring, overwrite, dtype, progress)
 
     try:
         # archives of what is about to be overwritten: a start, or of no use if they came from other settings
@@ -147,7 +151,7 @@ def compress(
 def _compress(
     source: str | Path,
     model: Any,
-    step: Step | Sequence[Step],
+    steps: list[Step],
     calibration: Text | None,
     held_out: list[Text],
     out: Path,
@@ -157,6 +161,7 @@ def _compress(
     dtype: Any,
     progress: Progress,
 ) -> dict[str, Any]:
+    check_unpacked(model)
     if measuring.prompts:
         check_model(model)
     reads = calibration is not None or held_out or measuring.tasks or measuring.prompts
@@ -166,7 +171,7 @@ def _compress(
         measuring = replace(measuring, speed=False)
     check_target(out, overwrite, sum(p.numel() * p.element_size() for p in model.parameters()), source)
     check_savable(model)
-    job = _job(model, tokenizer, step, calibration, held_out, measuring)
+    job = _job(model, tokenizer, steps, calibration, held_out, measuring)
     if (done := _finished(out, job)) is not None:
         progress.note(f"{out} holds this result already; remove it to have it made anew")
         return done
@@ -187,7 +192,7 @@ def _compress(
     before = {**_costs(model), "quality": quality(model, "dense")}
     replies_before = replied("dense")
     dense = copy.deepcopy(model) if measuring.speed else None
-    apply(model, step, calibration, tokenizer=tokenizer, dense=dense, work=work, progress=progress)
+    apply(model, steps, calibration, tokenizer=tokenizer, dense=dense, work=work, progress=progress)
     after = {**_costs(model), "quality": quality(model, "cut")}
     report = {
         "schema": 1,
@@ -261,13 +266,12 @@ def _key(model: Any, tokenizer: Any, held_out: list[Text], measuring: Measuring)
 def _job(
     model: Any,
     tokenizer: Any,
-    step: Step | Sequence[Step],
+    steps: list[Step],
     calibration: Text | None,
     held_out: list[Text],
     measuring: Measuring,
 ) -> str | None:
     """What a whole run depends on, as a hash; None where a step reads files of its own, which may have changed."""
-    steps = [step] if isinstance(step, Step) else list(step)
     if any(getattr(one, name, None) for one in steps for name in ("data", "teacher")):
         return None
     text_ = None if calibration is None else (calibration.digest, calibration.token_digest(tokenizer))

@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import functools
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,12 +54,25 @@ class Keeping:
         if self.format not in ("float32", "bf16", "int8"):
             raise PackedError(f"a cache is kept as float32, bf16 or int8, not {self.format!r}")
         for name, share in (("key_sparsity", self.key_sparsity), ("value_sparsity", self.value_sparsity)):
-            if not 0 <= share < 1:
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
                 raise PackedError(f"{name} is a share from 0 to below 1, not {share!r}")
             if share and self.format == "float32":
                 raise PackedError(f"{name} needs packed blocks: format bf16 or int8")
-        if self.recent < 0 or self.first < 0:
-            raise PackedError("recent and first are numbers of tokens")
+        for name, tokens in (("recent", self.recent), ("first", self.first)):
+            if isinstance(tokens, bool) or not isinstance(tokens, int) or not 0 <= tokens < 2**63:
+                raise PackedError(f"recent and first are numbers of tokens; {name} is {tokens!r}")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Keeping:
+        """From settings by name.
+
+        Raises:
+            PackedError: there is no such setting, or it is out of range.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(settings) - {*known}):
+            raise PackedError(f"a cache has no setting {unknown[0]!r}; it has {', '.join(known)}")
+        return cls(**settings)
 
     def native(self) -> _Keeping:
         packed = self.format != "float32"
@@ -115,7 +129,7 @@ class Blocks:
         them again in another cache is exact."""
         native: Any = library()
         shape = (self.heads, self.length(), self.width)
-        keys, values = torch.empty(shape), torch.empty(shape)
+        keys, values = (torch.empty(shape, dtype=torch.float32) for _ in range(2))
         native.pliant_cache_read(self.handle, keys.data_ptr(), values.data_ptr())
         return keys, values
 
@@ -145,7 +159,8 @@ def _filled(keeping: Keeping, heads: int, width: int, keys: torch.Tensor, values
 def per_token(keeping: Keeping, heads: int, width: int) -> float:
     """Bytes per token in one layer, once packed."""
     blocks = Blocks(dataclasses.replace(keeping, recent=0, first=0), heads, width)
-    states = torch.randn(2, 2 * BLOCK, heads * width, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(2, 2 * BLOCK, heads * width, generator=generator, dtype=torch.float32)
     sizes = []
     for keys, values in zip(states[0].split(BLOCK), states[1].split(BLOCK), strict=True):
         blocks.append(keys, values)

@@ -80,7 +80,7 @@ def _is_product(layer: Any) -> bool:
     if held - {"weight", "bias"} or list(layer.children()):
         return False
     weight = weight_of(layer)
-    x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(weight)
     try:
         found = layer.forward(x)
     except Exception:  # a forward with another signature can raise anything

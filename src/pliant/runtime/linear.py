@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from pliant.errors import PackedError
 from pliant.runtime.dense import is_linear, sizes_of, weight_of, why_kept
 from pliant.runtime.library import library
+from pliant.runtime.observed import observed
 from pliant.runtime.packed import Header, check, header, pack, room, unpack, verify
 from pliant.runtime.threads import threads
-from pliant.runtime.weight import PackedWeight
+from pliant.runtime.weight import PackedWeight, product
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -183,12 +184,12 @@ class Packed(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Shape ``(..., in_features)`` to ``(..., out_features)``."""
         if torch.compiler.is_compiling() or type(x) is not torch.Tensor or not self._plain(x):
-            return torch.ops.pliant.linear(x, self.packed, self.bias, self.out_features)
+            return product(x, self.packed, self.bias, self.out_features)
         return linear(x, self.packed, self.bias, self.out_features)
 
     def _plain(self, x: torch.Tensor) -> bool:
-        """Whether the dispatcher has nothing to do: no gradient is wanted, everything is on the CPU."""
-        return x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad)
+        """Whether the dispatcher has nothing to do: no gradient or trace is wanted, everything is on the CPU."""
+        return x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad) and not observed()
 
     def header(self) -> Header:
         """The header of the packed weight."""
@@ -201,7 +202,7 @@ class Packed(nn.Module):
 
     def dense(self) -> nn.Linear:
         """An ordinary linear layer with the unpacked weights, in float32."""
-        layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, dtype=torch.float32)
         with torch.no_grad():
             layer.weight.copy_(unpack(self.packed))
             if self.bias is not None:

@@ -156,7 +156,7 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
     if native is None:
         return reference.unpack(packed)
     packed = packed.contiguous()
-    dense = torch.empty(found.rows, found.columns)
+    dense = torch.empty(found.rows, found.columns, dtype=torch.float32)
     check(native.pliant_unpack(packed.data_ptr(), packed.numel(), dense.data_ptr(), threads()))
     return dense
 

@@ -1,10 +1,11 @@
-"""The weight of a packed layer as a read-only tensor, for code that reads the weight instead of calling the layer."""
+"""The weight of a packed layer as a read-only tensor, for code that reads the weight instead of calling the layer, and its product."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from pliant.errors import PackedError
@@ -25,6 +26,25 @@ _ADDRESS = {
     "__array_interface__",
     "__cuda_array_interface__",
 }
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
+    """The op ``pliant::linear``, with a tangent of x or of the bias in forward-mode differentiation.
+
+    The op has no rule for tangents and would drop them. A tangent passes through the weights as they are, as a gradient does.
+    """
+    apply = torch.ops.pliant.linear
+    if forward_ad._current_level < 0:
+        return apply(x, weight, bias, out_features)
+    x, tangent = forward_ad.unpack_dual(x)
+    bias, shift = (None, None) if bias is None else forward_ad.unpack_dual(bias)
+    primal = apply(x, weight, bias, out_features)
+    if tangent is not None:
+        tangent = F.linear(tangent, unpack(weight).to(tangent.dtype))
+    if shift is not None:
+        shift = shift.to(primal.dtype).expand_as(primal)
+        tangent = shift if tangent is None else tangent + shift
+    return primal if tangent is None else forward_ad.make_dual(primal, tangent)
 
 
 class PackedWeight(torch.Tensor):
@@ -78,7 +98,9 @@ class PackedWeight(torch.Tensor):
             raise PackedError("a packed weight is read-only and cannot be out=; change the model before packing")
         if func is F.linear and own is None and len(args) > 1 and isinstance(args[1], PackedWeight):
             x, view, bias = args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias")
-            return torch.ops.pliant.linear(x, view.packed, bias, view.shape[0])
+            return product(x, view.packed, bias, view.shape[0])
+        if name.startswith("linear") and func in (torch.ops.pliant.linear, torch.ops.pliant.linear.default):
+            return func(*map(_packed, args), **{key: _packed(value) for key, value in kwargs.items()})
         return func(*_dense(args), **_dense(kwargs))
 
 
@@ -94,6 +116,11 @@ _READS = ("__index__", "__int__", "__invert__")
 
 def _held(value: Any) -> bool:
     return isinstance(value, PackedWeight) or (isinstance(value, tuple | list) and any(map(_held, value)))
+
+
+def _packed(value: Any) -> Any:
+    """The bytes of a packed weight; any other argument as it is."""
+    return value.packed if isinstance(value, PackedWeight) else value
 
 
 def _dense(value: Any) -> Any:

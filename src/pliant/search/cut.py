@@ -16,7 +16,7 @@ from pliant.errors import DataError, SubnetError
 from pliant.measure.windows import seqlen_of, windows_for
 from pliant.search.found import parse_config
 from pliant.search.order import check_order, ordered
-from pliant.step import Job, Step
+from pliant.step import Job, Step, check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,7 @@ class Cut(Step):
 
     def __post_init__(self) -> None:
         check_order(self.order)
+        check_seed(self.seed)
 
     def run(self, job: Job) -> None:
         check_finite(job.model)

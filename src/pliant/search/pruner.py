@@ -22,7 +22,7 @@ from pliant.search.moves import Moves, fitting, head_axes, reach, unit_of
 from pliant.search.order import check_order
 from pliant.search.pruning import Pruning
 from pliant.search.repair import repair_bytes
-from pliant.step import Job, Step, StepError
+from pliant.step import Job, Step, StepError, check_seed
 
 UNIT = "unit"
 
@@ -60,6 +60,7 @@ class Pruner(Step):
                 f"ratio is the share of parameters to remove, between 0 and 1 without either; not {self.ratio!r}"
             )
         self._check_counts(samples=1, seqlen=2, repair=0)
+        check_seed(self.seed)
         if self.metric not in METRICS:
             raise StepError(f"there is no metric {self.metric!r}; there are {', '.join(METRICS)}")
         if isinstance(self.ridge, bool) or not isinstance(self.ridge, int | float) or not self.ridge > 0:

@@ -24,6 +24,8 @@ class SparAMX(ValueStep):
 
     kind: ClassVar[str] = "sparamx"
 
+    packs: ClassVar[bool] = True
+
     sparsity: float | None = None
     """Share of the weights to zero by magnitude first; none for a model that is sparse already."""
 

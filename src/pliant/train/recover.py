@@ -18,7 +18,7 @@ from pliant.elastic import described
 from pliant.errors import DataError
 from pliant.measure.windows import check_ids, seqlen_of
 from pliant.progress import size
-from pliant.step import Job, Step, StepError, is_number
+from pliant.step import Job, Step, StepError, check_seed, is_number
 from pliant.train.cost import estimate
 from pliant.train.draw import seed_of
 from pliant.train.halves import Halves
@@ -115,6 +115,7 @@ class Recover(Step):
             if isinstance(getattr(self, name), Path):
                 object.__setattr__(self, name, str(getattr(self, name)))
         self._check_choice("method", RATES)
+        check_seed(self.seed)
         self._check_choice("schedule", SCHEDULES)
         self._check_choice("memory", MEMORY)
         for name, least in {

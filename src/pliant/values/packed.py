@@ -38,6 +38,8 @@ class PackedLinear(ValueStep):
 
     kind: ClassVar[str] = "packed"
 
+    packs: ClassVar[bool] = True
+
     format: str = "auto"
     """What the layers become: bf16, int8, int4, or auto: what holds their weights as they are in the fewest bits (int4 or int8
     for weights that were rounded to such a grid, otherwise bf16)."""
@@ -68,10 +70,14 @@ class PackedLinear(ValueStep):
         super().__post_init__()
         if isinstance(self.rules, str):
             object.__setattr__(self, "rules", _parsed(self.rules))
+        if not isinstance(self.rules, Mapping) or not all(isinstance(pattern, str) for pattern in self.rules):
+            raise StepError(
+                f"rules map regular expressions to formats, such as {{'down_proj': 'int8'}}; not {self.rules!r}"
+            )
         for name, value in {"format": self.format, "head": self.head, **self.rules}.items():
             if value not in CHOICES:
                 raise StepError(f"{name} is one of {', '.join(CHOICES)}, not {value!r}")
-        if self.group not in GROUPS:
+        if not isinstance(self.group, int) or self.group not in GROUPS:
             raise StepError(f"group is one of {', '.join(map(str, GROUPS))}, not {self.group!r}")
         if self.sparse not in ("auto", "always", "never"):
             raise StepError(f"sparse is auto, always or never, not {self.sparse!r}")
