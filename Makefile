@@ -2,14 +2,14 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# A CPU build of torch is enough for everything here. Set TORCH= to keep the one you have, or to choose another; CONSTRAINTS= if
-# that one does not go with the other packages' versions.
+# A CPU build of torch is enough for everything here. Set TORCH= to keep the one you have, or to choose another. Set CONSTRAINTS= if
+# that one conflicts with the locked versions.
 TORCH       ?= torch==2.13.0
 CONSTRAINTS ?= constraints.txt
-# Processes that the tests run in.
+# Number of test processes.
 JOBS        ?= 2
-# What other versions of the packages below are most likely to break: folders, caches, native decoding, the command line.
-QUICK := $(addprefix tests/test_, $(addsuffix .py, checkpoint elastic packed decoder cache quiet cli))
+# The tests that other package versions are most likely to break: folders, caches, native decoding, the command line.
+QUICK := $(addprefix tests/test_, $(addsuffix .py, checkpoint elastic packed native decoder cache quiet cli))
 
 PIP    := $(BIN)/pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 OURS   := $(PIP) $(if $(CONSTRAINTS),--build-constraint $(CONSTRAINTS)) --editable
@@ -20,7 +20,7 @@ NEWEST := VENV=.venv-newest CONSTRAINTS=
 
 .PHONY: demo test suite quick unit lint test-floor test-newest quick-floor quick-newest checked newest lock clean
 
-# What is said here is only that this Python is too new for the file; pip then takes the newest versions.
+# The check only warns here: if this Python is too new for the file, pip takes the newest versions.
 $(VENV)/.torch: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(if $(CONSTRAINTS),$(BIN)/python tools/versions.py check $(CONSTRAINTS) || true)
@@ -67,7 +67,7 @@ quick-floor:
 checked: $(VENV)/.dev
 	$(BIN)/python tools/versions.py check $(CONSTRAINTS)
 
-# The newest there are: installed anew every time.
+# The newest versions on the index, in a fresh environment every time.
 test-newest: newest
 	$(MAKE) suite $(NEWEST)
 

@@ -24,8 +24,8 @@ import pliant
 from machine import machine
 from pliant.checkpoint.load import tokenizer_of
 from pliant.compat.cache import cache_argument
+from pliant.compat.native import plan_of
 from pliant.runtime import library
-from pliant.runtime.decoder import decoder_of
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "float32": {"format": "float32"},
@@ -69,7 +69,8 @@ def kept(model: Any, states: list[tuple[torch.Tensor, torch.Tensor]], settings: 
 @torch.inference_mode()
 def step_by_step(model: Any, cache: Any, ids: torch.Tensor) -> tuple[float, float, float]:
     """Mean loss of ids after the first, milliseconds of attention and of everything, a token."""
-    decoder = decoder_of(model.base_model)
+    plan: Any = plan_of(model.base_model)
+    decoder = plan.decoder
     decoder.spent[0] = decoder.spent[1] = 0
     loss = 0.0
     began = time.perf_counter()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 
 import pytest
 
@@ -29,6 +30,13 @@ def pytest_collection_modifyitems(items):
         given = getattr(item, "callspec", None)
         if given is not None and others & {value for value in given.params.values() if isinstance(value, str)}:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_for_memory(request, monkeypatch):
+    """A process of its own for each of two models, to see what memory they take, is for the tests of that."""
+    if request.module.__name__ != "test_footprint" and (compress := sys.modules.get("pliant.run.compress")):
+        monkeypatch.setattr(compress, "run_memory", lambda *_: None)
 
 
 @pytest.fixture

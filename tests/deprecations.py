@@ -1,9 +1,9 @@
-"""Whose use of a deprecated name a warning is about: ours ends the test, another package's is listed when the tests are through.
+"""Attribute each deprecation to its user: our own use fails the test, another package's is listed at the end of the run.
 
-A warning says where it belongs (its file and line), and that is often not who used the old name: a decorator of transformers warns of
-an argument, and between it and the caller stand torch's ``Module.__call__`` and whatever else hands arguments on. So the stack is
-followed outwards from there, past frames that only hand on what they are given. Deprecations that are logged and not warned of, as
-transformers does for its outputs, are treated alike.
+The file and line of a warning are often not those of the code that used the old name: a decorator of transformers warns about an
+argument, and torch's ``Module.__call__`` and other forwarding functions lie between it and the caller. So the stack is followed
+outwards from there, past frames that only forward their arguments. Deprecations that are logged instead, as transformers does for
+its outputs, are treated alike.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ _ANY = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 
 
 class Judge(logging.Handler):
-    """Decides over every deprecation that is warned of or logged.
+    """Judges every deprecation that is warned about or logged.
 
     Arguments:
-        root: the project. What lies in it, beside installed packages, is ours.
+        root: the project folder. Code in it is ours, except installed packages.
     """
 
     def __init__(self, root: Path):
         super().__init__(logging.WARNING)
         self.root = root
-        self.ours: list[str] = []  # kept, because what is raised within other packages may be caught there
+        self.ours: list[str] = []  # kept, because other packages may catch the exception
 
     def begin(self) -> None:
         """Judge from now on, until pytest puts back how warnings are shown."""
         shown = warnings.showwarning
         self.ours.clear()
-        # transformers logs such messages once a process; every test is to see its own
+        # transformers logs such a message once per process; every test should see its own
         getattr(getattr(logging.Logger, "warning_once", None), "cache_clear", lambda: None)()
 
         def judge(message, category, filename, lineno, file=None, line=None):
             if issubclass(category, KINDS):
                 frame = _frame(lambda one: _is_at(one, filename, lineno))
-                # where that is the line of the warning itself, who called into its file is meant
+                # if that is the line that calls warn, blame the caller of its file
                 itself = "warn" in linecache.getline(filename, lineno)
                 self._blame(_user(frame, itself), f"{category.__name__}: {message}", message)
             shown(message, category, filename, lineno, file, line)
@@ -54,7 +54,7 @@ class Judge(logging.Handler):
         warnings.showwarning = judge
 
     def end(self) -> None:
-        """Fail where a use of ours was found, even if somebody caught that."""
+        """Fail if our own use was found, even if the exception was caught."""
         found, self.ours = self.ours, []
         if found:
             pytest.fail(found[0], pytrace=False)
@@ -72,7 +72,7 @@ class Judge(logging.Handler):
     def _blame(self, frame: FrameType | None, text: str, error: Warning | str) -> None:
         if frame is None or not self._is_ours(frame):
             return
-        self.ours.append(f"{frame.f_code.co_filename}:{frame.f_lineno} uses what is deprecated. {text}")
+        self.ours.append(f"{frame.f_code.co_filename}:{frame.f_lineno} uses a deprecated name. {text}")
         raise error if isinstance(error, Warning) else FutureWarning(error)
 
     def _is_ours(self, frame: FrameType) -> bool:
@@ -81,7 +81,7 @@ class Judge(logging.Handler):
 
 
 def _frame(wanted: Callable[[FrameType], bool]) -> FrameType | None:
-    """The innermost such frame, those of warnings and logging left out."""
+    """The innermost frame for which ``wanted`` holds, outside of warnings and logging."""
     frame = inspect.currentframe()
     while frame is not None and (frame.f_code.co_filename in _MACHINERY or not wanted(frame)):
         frame = frame.f_back
@@ -93,11 +93,11 @@ def _is_at(frame: FrameType, filename: str, lineno: int) -> bool:
 
 
 def _user(frame: FrameType | None, itself: bool) -> FrameType | None:
-    """Who used the deprecated name.
+    """The frame that used the deprecated name.
 
     Arguments:
-        frame: where the warning says it belongs.
-        itself: that is what warns, and in its file is what was used.
+        frame: the frame at the warning's file and line.
+        itself: that frame issues the warning, and the deprecated code is in its file.
     """
     if frame is not None and itself:
         deprecating = frame.f_code.co_filename
@@ -109,7 +109,7 @@ def _user(frame: FrameType | None, itself: bool) -> FrameType | None:
 
 
 def _hands_on(frame: FrameType) -> bool:
-    """Whether a function takes any arguments, to hand them on: a decorator's, ``Module.__call__``, a closure over both."""
+    """Whether a function takes arbitrary arguments to forward them: a decorator, ``Module.__call__``, a closure over both."""
     code = frame.f_code
     takes_any = code.co_flags & _ANY == _ANY and code.co_argcount <= 1 and not code.co_kwonlyargcount
     return takes_any or {"args", "kwargs"} <= set(code.co_freevars)
@@ -118,7 +118,7 @@ def _hands_on(frame: FrameType) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     judge = Judge(config.rootpath)
     config.pluginmanager.register(_Hooks(judge), "judge of deprecations")
-    for name in ("", "transformers"):  # transformers hands nothing on to the outermost logger
+    for name in ("", "transformers"):  # the logger of transformers does not propagate to the root logger
         logging.getLogger(name).addHandler(judge)
         config.add_cleanup(lambda name=name: logging.getLogger(name).removeHandler(judge))
 

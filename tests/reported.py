@@ -1,4 +1,4 @@
-"""A report as `pliant compress` makes it, of a model that was never there."""
+"""A made-up report in the form that `pliant compress` writes."""
 
 
 def removal(stage, unit, loss, ratio, perplexity=None):
@@ -68,6 +68,15 @@ PACKED = {
     "bits": 4.375,
     "native": False,
     "why_not_native": "its norm is Odd<Norm>",
+    "left": {
+        "parameters": 400_000,
+        "bytes": 1_600_000,
+        "share": 0.25,
+        "reasons": [
+            {"why": "embeddings", "parameters": 399_000, "bytes": 1_596_000, "names": ["embed"]},
+            {"why": "norms, biases and other vectors", "parameters": 1_000, "bytes": 4_000, "names": []},
+        ],
+    },
 }
 
 REPORT = {
@@ -83,6 +92,8 @@ REPORT = {
     },
     "steps": [STEP],
     "machine": {"cpu": "Some CPU", "cores": 2, "threads": 2, "system": "Linux"},
+    "device": "cpu",
+    "dtype": "float32",
     "versions": {"pliant": "0.1.0", "torch": "2.13.0"},
 }
 

@@ -8,8 +8,8 @@ import torch
 import yaml
 
 import pliant
-from pico import ARCHITECTURES, IDS, logits, pico
-from pliant.anatomy import anatomy_of
+from pico import ARCHITECTURES, IDS, config, logits, pico
+from pliant.anatomy import anatomy_of, global_size
 from pliant.architecture import add_architecture, architecture_of, catalogue, families, parse, spec
 from pliant.checkpoint.schema import write
 from pliant.elastic import Subnet, check, extract
@@ -42,6 +42,10 @@ def test_every_file_that_ships_is_valid_and_tested():
         ({"blocks": {"mlp": {"weights": {}}}}, "needs 'module'"),
         ({"blocks": {"mlp": {"module": "m", "weights": {"up": ["width", "hidden"]}}}}, "'width' is no axis"),
         ({"blocks": {"mlp": {"module": "m", "output": "list", "weights": {}}}}, "'tensor' or 'tuple'"),
+        ({"native": {"models": {"toy": {}}, "norm": "norm"}}, "native needs 'embedding'"),
+        ({"native": {"models": ["toy"]}}, "models must map model types to window and rotates"),
+        ({"native": {"models": {"toy": {"windows": "w"}}}}, "models must map model types to window and rotates"),
+        ({"native": {"colour": "red"}}, "native has the unknown key 'colour'"),
         ({"output": "list"}, "output of a layer is 'tensor' or 'tuple', not 'list'"),
     ],
 )
@@ -62,6 +66,9 @@ def test_a_faulty_file_is_refused_with_the_fault(change, told):
         ("residual", True, "residual is the place of an argument"),
         ("residual", "hidden_states", "residual is the place of an argument"),
         ("guard", 7, "guard is a config key, not 7"),
+        ("roles", {"up": "middle"}, "roles must map q, k, .* to weights of the block"),
+        ("roles", {"top": "up"}, "roles must map q, k, .* to weights of the block"),
+        ("roles", ["up"], "roles must map q, k, .* to weights of the block"),
         ("scores", "heads", "scores of block 'mlp': 'heads' is no axis"),
         ("cached", 1, "cached maps config keys to heads, it is 1"),
         (
@@ -70,7 +77,7 @@ def test_a_faulty_file_is_refused_with_the_fault(change, told):
             "weight 'up' of block 'mlp': a list of dimensions or 'whole' is expected, not 'part'",
         ),
         ("weights", {"up?": ["wide", "hidden"]}, "weight 'up' of block 'mlp': 'wide' is no axis"),
-        ("weights", {"up": "whole", "down": "whole"}, "needs 'guard': none of its axes has a config key"),
+        ("cached", {"multi_query": "n_head - 1"}, "cached 'multi_query' of block 'mlp': 'n_head - 1' is not a size"),
         ("attributes", {"width": "wide"}, "attribute 'width' of block 'mlp': 'wide' is no axis"),
         ("norm", ["norm"], "block 'mlp' has the unknown key 'norm'"),
     ],
@@ -91,7 +98,12 @@ def test_a_faulty_word_about_a_block_is_refused_with_the_fault(key, value, told)
         ("multiple", True, "multiple is a whole number from 1"),
         ("active", 2, "axis 'channels': active is a config key, not 2"),
         ("activ", "k", "axis 'channels' has the unknown key 'activ'"),
-        ("size", "4 * hidden_size", "needs 'guard': none of its axes has a config key"),
+        ("size", "intermediate_size - 1", "size of axis 'channels': 'intermediate_size - 1' is not a size"),
+        ("size", "a or b c", "size of axis 'channels': 'b c' is not a size"),
+        ("size", "a + ", "size of axis 'channels': 'a \\+ ' is not a size"),
+        ("size", ["a"], "size of axis 'channels'"),
+        ("unit", "a / b", "unit of axis 'channels': 'a / b' is not a size.*'\\+', '\\*' and '//'"),
+        ("unit", True, "unit of axis 'channels': True is not a size"),
     ],
 )
 def test_a_faulty_word_about_an_axis_is_refused_with_the_fault(key, value, told):
@@ -99,6 +111,24 @@ def test_a_faulty_word_about_an_axis_is_refused_with_the_fault(key, value, told)
     raw["axes"]["channels"][key] = value
     with pytest.raises(ArchitectureError, match=told):
         parse("toy", raw)
+
+
+def test_a_size_may_be_sums_and_products_of_config_keys():
+    made = config("llama", hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
+
+    def size(text):
+        return global_size(made, text)
+
+    assert size("hidden_size + intermediate_size") == 80
+    assert size("2 * hidden_size + intermediate_size // 3 * 2") == 64 + 32
+    assert size("1 + 2 * 3 + 10 // 4") == 9
+    assert size("width + hidden_size or 4 * hidden_size") == 128
+    assert size("hidden_size * width or 7") == 7  # half a product is none
+    for text in ("width", "hidden_size + width", "hidden_act", "tie_word_embeddings"):
+        with pytest.raises(ArchitectureError, match="gives no whole number"):
+            size(text)
+    with pytest.raises(ArchitectureError, match="'hidden_size % 2' is not a size"):
+        size("hidden_size % 2")
 
 
 def test_the_words_of_a_file_are_read():
@@ -282,6 +312,14 @@ def _lie(model, change):
         return anatomy_of(model)
     finally:
         anatomy.architecture_of = known
+
+
+def test_the_self_check_says_that_no_block_is_left():
+    model = pico("bert")
+    every = Subnet(frozenset(anatomy_of(model).blocks))
+    assert not extract(model, anatomy_of(model), every).blocks
+    with pytest.raises(ArchitectureError, match="every block of this BertForSequenceClassification was removed"):
+        check(model)
 
 
 def test_the_self_check_finds_a_file_that_swaps_two_axes():

@@ -1,14 +1,21 @@
 """Keys and values in blocks: what is kept, what attention makes of it."""
 
+import copy
+import gc
+import pickle
+
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import pliant
 from pico import IDS, config, pico
+from pliant.compat.block_cache import BlockCache, BlockLayer
+from pliant.compat.cache import cache_argument
 from pliant.errors import PackedError
 from pliant.runtime import library
-from pliant.runtime.cache import BLOCK, BlockCache, BlockLayer, Keeping, per_token
+from pliant.runtime.cache import BLOCK, Keeping, per_token
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=library.state())
 HEADS, QUERIES, WIDTH = 2, 6, 24
@@ -19,9 +26,9 @@ def states(tokens, seed=0, batch=1):
     return tuple(torch.randn(batch, HEADS, tokens, WIDTH, generator=generator) for _ in range(2))
 
 
-def filled(tokens, chunks=(), **keeping):
+def filled(tokens, seed=0, chunks=(), **keeping):
     layer = BlockLayer(Keeping(**keeping))
-    keys, values = states(tokens)
+    keys, values = states(tokens, seed)
     at = 0
     for size in (*chunks, tokens - sum(chunks)):
         layer.append(keys[:, :, at : at + size], values[:, :, at : at + size])
@@ -33,7 +40,14 @@ def attend(layer, q, window=0):
     """q of shape ``(tokens, queries, width)``."""
     out = torch.empty_like(q)
     library.library().pliant_cache_attend(
-        layer.handle, q.data_ptr(), q.shape[0], q.shape[1], WIDTH**-0.5, window, out.data_ptr(), torch.get_num_threads()
+        layer.blocks.handle,
+        q.data_ptr(),
+        q.shape[0],
+        q.shape[1],
+        q.shape[2] ** -0.5,
+        window,
+        out.data_ptr(),
+        torch.get_num_threads(),
     )
     return out
 
@@ -143,7 +157,7 @@ def test_it_takes_the_place_of_any_cache(name):
     model = pico(name)
     plain = model.generate(IDS, max_new_tokens=80, min_new_tokens=80, do_sample=False)
     blocks = BlockCache(model.config, format="float32")
-    found = model.generate(IDS, max_new_tokens=80, min_new_tokens=80, do_sample=False, past_key_values=blocks)
+    found = model.generate(IDS, max_new_tokens=80, min_new_tokens=80, do_sample=False, **cache_argument(model, blocks))
     assert torch.equal(found, plain)
     assert blocks.get_seq_length() == found.shape[1] - 1
     assert blocks.bytes() > 0
@@ -156,11 +170,25 @@ def test_settings_that_make_no_sense_are_refused():
         ({"value_sparsity": -0.1}, "from 0 to below 1"),
         ({"format": "float32", "key_sparsity": 0.5}, "needs packed blocks"),
         ({"recent": -1}, "numbers of tokens"),
+        ({"recent": 1.5}, r"numbers of tokens; recent is 1\.5"),
+        ({"first": "4"}, "numbers of tokens; first is '4'"),
+        ({"key_sparsity": "0.3"}, "key_sparsity is a share from 0 to below 1, not '0.3'"),
+        ({"value_sparsity": None}, "value_sparsity is a share"),
+        ({"key_sparsity": False}, "key_sparsity is a share"),
     ):
         with pytest.raises(PackedError, match=said):
             Keeping(**settings)
+        with pytest.raises(PackedError, match=said):
+            BlockCache(config("llama"), **settings)
+    with pytest.raises(
+        PackedError, match="no setting 'foo'; it has format, key_sparsity, value_sparsity, recent, first"
+    ):
+        BlockCache(config("llama"), foo=1)
+    for wrong in (None, {}, "llama", pico()):
+        with pytest.raises(PackedError, match="needs the config of a model"):
+            BlockCache(wrong)
     layer = BlockLayer()
-    with pytest.raises(PackedError, match="different shapes"):
+    with pytest.raises(PackedError, match="of equal shape"):
         layer.append(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 5))
 
 
@@ -170,12 +198,20 @@ def test_a_native_decoder_fills_it():
     ids = torch.arange(3, 203)[None]
     cache = BlockCache(model.config, format="int8", key_sparsity=0.3, value_sparsity=0.5, recent=64)
     with torch.inference_mode():
-        model(ids, past_key_values=cache)
-        step = model(ids[:, :1], past_key_values=cache).logits
+        model(ids, **cache_argument(model, cache))
+        held = [tuple(states.clone() for states in layer.read()) for layer in cache.layers]
+        step = model(ids[:, :1], **cache_argument(model, cache)).logits
         full = model(torch.cat([ids, ids[:, :1]], 1), use_cache=False).logits[:, -1:]
-    assert cache.get_seq_length() == 201
-    assert not torch.equal(step, full)
-    assert (step - full).norm() < 0.5 * full.norm()
+        # layer by layer, in transformers' own attention, over the very tokens that the blocks held
+        plain = DynamicCache(config=model.config)
+        for layer, (keys, values) in enumerate(held):
+            plain.update(keys, values, layer)
+        with torch.enable_grad():  # which is never native
+            expected = model(ids[:, :1], **cache_argument(model, plain)).logits
+    assert cache.get_seq_length() == plain.get_seq_length() == 201
+    torch.testing.assert_close(step, expected.detach(), rtol=0.01, atol=0.01 * expected.abs().max().item())
+    # what the blocks left out counts for more than what is rounded
+    assert (step - full).norm() > 3 * (step - expected.detach()).norm()
 
 
 def test_an_empty_cache_of_the_config_has_its_layers():
@@ -199,3 +235,104 @@ def test_a_packed_token_takes_its_bits(keeping, bits):
     found = per_token(Keeping(**keeping), HEADS, 64)
     assert bits <= 8 * found / (2 * HEADS * 64) < bits + 1.5  # scales and headers
     assert (keeping["format"] == "float32") == (found == 2 * HEADS * 64 * 4)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, copy.copy, lambda blocks: pickle.loads(pickle.dumps(blocks))])
+@pytest.mark.parametrize("keeping", [{"format": "float32"}, {"format": "int8", "key_sparsity": 0.3, "recent": 0}])
+def test_a_copy_is_a_cache_of_its_own(how, keeping):
+    layer, _, _ = filled(300, **keeping)
+    before = layer.read()
+    twin = copy.copy(layer)
+    twin.blocks = how(layer.blocks)
+    q = torch.randn(2, QUERIES, WIDTH, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(attend(twin, q), attend(layer, q))
+    twin.append(*states(30, seed=7))
+    assert (twin.get_seq_length(), layer.get_seq_length()) == (330, 300)
+    expected = attend(twin, q)
+    del layer
+    gc.collect()
+    others = [filled(300, seed, **keeping) for seed in range(3)]  # where the freed memory was
+    assert torch.equal(attend(twin, q), expected)
+    for a, b in zip(twin.read(), before, strict=True):
+        assert torch.equal(a[:, :, :256], b[:, :, :256])
+    del others
+
+
+def test_a_prompt_is_read_once_and_answered_twice():
+    """The recipe of transformers' own documentation for a prompt that several questions share."""
+    model = pliant.apply(pico("llama"), pliant.PackedLinear(format="bf16"), progress=False)
+    prompt = torch.arange(3, 143)[None]
+    cache = BlockCache(model.config)
+    with torch.inference_mode():
+        model(prompt, **cache_argument(model, cache))
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    for tail in ([5, 6, 7], [9, 10, 11, 12]):
+        ids = torch.cat([prompt, torch.tensor([tail])], 1)
+        again = model.generate(ids, **cache_argument(model, copy.deepcopy(cache)), **settings)
+        assert torch.equal(again, model.generate(ids, **settings))
+        assert cache.get_seq_length() == 140
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 13, 24, 32, 40, 48, 64, 80, 96, 128, 250])
+@pytest.mark.parametrize("isa", [isa for isa in library.available() if "emulated" not in isa])
+def test_attention_does_not_depend_on_how_many_tokens_ask(isa, width):
+    generator = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, 1, 2, 70, width, generator=generator)
+    q = torch.randn(70, 4, width, generator=generator)
+    whole, slowly = BlockLayer(Keeping(format="float32")), BlockLayer(Keeping(format="float32"))
+    whole.append(k, v)
+    before = library.isa()
+    library.choose(isa)
+    try:
+        together = attend(whole, q)
+        for i in range(70):
+            slowly.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
+            assert torch.equal(attend(slowly, q[i : i + 1].contiguous())[0], together[i])
+    finally:
+        library.choose(before)
+
+
+HYBRIDS = {
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "qwen3_next": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    | {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    | {"layer_types": ["linear_attention", "full_attention"] * 2, "shared_expert_intermediate_size": 16},
+}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_layers_that_keep_another_state_keep_it_as_ever(name):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8}
+    ids = {"vocab_size": 300, "pad_token_id": 0, "eos_token_id": 2, "num_key_value_heads": 4}
+    own = AutoConfig.for_model(name, **shape, **ids, **HYBRIDS[name])
+    model = AutoModelForCausalLM.from_config(own).eval()
+    blocks = BlockCache(model.config, format="float32")
+    assert [type(layer) is BlockLayer for layer in blocks.layers] == [False, True] * 2
+    settings = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+    found = model.generate(IDS, **cache_argument(model, blocks), **settings)
+    assert torch.equal(found, model.generate(IDS, **settings))
+    assert blocks.bytes() > 0
+
+
+def test_a_model_without_keys_and_values_is_refused():
+    with pytest.raises(PackedError, match="no cache layer of mamba holds only keys and values"):
+        BlockCache(AutoConfig.for_model("mamba", vocab_size=300, hidden_size=32, num_hidden_layers=2))
+
+
+def test_what_does_not_fit_is_refused():
+    layer, _, _ = filled(10)
+    with pytest.raises(PackedError, match="holds 1 sequence"):
+        layer.append(*states(3, batch=2))
+    with pytest.raises(PackedError, match="no tokens to read"):
+        BlockLayer().read()
+
+
+def test_cropping_by_what_stays_and_by_what_goes():
+    layer, _, _ = filled(100)
+    layer.crop(60)
+    assert layer.get_seq_length() == 60
+    layer.crop(-10)
+    assert layer.get_seq_length() == 50
+    layer.crop(0)
+    assert layer.get_seq_length() == 50

@@ -50,7 +50,7 @@ def test_the_card_says_what_was_done_what_it_cost_and_how_to_load_it():
     assert "2,000,000 to 1,600,000 parameters in 95 s" in shown
     for row in table(REPORT):
         assert f"| {' | '.join(row)} |" in shown
-    assert "Measured on Some CPU, 2 threads." in shown
+    assert "Measured on Some CPU, 2 threads, in float32." in shown
     code = re.search(r"```python\n(.*?)```", shown, re.S)[1]
     compile(code, "card", "exec")
     assert code.startswith("import pliant")
@@ -60,9 +60,10 @@ def test_a_packed_model_is_not_said_to_be_cut():
     report = REPORT | {"ratio": 0.0, "steps": [PACKED]}
     shown = _card(history=(PACKED,), report=report)
     assert "tags:\n- pliant\n- quantized\n---" in shown
-    assert "parameters in 0 s. Layers of 4.38 bits a weight, run one by one: its norm is Odd<Norm>." in shown
+    assert "parameters in 0 s. Packed layers at 4.38 bits per weight, run one by one: its norm is Odd<Norm>. " in shown
+    assert "Not packed: 25.0% of the parameters (1.6 MB), of which 24.9% embeddings." in shown
     assert "%" not in table(report)[0][2]
-    assert changed(report) == "linear layers packed as int4 and int8"
+    assert changed(report) == "linear layers (75.0% of the parameters) packed as int4 and int8"
     assert "tags:\n- pliant\n- pruned\n- quantized\n---" in _card(history=(STEP, PACKED))
 
 

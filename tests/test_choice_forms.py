@@ -230,7 +230,7 @@ def test_a_row_of_no_known_form_is_refused_and_the_forms_are_listed(tmp_path):
 
 
 def test_questions_with_choices_and_open_ones_do_not_mix_in_a_file(tmp_path):
-    with pytest.raises(DataError, match=r"row 2: .*two files"):
+    with pytest.raises(DataError, match=r"row 2: .*put them into separate files"):
         _read(tmp_path, ARC, POSED["GSM8K"][0])
 
 

@@ -9,6 +9,7 @@ import sys
 from importlib import metadata
 
 import pytest
+import torch
 import typer
 from filelock import FileLock
 from typer.testing import CliRunner
@@ -19,7 +20,10 @@ from pliant.cli import main
 from pliant.cli.doctor import diagnose
 from pliant.cli.main import app
 from pliant.cli.settings import build, known_subnet, recipe, step_class
-from pliant.errors import ArtefactError, DataError, PliantError, RatioError
+from pliant.elastic import Subnet
+from pliant.errors import ArtefactError, DataError, PliantError, RatioError, WeightError
+from pliant.figures import to_json
+from pliant.search import Cut
 from pliant.step import StepError, help_texts
 from pliant.systems import SYSTEMS
 
@@ -251,6 +255,46 @@ def test_a_pruner_without_a_ratio_is_refused(systems, pairs, told):
         recipe(systems, {}, pairs)
 
 
+@pytest.mark.parametrize(
+    ("systems", "pairs", "said"),
+    [
+        (["packed"], [], "--ratio 0.2 has no effect on packed;"),
+        (["magnitude", "rtn"], [], "--ratio 0.2 has no effect on magnitude and rtn;"),
+        (["multipruner"], ["ratio=0.4"], "--ratio 0.2 and --set ratio=0.4 contradict each other"),
+        (["multipruner"], ["multipruner.ratio=0.4"], "contradict each other"),
+        (["channelpruner"], ["ratio=none", "macs_ratio=0.1"], "contradict each other"),
+        (["multipruner"], ["samples=4", "samples=8"], "--set samples is '4' and then '8'"),
+    ],
+)
+def test_an_option_without_effect_is_refused(systems, pairs, said):
+    with pytest.raises(StepError, match=re.escape(said)):
+        recipe(systems, {"ratio": "0.2"}, pairs)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, True, None, "7"])
+@pytest.mark.parametrize(
+    "step", [lambda **s: pliant.MultiPruner(ratio=0.1, **s), pliant.Recover, lambda **s: Cut(subnet=Subnet(), **s)]
+)
+def test_a_seed_out_of_range_is_refused(step, seed):
+    step(seed=0), step(seed=2**63 - 1)
+    with pytest.raises(StepError, match="seed is a whole number from 0 to 9223372036854775807"):
+        step(seed=seed)
+
+
+def test_a_ratio_that_one_of_the_systems_takes_is_taken():
+    pruner, packed = recipe(["fisher", "packed"], {"ratio": "0.2"}, ["ratio=0.20"])
+    assert (pruner.ratio, packed.kind) == (0.2, "packed")
+    first, second = recipe(["fisher", "knapsack"], {"ratio": "0.2"}, ["knapsack.ratio=0.1"])
+    assert (first.ratio, second.ratio) == (0.2, 0.1)
+
+
+def test_a_known_subnet_is_cut_once(tmp_path):
+    found = tmp_path / "found.json"
+    found.write_text(json.dumps({"skip": [], "keep": {}}))
+    with pytest.raises(StepError, match="fisher and knapsack are 2 pruners"):
+        known_subnet(found, ["fisher", "knapsack"], [])
+
+
 # exit codes
 
 
@@ -264,20 +308,36 @@ def test_success_is_0(entry):
     ("words", "told"),
     [
         (["ls", "models"], "no list of 'models'"),
-        (["inspect", "./gone"], "'./gone' is no model folder"),
+        (["inspect", "./gone"], "'./gone' is not a model folder"),
         (["evaluate", "FOLDER"], "nothing to evaluate"),
         (["evaluate", "FOLDER", "--perplexity", "gone.txt"], "there is no file 'gone.txt'"),
         (["evaluate", "FOLDER", "--tasks", "gone.jsonl"], "there is no file 'gone.jsonl'"),
         (["bench", "FOLDER", "--tokens", "0"], "tokens"),
-        (["bench", "FOLDER", "--formats", "--batch", "2"], "a sequence at a time"),
+        (["bench", "FOLDER", "--formats", "--batch", "2"], "in batches of 1"),
         (["compress", "FOLDER", "--system", "packed", "--set", "format=int3", "--out", "x"], "format is one of"),
         (["inspect", "FOLDER", "--dtype", "float31"], "float31"),
+        (["inspect", "FOLDER", "--device", "gpu"], "unknown device 'gpu'; choose one of auto, cuda, mps, cpu"),
+        (["generate", "FOLDER", "Hello", "--tokens", "0"], "--tokens must be at least 1"),
+        (
+            ["generate", "FOLDER", "Hello", "--tokens", "252"],
+            "5 + 252 tokens are more than the 256 positions of this model; give at most 251",
+        ),
+        (
+            ["generate", "FOLDER", "y" * 300],
+            "300 + 64 tokens are more than the 256 positions of this model; give a shorter prompt",
+        ),
+        (["bench", "FOLDER", "--formats", "--device", "cuda"], "packed layers run on the CPU; leave out --device"),
+        (["bench", "FOLDER", "--formats", "--prompt", "250"], "250 + 32 tokens are more than the 256 positions"),
         (["generate", "FOLDER", "Hello", "--chat"], "chat template"),
         (["generate", "FOLDER", ""], "prompt"),
-        (["export", "FOLDER", "--to", "onnx", "--out", "x"], "no export 'onnx'"),
+        (["export", "FOLDER", "--to", "onnx", "--out", "x"], "unknown export 'onnx'"),
+        (["compress", "FOLDER", "--system", "packed", "--ratio", "0.2", "--out", "x"], "--ratio 0.2 has no effect"),
+        (["compress", "FOLDER", "--subnet", "found.json", "--ratio", "0.2", "--out", "x"], "give one of them"),
+        (["compress", "FOLDER", "--system", "packed", "--column", "body", "--out", "x"], "no effect without --data"),
         (["compress", "FOLDER", "--ratio", "2", "--data", "PROSE", "--out", "x"], "between 0 and 1"),
         (["compress", "FOLDER", "--ratio", "0.1", "--data", "gone.txt", "--out", "x"], "there is no file"),
-        (["compress", "FOLDER", "--ratio", "0.1", "--data", "PROSE", "--out", "FOLDER"], "--overwrite"),
+        (["compress", "FOLDER", "--ratio", "0.1", "--data", "PROSE", "--out", "FOLDER"], "is the model itself"),
+        (["compress", "FOLDER", "--ratio", "0.1", "--data", "PROSE", "--out", "FULL"], "--overwrite"),
         (
             ["compress", "FOLDER", "--ratio", "0.1", "--data", "PROSE", "--out", "x", "--set", "colour=red"],
             "Rows of calibration text for choosing blocks.",
@@ -286,7 +346,8 @@ def test_success_is_0(entry):
 )
 def test_a_refusal_is_1_with_the_reason_on_stderr(entry, folder, prose, tmp_path, monkeypatch, words, told):
     monkeypatch.chdir(tmp_path)
-    code, out, err = entry(*({"FOLDER": folder, "PROSE": prose}.get(word, word) for word in words))
+    places = {"FOLDER": folder, "PROSE": prose, "FULL": prose.parent}
+    code, out, err = entry(*(places.get(word, word) for word in words))
     assert code == 1
     assert out == ""
     assert err.startswith("pliant: ")
@@ -294,7 +355,17 @@ def test_a_refusal_is_1_with_the_reason_on_stderr(entry, folder, prose, tmp_path
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("words", [["fly"], ["ls", "--fast"], ["compress", "m"], ["bench", "m", "--prompt", "x"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["fly"],
+        ["ls", "--fast"],
+        ["compress", "m"],
+        ["bench", "m", "--prompt", "x"],
+        ["generate", "m", "Hi", "--sample", "--seed", str(10**23)],
+        ["generate", "m", "Hi", "--seed", "-1"],
+    ],
+)
 def test_wrong_usage_is_2(entry, words):
     code, out, err = entry(*words)
     assert (code, out) == (2, "")
@@ -478,6 +549,94 @@ def test_compress_shows_people_a_table_and_where_it_wrote(folder, prose, tmp_pat
     report = json.loads((out / "report.json").read_text("utf-8"))
     assert f"{report['after']['parameters']:,} (-{report['ratio']:.1%})" in shown
     assert f"wrote {out} (report: {out / 'report.html'})" in shown
+
+
+RUNS = {
+    "inspect": ["--no-check"],
+    "compress": ["--ratio", "0.1", "--data", "PROSE", "--out", "OUT"],
+    "evaluate": ["--perplexity", "PROSE"],
+    "bench": [],
+    "generate": ["Hello"],
+    "export": ["--out", "OUT"],
+}
+
+
+@pytest.mark.parametrize("verb", RUNS)
+def test_every_verb_that_runs_a_model_takes_a_device_and_a_dtype(verb, entry, folder, prose, tmp_path, monkeypatch):
+    asked = {}
+
+    def load(source, **options):
+        asked.update(options, source=source)
+        raise DataError("seen")
+
+    for module in ("pliant.checkpoint.load", "pliant.run.compress"):
+        monkeypatch.setattr(f"{module}.load", load)
+    words = [{"PROSE": prose, "OUT": tmp_path / "out"}.get(word, word) for word in RUNS[verb]]
+    for given, expected in (
+        ((), {"dtype": "auto", "device": "cpu"}),
+        (("--dtype", "bfloat16", "--device", "cuda:1"), {"dtype": "bfloat16", "device": "cuda:1"}),
+    ):
+        assert entry(verb, folder, *words, *given)[0] == 1
+        assert {key: asked[key] for key in expected} == expected
+
+
+def test_every_verb_in_the_list_is_there_and_no_other_loads_a_model():
+    others = {"doctor", "ls", "demo"}
+    assert {command.callback.__name__ for command in app.registered_commands} == {*RUNS, *others}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_here_is_refused(entry, folder):
+    code, out, err = entry("inspect", folder, "--device", "cuda")
+    assert (code, out) == (1, "")
+    assert "finds no device 'cuda' on this machine; it finds cpu" in err
+
+
+def test_a_model_that_gives_no_numbers_is_refused_and_never_printed(entry, folder, prose, task):
+    broken = pliant.load(folder)
+    with torch.no_grad():
+        broken.model.layers[0].mlp.down_proj.weight.mul_(1e5)
+        broken.model.layers[0].mlp.up_proj.weight.mul_(1e4)
+    broken.save_pretrained(folder)
+    for words in (["--perplexity", prose], ["--tasks", task]):
+        for form in ([], ["--json"]):
+            code, out, err = entry(
+                "evaluate", folder, *words, *form, "--seqlen", 32, "--windows", 2, "--dtype", "float16"
+            )
+            assert (code, out) == (1, "")
+            assert "its outputs in float16 are not" in err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_json_holds_finite_figures_only(value):
+    with pytest.raises(WeightError, match=rf"tasks\.arc\[1\]\.acc is {value}, which is not finite"):
+        to_json({"tasks": {"arc": [{"acc": 1.0}, {"acc": value}]}})
+    assert json.loads(to_json({"a": [1, 2.5, None, "nan"]})) == {"a": [1, 2.5, None, "nan"]}
+
+
+def test_continuations_are_printed(folder, tmp_path):
+    path = tmp_path / "lambada.jsonl"
+    path.write_text("\n".join(json.dumps({"context": c, "continuation": "moon"}) for c in ("the", "a")), "utf-8")
+    shown = run("evaluate", folder, "--tasks", path).stdout
+    assert re.search(r"lambada acc .*0\.0%.*2 questions", shown)
+    assert re.search(r"lambada perplexity .*\d\.\d{3} .*\d\.\d{3} .*2 questions", shown)
+
+
+def test_a_packed_model_says_how_it_runs(folder, tmp_path):
+    for name, options, said in (
+        ("native", [], "all run in one native call"),
+        ("mixed", ["--set", "rules=down_proj=dense"], "run one by one: not all of its linear layers are packed"),
+    ):
+        out = tmp_path / name
+        words = ["compress", folder, "--system", "packed", "--out", out, "--no-speed", *options]
+        assert said in " ".join(run(*words).stdout.split())
+        found = json.loads(run("inspect", out, "--json").stdout)
+        assert found["native"] == (name == "native")
+        assert found["device"] == "cpu"
+        shown = " ".join(run("inspect", out).stdout.split())
+        assert (
+            "Runs in one native call." if found["native"] else f"Runs layer by layer: {found['why_not_native']}."
+        ) in shown
 
 
 def test_errors_are_also_the_builtin_ones_a_caller_expects():

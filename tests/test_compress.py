@@ -19,6 +19,7 @@ import test_discover
 from pico import pico
 from pliant.cli.main import app
 from pliant.errors import ArtefactError, BusyError, DataError, RatioError, WeightError
+from pliant.measure.reply import replies
 from pliant.progress import Progress
 from pliant.run.compress import Measuring, compress
 from pliant.step import StepError
@@ -126,7 +127,7 @@ def test_ctrl_c_on_the_command_line_is_130_with_a_word(folder, prose, tmp_path):
     process.send_signal(signal.SIGINT)
     _, told = process.communicate()
     assert process.returncode == 130
-    assert "goes on from there" in told
+    assert "run the same command to resume" in told
     assert "Traceback" not in told
 
 
@@ -251,8 +252,40 @@ def test_bad_input_is_refused_and_nothing_is_left(folder, prose, tmp_path):
     refused(DataError, "one window needs 32", folder, step, short, out)
     refused(DataError, "no file", folder, step, tmp_path / "gone.txt", out)
     refused(RatioError, "cannot be reached", folder, pliant.MultiPruner(ratio=0.95, **FEW), prose, out)
-    refused(ArtefactError, "no model folder", tmp_path / "gone", step, prose, out)
+    refused(ArtefactError, "is not a model folder", tmp_path / "gone", step, prose, out)
     assert sorted(artefacts(tmp_path)) == ["empty.txt", "pico-llama", "short.txt"]
+
+
+def unread(*_, **__):
+    raise AssertionError("the model was loaded")
+
+
+def test_a_recipe_and_prompts_are_checked_before_the_model_is_loaded(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("pliant.run.compress.load", unread)
+    out = tmp_path / "small"
+    for last in (pliant.PackedLinear(), pliant.SparAMX(sparsity=0.5)):
+        refused(StepError, "packing comes last", folder, [last, pliant.ChannelPruner(ratio=0.2)], None, out)
+    refused(StepError, "a step is expected", folder, "packed", None, out)
+    for prompts, said in ((["Hello", ""], "at least one character, not ''"), ("Hello", "a list of strings")):
+        with pytest.raises(DataError, match=said):
+            compress(
+                folder, pliant.PackedLinear(), None, out, measuring=Measuring(prompts=prompts), progress=Progress()
+            )
+    with pytest.raises(DataError, match="at least one character"):
+        replies(pico(), None, [""])
+    assert artefacts(tmp_path) == ["pico-llama"]
+
+
+def test_a_packed_model_is_refused_before_it_is_measured(prose, tmp_path, tokenizer, monkeypatch):
+    model = pliant.apply(pico(), pliant.PackedLinear(), progress=False)
+    model.save_pretrained(tmp_path / "packed")
+    tokenizer.save_pretrained(tmp_path / "packed")
+    monkeypatch.setattr("pliant.run.compress.evaluate", unread)
+    step = pliant.MultiPruner(ratio=0.3, **FEW)
+    refused(
+        StepError, "this model is packed, and packing comes last", tmp_path / "packed", step, prose, tmp_path / "small"
+    )
+    assert not (tmp_path / "small").exists()
 
 
 def test_a_broken_model_and_a_wrong_tokenizer_are_refused(prose, tmp_path, tokenizer):
@@ -516,7 +549,7 @@ def test_an_interrupted_overwrite_with_other_settings_goes_on(folder, prose, tmp
 def test_the_folder_one_is_in_is_not_replaced(folder, prose, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    with pytest.raises(ArtefactError, match="the folder you are in"):
+    with pytest.raises(ArtefactError, match="is the current folder"):
         compress(folder, pliant.BlockPruner(ratio=0.2), prose, ".", progress=Progress())
 
 

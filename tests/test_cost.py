@@ -1,9 +1,11 @@
-"""What a removal saves: counted, or in milliseconds that are measured here."""
+"""The savings of a removal, counted or measured in milliseconds."""
 
 import json
+import random
 from itertools import pairwise
 
 import pytest
+import torch
 
 import pliant
 from pico import pico, tokenizer
@@ -80,3 +82,64 @@ def test_a_model_of_few_positions_is_timed_on_as_many():
     model.transformer.wte.register_forward_pre_hook(lambda _, args: seen.add(tuple(args[0].shape)))
     measure_latency(model, anatomy_of(model), "prefill", repeats=1)
     assert seen == {(1, 32)}
+
+
+# --- predicted against measured ---------------------------------------------------------------------------------------------
+
+CLOCK = {"rest": 3.0, "attention": 2.0, "mlp": 5.0}  # milliseconds of a whole block, and of all else
+
+
+def on_a_clock(model, monkeypatch):
+    """Let every layer of a model take the milliseconds of what is there of it."""
+    spent = [0.0]
+
+    def took(kind, share):
+        return lambda *_: spent.__setitem__(0, spent[0] + CLOCK[kind] * share())
+
+    for layer in model.model.layers:
+        up, k = layer.mlp.up_proj, layer.self_attn.k_proj
+        layer.mlp.register_forward_hook(took("mlp", lambda up=up: (len(up.weight) / 48) ** 2))
+        layer.self_attn.register_forward_hook(took("attention", lambda k=k: len(k.weight) / 24))
+
+    def milliseconds(model, ids):
+        spent[0] = CLOCK["rest"]
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=False)
+        return spent[0]
+
+    monkeypatch.setattr("pliant.measure.latency._milliseconds", milliseconds)
+    return milliseconds
+
+
+def test_what_the_table_predicts_is_what_is_measured(monkeypatch):
+    """Of sub-networks that were not timed for it; where time goes with the square of a width, what lies between two timed widths
+    is nearly right."""
+    model = pico("llama")
+    anatomy = anatomy_of(model)
+    measure = on_a_clock(model, monkeypatch)
+    table = measure_latency(model, anatomy, "prefill", repeats=1)
+    assert table.rest == pytest.approx(CLOCK["rest"])
+    assert table.blocks == {kind: pytest.approx(CLOCK[kind]) for kind in ("attention", "mlp")}
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    draw = random.Random(0)
+    apart = []
+    for _ in range(12):
+        subnet = Subnet()
+        for block in anatomy.blocks.values():
+            if block.name != "layers.0.attention" and draw.random() < 0.3:
+                subnet = subnet.without(block.name)
+            else:
+                (axis,) = block.leaders
+                subnet = subnet.keeping(axis.name, draw.randint(1, axis.size))
+        with pliant.activate(model, subnet):
+            measured = measure(model, ids)
+        apart.append(abs(table.of(anatomy, subnet) / measured - 1))
+        by_attention = sum(
+            2.0 * dict(subnet.keep)[f"layers.{layer}.attention.kv"] / 3
+            for layer in range(4)
+            if f"layers.{layer}.attention" not in subnet.skip
+        )
+        without_mlps = subnet.without(*(f"layers.{layer}.mlp" for layer in range(4)))
+        assert table.of(anatomy, without_mlps) == pytest.approx(3 + by_attention)  # linear, so exactly right
+    assert max(apart) < 0.05
+    assert table.of(anatomy, Subnet().keeping("layers.1.mlp.channels", 24)) == pytest.approx(3 + 4 * 7 - 5 * 0.75)

@@ -9,8 +9,9 @@ from transformers import DynamicCache, StaticCache
 
 import pliant
 from pico import DECODERS, IDS, logits, pico
+from pliant.compat.cache import cache_argument
+from pliant.compat.native import Native, plan_of, run_natively
 from pliant.runtime import library
-from pliant.runtime.decoder import Native, _window, decoder_of, run_natively
 from pliant.runtime.threads import threads
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=library.state())
@@ -62,10 +63,10 @@ def test_cached_is_uncached_to_the_bit_while_nothing_is_packed(format):
     with torch.inference_mode():
         whole = model(ids, use_cache=False).logits
         cache = DynamicCache(config=model.config)
-        steps = [model(ids[:, :50], past_key_values=cache).logits]
-        steps += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(50, 64)]
+        steps = [model(ids[:, :50], **cache_argument(model, cache)).logits]
+        steps += [model(ids[:, i : i + 1], **cache_argument(model, cache)).logits for i in range(50, 64)]
         assert torch.equal(torch.cat(steps, 1), whole[:, :64])
-        steps += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(64, 80)]
+        steps += [model(ids[:, i : i + 1], **cache_argument(model, cache)).logits for i in range(64, 80)]
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=0.05, atol=0.05)
 
 
@@ -80,14 +81,14 @@ def test_cached_is_uncached_to_the_bit_while_nothing_is_packed(format):
 def test_layers_that_see_a_few_tokens_back(name, settings):
     model = pliant.apply(pico(name, **settings), pliant.PackedLinear(format="bf16"), progress=False)
     assert isinstance(model.base_model, Native)
-    base = model.base_model
-    assert any(_window(layer.self_attn, base.config, index) for index, layer in enumerate(base.layers))
     ids = torch.arange(3, 83)[None]
     with torch.inference_mode():
         found = model(ids, use_cache=False).logits
+        everything = packed(name)(ids, use_cache=False).logits
+        assert torch.allclose(found[:, :6], everything[:, :6]) != torch.allclose(found, everything)
         torch.testing.assert_close(found, layer_by_layer(model)(ids, use_cache=False).logits, rtol=1e-3, atol=1e-4)
         cache = DynamicCache(config=model.config)
-        steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(60)]
+        steps = [model(ids[:, i : i + 1], **cache_argument(model, cache)).logits for i in range(60)]
     assert torch.equal(torch.cat(steps, 1), found[:, :60])
 
 
@@ -108,7 +109,7 @@ def test_what_it_does_not_do_is_left_to_transformers():
                 model(IDS, **given).logits, stock(IDS, **given).logits, rtol=1e-3, atol=1e-4, msg=str(given)
             )
         static = StaticCache(config=model.config, max_cache_len=64)
-        found = model(IDS[:1], past_key_values=static).logits
+        found = model(IDS[:1], **cache_argument(model, static)).logits
         torch.testing.assert_close(found, stock(IDS[:1]).logits, rtol=1e-3, atol=1e-4)
     embeds = model.get_input_embeddings()(IDS).detach().requires_grad_()
     model(inputs_embeds=embeds).logits.sum().backward()
@@ -130,7 +131,7 @@ def test_copies_and_pickles_run_on_their_own():
     model = packed()
     expected = logits(model)
     again = copy.deepcopy(model)
-    assert decoder_of(again.base_model) is not decoder_of(model.base_model)
+    assert plan_of(again.base_model) is not plan_of(model.base_model)
     assert torch.equal(logits(again), expected)
     revived = pickle.loads(pickle.dumps(model))
     assert isinstance(revived.base_model, Native)
@@ -145,15 +146,18 @@ def test_a_whole_model_compiles_as_one_graph():
         expected = model(IDS, use_cache=False).logits
         torch.testing.assert_close(compiled(IDS, use_cache=False).logits, expected, rtol=1e-3, atol=1e-4)
         static = StaticCache(config=model.config, max_cache_len=32)
-        found = compiled(IDS[:1], past_key_values=static, position_ids=places).logits
+        found = compiled(IDS[:1], **cache_argument(model, static), position_ids=places).logits
         torch.testing.assert_close(found, expected[:1], rtol=1e-3, atol=1e-4)
 
 
 def test_a_model_that_computes_something_else_is_found_out():
-    model = packed("granite")
-    assert "compute something else" in model.pliant_history[-1]["why_not_native"]
-    model = packed("gpt2")
-    assert "not laid out as llama's" in model.pliant_history[-1]["why_not_native"]
+    for name in ("granite", "gpt2"):
+        why = packed(name).pliant_history[-1]["why_not_native"]
+        assert why == f"{name} is not one of the families with a native run"
+    model = pico()
+    model.model.layers[1].mlp.act_fn = torch.nn.ReLU()  # its config says another
+    pliant.apply(model, pliant.PackedLinear(format="bf16"), progress=False)
+    assert "its MLP has ReLU" in model.pliant_history[-1]["why_not_native"]
     part = packed(rules={"layers.1.self_attn.q_proj": "dense"})
     assert "not all of its linear layers are packed" in part.pliant_history[-1]["why_not_native"]
     again = packed()
@@ -169,10 +173,11 @@ def test_it_reloads_natively(tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
-def generate(model, ids=IDS[:1], **settings):
-    """Threads of torch and of the kernels, in the head and in the layers of transformers, while a model generates."""
+def generate(model, ids=IDS[:1], natively=True, **settings):
+    """Threads of torch and of the kernels, in the head and in what transformers computes before it, while a model generates."""
     seen = {"head": set(), "layers": set()}
-    for name, module in (("head", model.lm_head), ("layers", model.base_model.layers[0])):
+    own = model.base_model.rotary_emb if natively else model.base_model.layers[0]
+    for name, module in (("head", model.lm_head), ("layers", own)):
         module.register_forward_pre_hook(lambda *_, own=seen[name]: own.add((torch.get_num_threads(), threads())))
     model.generate(ids, max_new_tokens=3, do_sample=False, **settings)
     assert torch.get_num_threads() == threads() == 2
@@ -181,13 +186,15 @@ def generate(model, ids=IDS[:1], **settings):
 
 @pytest.mark.usefixtures("two_threads")
 def test_generate_leaves_the_other_threads_to_the_kernels():
-    assert generate(packed()) == {"head": {(1, 2)}, "layers": set()}
+    one = {"head": {(1, 2)}, "layers": {(1, 2)}}
+    assert generate(packed()) == one
     for again in (copy.deepcopy(packed()), pickle.loads(pickle.dumps(packed()))):
-        assert generate(again) == {"head": {(1, 2)}, "layers": set()}
-    # two sequences in one cache are left to transformers
-    assert generate(packed(), IDS) == {"head": {(1, 2)}, "layers": {(2, 2)}}
-    both = generate(packed(head="dense")), generate(packed(), stopping_criteria=[lambda ids, _: ids.sum(1) < 0])
-    assert both == ({"head": {(2, 2)}, "layers": set()},) * 2
+        assert generate(again) == one
+    assert generate(packed(), stopping_criteria=[lambda ids, _: ids.sum(1) < 0]) == one
+    # two sequences in one cache are left to transformers, and so are layers with hooks
+    assert generate(packed(), IDS, natively=False) == {"head": {(1, 2)}, "layers": {(2, 2)}}
+    assert generate(packed(), natively=False) == {"head": {(1, 2)}, "layers": {(2, 2)}}
+    assert generate(packed(head="dense")) == {"head": {(2, 2)}, "layers": {(2, 2)}}
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -1,4 +1,4 @@
-"""The suite itself: our own use of a deprecated name ends a test, that of another package is listed at the end."""
+"""The suite itself: our own use of a deprecated name fails a test; another package's is listed at the end."""
 
 import os
 import re

@@ -68,3 +68,10 @@ def test_a_wrong_file_is_told_where_it_is_wrong(model, file):
     pliant.add_architecture(file)
     with pytest.raises(ArchitectureError, match=r"[qk]_proj"):
         pliant.check(model)
+
+
+def test_any_module_is_packed_as_the_page_shows(capsys):
+    page = (Path(__file__).parent.parent / "docs" / "runtime.md").read_text("utf-8")
+    shown = re.search(r"## Any module\n.*?```python\n(.*?)```", page, flags=re.S)[1]
+    exec(shown.replace("int8", "bf16"), {"pliant": pliant})
+    assert "parameters of MultiheadAttention outside linear layers" in capsys.readouterr().out

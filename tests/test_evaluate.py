@@ -14,10 +14,12 @@ from tokenizers.processors import TemplateProcessing
 import pliant
 from pico import DECODERS, VOCABULARY, config, pico
 from pico import tokenizer as pico_tokenizer
-from pliant.data import Question
-from pliant.errors import ArchitectureError, DataError, MemoryLimitError, PliantError
+from pliant.data import Continuation, OpenQuestion, Question
+from pliant.errors import ArchitectureError, DataError, MemoryLimitError, PliantError, WeightError
 from pliant.measure.choose import log_likelihoods
 from pliant.measure.score import kl, nll
+from pliant.measure.split import token_time
+from pliant.measure.windows import longest_of, windows_for
 
 
 def _logits(seed, *shape, scale=3.0):
@@ -28,6 +30,16 @@ def _softmax(row):
     top = max(row)
     parts = [math.exp(value - top) for value in row]
     return [part / sum(parts) for part in parts]
+
+
+def test_positions_are_counted_whatever_a_family_calls_them():
+    shape = {"vocab_size": 300, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("mpt", **shape))
+    words = pliant.text(["the cat sat on the mat " * 20])
+    assert windows_for(model, pico_tokenizer(), words, 64).shape[1] == 64
+    with pytest.raises(DataError, match="windows of 65 tokens are longer than the 64 positions of this model"):
+        windows_for(model, pico_tokenizer(), words, 65)
+    assert longest_of(pico("bloom")) == 2**31
 
 
 # the formulas
@@ -263,8 +275,48 @@ def test_a_tokenizer_that_ends_every_sequence_changes_no_choice(model, tokenizer
 def test_a_model_that_gives_no_numbers_answers_nothing_rightly(model, tokenizer):
     with torch.no_grad():
         model.lm_head.weight[40] = math.nan
-    found = pliant.evaluate(model, tasks={"some": [Question("the moon", (" walks", " is"), 0)]}, tokenizer=tokenizer)
-    assert found["tasks"]["some"]["acc"] == found["tasks"]["some"]["acc_norm"] == 0
+    kinds = (Question("the moon", (" walks", " is"), 0), OpenQuestion("7", "8"), Continuation("the moon", " walks"))
+    for item in kinds:
+        with pytest.raises(WeightError, match=r"lm_head.weight holds 36 value\(s\) that are not finite"):
+            pliant.evaluate(model, tasks={"some": [item]}, tokenizer=tokenizer, max_new_tokens=4)
+
+
+def test_a_model_that_overflows_in_half_precision_has_no_perplexity_and_no_share(tokenizer, prose):
+    model = pico("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(1e5)
+        model.model.layers[0].mlp.up_proj.weight.mul_(1e4)
+    half = copy.deepcopy(model).half()
+    with pytest.raises(WeightError, match=r"loss on 'prose.txt' is nan.* in float16 are not; load it with"):
+        pliant.evaluate(half, perplexity=prose, tokenizer=tokenizer, seqlen=32, windows=2)
+    kinds = {
+        "log-likelihood of nan": (*_questions(3), Continuation("the moon", " walks")),
+        "largest logit is nan": [OpenQuestion("7", "8")],
+    }
+    for told, items in kinds.items():
+        for item in items:
+            with pytest.raises(WeightError, match=rf"task 'some'.*{told}.* in float16 are not; load it with"):
+                pliant.evaluate(half, tasks={"some": [item]}, tokenizer=tokenizer, max_new_tokens=4)
+    assert math.isfinite(
+        pliant.evaluate(model, perplexity=prose, tokenizer=tokenizer, seqlen=32, windows=2)["perplexity"]["prose.txt"][
+            "loss"
+        ]
+    )
+
+
+def test_a_finite_loss_without_a_finite_exponential_is_no_perplexity(model, tokenizer, prose):
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    with pytest.raises(WeightError, match=r"loss on 'prose.txt' is \d.* and its perplexity overflows"):
+        pliant.evaluate(model, perplexity=prose, tokenizer=tokenizer, seqlen=32, windows=2)
+
+
+def test_a_broken_reference_is_named(model, tokenizer, prose):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.lm_head.weight[40] = math.nan
+    with pytest.raises(WeightError, match=r"lm_head\.weight holds 36"):
+        pliant.evaluate(model, perplexity=prose, reference=broken, tokenizer=tokenizer, seqlen=32, windows=2)
 
 
 def test_a_choice_after_an_empty_context_is_not_free(model, tokenizer):
@@ -293,6 +345,97 @@ def test_a_gzipped_task_is_called_what_it_is_without_the_endings(folder, tmp_pat
 def test_the_limit_holds_for_questions_given_by_name(model, tokenizer):
     found = pliant.evaluate(model, tasks={"some": _questions(5)}, limit=3, tokenizer=tokenizer)
     assert found["tasks"]["some"]["questions"] == 3
+
+
+# continuations
+
+
+def test_continuations_are_measured_as_lm_eval_measures_lambada(model, tokenizer):
+    contexts = ["the moon walks past the", "a green river and", "slowly the", "of sun and mountain, the"]
+    written = []
+    for context in contexts:  # what the model itself goes on with, three tokens
+        ids = tokenizer(context, return_tensors="pt")["input_ids"]
+        out = model.generate(
+            ids, attention_mask=ids**0, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0
+        )
+        written.append(out[0].tolist())
+    likely = []
+    for ids, context in zip(written, contexts, strict=True):
+        text = tokenizer.decode(ids)[len(context) :]
+        likely.append(text if tokenizer(context + text)["input_ids"] == ids else None)
+    assert any(likely), "some of what the model writes is text that reads back as the same tokens"
+    items = [Continuation(c, text or " moon") for c, text in zip(contexts, likely, strict=True)]
+    losses = [-_log_likelihood(model, tokenizer, item.context, item.continuation) for item in items]
+    found = pliant.evaluate(model, tasks={"lambada": items}, tokenizer=tokenizer)["tasks"]["lambada"]
+    share = sum(text is not None for text in likely) / 4
+    mean = sum(losses) / 4
+    spread = math.sqrt(sum((loss - mean) ** 2 for loss in losses) / 3)
+    assert found == {
+        "acc": share,
+        "stderr": pytest.approx(math.sqrt(share * (1 - share) / 4)),
+        "perplexity": pytest.approx(math.exp(mean), rel=1e-4),
+        "stderr_perplexity": pytest.approx(math.exp(mean) * spread / 2, rel=1e-3),
+        "questions": 4,
+    }
+    alone = pliant.evaluate(model, tasks={"one": items[:1]}, tokenizer=tokenizer)["tasks"]["one"]
+    assert alone["stderr_perplexity"] is None
+    assert alone["perplexity"] == pytest.approx(math.exp(losses[0]), rel=1e-4)
+
+
+def test_a_continuation_is_not_greedy_when_one_of_its_tokens_is_not(model, tokenizer):
+    ids = tokenizer("the moon", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        best = int(model(ids).logits[0, -1].argmax())
+        model.lm_head.weight[3:259] = 0  # no byte is likelier than another, so the first one wins
+        model.lm_head.weight[0:3] = -model.model(ids).last_hidden_state[0, -1]
+        model.lm_head.weight[259:] = 0
+    first = tokenizer.decode([3])
+    assert best != 3
+    right, wrong = Continuation("the moon", first), Continuation("the moon", first + "b")
+    for item, share in ((right, 1.0), (wrong, 0.0)):
+        assert pliant.evaluate(model, tasks={"t": [item]}, tokenizer=tokenizer)["tasks"]["t"]["acc"] == share
+
+
+def test_continuations_are_read_from_a_file_and_compared(folder, tmp_path):
+    path = tmp_path / "lambada.jsonl"
+    rows = [{"context": f"the moon {i}", "continuation": word} for i, word in enumerate(("walks", " is", "sun"))]
+    path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    assert pliant.questions(path) == [
+        Continuation("the moon 0", " walks"),
+        Continuation("the moon 1", " is"),
+        Continuation("the moon 2", " sun"),
+    ]
+    a, b = (
+        pliant.evaluate(one, tasks=[path], tokenizer=pico_tokenizer(), items=True)
+        for one in (pliant.load(folder), pico(seed=3))
+    )
+    assert a["tasks"]["lambada"]["items"].keys() == {"digest", "acc", "loss"}
+    found = pliant.compare(a, b)["tasks"]["lambada"]
+    mean = [math.log(one["tasks"]["lambada"]["perplexity"]) for one in (a, b)]
+    assert found["loss"]["difference"] == pytest.approx(mean[0] - mean[1])
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"context": "the moon", "continuation": " "}, "row 1: the continuation is empty"),
+        ({"context": 5, "continuation": "walks"}, "row 1: 'context' must be a string"),
+        ({"context": "the moon", "continuation": ["walks"]}, "row 1: 'continuation' must be a string"),
+    ],
+)
+def test_a_continuation_that_cannot_be_used_is_refused(row, told, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row), "utf-8")
+    with pytest.raises(DataError, match=told):
+        pliant.questions(path)
+
+
+def test_a_continuation_that_the_model_cannot_read_is_refused(model, tokenizer):
+    short, long = Continuation("a", " b"), Continuation("a", " b" * 200)
+    with pytest.raises(DataError, match="task 't', row 2: the continuation is longer than the 256 positions"):
+        pliant.evaluate(model, tasks={"t": [short, long]}, tokenizer=tokenizer)
+    with pytest.raises(DataError, match="mixes questions with choices, open questions and continuations"):
+        pliant.evaluate(model, tasks={"t": [short, OpenQuestion("a", "b")]}, tokenizer=tokenizer)
 
 
 # what cannot be measured
@@ -393,7 +536,7 @@ def _ordered(row):
 
 def test_bench_gives_rates_of_one_model(model):
     found = pliant.bench(model, prompt=8, tokens=2, repeats=3)
-    assert set(found) == {"model", "settings", "threads", "peak_memory"}
+    assert set(found) == {"model", "settings", "threads", "peak_memory", "on"}
     assert set(found["model"]) == {"prefill", "decode"}
     assert all(_ordered(row) for row in found["model"].values())
     assert found["settings"] == {"prompt": 8, "tokens": 2, "batch": 1, "repeats": 3}
@@ -408,7 +551,7 @@ def test_bench_times_two_models_in_turn(model):
         one.register_forward_hook(lambda *_, name=name: calls.append(name))
     found = pliant.bench(model, other, prompt=8, tokens=2, repeats=2)
     assert calls == (["A"] * 3 + ["B"] * 3) * 3  # a prefill and two tokens each, one round to warm up, two timed
-    assert set(found) == {"model", "against", "speedup", "settings", "threads", "peak_memory"}
+    assert set(found) == {"model", "against", "speedup", "settings", "threads", "peak_memory", "on"}
     for part in ("model", "against", "speedup"):
         assert set(found[part]) == {"prefill", "decode"}
         assert all(_ordered(row) for row in found[part].values())
@@ -429,6 +572,32 @@ def test_every_model_of_a_batch_reads_and_decodes_what_was_asked(model):
     model.register_forward_pre_hook(record, with_kwargs=True)
     pliant.bench(model, prompt=8, tokens=2, batch=3, repeats=1)
     assert shapes == [(3, 8), (3, 1), (3, 1)] * 2
+
+
+def test_a_prompt_left_out_fits_the_positions(model):
+    few = pico("gpt2", n_positions=64)
+    found = pliant.bench(few, tokens=32, repeats=1)
+    assert found["settings"] == {"prompt": 32, "tokens": 32, "batch": 1, "repeats": 1}
+    assert pliant.bench(model, few, tokens=60, repeats=1)["settings"]["prompt"] == 4
+    for prompt, tokens in ((None, 64), (40, 32), (None, 100)):
+        with pytest.raises(DataError, match=r"are more than the 64 positions of model; give"):
+            pliant.bench(few, prompt=prompt, tokens=tokens, repeats=1)
+
+
+@pytest.mark.parametrize("settings", [{"prompt": 60, "tokens": 8}, {"tokens": 64}])
+def test_parts_of_a_token_past_the_positions_are_refused(settings):
+    with pytest.raises(DataError, match="are more than the 64 positions of this model"):
+        token_time(pico("gpt2", n_positions=64), **{"prompt": 4, **settings})
+
+
+def test_formats_are_compared_of_a_model_with_few_positions():
+    few = pico("gpt2", n_positions=64)
+    found = pliant.compare_formats(few, repeats=1)
+    assert found["settings"] == {"prompt": 32, "tokens": 32, "repeats": 1}
+    assert {row["native"] for name, row in found["formats"].items() if name != "float32"} == {False}
+    assert "not one of the families with a native run" in found["formats"]["bf16"]["why_not_native"]
+    with pytest.raises(DataError, match="50 \\+ 32 tokens are more than the 64 positions"):
+        pliant.compare_formats(few, prompt=50)
 
 
 def test_bench_puts_the_training_mode_back(model):

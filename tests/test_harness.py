@@ -6,7 +6,7 @@ import types
 import pytest
 
 import pliant
-from pliant.errors import PliantError
+from pliant.errors import PliantError, WeightError
 
 SAMPLES = [
     {
@@ -72,6 +72,14 @@ def test_the_harness_gets_the_model_and_gives_plain_figures(fake, model, tokeniz
             "gsm8k": {"exact_match,strict": 0.1, "exact_match,strict_stderr": 0.05},
         },
     }
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_figure_of_the_harness_that_is_no_number_is_refused(value, model, tokenizer, monkeypatch):
+    monkeypatch.setitem(RESULTS["gsm8k"], "exact_match,strict", value)
+    with pytest.raises(WeightError, match=rf"exact_match of gsm8k is {value}"):
+        pliant.evaluate(model, harness=["gsm8k"], tokenizer=tokenizer)
 
 
 def test_items_of_the_harness_can_be_compared(fake, model, tokenizer):

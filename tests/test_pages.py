@@ -10,19 +10,19 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import pliant
-from pico import DECODERS, config, logits, pico, tokenizer
+from pico import ARCHITECTURES, LAYOUTS, config, logits, pico, tokenizer
 from pliant.anatomy import anatomy_of
 from pliant.elastic import Subnet
 from pliant.errors import ArtefactError, MemoryLimitError
 from pliant.measure.walk import Walk, footprint
-from pliant.pages import Pages
+from pliant.pages import Pages, in_file
 from pliant.progress import bytes_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how much memory a process has")
 
-CONVERTED = ("gpt_neox", "mixtral", "qwen3_moe")  # their checkpoints name or split tensors in another way
 WINDOWS = torch.randint(3, 259, (5, 8), generator=torch.Generator().manual_seed(7))
 TEXT = pliant.text([" ".join(f"word {i * j % 17}" for j in range(1, 30)) for i in range(1, 40)])
 FEW = {"samples": 8, "width_samples": 8, "seqlen": 32}
@@ -43,30 +43,168 @@ def paged(folder, limit="1GB"):
     return pliant.load(folder, memory=limit)
 
 
-@pytest.mark.parametrize("name", [name for name in DECODERS if name not in CONVERTED])
-def test_weights_in_files_compute_what_weights_in_memory_do(name, stored):
+def same_as_loaded_plainly(model, plain):
+    """Every parameter and buffer, those that no checkpoint holds included, ties, types, settings and logits."""
+    for of in ("named_parameters", "named_buffers"):
+        ours, theirs = dict(getattr(model, of)()), dict(getattr(plain, of)())
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert ours[name].dtype == tensor.dtype, name
+            assert torch.equal(ours[name], tensor), name
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert all(in_file(parameter) for parameter in model.parameters())
+    assert {p.requires_grad for p in model.parameters()} == {p.requires_grad for p in plain.parameters()}
+    assert type(model) is type(plain)
+    assert model.dtype == plain.dtype
+    assert model.config.to_dict() == plain.config.to_dict()
+    assert model.config._attn_implementation == plain.config._attn_implementation
+    if model.can_generate():
+        assert model.generation_config.to_dict() == plain.generation_config.to_dict()
+    if model.get_output_embeddings() is not None:
+        ties = [one.get_input_embeddings().weight is one.get_output_embeddings().weight for one in (model, plain)]
+        assert ties[0] == ties[1]
+    assert torch.equal(logits(model), logits(plain))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_weights_in_files_are_what_weights_in_memory_are(name, stored, tmp_path):
     folder = stored(name)
     model, plain = paged(folder), pliant.load(folder)
-    assert torch.equal(logits(model), logits(plain))
-    assert model.dtype == plain.dtype
-    assert model.config._attn_implementation == plain.config._attn_implementation
-    assert model.generation_config.to_dict() == plain.generation_config.to_dict()
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    assert (embedding is head) == (plain.get_input_embeddings().weight is plain.get_output_embeddings().weight)
+    same_as_loaded_plainly(model, plain)
+    pliant.save(model, tmp_path / "from files")
+    pliant.save(plain, tmp_path / "from memory")
+    ours, theirs = (tensors(tmp_path / f"from {place}") for place in ("files", "memory"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
 
 
-@pytest.mark.parametrize("name", CONVERTED)
-def test_a_checkpoint_that_is_converted_while_it_loads_is_refused(name, stored):
-    with pytest.raises(ArtefactError, match="cannot be done within a memory limit"):
-        paged(stored(name))
+def tensors(folder):
+    """All that is stored in a folder."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def test_a_model_that_was_cut_loads_into_files_too(stored, tmp_path):
+def rewritten(folder, change):
+    """A folder with one file of weights, changed as ``change`` says."""
+    state = tensors(folder)
+    for file in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
+        file.unlink(missing_ok=True)
+    change(state)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    return folder
+
+
+def configured(folder, **keys):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **keys}))
+    return folder
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+TIES = {
+    "tied, the embedding alone": (True, lambda _: None),
+    "tied, the head alone": (True, lambda state: state.update({HEAD: state.pop(EMBEDDING)})),
+    "tied, both alike": (True, lambda state: state.update({HEAD: state[EMBEDDING].clone()})),
+    "tied, but they differ": (True, lambda state: state.update({HEAD: state[EMBEDDING] * 2})),
+    "untied": (False, lambda state: state.update({HEAD: state[EMBEDDING] * 2})),
+    "the trunk without its prefix": (
+        True,
+        lambda state: [state.update({name.removeprefix("model."): state.pop(name)}) for name in list(state)],
+    ),
+}
+
+
+@pytest.mark.parametrize("tie", TIES)
+def test_embeddings_are_tied_as_without_a_limit(tie, stored):
+    tied, change = TIES[tie]
+    folder = configured(rewritten(stored("llama", tie_word_embeddings=True), change), tie_word_embeddings=tied)
+    same_as_loaded_plainly(paged(folder), pliant.load(folder))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+@pytest.mark.parametrize("named", [None, "float16"])
+def test_tensors_of_several_types_become_one_as_without_a_limit(dtype, named, stored):
+    def change(state):
+        for number, name in enumerate(sorted(state)):
+            state[name] = state[name].to((torch.bfloat16, torch.float32, torch.float16)[number % 3])
+
+    folder = configured(rewritten(stored(), change), dtype=named)
+    same_as_loaded_plainly(pliant.load(folder, memory="1GB", dtype=dtype), pliant.load(folder, dtype=dtype))
+
+
+def test_a_stale_index_beside_a_whole_file_is_not_read(stored):
+    folder = stored()
+    shards = {file: file.read_bytes() for file in folder.glob("model*")}
+    rewritten(folder, lambda state: [state[name].add_(1) for name in state])
+    for file, content in shards.items():
+        file.write_bytes(content)
+    same_as_loaded_plainly(paged(folder), pliant.load(folder))
+    for file in shards:
+        if file.suffix == ".safetensors":
+            file.unlink()
+    same_as_loaded_plainly(paged(folder), pliant.load(folder))
+
+
+def test_weights_of_another_name_are_found(stored):
+    folder = rewritten(stored(), lambda _: None)
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    configured(folder, transformers_weights="weights.safetensors")
+    same_as_loaded_plainly(paged(folder), pliant.load(folder))
+
+
+METHODS = ("fp8", "compressed-tensors", "gptq", "awq", "bitsandbytes", "mxfp4", "pliant")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("where", ["quantization_config", "compression_config", "text_config"])
+def test_a_quantised_model_is_refused(method, where, stored):
+    said = {"quant_method": method}
+    folder = configured(stored(), **{where: {"quantization_config": said} if where == "text_config" else said})
+    with pytest.raises(ArtefactError, match=rf"quantised \({method}\).*not read within a memory limit"):
+        paged(folder)
+
+
+def test_a_packed_model_is_refused(stored, tmp_path):
     model = pliant.load(stored())
-    pliant.apply(model, pliant.MultiPruner(ratio=0.3, **FEW), TEXT, progress=False)
+    pliant.apply(model, pliant.PackedLinear(format="int8"), progress=False)
+    pliant.save(model, tmp_path / "packed")
+    with pytest.raises(ArtefactError, match="quantised"):
+        paged(tmp_path / "packed")
+
+
+def test_what_is_no_plain_model_is_refused(stored):
+    folder = stored()
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ArtefactError, match="holds a peft adapter"):
+        paged(folder)
+
+
+def test_weights_that_are_not_safetensors_are_refused(stored):
+    folder = stored()
+    state = tensors(folder)
+    for file in folder.glob("model*"):
+        file.unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    assert pliant.load(folder).config.model_type == "llama"
+    with pytest.raises(ArtefactError, match="no safetensors weights"):
+        paged(folder)
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, "qwen3_moe"])
+def test_a_model_that_was_cut_loads_into_files_too(name, stored, tmp_path):
+    model = pliant.load(stored(name))
+    pliant.apply(model, pliant.ChannelPruner(ratio=0.1), progress=False)
+    pliant.apply(model, pliant.BlockPruner(ratio=0.1, samples=4, seqlen=32), TEXT, progress=False)
     pliant.save(model, tmp_path / "cut")
-    again = paged(tmp_path / "cut")
-    assert torch.equal(logits(again), logits(pliant.load(tmp_path / "cut")))
+    same_as_loaded_plainly(paged(tmp_path / "cut"), pliant.load(tmp_path / "cut"))
+
+
+def test_experts_that_are_stored_one_by_one_take_room_while_they_load(stored):
+    folder = stored("mixtral")
+    largest = max(parameter.nbytes for parameter in pliant.load(folder).parameters())
+    with pytest.raises(MemoryLimitError, match="while it is loaded"):
+        paged(folder, 2 * largest)
 
 
 def test_a_dtype_can_be_chosen(stored):
@@ -242,11 +380,8 @@ def test_other_places_than_folders_are_refused(stored, tmp_path):
 
 
 def test_a_missing_tensor_is_named(stored):
-    folder = stored()
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    del index["weight_map"]["model.layers.1.mlp.up_proj.weight"]
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ArtefactError, match=r"no tensor 'model.layers.1.mlp.up_proj.weight'"):
+    folder = rewritten(stored(), lambda state: state.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(ArtefactError, match=r"lacks 1 tensor\(s\), such as 'model.layers.1.mlp.up_proj.weight'"):
         paged(folder)
 
 

@@ -1,4 +1,4 @@
-"""Warnings that a user sees: none of what pliant or transformers do by themselves; and the words that changed between versions."""
+"""Users see no warnings caused by pliant or transformers themselves; names that changed between versions are handled."""
 
 import inspect
 import logging

@@ -200,8 +200,11 @@ def test_every_point_lies_inside_the_picture(pairs):
 
 def test_the_page_says_what_was_packed_and_how_it_runs():
     shown = Page(page(REPORT | {"ratio": 0.0, "steps": [PACKED]})).text
-    assert "Linear layers packed as int4 and int8. Measured" in shown
-    assert "Layers of 4.38 bits a weight, run one by one: its norm is Odd<Norm>." in shown
+    assert "Linear layers (75.0% of the parameters) packed as int4 and int8. Measured" in shown
+    assert (
+        "Packed layers at 4.38 bits per weight, run one by one: its norm is Odd<Norm>. Not packed: 25.0% of the parameters (1.6 MB)"
+        in shown
+    )
     both = Page(page(REPORT | {"steps": [STEP, PACKED | {"native": True, "why_not_native": ""}]})).text
-    assert "20.0% of the parameters removed, linear layers packed as int4 and int8." in both
-    assert "all of them run in one native call." in both
+    assert "20.0% of the parameters removed, linear layers (75.0% of the parameters) packed as int4 and int8." in both
+    assert "all run in one native call." in both

@@ -5,9 +5,9 @@
     constraints.txt         the newest versions that go together: make demo, make test
     constraints-floor.txt   every declared package at its lowest declared version: make test-floor
 
-torch is in neither, nor are the CUDA packages that come with it: it is the caller's, ``TORCH`` in the Makefile. The lines hold for
-those versions of Python only for which everything that comes as a wheel here does so there: a newer Python does without them,
-instead of compiling what was never meant for it.
+Neither file has torch or its CUDA packages: the caller chooses torch, by ``TORCH`` in the Makefile. The pins apply only to the
+Python versions for which every package that is a wheel here also has a wheel. A newer Python ignores them, instead of compiling
+versions that do not support it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FILES = {"constraints.txt": ">=", "constraints-floor.txt": "=="}
-TOOLS = ("pip", "cmake", "ninja")  # what builds the kernels, where the machine has none, and what installs all of it
+TOOLS = ("pip", "cmake", "ninja")  # the installer, and the build tools for machines that lack them
 OF_TORCH = re.compile(r"torch|triton|nvidia|cuda")
 _REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(\[(?P<extras>[\w,-]+)\])?>=(?P<lowest>[\w.]+)")
 _PIN = re.compile(r"(?P<name>[\w.-]+)==(?P<version>\S+) ; python_version < \"(?P<below>3\.\d+)\"")
 
 
 def declared(project: dict) -> dict[str, str]:
-    """The lowest version of every package that the project, its extras or its build names, by normal name.
+    """The lowest version of every package that the project, its extras or its build requires, by normalised name.
 
     Raises:
         ValueError: a requirement that is not ``name>=version``.
@@ -45,30 +45,30 @@ def declared(project: dict) -> dict[str, str]:
     lowest = {}
     for text in listed:
         found = _REQUIREMENT.fullmatch(text)
-        if text.startswith(f"{own['name']}["):  # an extra that takes in others
+        if text.startswith(f"{own['name']}["):  # an extra that includes others
             continue
         if found is None:
-            raise ValueError(f"pyproject.toml asks for {text!r}; only name>=version can be locked")
+            raise ValueError(f"pyproject.toml requires {text!r}; only name>=version can be locked")
         lowest.setdefault(normal(found["name"]), found["lowest"])
         if lowest[normal(found["name"])] != found["lowest"]:
-            raise ValueError(f"pyproject.toml names two lowest versions of {found['name']}")
+            raise ValueError(f"pyproject.toml declares two lowest versions of {found['name']}; make them equal")
     return lowest
 
 
 def normal(name: str) -> str:
-    """A package's name as indexes compare it."""
+    """A package's normalised name (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def pins(path: Path) -> tuple[dict[str, str], tuple[int, int]]:
-    """The versions in a file of constraints, by normal name, and the first Python for which they do not hold."""
+    """The versions in a constraints file, by normalised name, and the first Python version that they do not apply to."""
     versions, below = {}, set()
     for line in path.read_text("utf-8").splitlines():
         if line and not line.startswith("#"):
             found = _PIN.fullmatch(line)
             if found is None:
                 raise ValueError(
-                    f"{path.name} has the line {line!r}; it is name==version with the Pythons it holds for"
+                    f'{path.name} has the line {line!r}; a line must read name==version ; python_version < "3.x"'
                 )
             versions[normal(found["name"])] = found["version"]
             below.add(found["below"])
@@ -80,7 +80,7 @@ def lock(name: str, torch: str) -> None:
     """Write one file of constraints.
 
     Arguments:
-        torch: what pip is to install as torch, so that all others go with it.
+        torch: the torch requirement that the other versions must be compatible with.
     """
     lowest = declared(tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8")))
     lowest.pop("torch")
@@ -90,7 +90,7 @@ def lock(name: str, torch: str) -> None:
     while _has_wheels([line for line, wheel in found.items() if wheel], minor):
         minor += 1
     if minor == first:
-        raise SystemExit(f"{name}: pip finds its own choice no longer; run it again")
+        raise SystemExit(f"{name}: pip no longer finds the versions it just chose; run it again")
     lines = sorted(found)
     held = f"3.{first}" if minor == first + 1 else f"3.{first} to 3.{minor - 1}"
     head = f"# Written by `make lock` with Python 3.{first}; holds for Python {held}. torch is not in it: see the Makefile.\n"
@@ -102,7 +102,7 @@ def lock(name: str, torch: str) -> None:
 
 
 def _resolve(requirements: Sequence[str]) -> dict[str, bool]:
-    """What pip would install beside torch, as ``name==version``, and whether that comes as a wheel."""
+    """The packages that pip would install besides torch: ``name==version`` -> whether it is a wheel."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         _pip("--ignore-installed", "--report", str(report), *requirements, check=True)
@@ -117,7 +117,7 @@ def _resolve(requirements: Sequence[str]) -> dict[str, bool]:
 
 
 def _has_wheels(lines: Sequence[str], minor: int) -> bool:
-    """Whether all these versions can be had as wheels for a Python."""
+    """Whether all these versions have wheels for Python 3.``minor``."""
     with tempfile.TemporaryDirectory() as folder:
         options = ("--no-deps", "--only-binary=:all:", "--python-version", f"3.{minor}", "--target", folder)
         return _pip(*options, *lines, check=False) == 0
@@ -130,12 +130,12 @@ def _pip(*arguments: str, check: bool) -> int:
 
 
 def differences(path: Path, project: dict) -> list[str]:
-    """What is installed of the packages that a project names in another version than a file of constraints says."""
+    """One sentence for each required package whose installed version differs from the constraints file."""
     versions, below = pins(path)
     if sys.version_info[:2] >= below:
         here = ".".join(map(str, sys.version_info[:2]))
-        return [f"holds for Python below {below[0]}.{below[1]}, this is {here}: pip chose versions of its own"]
-    told = []
+        return [f"applies to Python below {below[0]}.{below[1]}, this is {here}: pip chose the versions itself"]
+    lines = []
     for package in declared(project):
         if package not in versions:
             continue
@@ -144,24 +144,26 @@ def differences(path: Path, project: dict) -> list[str]:
         except importlib.metadata.PackageNotFoundError:
             continue
         if found != versions[package]:
-            told.append(f"has {package} {versions[package]}, installed is {found}")
-    return told
+            lines.append(f"pins {package} to {versions[package]}, but {found} is installed")
+    return lines
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("lock", help="write the two files")
-    verbs.add_parser("check", help="compare what is installed with a file").add_argument("file", type=Path)
+    verbs.add_parser("lock", help="write both constraints files")
+    verbs.add_parser("check", help="compare the installed versions with a constraints file").add_argument(
+        "file", type=Path
+    )
     given = parser.parse_args()
     if given.verb == "lock":
         for name in FILES:
             lock(name, os.environ.get("TORCH", ""))
         return 0
-    told = differences(given.file, tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8")))
-    for line in told:
+    lines = differences(given.file, tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8")))
+    for line in lines:
         print(f"{given.file.name} {line}")
-    return min(len(told), 1)
+    return min(len(lines), 1)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pliant.anatomy import anatomy_of as anatomy_of
     from pliant.architecture import add_architecture as add_architecture
     from pliant.checkpoint.load import load as load
+    from pliant.compat.block_cache import BlockCache as BlockCache
     from pliant.data import examples as examples
     from pliant.data import questions as questions
     from pliant.data import text as text
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from pliant.run.apply import apply as apply
     from pliant.run.formats import compare_formats as compare_formats
     from pliant.run.save import save as save
-    from pliant.runtime.cache import BlockCache as BlockCache
     from pliant.search.channels import ChannelPruner as ChannelPruner
     from pliant.search.cut import Cut as Cut
     from pliant.search.fisher import FisherPruner as FisherPruner
@@ -71,7 +71,7 @@ _PUBLIC = {
     "add_architecture": "pliant.architecture",
     "anatomy_of": "pliant.anatomy",
     "apply": "pliant.run.apply",
-    "BlockCache": "pliant.runtime.cache",
+    "BlockCache": "pliant.compat.block_cache",
     "bench": "pliant.measure.speed",
     "compare_formats": "pliant.run.formats",
     "check": "pliant.elastic",

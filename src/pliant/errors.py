@@ -41,6 +41,10 @@ class MemoryLimitError(PliantError, MemoryError):
     """The work needs more memory than the limit allows, or the limit cannot be held here."""
 
 
+class DeviceError(PliantError, RuntimeError):
+    """A device is missing, or cannot run this model."""
+
+
 class BusyError(PliantError, RuntimeError):
     """Another run is already writing to the same folder."""
 

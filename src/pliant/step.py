@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +30,9 @@ class Step:
     reshapes: ClassVar[bool] = True
     """Whether it changes what tensors a model has; if not, the model's config stays as it is."""
 
+    packs: ClassVar[bool] = False
+    """Whether it packs the model, after which no other step can follow."""
+
     def run(self, job: Job) -> None:
         """Change ``job.model`` in place."""
         raise NotImplementedError
@@ -42,9 +46,37 @@ class StepError(PliantError, ValueError):
     """A setting of a step is outside what it can be."""
 
 
+def recipe_of(step: Step | Iterable[Step]) -> list[Step]:
+    """One step, or several in the order in which they are done, as a list.
+
+    Raises:
+        StepError: something in it is not a step, or one that packs the model is not the last.
+    """
+    steps: list[Any] = list(step) if isinstance(step, Iterable) and not isinstance(step, str) else [step]
+    for one in steps:
+        if not isinstance(one, Step):
+            raise StepError(f"a step is expected, such as pliant.MultiPruner(ratio=0.2); not {one!r}")
+    for one, after in itertools.pairwise(steps):
+        if one.packs:
+            raise StepError(
+                f"{one.kind} packs the model, and packing comes last; {after.kind} comes after it. Put {one.kind} at the end"
+            )
+    return steps
+
+
 def is_number(value: object) -> bool:
     """Whether a setting is a number; True and False, which Python counts among them, are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_seed(seed: object) -> None:
+    """Refuse a seed that a generator would not take.
+
+    Raises:
+        StepError: it is not a whole number from 0 to 2**63 - 1.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise StepError(f"seed is a whole number from 0 to {2**63 - 1}, not {seed!r}")
 
 
 def help_texts(step: type[Step]) -> dict[str, str]:

@@ -5,15 +5,28 @@ from pliant.anatomy.anatomy import (
     anatomy_of,
     blocks_of,
     described_by,
-    global_size,
+    holders_of,
     layers_of,
-    plain_config,
 )
 from pliant.anatomy.block import Attribute, Axis, Block, Weight
+from pliant.anatomy.config import (
+    DENSE_LAYERS,
+    entries_of,
+    global_size,
+    guard_keys,
+    guards,
+    is_cut,
+    is_guard,
+    known_keys,
+    layer_config,
+    plain_config,
+    text_config_of,
+)
 from pliant.anatomy.null import Null
 from pliant.anatomy.probe import agree, answer, evaluating, probe, rounding
 
 __all__ = [
+    "DENSE_LAYERS",
     "Anatomy",
     "Attribute",
     "Axis",
@@ -25,10 +38,19 @@ __all__ = [
     "answer",
     "blocks_of",
     "described_by",
+    "entries_of",
     "evaluating",
     "global_size",
+    "guard_keys",
+    "guards",
+    "holders_of",
+    "is_cut",
+    "is_guard",
+    "known_keys",
+    "layer_config",
     "layers_of",
     "plain_config",
     "probe",
     "rounding",
+    "text_config_of",
 ]

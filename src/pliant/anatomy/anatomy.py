@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pliant.anatomy.block import Attribute, Axis, Block, Weight
+from pliant.anatomy.config import global_size, guards, layer_config, plain_config, text_config_of
 from pliant.anatomy.null import Null
 from pliant.architecture import Architecture, BlockSpec, Part, architecture_of, catalogue, parse
 from pliant.errors import ArchitectureError
@@ -49,55 +50,46 @@ class Anatomy:
         return {axis.name: axis for block in self.blocks.values() for axis in block.leaders}
 
 
-def layers_of(model: nn.Module, architecture: Architecture) -> nn.ModuleList:
-    """The list of layers of a model, with or without a head on top of it; ``.`` is the model itself."""
+def layers_of(model: nn.Module, architecture: Architecture, config: Any = None) -> nn.ModuleList:
+    """The list of layers of a model, with or without a head on top of it, or of the text decoder inside a model. The path ``.``
+    means the model itself.
+
+    Arguments:
+        config: the part of the model's config that describes the layers; default: that of its text decoder.
+
+    Raises:
+        ArchitectureError: the model has no list of layers at the path in the architecture file.
+    """
     if architecture.layers == ".":
         return nn.ModuleList([model])
     whole = architecture.layers.split(" or ")
-    paths = [*whole, *(path.partition(".")[2] for path in whole)]
-    for path in paths:
-        try:
-            found = model.get_submodule(path)
-        except AttributeError:
-            continue
-        if isinstance(found, nn.ModuleList):
-            return found
+    for holder in holders_of(model, config):
+        for path in whole:
+            names = path.split(".")
+            for start in range(len(names)):  # from inside the model the path is shorter
+                found = _find(holder, ".".join(names[start:]))
+                if isinstance(found, nn.ModuleList):
+                    return found
     raise ArchitectureError(
-        f"{type(model).__name__} has no list of layers at {paths[0]!r}, where {architecture.name}.yaml says it is"
+        f"{type(model).__name__} has no list of layers at {whole[0]!r}, where {architecture.name}.yaml says it is"
     )
 
 
-def plain_config(config: Any) -> Any:
-    """A copy of a config without what says that a model was cut, so that every key can be read."""
-    plain = copy.copy(config)
-    plain.per_layer_config = None
-    vars(plain).pop("pliant_shapes", None)
-    return plain
-
-
-def global_size(config: Any, size: int | str) -> int:
-    """What a size in an architecture file comes to: a number, or config keys as ``a``, ``a * b``, ``a // b``, ``a or b``.
+def holders_of(model: nn.Module, config: Any = None) -> list[nn.Module]:
+    """The modules in which to look for the layers that a config describes: the whole model, or, in a multimodal model, the modules
+    built from that config, because other parts may have layers at the same path.
 
     Arguments:
-        config: a config without per-layer part.
+        config: see :func:`layers_of`.
     """
-    if isinstance(size, int):
-        return size
-    for alternative in size.split(" or "):
-        first, *rest = alternative.split()
-        value = _term(config, first)
-        for operator, operand in zip(rest[::2], rest[1::2], strict=True):
-            other = _term(config, operand)
-            if value is not None and other is not None:
-                value = value * other if operator == "*" else value // other
-        if value is not None:
-            return value
-    raise ArchitectureError(f"the config of this {config.model_type} model gives no whole number for {size!r}")
-
-
-def _term(config: Any, text: str) -> int | None:
-    value = int(text) if text.isdigit() else getattr(config, text, None)
-    return value if isinstance(value, int) else None
+    own: Any = getattr(model, "config", None)
+    if config is None and isinstance(own, PreTrainedConfig):
+        config = own.get_text_config(decoder=True)
+    if config is None or config is own or type(config) is type(own):
+        return [model]
+    readers: list[Any] = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    same = [module for module in readers if module.config is config]
+    return same or [module for module in readers if isinstance(module.config, type(config))]
 
 
 def anatomy_of(model: Any, *, example: Any = None) -> Anatomy:
@@ -126,10 +118,12 @@ def anatomy_of(model: Any, *, example: Any = None) -> Anatomy:
             f"{type(model).__name__} is not a transformers model, it has no config with a model_type; nor has it convolutions "
             "to trace"
         )
-    text_config = config.get_text_config(decoder=True)
-    architecture = described_by(text_config)
+    architecture = described_by(config.get_text_config(decoder=True))
+    text_config = text_config_of(config)
     plain = plain_config(text_config)
     layers = layers_of(model, architecture)
+    for spec in architecture.blocks:
+        guards(spec, architecture, layer_config(plain, 0))  # raises now, before anything is cut
     blocks = {b.name: b for i, layer in enumerate(layers) for b in blocks_of(layer, i, architecture, plain)}
     total = sum(parameter.numel() for parameter in model.parameters())  # tied parameters come once
     total += sum(module.parameters_held() for module in model.modules() if isinstance(module, Packed))
@@ -159,13 +153,14 @@ def blocks_of(layer: nn.Module, index: int, architecture: Architecture, plain: A
     """The blocks that one layer has.
 
     Arguments:
-        plain: the model's config without per-layer part.
+        plain: the dense model's config.
     """
     known = {m for spec in architecture.blocks for n in (*spec.modules, *spec.norms) for m in n.split(" or ")}
     for path, _ in layer.named_parameters():
         if not any(path.startswith(f"{module}.") for module in known):
             raise ArchitectureError(f"layer {index} holds {path!r}, which is in no block of {architecture.name}.yaml")
-    blocks = (_read_block(layer, spec, architecture, plain, index) for spec in architecture.blocks)
+    own = layer_config(plain, index)
+    blocks = (_read_block(layer, spec, architecture, own, index) for spec in architecture.blocks)
     return [block for block in blocks if block is not None]
 
 

@@ -52,9 +52,10 @@ def probe(model: Any, *, tokens: int = 8, seed: int = 0) -> dict[str, Any]:
         pixels = torch.randn(1, _colours(model), 224, 224, generator=generator)
         return {name: pixels.to(first.device, first.dtype)}
     if model.main_input_name == "pixel_values":
-        size = getattr(config, "image_size", 224)
+        seen = getattr(config, "vision_config", config)  # a nested config, if the model reads text as well (CLIP)
+        size = getattr(seen, "image_size", 224)
         height, width = size if isinstance(size, list | tuple) else (size, size)
-        pixels = torch.randn(1, config.num_channels, height, width, generator=generator)
+        pixels = torch.randn(1, getattr(seen, "num_channels", 3), height, width, generator=generator)
         return {"pixel_values": pixels.to(first.device, first.dtype)}
     ids = torch.randint(model.get_input_embeddings().num_embeddings, (1, tokens), generator=generator)
     inputs = {"input_ids": ids.to(first.device)}

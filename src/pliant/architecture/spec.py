@@ -18,9 +18,9 @@ One YAML file beside this one describes the repeated layer of a family::
         norms: [input_layernorm]    # what disappears with it; ``a or b`` is the first that is there
         output: tuple               # what the module returns: a tensor (default) or (tensor, None)
         residual: 0                 # the argument to which the module itself adds f; left out when the layer adds
-        guard: norm_eps             # a config key that transformers reads when it builds the layer and at no other time. It
-                                    # is written as 0 where the block is gone, so that transformers alone refuses. Left out,
-                                    # the keys of the axes are; name one when there is none, or it is read elsewhere too
+        guard: norm_eps             # a config key that transformers reads when it builds the layer. It is overridden where
+                                    # the block is gone, so that transformers alone refuses: a float by the next float, a
+                                    # size by 0. Default: the config's norm epsilon, or the keys of the axes if there is none
         slot: layer_idx             # the attribute that names its cache slot
         scores: heads               # the axis that attention scores are computed over (for counting MACs)
         cached: {multi_query: 1}    # heads in the cache by the first of these config keys that is set; else those of scores
@@ -32,11 +32,24 @@ One YAML file beside this one describes the repeated layer of a family::
           experts.down_proj: [experts, hidden, channels]    # a parameter: a stack of matrices, one an expert
           q_norm?: [head]           # there only in some models of the family
           odd: whole                # goes with its block and is never cut
+        roles: {q: q_proj, k: k_proj, v: v_proj, o: o_proj}    # the role of each weight, for native runs
+    native:                         # optional: the parts that pliant's kernels need to run all layers in one call
+      models: {llama: {}, mistral: {window: config.sliding_window}, smollm3: {window: sliding_window, rotates: use_rope}}
+      embedding: embed_tokens       # beside the list of layers, as are the next two
+      norm: norm
+      rotary: rotary_emb
+      activation: hidden_act        # the config key of the MLP's activation
+      scale: scaling                # the attribute of attention that its scores are multiplied by
 
-An axis counts in units (heads, channels); ``unit`` is how many elements wide one is. Sizes and units are numbers or
-config keys; where a key may be absent, ``n_inner or 4 * hidden_size`` says what stands for it. When f lies open in the
-layer, ``module: [fc1, fc2]`` lists the modules it is made of, and weights are named from the layer; the last one gives
-f. A norm that several blocks of a layer list is shared: it stays.
+An axis counts in units (heads, channels); ``unit`` is the width of one in elements. Sizes and units are numbers or config keys, or
+sums and products of those (``a * b``, ``a // b``, ``a + b``). If a key may be absent, ``n_inner or 4 * hidden_size`` gives its
+default. If the layer computes f without a module of its own, ``module: [fc1, fc2]`` lists the modules f is made of, and weights are
+named from the layer; the last module returns f. A norm that several blocks of a layer list is shared: it stays.
+
+The ``roles`` of an attention are q, k, v, o and, if it has them, q_norm and k_norm; those of an MLP are gate, up and down. ``native``
+lists the model types whose layers have an RMS norm before each block, rotary positions, softmax attention and a gated MLP. Each type
+names the attributes of its attention that hold the number of tokens a token attends to (``window``) and whether it applies rotary
+positions (``rotates``); ``config.x`` is a key of the config.
 """
 
 from __future__ import annotations
@@ -97,9 +110,10 @@ class BlockSpec:
         weights: name -> axes of each dimension, or None for one that is never cut.
         optional: the weights that only some models of the family have.
         residual: which argument the module adds f to, None when the layer does the adding.
-        guard: the config key whose override makes transformers alone refuse a config in which the block is gone; None
-            when those of its axes do.
+        guard: the config key that is overridden where the block is gone, so that transformers alone refuses the config; None for
+            the norm epsilon, or the keys of its axes.
         cached: config key -> how many heads are in the cache when it is set and none before it is.
+        roles: role -> name of the weight.
     """
 
     kind: str
@@ -114,6 +128,7 @@ class BlockSpec:
     scores: str | None = None
     cached: dict[str, int | str] | None = None
     attributes: dict[str, str] | None = None
+    roles: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def module(self) -> str:
@@ -127,10 +142,30 @@ class BlockSpec:
 
 
 @dataclass(frozen=True)
+class NativeSpec:
+    """The parts outside the blocks that a native run of all layers needs.
+
+    Attributes:
+        models: model type -> ``window`` and ``rotates``: attributes of its attention, or config keys.
+        embedding, norm, rotary: modules beside the list of layers.
+        activation: config key of the MLP's activation.
+        scale: attribute of attention that its scores are multiplied by.
+    """
+
+    models: Mapping[str, Mapping[str, str]]
+    embedding: str
+    norm: str
+    rotary: str
+    activation: str
+    scale: str
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A model family: where its layers are, which dimensions can shrink, which blocks a layer runs.
 
     Attributes:
+        native: the parts that a native run of all layers needs; None if the family has no native run.
         raw: the content of the file it was read from.
     """
 
@@ -142,6 +177,7 @@ class Architecture:
     blocks: tuple[BlockSpec, ...]
     returns_tuple: bool
     raw: Mapping[str, Any] = field(repr=False, compare=False)
+    native: NativeSpec | None = None
 
     def leader(self, axis: str) -> str:
         """The axis that decides: ``heads`` follows ``kv`` in grouped-query attention."""
@@ -153,11 +189,47 @@ class Architecture:
         return tuple(name for name, axis in self.axes.items() if axis.follows is None and name in used)
 
 
+ROLES = ("q", "k", "v", "o", "q_norm", "k_norm", "gate", "up", "down")
+_NATIVE = tuple(NativeSpec.__dataclass_fields__)
 _KEYS = {
-    "file": {"models", "layers", "output", "fixed", "axes", "blocks"},
+    "file": {"models", "layers", "output", "fixed", "axes", "blocks", "native"},
+    "native": set(_NATIVE),
     "axis": {"size", "unit", "follows", "cut", "active", "multiple"},
-    "block": {"module", "norms", "output", "residual", "guard", "slot", "scores", "cached", "attributes", "weights"},
+    "block": {
+        "module",
+        "norms",
+        "output",
+        "residual",
+        "guard",
+        "slot",
+        "scores",
+        "cached",
+        "attributes",
+        "roles",
+        "weights",
+    },
 }
+
+
+def factors(alternative: str) -> list[list[str]]:
+    """Split one alternative of a size into the products that it sums: ``a * b + c`` into ``[["a", "*", "b"], ["c"]]``.
+
+    Raises:
+        ArchitectureError: it does not alternate between operands (numbers, config keys) and operators (``+``, ``*``, ``//``).
+    """
+    words = alternative.split()
+    fine = len(words) % 2 == 1 and all(word.isdigit() or word.isidentifier() for word in words[::2])
+    if not fine or not all(word in ("+", "*", "//") for word in words[1::2]):
+        raise ArchitectureError(
+            f"{alternative!r} is not a size; give a number, a config key, or several of them joined by '+', '*' and '//'"
+        )
+    terms: list[list[str]] = [[]]
+    for word in words:
+        if word == "+":
+            terms.append([])
+        else:
+            terms[-1].append(word)
+    return terms
 
 
 def parse(name: str, raw: Any) -> Architecture:
@@ -176,15 +248,30 @@ def parse(name: str, raw: Any) -> Architecture:
             faults.append(f"{where} has the unknown key {key!r}; known are {', '.join(sorted(_KEYS[kind]))}")
         return given
 
+    def size(where: str, given: Any) -> None:
+        if isinstance(given, bool) or not isinstance(given, int | str):
+            faults.append(f"{where}: {given!r} is not a size; give a number or config keys")
+            return
+        for alternative in str(given).split(" or "):
+            try:
+                factors(alternative)
+            except ArchitectureError as error:
+                faults.append(f"{where}: {error}")
+
     top = known("the file", raw, "file")
-    for key in sorted(_KEYS["file"] - {"fixed", "output"} - set(top)):
+    for key in sorted(_KEYS["file"] - {"fixed", "output", "native"} - set(top)):
         faults.append(f"the key {key!r} is missing")
     fixed = top.get("fixed") or {}
+    for dimension, given in fixed.items():
+        size(f"fixed {dimension!r}", given)
     axes: dict[str, AxisSpec] = {}
     for axis, spec in (top.get("axes") or {}).items():
         spec = known(f"axis {axis!r}", spec, "axis")
         if "size" not in spec:
             faults.append(f"axis {axis!r} needs 'size': the config key that holds how many units there are")
+        for word in ("size", "unit"):
+            if word in spec:
+                size(f"{word} of axis {axis!r}", spec[word])
         axes[axis] = AxisSpec(
             size=str(spec.get("size")),
             unit=spec.get("unit", 1),
@@ -245,11 +332,14 @@ def parse(name: str, raw: Any) -> Architecture:
             faults.append(f"block {kind!r}: guard is a config key, not {spec['guard']!r}")
         if not isinstance(spec.get("cached", {}), dict):
             faults.append(f"block {kind!r}: cached maps config keys to heads, it is {spec['cached']!r}")
+        else:
+            for key, given in (spec.get("cached") or {}).items():
+                size(f"cached {key!r} of block {kind!r}", given)
         if spec.get("scores") is not None:
             part(f"scores of block {kind!r}", spec["scores"])
-        used = {one.axis for dims in weights.values() for dim in dims or () for one in dim}
-        if not spec.get("guard") and not any(axes[axis].config_key for axis in used if axis in axes):
-            faults.append(f"block {kind!r} needs 'guard': none of its axes has a config key of its own")
+        roles = spec.get("roles") or {}
+        if not isinstance(roles, dict) or not set(roles) <= set(ROLES) or not set(roles.values()) <= set(weights):
+            faults.append(f"block {kind!r}: roles must map {', '.join(ROLES)} to weights of the block, not {roles!r}")
         blocks.append(
             BlockSpec(
                 kind=kind,
@@ -264,15 +354,27 @@ def parse(name: str, raw: Any) -> Architecture:
                 scores=spec.get("scores"),
                 cached=spec.get("cached"),
                 attributes=attributes,
+                roles=roles,
             )
         )
+    native = None
+    if "native" in top:
+        given = known("native", top["native"], "native")
+        faults += [f"native needs {key!r}" for key in _NATIVE if key not in given]
+        models = given.get("models")
+        words = models.values() if isinstance(models, dict) else [None]
+        if not all(isinstance(one, dict) and set(one) <= {"window", "rotates"} for one in words):
+            faults.append(f"native: models must map model types to window and rotates, or to {{}}; not {models!r}")
+        if not faults:
+            native = NativeSpec(**given)
     if top.get("output", "tensor") not in ("tensor", "tuple"):
         faults.append(f"the output of a layer is 'tensor' or 'tuple', not {top['output']!r}")
     if faults:
         listed = "\n".join(f"  {i}. {fault}" for i, fault in enumerate(faults, 1))
         raise ArchitectureError(f"architecture file {name!r} has {len(faults)} fault(s):\n{listed}")
     returns_tuple = top.get("output") == "tuple"
-    return Architecture(name, tuple(top["models"]), str(top["layers"]), fixed, axes, tuple(blocks), returns_tuple, raw)
+    layers = str(top["layers"])
+    return Architecture(name, tuple(top["models"]), layers, fixed, axes, tuple(blocks), returns_tuple, raw, native)
 
 
 @cache

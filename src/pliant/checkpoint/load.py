@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pliant.errors import ArtefactError, PliantError
+import torch
+
+from pliant.checkpoint.folder import check_folder, is_lfs_pointer
+from pliant.device import device_of, free_memory, is_short_of_memory
+from pliant.errors import ArtefactError, DeviceError, PliantError
+from pliant.progress import size
+from pliant.runtime.linear import Packed
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name, or owner/name
-CLASSIFIERS = ("ImageClassification", "SequenceClassification")
-"""What a model may be instead of a causal language model, as classes of transformers end."""
+_KINDS = (  # in order of preference: an auto class of transformers, and its mapping from model_type to classes
+    ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
+    ("AutoModelForMultimodalLM", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"),
+    ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
+    ("AutoModelForSpeechSeq2Seq", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES"),
+    ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
+    ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
+    ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"),
+    ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"),
+    ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
+    ("AutoModel", "MODEL_MAPPING_NAMES"),
+)
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -23,16 +39,19 @@ def load(
     source: str | Path,
     *,
     dtype: Any = "auto",
+    device: Any = None,
     memory: int | str | None = None,
     scratch: str | Path | None = None,
     **options: Any,
 ) -> Any:
-    """A model as an ordinary transformers model, in evaluation mode: a causal language model, unless its config says that it
-    classifies images or sequences.
+    """Load an ordinary transformers model, in evaluation mode: of the class that its config names, or a causal language model if
+    the config names none.
 
     Arguments:
         source: a folder, a ``.gguf`` file (dequantised; needs the ``gguf`` extra), or the id of a model on a hub.
-        dtype: as in transformers: ``auto`` keeps what is stored.
+        dtype: as in transformers: ``auto`` keeps the stored dtype.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``auto``: cuda if there is one, else mps, else cpu; always cpu for a
+            packed model. Default: the CPU, unless ``device_map`` is given.
         memory: bytes, or ``"2GB"``, that the process may take beside what it has already. The weights then stay in files, and
             only as much of them as fits is in memory: the way to prune a model that is larger than that. Needs Linux and
             weights as safetensors in a folder.
@@ -40,18 +59,27 @@ def load(
         options: passed on to ``from_pretrained``: ``device_map``, ``revision``, ``token``, ``attn_implementation`` …
 
     Raises:
-        ArtefactError: nothing there, a missing or truncated shard, or weights that the folder lacks.
-        MemoryLimitError: the memory limit is too small for this model, or cannot be held here.
+        ArtefactError: the model does not exist, a shard is missing or truncated, or weights are missing.
+        DeviceError: the device is missing, or cannot hold this model.
+        MemoryLimitError: the memory limit is too small for this model, or cannot be enforced on this machine.
     """
+    where = None if device is None else device_of(device)
+    if where is not None and "device_map" in options:
+        raise DeviceError("give device or device_map, not both")
     if "torch_dtype" in options:
         warnings.warn("torch_dtype is now called dtype", FutureWarning, stacklevel=2)
         dtype = options.pop("torch_dtype")
     if isinstance(dtype, str) and dtype not in DTYPES:
-        raise ArtefactError(f"there is no dtype {dtype!r}; there are {', '.join(DTYPES)}")
-    path = Path(source)
-    if path.suffix == ".gguf":
+        raise ArtefactError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    forgiven = options.pop("ignore_mismatched_sizes", False)
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf" and not path.is_dir():
         if not path.is_file():
             raise ArtefactError(f"there is no file {str(source)!r}")
+        if is_lfs_pointer(path):
+            raise ArtefactError(
+                f"{str(source)!r} is a git-lfs pointer, not the file itself; run 'git lfs pull' in its folder"
+            )
         options["gguf_file"] = path.name
         with suppress(ImportError):  # without this class transformers dequantises every GGUF file
             from transformers import GgufConfig
@@ -59,13 +87,17 @@ def load(
             options["quantization_config"] = GgufConfig(dequantize=True)
         path = path.parent
     elif path.is_dir():
-        check_folder(path)
+        check_folder(path / options.get("subfolder", ""), variant=options.get("variant"))
     elif not _HUB_ID.fullmatch(str(source)) or path.exists():
         raise ArtefactError(
-            f"{str(source)!r} is no model folder: give a folder with a config.json, a .gguf file, or the id of a model on a hub "
+            f"{str(source)!r} is not a model folder: give a folder with a config.json, a .gguf file, or the id of a model on a hub "
             "(owner/name)"
         )
     if memory is not None:
+        if where is not None and where.type != "cpu" and device != "auto":
+            raise DeviceError(
+                f"within a memory limit the model runs on the CPU; leave out memory or device={str(device)!r}"
+            )
         if not path.is_dir() or options:
             given = ", ".join(options) if path.is_dir() else str(source)
             raise ArtefactError(
@@ -74,21 +106,75 @@ def load(
         from pliant.checkpoint.paged import load_paged
 
         with _faults_named(source):
-            return load_paged(_auto_class(str(path), options), path, dtype, memory, scratch)
-    with _faults_named(source):
-        where = str(path if path.is_dir() else source)
-        loaded: Any = _auto_class(where, options).from_pretrained(
-            where, dtype=dtype, output_loading_info=True, **options
-        )
-    model, told = loaded
+            loaded: Any = load_paged(_auto_class(str(path), options), path, dtype, memory, scratch)
+    else:
+        with _faults_named(source):
+            place = str(path if path.is_dir() else source)
+            loaded = _auto_class(place, options).from_pretrained(
+                place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+    model, info = loaded
     if "gguf_file" in options:
-        model.name_or_path = str(source)  # the tokenizer is in the file, too
-    if told["missing_keys"]:
-        missing = sorted(told["missing_keys"])
+        model.name_or_path = str(path / options["gguf_file"])  # the tokenizer is in the file, too
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
         raise ArtefactError(
-            f"{str(source)!r} lacks {len(missing)} tensor(s), {missing[0]!r} among them; they would have been random"
+            f"{str(source)!r} lacks {len(missing)} tensor(s), such as {missing[0]!r}; they would have random values"
         )
+    if info["mismatched_keys"] and not forgiven:
+        name, stored, built = min(info["mismatched_keys"])
+        raise ArtefactError(
+            f"{name!r} has shape {tuple(stored)} in {str(source)!r}, but its config.json describes shape {tuple(built)}; "
+            "config and weights are of different models, or another tool has changed one of them"
+        )
+    if where is not None and where.type != "cpu":
+        _move(model, where, chosen=device != "auto")
     return model.eval()
+
+
+def loaded(model: Any, *, dtype: Any = None, device: Any = None) -> Any:
+    """The given model; a folder or name is loaded with :func:`load`.
+
+    Raises:
+        DeviceError: ``device`` or ``dtype`` is given for a model that is already loaded.
+    """
+    if isinstance(model, str | Path):
+        return load(model, dtype=dtype or "auto", device=device)
+    if dtype is not None or device is not None:
+        raise DeviceError(
+            "device and dtype apply when a model is loaded, and this model already is; use model.to(...), or give its folder"
+        )
+    return model
+
+
+def _move(model: Any, device: torch.device, *, chosen: bool) -> None:
+    """Move a model to an accelerator; a packed model stays on the CPU.
+
+    Arguments:
+        chosen: the user named the device, so that a packed model is refused instead.
+
+    Raises:
+        DeviceError: the device cannot run this model, or has too little memory for it.
+    """
+    if any(isinstance(module, Packed) for module in model.modules()):
+        if chosen:
+            raise DeviceError(
+                f"this model is packed, and packed layers run on the CPU; load it without device={str(device)!r}"
+            )
+        return
+    if device.type == "mps" and any(parameter.dtype == torch.float64 for parameter in model.parameters()):
+        raise DeviceError("mps has no float64; load the model with dtype='float32'")
+    needs = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    try:
+        model.to(device)
+    except RuntimeError as error:
+        if not is_short_of_memory(error):
+            raise
+        room = free_memory(device)
+        raise DeviceError(
+            f"the weights take {size(needs)}, {device} has {'less' if room is None else size(room)} free; load the model with "
+            "dtype='bfloat16', or on the CPU"
+        ) from error
 
 
 @contextmanager
@@ -101,70 +187,48 @@ def _faults_named(source: str | Path) -> Iterator[None]:
     except (OSError, ImportError) as error:
         raise ArtefactError(f"cannot load {str(source)!r}: {error}") from error
     except (RuntimeError, ValueError) as error:
-        raise ArtefactError(f"cannot load {str(source)!r}: {str(error).splitlines()[0]}") from error
+        raise ArtefactError(f"cannot load {str(source)!r}: {_first_line(error)}") from error
+    except Exception as error:  # a malformed config can raise anything, as each config class reads its keys itself
+        raise ArtefactError(f"cannot load {str(source)!r}: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _auto_class(source: str, options: dict[str, Any]) -> Any:
-    """The class that loads the kind of model that a config names in ``architectures``."""
-    import transformers
-
-    if "gguf_file" not in options:
-        known = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
-        config, _ = transformers.PreTrainedConfig.get_config_dict(source, **known)
-        for kind in CLASSIFIERS:
-            if any(name.endswith(f"For{kind}") for name in config.get("architectures") or ()):
-                return getattr(transformers, f"AutoModelFor{kind}")
-    return transformers.AutoModelForCausalLM
-
-
-def check_folder(folder: Path) -> None:
-    """Look at config and weight files without reading the weights.
+    """The auto class for the classes in a config's ``architectures``; ``AutoModelForCausalLM`` if none is known.
 
     Raises:
-        ArtefactError: no or unreadable config.json, no weights, a shard that is missing or shorter than its header says.
+        ArtefactError: the model needs custom code, and ``trust_remote_code`` is not given.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-    except FileNotFoundError:
-        raise ArtefactError(f"{str(folder)!r} has no config.json: it is not a model folder") from None
-    except ValueError as error:
-        raise ArtefactError(f"{str(folder / 'config.json')!r} is not JSON: {error}") from None
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise ArtefactError(f"{str(folder / 'config.json')!r} names no model_type")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            raise ArtefactError(f"{str(index)!r} is not the index of a sharded model") from None
-    elif (folder / "model.safetensors").exists():
-        names = ["model.safetensors"]
-    elif any(folder.glob("*.bin")):
-        return  # transformers checks those itself
-    else:
-        raise ArtefactError(f"{str(folder)!r} has no model.safetensors")
-    for name in names:
-        _check_safetensors(folder / name)
+    import transformers
+
+    if "gguf_file" in options:
+        return transformers.AutoModelForCausalLM
+    passed_on = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+    known = {key: options[key] for key in passed_on if key in options}
+    config, _ = transformers.PreTrainedConfig.get_config_dict(source, **known)
+    kind, named, own = config.get("model_type"), config.get("architectures") or (), config.get("auto_map") or {}
+    if own and kind not in transformers.CONFIG_MAPPING:
+        if not options.get("trust_remote_code"):
+            raise ArtefactError(
+                f"{source!r} runs custom code ({', '.join(sorted(set(map(str, own.values()))))}); read that code, and if you trust it, "
+                "load the model in Python with trust_remote_code=True"
+            )
+        return getattr(transformers, next((name for name, _ in _KINDS if name in own), "AutoModelForCausalLM"))
+    return getattr(transformers, auto_name(kind, named))
 
 
-def _check_safetensors(path: Path) -> None:
-    """A safetensors file is 8 bytes with the length of a JSON header, the header, and the data it speaks of."""
-    if not path.exists():
-        raise ArtefactError(f"the shard {str(path)!r} is missing")
-    found = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(length)) if 0 < length <= found else None
-            ends = [entry["data_offsets"][1] for name, entry in (header or {}).items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError):
-            header = None
-            ends = []
-    if header is None:
-        raise ArtefactError(f"{str(path)!r} is damaged: it has no safetensors header")
-    expected = 8 + length + max(ends, default=0)
-    if found != expected:
-        raise ArtefactError(f"{str(path)!r} is truncated or damaged: {found} bytes, its header speaks of {expected}")
+def auto_name(model_type: str | None, classes: Collection[str]) -> str:
+    """The auto class of transformers that maps ``model_type`` to one of ``classes``; ``AutoModelForCausalLM`` if none does."""
+    from transformers.models.auto import modeling_auto
+
+    for name, mapping in _KINDS:
+        made = getattr(modeling_auto, mapping).get(model_type, ())
+        if set(classes) & set([made] if isinstance(made, str) else made):
+            return name
+    return "AutoModelForCausalLM"
 
 
 def tokenizer_of(model: Any, source: str | Path | None = None) -> Any:
@@ -178,7 +242,8 @@ def tokenizer_of(model: Any, source: str | Path | None = None) -> Any:
     where = str(source or getattr(model, "name_or_path", "") or "")
     if not where:
         raise ArtefactError("this model was not loaded from anywhere; pass tokenizer=")
-    path = Path(where)
+    path = Path(where).expanduser()
+    where = str(path) if path.exists() else where
     place, options = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (where, {})
     try:
         return AutoTokenizer.from_pretrained(place, **options)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterator
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,27 +17,41 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from pliant.checkpoint.folder import config_of, parts_of, weight_files
 from pliant.errors import ArtefactError, MemoryLimitError
-from pliant.pages import NEAR, Pages
+from pliant.pages import NEAR, Pages, in_file
 from pliant.progress import bytes_of, size
+
+_SEQUENTIAL = "HF_DEACTIVATE_ASYNC_LOAD"  # environment variable of transformers
+_COPIES = 3  # in memory while a tensor is assembled from others: the parts, their stacks, and the whole
 
 
 @torch.no_grad()
-def load_paged(auto_class: Any, folder: Path, dtype: Any, memory: int | str, scratch: str | Path | None) -> Any:
-    """A model of ``folder`` whose weights are in files, see :mod:`pliant.pages`.
+def load_paged(
+    auto_class: Any, folder: Path, dtype: Any, memory: int | str, scratch: str | Path | None
+) -> tuple[Any, dict[str, Any]]:
+    """Load the model of ``folder`` with its weights in files, see :mod:`pliant.pages`.
+
+    transformers loads it like any other model, so it converts, renames and ties the same weights as without a limit. Each tensor is
+    read lazily, and copied into a file as soon as it becomes a parameter.
 
     Arguments:
         auto_class: the class of transformers that finds the right one for a config.
         memory: bytes, or a text such as ``2GB``, that the process may take.
         scratch: folder for the files.
 
+    Returns:
+        The model, and the loading info of transformers (missing and mismatched keys).
+
     Raises:
-        ArtefactError: the folder has no safetensors weights, or they are not stored the way the model holds them.
+        ArtefactError: the folder has no safetensors weights, or they are quantised.
         MemoryLimitError: the largest tensor alone is more than the limit.
     """
     import transformers
 
+    _check_plain(folder)
     config = transformers.AutoConfig.from_pretrained(folder)
     stored = _stored(folder)
     limit = memory if isinstance(memory, int) else bytes_of(memory)
@@ -41,50 +59,78 @@ def load_paged(auto_class: Any, folder: Path, dtype: Any, memory: int | str, scr
         dtype = getattr(config, "dtype", None) or _dtype_of(stored)
     elif isinstance(dtype, str):
         dtype = getattr(torch, dtype)
-    with _parameters_on_meta():
-        model = auto_class.from_config(config, dtype=dtype)
+    with torch.device("meta"):
+        shapes = auto_class.from_config(copy.deepcopy(config), dtype=dtype)
+    _check_limit(shapes, stored, limit)
+    pages = Pages(limit, None if scratch is None else Path(scratch))
+    with _placed_in(pages), _one_after_the_other():
+        loaded: Any = type(shapes).from_pretrained(
+            None, config=config, state_dict=stored, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    model, info = loaded
+    model.name_or_path = model.config.name_or_path = str(folder)
     if model.can_generate() and (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    names: dict[int, list[str]] = {}  # tied parameters have several
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    largest = max(parameter.nbytes for parameter in model.parameters())
-    if largest > NEAR * limit:
-        raise MemoryLimitError(
-            f"a limit of {size(limit)} cannot be held: the largest tensor of this model takes {size(largest)}"
-        )
-    pages = Pages(limit, None if scratch is None else Path(scratch))
-    for parameter in list(model.parameters()):
-        placed = pages.tensor(tuple(parameter.shape), parameter.dtype)
-        _read(placed, names[id(parameter)], stored, model, folder)
-        own = nn.Parameter(placed)
-        for name in names[id(parameter)]:
-            _put(model, name, own)
-        pages.hold()
-    parameters = {name for alike in names.values() for name in alike}
-    for name, buffer in model.state_dict().items():
-        if name not in parameters:
-            _read(buffer, [name], stored, model, folder)
     model.pliant_pages = pages
     pages.watch(model)
-    return model.eval()
+    return model, info
+
+
+class _Stored:
+    """A tensor of a checkpoint that is read when indexed: the interface by which transformers reads lazily."""
+
+    def __init__(self, file: Path, name: str):
+        self._file, self._name = file, name
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        with safe_open(self._file, "pt") as file:  # closed after each tensor, so that its pages are given back
+            return file.get_tensor(self._name)[index]
+
+
+def _check_plain(folder: Path) -> None:
+    """Raise if the weights are quantised, which would have to be decoded all at once, or if a peft adapter lies beside them."""
+    for of in parts_of(config_of(folder)):
+        method = of.get("quantization_config") or of.get("compression_config")
+        if method:
+            name = method.get("quant_method", "unnamed") if isinstance(method, dict) else method
+            raise ArtefactError(
+                f"{str(folder)!r} is quantised ({name}), and quantised weights are not read within a memory limit; load it without a "
+                "limit, or give the unquantised model"
+            )
+    if (folder / "adapter_config.json").exists():
+        raise ArtefactError(
+            f"{str(folder)!r} holds a peft adapter beside the model, which is not read within a memory limit; load it without a limit, "
+            "or give the base model"
+        )
+
+
+def _check_limit(shapes: Any, stored: Mapping[str, Any], limit: int) -> None:
+    """Raise if the largest tensor does not fit the limit; a tensor that is assembled from others counts ``_COPIES`` times."""
+    prefix = f"{shapes.base_model_prefix}."
+    largest = 0
+    for name, parameter in shapes.named_parameters():
+        as_it_is = {name, name.removeprefix(prefix), prefix + name} & stored.keys()
+        largest = max(largest, parameter.nbytes * (1 if as_it_is else _COPIES))
+    if largest > NEAR * limit:
+        raise MemoryLimitError(
+            f"a limit of {size(limit)} is too low: the largest tensor of this model takes {size(largest)} while it is loaded; "
+            f"that may be at most {NEAR:.0%} of the limit"
+        )
 
 
 def save_paged(model: Any, pages: Pages, folder: Path, shard: int) -> None:
-    """What ``save_pretrained`` writes, with no more than a shard in memory.
+    """Write the weights as ``save_pretrained`` does, with at most one shard in memory.
 
     Arguments:
         shard: bytes in a file at most, unless a tensor is larger.
     """
-    model.config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
     tensors = dict(model.named_parameters())  # of tied ones the first name
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tensors |= {name: buffer for name, buffer in model.state_dict().items() if name not in tied}
+    tensors = _as_stored(model, tensors, pages)
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard)
     for file, names in split.filename_to_tensors.items():
-        save_file({name: tensors[name].detach() for name in names}, folder / file, metadata={"format": "pt"})
+        save_file({name: tensors[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
         pages.hold()
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -93,59 +139,71 @@ def save_paged(model: Any, pages: Pages, folder: Path, shard: int) -> None:
         )
 
 
+def _as_stored(model: Any, tensors: Mapping[str, torch.Tensor], pages: Pages) -> dict[str, torch.Tensor]:
+    """Convert tensors back to the names and shapes in checkpoints of this family, a layer at a time."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        layer = re.match(r".*?\.\d+\.", name)
+        layers.setdefault(layer.group() if layer else "", {})[name] = tensor.detach()
+    found: dict[str, torch.Tensor] = {}
+    for layer in layers.values():
+        held = {id(tensor) for tensor in layer.values()}
+        for name, tensor in revert_weight_conversion(model, layer).items():
+            found[name] = tensor if id(tensor) in held or in_file(tensor) else pages.copy(tensor)
+        pages.hold()
+    return found
+
+
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """While inside, parameters are made without memory; buffers, which no checkpoint holds, are made as ever."""
-    register = nn.Module.register_parameter
+def _placed_in(pages: Pages) -> Iterator[None]:
+    """While inside, every parameter that this thread registers in a module is moved into a file."""
+    thread = threading.get_ident()
 
-    def without_memory(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and param.device.type != "meta":
-            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-        register(self, name, param)
+    def place(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta or in_file(parameter) or threading.get_ident() != thread:
+            return None
+        placed = nn.Parameter(pages.copy(parameter.detach()), requires_grad=parameter.requires_grad)
+        vars(placed).update(vars(parameter))  # transformers marks those that it has read
+        pages.hold()
+        return placed
 
-    nn.Module.register_parameter = without_memory
+    handle = register_module_parameter_registration_hook(place)  # pyright: ignore[reportArgumentType]
     try:
         yield
     finally:
-        nn.Module.register_parameter = register
+        handle.remove()
 
 
-def _stored(folder: Path) -> dict[str, Path]:
-    """Which file holds each tensor of a checkpoint."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return {name: folder / file for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
-    if not (folder / "model.safetensors").exists():
-        raise ArtefactError(f"{str(folder)!r} has no safetensors weights; only those can be read within a memory limit")
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        return dict.fromkeys(file.keys(), folder / "model.safetensors")
+@contextmanager
+def _one_after_the_other() -> Iterator[None]:
+    """While inside, transformers reads tensors one by one, each after the previous one was placed."""
+    before = os.environ.get(_SEQUENTIAL)
+    os.environ[_SEQUENTIAL] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_SEQUENTIAL]
+        else:
+            os.environ[_SEQUENTIAL] = before
 
 
-def _dtype_of(stored: dict[str, Path]) -> torch.dtype:
-    name, path = next(iter(stored.items()))
-    with safe_open(path, "pt") as file:
-        return file.get_tensor(name).dtype
-
-
-def _read(place: torch.Tensor, names: list[str], stored: dict[str, Path], model: Any, folder: Path) -> None:
-    """Fill ``place`` from the checkpoint, which may name its tensors with or without the prefix of the trunk."""
-    prefix = f"{model.base_model_prefix}."
-    known = [*names, *(name.removeprefix(prefix) for name in names), *(prefix + name for name in names)]
-    found = next((name for name in known if name in stored), None)
-    if found is None:
-        raise ArtefactError(
-            f"{str(folder)!r} has no tensor {names[0]!r}: it is incomplete, or transformers converts the weights of this family "
-            "when it loads them, which cannot be done within a memory limit"
-        )
-    with safe_open(stored[found], "pt") as file:  # closed after each tensor, so that its pages are given back
-        tensor = file.get_tensor(found)
-        if tensor.shape != place.shape:
+def _stored(folder: Path) -> dict[str, _Stored]:
+    """Tensor name -> lazily read tensor, for all tensors of a checkpoint."""
+    stored: dict[str, _Stored] = {}
+    for path in weight_files(folder, config_of(folder)):
+        if path.suffix != ".safetensors":
             raise ArtefactError(
-                f"{found!r} has shape {tuple(tensor.shape)} in {str(folder)!r}, the model expects {tuple(place.shape)}"
+                f"{str(folder)!r} has no safetensors weights; a memory limit needs them, so save the model as safetensors first"
             )
-        place.copy_(tensor)
+        with safe_open(path, "pt") as file:
+            stored |= {name: _Stored(path, name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    return stored
 
 
-def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, parameter)
+def _dtype_of(stored: Mapping[str, _Stored]) -> torch.dtype:
+    """The dtype of the first floating-point tensor; torch's default if there is none."""
+    dtypes = (tensor[...].dtype for tensor in stored.values())
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.get_default_dtype())

@@ -1,17 +1,14 @@
-"""How transformers loads a model with packed layers: an entry in its registry of quantisation methods.
-
-Imported right after that registry, while the rest of transformers may not be there yet.
-"""
+"""The ``quantization_config`` of a model with packed layers, in transformers' registry of these."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-METHOD = "pliant"
+from pliant.runtime.packed import METHOD
+
 VERSION = 1
 
 
@@ -35,34 +32,3 @@ class PackedConfig(QuantizationConfigMixin):
         self.version = version
         self.modules = modules or {}
         self.cache = cache or {}
-
-
-@register_quantizer(METHOD)
-class PackedQuantizer(HfQuantizer):
-    """Builds packed layers before weights are loaded, and looks at them afterwards."""
-
-    requires_calibration = True
-
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-        from pliant.checkpoint.quantized import make_room
-
-        config: Any = self.quantization_config
-        make_room(model, config.modules, config.version)
-        return model
-
-    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        from pliant.checkpoint.quantized import settle
-
-        settle(model)
-        return model
-
-    def is_serializable(self) -> Any:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> Any:
-        return False

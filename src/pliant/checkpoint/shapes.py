@@ -75,7 +75,7 @@ def shape_by(model: Any, record: Mapping[str, Mapping[str, Any]]) -> None:
         ArtefactError: the model has no such module as one that was removed.
     """
     for path, arguments in record["removed"].items():
-        found = _found(model, path, model.get_submodule)
+        found = find_path(model, path, model.get_submodule)
         if found is None:
             raise ArtefactError(
                 f"{type(model).__name__} has no module {path!r}, which this model is said to do without"
@@ -83,7 +83,7 @@ def shape_by(model: Any, record: Mapping[str, Mapping[str, Any]]) -> None:
         model.set_submodule(found, Null(**arguments))
     for path, size in record["tensors"].items():
         for kind, of_kind in (("_parameters", model.get_parameter), ("_buffers", model.get_buffer)):
-            found = _found(model, path, of_kind)
+            found = find_path(model, path, of_kind)
             if found is not None:
                 full = of_kind(found)
                 own = full[tuple(slice(0, length) for length in size)].clone()
@@ -93,12 +93,12 @@ def shape_by(model: Any, record: Mapping[str, Mapping[str, Any]]) -> None:
                 )
     for path, value in record["attributes"].items():
         holder, _, name = path.rpartition(".")
-        found = _found(model, holder, model.get_submodule)
+        found = find_path(model, holder, model.get_submodule)
         if found is not None:
             setattr(model.get_submodule(found), name, tuple(value) if isinstance(value, list) else value)
 
 
-def _found(model: Any, path: str, get: Callable[[str], Any]) -> str | None:
+def find_path(model: Any, path: str, get: Callable[[str], Any]) -> str | None:
     """Where something is in a model that may lack, or have, the head that the one written had. None for what is the head's."""
     prefix = f"{model.base_model_prefix}."
     for candidate in (path, path.removeprefix(prefix), prefix + path):

@@ -20,6 +20,8 @@ def check_finite(model: nn.Module) -> None:
     WeightError: naming the first tensor that holds NaN or infinity.
     """
     for name, parameter in _each(model, model.named_parameters()):
+        if parameter.is_floating_point() and parameter.element_size() == 1:
+            parameter = parameter.float()  # torch computes nothing in 8-bit floats
         if not torch.isfinite(parameter.sum()) and not torch.isfinite(parameter).all():
             bad = int((~torch.isfinite(parameter)).sum())
             raise WeightError(f"{name} holds {bad} value(s) that are not finite; the model is broken")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from pliant import __version__
 from pliant.errors import BusyError, PliantError
+from pliant.figures import to_json
 
 INTERRUPTED = 130
 
@@ -27,7 +27,8 @@ app = typer.Typer(
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object instead of tables; progress as JSON lines on stderr.")
 ]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for what is stored.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the stored dtype.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto: cuda if there is one, else mps, else cpu.")]
 Model = Annotated[str, typer.Argument(help="A model folder, a .gguf file, or the id of a model on a hub.")]
 
 
@@ -37,7 +38,7 @@ def main() -> None:
         app()
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer turns Ctrl-C into this before it gets here
-            _say("interrupted; what was evaluated is kept, the same command goes on from there")
+            _say("interrupted; finished evaluations are saved, run the same command to resume")
         raise
     except BusyError as error:
         _fail(str(error), 3)
@@ -70,7 +71,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Show what the libraries below have to say.")
+        bool, typer.Option("--verbose", "-v", help="Show the log messages of the libraries below.")
     ] = False,
 ) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
@@ -88,7 +89,7 @@ def doctor(as_json: Json = False) -> None:
 
     found = diagnose()
     if as_json:
-        _print(json.dumps(found, indent=1))
+        _print(to_json(found))
         return
     for name, value in found.items():
         _print(f"{name:14} {value}")
@@ -116,7 +117,7 @@ def ls(
     else:
         shown = {what: listed[what]} if what else listed
     if as_json:
-        _print(json.dumps(shown, indent=1))
+        _print(to_json(shown))
         return
     for title, rows in shown.items():
         _print(title)
@@ -129,6 +130,7 @@ def inspect(
     model: Model,
     check: Annotated[bool, typer.Option(help="Prove on a few tokens that the description is true.")] = True,
     dtype: Dtype = "auto",
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Show what a model is made of: blocks, axes, sizes, what can be cut, memory."""
@@ -136,8 +138,8 @@ def inspect(
     from pliant.cli.show import show_inspection
     from pliant.measure.inspect import inspect as look
 
-    found = look(load(model, dtype=dtype), self_check=check)
-    _print(json.dumps(found, indent=1)) if as_json else show_inspection(found)
+    found = look(load(model, dtype=dtype, device=device), self_check=check)
+    _print(to_json(found)) if as_json else show_inspection(found)
 
 
 @app.command(epilog="Example: pliant compress ./smollm2 --ratio 0.2 --data notes.txt --out small")
@@ -171,7 +173,10 @@ def compress(
     tasks: Annotated[list[Path] | None, typer.Option(help="Question files to measure on.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of held-out text at most.")] = 32,
     limit: Annotated[int, typer.Option(help="Questions of each file at most.")] = 200,
-    speed: Annotated[bool, typer.Option(help="Time both models in turn at the end.")] = True,
+    speed: Annotated[bool, typer.Option(help="Time both models in turn at the end, and measure their memory.")] = True,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Show both models' replies to this prompt; repeatable.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is in the folder.")] = False,
     memory: Annotated[
         str | None,
@@ -180,11 +185,12 @@ def compress(
         ),
     ] = None,
     dtype: Dtype = "auto",
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Make a model smaller: search, cut, measure, and write a folder that transformers loads.
 
-    Interrupted work is kept beside the output folder; the same command goes on from there.
+    Interrupted work is kept beside the output folder; the same command resumes it.
     """
     from pliant.cli.settings import NEEDED, known_subnet, recipe
     from pliant.cli.show import show_report
@@ -194,6 +200,10 @@ def compress(
     from pliant.run.compress import compress as run
     from pliant.systems import SEARCHES
 
+    if data is None and column != "text":
+        raise PliantError(f"--column {column} has no effect without --data; leave it out, or give the rows with --data")
+    if subnet is not None and ratio is not None:
+        raise PliantError("--subnet says what to keep, and --ratio how much to remove; give one of them")
     calibration = None if data is None else text(data, column=column)
     systems = system or ["multipruner"]
     if subnet is not None:
@@ -207,13 +217,16 @@ def compress(
         steps,
         calibration,
         out,
-        measuring=Measuring(perplexity or (), tasks or (), windows=windows, limit=limit, speed=speed),
+        measuring=Measuring(
+            perplexity or (), tasks or (), windows=windows, limit=limit, speed=speed, prompts=prompt or ()
+        ),
         overwrite=overwrite,
         dtype=dtype,
+        device=device,
         memory=memory,
         progress=Events() if as_json else Console(),
     )
-    _print(json.dumps(report, indent=1)) if as_json else show_report(report, out)
+    _print(to_json(report)) if as_json else show_report(report, out)
 
 
 @app.command(epilog="Example: pliant evaluate small --against ./smollm2 --tasks arc_easy.jsonl")
@@ -232,11 +245,12 @@ def evaluate(
             help="Another model: measure it too, print the difference and how sure it is, and the KL divergence from it.",
         ),
     ] = "",
-    seqlen: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    seqlen: Annotated[int, typer.Option(help="Tokens per window; at most the model's number of positions.")] = 2048,
     windows: Annotated[int | None, typer.Option(help="Windows of each text at most.")] = None,
     limit: Annotated[int | None, typer.Option(help="Questions of each task at most.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens at most in a generated answer.")] = 256,
     dtype: Dtype = "auto",
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Measure perplexity and answers to questions, of one model or of two against each other."""
@@ -255,16 +269,16 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "items": bool(against),
     }
-    other = load(against, dtype=dtype) if against else None
-    found = measure(load(model, dtype=dtype), reference=other, **settings)
+    other = load(against, dtype=dtype, device=device) if against else None
+    found = measure(load(model, dtype=dtype, device=device), reference=other, **settings)
     shown = without_items(found)
     if other is None:
-        _print(json.dumps(shown, indent=1)) if as_json else show_quality(shown)
+        _print(to_json(shown)) if as_json else show_quality(shown)
         return
     theirs = measure(other, **settings)
     comparison = compare(found, theirs)
     if as_json:
-        _print(json.dumps({**shown, "against": without_items(theirs), "comparison": comparison}, indent=1))
+        _print(to_json({**shown, "against": without_items(theirs), "comparison": comparison}))
         return
     show_quality(shown, title=model)
     show_quality(theirs, title=against)
@@ -275,7 +289,12 @@ def evaluate(
 def bench(
     model: Model,
     against: Annotated[str, typer.Option(help="Another model, timed in turn with this one.")] = "",
-    prompt: Annotated[int, typer.Option(help="Tokens in the prompt.")] = 256,
+    prompt: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens in the prompt; by default 256 (128 with --formats), or as many as the model has positions for."
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens decoded.")] = 32,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
@@ -286,6 +305,7 @@ def bench(
         Path | None, typer.Option(help="With --formats: text that tells how much harm each does.")
     ] = None,
     dtype: Dtype = "auto",
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Time prefill and decode on this machine."""
@@ -294,7 +314,11 @@ def bench(
     from pliant.measure.speed import bench as measure
 
     if (formats and (against or batch != 1)) or (perplexity and not formats):
-        raise PliantError("--formats compares one model with itself, a sequence at a time; --perplexity goes with it")
+        raise PliantError(
+            "--formats times one model in batches of 1; leave out --against and --batch, and give --perplexity only with --formats"
+        )
+    if formats and device not in ("cpu", "auto"):
+        raise PliantError("--formats packs the model, and packed layers run on the CPU; leave out --device")
     if formats:
         from pliant.progress import Console, Events
         from pliant.run.formats import compare_formats
@@ -307,17 +331,17 @@ def bench(
             repeats=repeats,
             progress=Events() if as_json else Console(),
         )
-        _print(json.dumps(found, indent=1)) if as_json else show_formats(found)
+        _print(to_json(found)) if as_json else show_formats(found)
         return
     found = measure(
-        load(model, dtype=dtype),
-        load(against, dtype=dtype) if against else None,
+        load(model, dtype=dtype, device=device),
+        load(against, dtype=dtype, device=device) if against else None,
         prompt=prompt,
         tokens=tokens,
         batch=batch,
         repeats=repeats,
     )
-    _print(json.dumps(found, indent=1)) if as_json else show_speed(found)
+    _print(to_json(found)) if as_json else show_speed(found)
 
 
 @app.command(epilog='Example: pliant generate small "Once upon a time"')
@@ -327,19 +351,24 @@ def generate(
     tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 64,
     chat: Annotated[bool, typer.Option(help="Put the prompt through the model's chat template.")] = False,
     sample: Annotated[bool, typer.Option(help="Draw tokens instead of taking the likeliest.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the draw.")] = 0,
     dtype: Dtype = "auto",
+    device: Device = "cpu",
 ) -> None:
     """Continue a text with a model, dense or cut."""
     import torch
 
     from pliant.checkpoint.load import load, tokenizer_of
+    from pliant.measure.windows import check_ids, check_model, check_room
 
-    loaded = load(model, dtype=dtype)
+    loaded = load(model, dtype=dtype, device=device)
+    check_model(loaded)
     tokenizer = tokenizer_of(loaded)
     torch.manual_seed(seed)
     if chat and not tokenizer.chat_template:
-        raise PliantError(f"{model} has no chat template; leave --chat out")
+        raise PliantError(f"{model} has no chat template; leave out --chat")
+    if tokens < 1:
+        raise PliantError(f"--tokens must be at least 1, not {tokens}")
     if not prompt:
         raise PliantError("the prompt is empty; give the model something to continue")
     if chat:
@@ -348,7 +377,9 @@ def generate(
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
-    inputs = {key: value for key, value in inputs.items() if key in ("input_ids", "attention_mask")}
+    inputs = {key: value.to(loaded.device) for key, value in inputs.items() if key in ("input_ids", "attention_mask")}
+    check_ids(loaded, inputs["input_ids"])
+    check_room(loaded, inputs["input_ids"].shape[1], tokens)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     out = loaded.generate(**inputs, max_new_tokens=tokens, do_sample=sample, pad_token_id=pad)
     _print(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :] if chat else out[0], skip_special_tokens=True))
@@ -362,6 +393,8 @@ def export(
         str, typer.Option(help="homogeneous: whole removed layers dropped, so that stock transformers loads it.")
     ] = "homogeneous",
     overwrite: Annotated[bool, typer.Option(help="Replace what is in the folder.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
 ) -> None:
     """Write a model for tools that do not have pliant."""
     from pliant.checkpoint.load import load
@@ -369,8 +402,8 @@ def export(
     from pliant.run.save import save
 
     if to != "homogeneous":
-        raise PliantError(f"there is no export {to!r}; there is homogeneous")
-    _print(f"wrote {save(homogeneous(load(model)), out, overwrite=overwrite)}")
+        raise PliantError(f"unknown export {to!r}; choose homogeneous")
+    _print(f"wrote {save(homogeneous(load(model, dtype=dtype, device=device)), out, overwrite=overwrite)}")
 
 
 @app.command(epilog="Example: pliant demo --out build/demo")
@@ -378,10 +411,10 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for model, text and result.")] = Path("build/demo"),
     as_json: Json = False,
 ) -> None:
-    """The whole main job on SmolLM2-135M, fetched by pip: compress by 10 %, reload, measure, report."""
+    """The whole main job on SmolLM2-135M, fetched by pip: prune, refit, pack, reload, measure, report."""
     from pliant.cli.show import show_report
     from pliant.progress import Console, Events
     from pliant.run.demo import run
 
     report = run(out, Events() if as_json else Console())
-    _print(json.dumps(report, indent=1)) if as_json else show_report(report, out / "small")
+    _print(to_json(report)) if as_json else show_report(report, out / "small")

@@ -53,13 +53,23 @@ def recipe(systems: Sequence[str], given: dict[str, str], pairs: Sequence[str]) 
     A name alone sets it in every step that has it; a system that comes twice has the same settings both times.
 
     Arguments:
-        given: settings that have an option of their own; steps without them are left alone.
+        given: settings that have an option of their own; a step without them is left alone, but one of the steps must take each.
 
     Raises:
-        StepError: a name that none of the steps has, a value of the wrong type, or a search without a ratio.
+        StepError: a name that none of the steps has, a value of the wrong type, an option that no step takes, or a search
+            without a ratio.
     """
     classes = {system: step_class(system) for system in systems}
     values = _values(classes, given, pairs)
+    for name, value in given.items():
+        kinds = {
+            system: typing.get_type_hints(cls)[name] for system, cls in classes.items() if name in settings_of(cls)
+        }
+        if not kinds:
+            raise StepError(f"--{name} {value} has no effect on {' and '.join(classes)}; leave --{name} out")
+        if all(repr(values[system][name]) != repr(_convert(name, value, kind)) for system, kind in kinds.items()):
+            other = values[next(iter(kinds))][name]
+            raise StepError(f"--{name} {value} and --set {name}={other} contradict each other; give one of them")
     if any("ratio" not in values[system] for system in SEARCHES & set(classes)):
         raise StepError(NEEDED)
     return [classes[system](**values[system]) for system in systems]
@@ -68,13 +78,21 @@ def recipe(systems: Sequence[str], given: dict[str, str], pairs: Sequence[str]) 
 def known_subnet(path: Path, systems: Sequence[str], pairs: Sequence[str]) -> list[Step]:
     """:func:`recipe` without its searches: the model is cut to the sub-network in a file, then the other steps follow.
 
-    Units are put in order by what the first pruner among ``systems`` goes by, on as many rows, unless a pair says something
-    else.
+    Units are put in order by what the pruner among ``systems`` goes by, on as many rows, unless a pair says something else.
+
+    Raises:
+        StepError: as :func:`recipe`, or ``systems`` has several pruners.
     """
     from pliant.search import Cut
     from pliant.search.found import config_in
 
-    pruner = next((step_class(name) for name in systems if name in PRUNERS), Cut)
+    pruners = [name for name in systems if name in PRUNERS]
+    if len(pruners) > 1:
+        raise StepError(
+            f"--subnet cuts the model once, without a search; {' and '.join(pruners)} are {len(pruners)} pruners. Give the one "
+            "that found the sub-network"
+        )
+    pruner = step_class(pruners[0]) if pruners else Cut
     rows = getattr(pruner, "width_samples", getattr(pruner, "samples", Cut.samples))
     others = [name for name in systems if name not in PRUNERS]
     classes = {"cut": Cut, **{name: step_class(name) for name in others}}
@@ -90,6 +108,7 @@ def _values(
     hints = {system: typing.get_type_hints(cls) for system, cls in classes.items()}
     known = {system: [field.name for field in dataclasses.fields(cls)] for system, cls in classes.items()}
     values = {system: {name: value for name, value in given.items() if name in known[system]} for system in classes}
+    said: dict[str, str] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
@@ -102,6 +121,9 @@ def _values(
                 f"  {setting:14} {help_}" for cls in classes.values() for setting, help_ in settings_of(cls).items()
             )
             raise StepError(f"{where or ' and '.join(classes)} has no setting {name!r}; it has\n{listed}")
+        setting = f"{where}{dot}{name}"
+        if said.setdefault(setting, value.strip()) != value.strip():
+            raise StepError(f"--set {setting} is {said[setting]!r} and then {value.strip()!r}; give one of them")
         for system in takers:
             values[system][name] = value.strip()
     return {

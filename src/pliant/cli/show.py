@@ -13,12 +13,22 @@ from pliant.progress import size
 
 def show_report(report: dict[str, Any], out: Path) -> None:
     """The before/after table of a compression."""
-    from pliant.run.card import changed, table
+    from pliant.run.card import changed, on_values, table
 
     shown = Table("", "before", "after", title=f"{report['model']}, {changed(report)}", title_justify="left")
     for row in table(report):
         shown.add_row(*row)
     _print(shown)
+    for step in report["steps"]:
+        if said := on_values(step):
+            _print(f"{said}.")
+    if report.get("replies"):
+        answers = Table(
+            Column("prompt", overflow="fold"), "before", "after", title="replies", title_justify="left", show_lines=True
+        )
+        for reply in report["replies"]:
+            answers.add_row(reply["prompt"], reply["before"], reply["after"])
+        _print(answers)
     _print(f"wrote {out} (report: {out / 'report.html'})")
 
 
@@ -30,7 +40,7 @@ def show_inspection(found: dict[str, Any]) -> None:
     _print(
         f"{found['model']}: {found['model_type']}, read with {found['architecture']}.yaml, self-check {found['self_check']}\n"
         f"{found['parameters']:,} parameters in {found['depth']} layers ({found['outside_blocks']:,} outside the blocks), "
-        f"{_stored(found)}, {size(found['weight_bytes'])}\n"
+        f"{_stored(found)}, {size(found['weight_bytes'])}, on {found['device']}\n"
         f"{found['macs_per_token'] / 1e6:,.1f} M multiply-accumulates and {found['cache_bytes_per_token']:,} bytes of cache per "
         f"token; a search keeps {size(found['search_bytes_per_1000_tokens'])} for 1000 calibration tokens"
     )
@@ -51,6 +61,8 @@ def show_inspection(found: dict[str, Any]) -> None:
     for (kind, axes, count, share), layers in rows.items():
         shown.add_row(kind, _ranges(layers), axes, count, share)
     _print(shown)
+    if found["packed"]:
+        _print("Runs in one native call." if found["native"] else f"Runs layer by layer: {found['why_not_native']}.")
     if found["removed"]:
         _print(f"removed: {', '.join(found['removed'])}")
 
@@ -102,6 +114,9 @@ def show_quality(found: dict[str, Any], title: str | None = None) -> None:
                 shown.add_row(
                     f"{name} {metric}", f"{row[metric]:.1%}", f"{row[error]:.1%}", f"{row['questions']} questions"
                 )
+        if "perplexity" in row:
+            error = "" if row["stderr_perplexity"] is None else f"{row['stderr_perplexity']:.3f}"
+            shown.add_row(f"{name} perplexity", f"{row['perplexity']:.3f}", error, f"{row['questions']} questions")
     for name, row in found.get("harness", {}).items():
         for metric, value in row.items():
             if metric not in ("questions", "items") and not metric.endswith("_stderr"):
@@ -131,7 +146,11 @@ def show_speed(found: dict[str, Any]) -> None:
     if "speedup" in found:
         shown.add_row("speed-up", *(_spread(found["speedup"][kind], ".2f") for kind in ("prefill", "decode")))
     _print(shown)
-    _print(f"{found['threads']} threads, peak memory {size(found['peak_memory'])}")
+    settings, one = found["settings"], found["on"]["model"]
+    _print(
+        f"prompt of {settings['prompt']} tokens, {settings['tokens']} decoded, batch {settings['batch']}; on {one['device']} in "
+        f"{one['dtype']}, {found['threads']} threads, peak memory {size(found['peak_memory'])}"
+    )
 
 
 def show_formats(found: dict[str, Any]) -> None:
@@ -161,7 +180,12 @@ def show_formats(found: dict[str, Any]) -> None:
             f"{split['linears']:.2f} + {split['attention']:.2f} + {split['rest']:.2f} = {split['total']:.2f}",
         )
     _print(shown)
-    pays = [f"{form} from {at:.0%} zeros on" for form, at in found["break_even"].items() if at <= 1]
+    settings = found["settings"]
+    _print(f"prompt of {settings['prompt']} tokens, {settings['tokens']} decoded; {found['threads']} threads")
+    for name, row in rows.items():
+        if row.get("native") is False:
+            _print(f"{name} runs layer by layer: {row['why_not_native']}")
+    pays = [f"{form} from {at:.0%} zeros" for form, at in found["break_even"].items() if at <= 1]
     _print(f"Leaving zeros out is faster here: {', '.join(pays) or 'in no format'}. Kernels: {found['kernels']}.")
     _print(f"Take {found['recommended']}.")
 

@@ -1,1 +1,4 @@
-"""The only place where pliant changes another package, and why. Every change has a test against the versions it is for."""
+"""The only place where pliant patches another package, subclasses its internals, or uses its private names.
+
+Each of these has a test against the package versions in use.
+"""

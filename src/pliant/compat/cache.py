@@ -1,7 +1,7 @@
-"""The word for a key-value cache: ``cache`` since transformers 5.24, ``past_key_values`` before.
+"""The name of the key-value cache argument: ``cache`` since transformers 5.24, ``past_key_values`` before.
 
-Each version warns of, or does not know, the other's. Models from elsewhere keep to the word they were written with, so it is
-asked of the model and not of the version.
+Each version warns about or rejects the other name. Custom model code keeps the name it was written with, so the name is read from
+the model's signature and not from the version.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ WORDS = ("cache", "past_key_values", "cache_params")
 
 
 def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
-    """A key-value cache as the keyword argument that ``model.forward`` takes it in.
+    """The keyword argument that passes ``cache`` to ``model.forward``, as a dict.
 
     Raises:
         TypeError: the model takes no cache.

@@ -12,9 +12,15 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from pliant.compat import layers, quantizer, quiet
+from pliant.compat import dequantized, layers, outputs, quantizer, quiet, remote
 
 _MODELS = "transformers.models."
+_SEEN_TO = {
+    quantizer.MODULE: quantizer.register,
+    outputs.MODULE: outputs.register,
+    dequantized.MODULE: dequantized.forget_with_the_config,
+    remote.MODULE: remote.wrap_remote_models,
+}
 
 
 def install() -> None:
@@ -31,7 +37,7 @@ def _concern(name: str) -> Callable[[ModuleType], None] | None:
     """What is done with a module of that name, if anything."""
     if name.startswith(_MODELS) and name.rpartition(".")[2].startswith("modeling_"):
         return layers.wrap_models
-    return quantizer.register if name == quantizer.MODULE else None
+    return _SEEN_TO.get(name)
 
 
 class _Finder(importlib.abc.MetaPathFinder):

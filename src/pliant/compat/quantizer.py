@@ -15,3 +15,4 @@ MODULE = "transformers.quantizers.auto"
 def register(_: ModuleType) -> None:
     """Enter pliant's packed layers into transformers' registry of quantisation methods."""
     importlib.import_module("pliant.checkpoint.quantizer")
+    importlib.import_module("pliant.compat.packed_quantizer")

@@ -1,9 +1,8 @@
-"""No warning of what transformers itself does to the config of a cut model.
+"""Drop a warning that transformers' own validation causes on the config of a cut model.
 
 The config of a cut model whose head counts differ has ``allow_global_per_layer_attribute_access``. Then transformers (checked: 5.14
-to 5.24) logs "Reading global config value for per-layer attribute ..." whenever its own validation walks through the config, which
-it does at every load and save. The message is for programs that read such a value for a layer; what reads it here does not, and
-the user can do nothing about it.
+to 5.24) logs "Reading global config value for per-layer attribute ..." whenever its validation reads the config, at every load and
+save. The message warns programs that use the global value for a layer; the validation does not, and the user cannot act on it.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ class _NotOfReading(logging.Filter):
 
 
 def silence() -> None:
-    """Drop that message, whether or not transformers has been imported."""
+    """Drop that message, whether or not transformers is imported yet."""
     logger = logging.getLogger(LOGGER)
     if not any(isinstance(known, _NotOfReading) for known in logger.filters):
         logger.addFilter(_NotOfReading())

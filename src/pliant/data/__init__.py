@@ -2,7 +2,7 @@
 
 from pliant.data.choice import questions
 from pliant.data.examples import Examples, examples
-from pliant.data.question import OpenQuestion, Question
+from pliant.data.question import Continuation, OpenQuestion, Question
 from pliant.data.text import Text, text
 
-__all__ = ["Examples", "OpenQuestion", "Question", "Text", "examples", "questions", "text"]
+__all__ = ["Continuation", "Examples", "OpenQuestion", "Question", "Text", "examples", "questions", "text"]

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from pliant.data.forms import form_of
-from pliant.data.question import OpenQuestion, Question
+from pliant.data.question import Continuation, OpenQuestion, Question
 from pliant.data.text import json_objects, read
 from pliant.errors import DataError
 
 
-def questions(path: str | Path, limit: int | None = None) -> list[Question] | list[OpenQuestion]:
+def questions(path: str | Path, limit: int | None = None) -> list[Question] | list[OpenQuestion] | list[Continuation]:
     """Questions from a ``.jsonl`` or ``.json`` file, or one of these with ``.gz`` behind it.
 
     A row is ``{"context": "...", "choices": ["...", "..."], "answer": 1}``. ``question``, ``query`` or ``prompt`` may
@@ -25,7 +25,8 @@ def questions(path: str | Path, limit: int | None = None) -> list[Question] | li
         limit: rows at most, from the first.
 
     Returns:
-        :class:`Question` where the rows give choices, :class:`OpenQuestion` where they only give an answer.
+        :class:`Question` for rows with choices, :class:`OpenQuestion` for rows with only an answer, :class:`Continuation` for
+        rows with ``context`` and ``continuation``.
 
     Raises:
         DataError: missing file, missing key, fewer than two choices, an answer that is no choice, or rows of both kinds;
@@ -40,8 +41,8 @@ def questions(path: str | Path, limit: int | None = None) -> list[Question] | li
             found.append(form_of(row, path).pose(row))
             if type(found[-1]) is not type(found[0]):
                 raise DataError(
-                    "some rows of this file give choices and some only an answer; these are measured in different ways, put "
-                    "them into two files"
+                    "some rows of this file give choices, others only an answer or a continuation; these are measured differently, "
+                    "so put them into separate files"
                 )
         except DataError as error:
             raise DataError(f"{str(path)!r}, row {number}: {error}") from None

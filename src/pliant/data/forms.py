@@ -11,7 +11,7 @@ from typing import Any
 
 from pliant.data.instructions import ask_instruction
 from pliant.data.pose import ASKED, ask, check, fill, key_in, place, string, strings
-from pliant.data.question import OpenQuestion, Question
+from pliant.data.question import Continuation, OpenQuestion, Question
 from pliant.errors import DataError
 
 Row = dict[str, Any]
@@ -30,7 +30,7 @@ class Form:
 
     name: str
     keys: tuple[str, ...]
-    pose: Callable[[Row], Question | OpenQuestion]
+    pose: Callable[[Row], Question | OpenQuestion | Continuation]
     named: str = ""
 
 
@@ -153,6 +153,14 @@ def _mawps(row: Row) -> OpenQuestion:
     return OpenQuestion(ASKED.format(string(row, "original_text").strip()), str(answer))
 
 
+def _continued(row: Row) -> Continuation:
+    context, continuation = string(row, "context"), string(row, "continuation")
+    if not continuation.strip():
+        raise DataError("the continuation is empty")
+    space = "" if context[-1:].isspace() or continuation[0].isspace() else " "
+    return Continuation(context, space + continuation)
+
+
 PLAIN = ("context/question/query/prompt", "choices", "answer/label/gold")
 _INSTRUCTED = ("instruction", "answer")
 FORMS = (
@@ -169,5 +177,6 @@ FORMS = (
     Form("MMLU", ("subject", "question", "choices", "answer"), _mmlu),
     Form("MAWPS", ("original_text", "equation", "ans"), _mawps),
     Form("plain", PLAIN, _plain),
+    Form("continuation", ("context", "continuation"), _continued),
     Form("question and answer", ("question", "answer"), _answered),
 )

@@ -1,4 +1,4 @@
-"""What a model is asked: to choose between continuations, or to answer in its own words."""
+"""The kinds of questions: choose between continuations, answer freely, or predict a given continuation."""
 
 from __future__ import annotations
 
@@ -57,7 +57,15 @@ class OpenQuestion:
         return _plain(written) == _plain(wanted)
 
 
-def digest(items: Sequence[Question | OpenQuestion]) -> str:
+@dataclass(frozen=True)
+class Continuation:
+    """A context and the text that follows it, such as the last word of a passage (LAMBADA)."""
+
+    context: str
+    continuation: str
+
+
+def digest(items: Sequence[Question | OpenQuestion | Continuation]) -> str:
     """Hash of the questions: two results can be compared when it is the same."""
     return hashlib.blake2b(json.dumps([astuple(item) for item in items]).encode(), digest_size=16).hexdigest()
 

@@ -77,7 +77,9 @@ def follow(layer: nn.Module, block: Block, kept: Mapping[str, int]) -> None:
 
 def stand_in(block: Block, path: str) -> nn.Module:
     """What takes the place of a module of a block that is gone."""
-    return Null(block.spec.returns_tuple, block.spec.residual) if path == block.spec.module else nn.Identity()
+    if path != block.spec.module:
+        return nn.Identity()
+    return Null(block.spec.returns_tuple, block.spec.residual, attention=block.spec.scores is not None)
 
 
 def slot(index: int, alive: Collection[int], layer_types: Sequence[str]) -> int:

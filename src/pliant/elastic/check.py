@@ -24,9 +24,13 @@ def check(model: Any, anatomy: Anatomy | None = None, *, tokens: int = 8, seed: 
     identity; a narrowed block computes what the full block computes with its dropped units silenced.
 
     Raises:
-        ArchitectureError: naming the property and the block that break it.
+        ArchitectureError: a property fails, and the message names it and the block; or the model has no blocks left.
     """
     anatomy = anatomy or anatomy_of(model)
+    if not anatomy.blocks:
+        raise ArchitectureError(
+            f"every block of this {type(model).__name__} was removed, so it cannot be checked; use the model before the cut"
+        )
     generator = torch.Generator().manual_seed(seed)
     inputs = probe(model, tokens=tokens, seed=seed)
     with evaluating(model):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pliant.anatomy import Anatomy, anatomy_of, plain_config, probe
+from pliant.anatomy import Anatomy, anatomy_of, holders_of, layer_config, plain_config, probe, text_config_of
 from pliant.elastic.check import check
 from pliant.errors import ArchitectureError, UnknownArchitectureError
 
@@ -38,7 +38,8 @@ def discover(model: Any) -> Anatomy:
     Raises:
         ArchitectureError: another layout, with what is not understood, or one that fails the self-check.
     """
-    config = plain_config(model.config.get_text_config(decoder=True))
+    held: Any = text_config_of(model.config)
+    config = layer_config(plain_config(held), 0)
     try:
         raw = _read(model, config)
     except ArchitectureError as error:
@@ -46,7 +47,6 @@ def discover(model: Any) -> Anatomy:
             f"no architecture file describes model_type {config.model_type!r}, and its layout is no common one: {error}. One "
             "YAML file adds it: see 'Add an architecture' in CONTRIBUTING.md"
         ) from None
-    held: Any = model.config.get_text_config(decoder=True)
     held.pliant_architecture = raw
     try:
         anatomy = anatomy_of(model)
@@ -99,14 +99,17 @@ def _read(model: Any, config: Any) -> dict[str, Any]:
 
 
 def _layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The longest list of modules of one class."""
+    """The path and modules of the longest list of modules of one class; in a multimodal model, within the part that its text config
+    describes."""
+    inside = {module for holder in holders_of(model) for module in holder.modules()}
     lists = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) > 0 and len({type(item) for item in module}) == 1
+        if module in inside
     ]
     if not lists:
-        raise ArchitectureError("it has no list of layers of one class")
+        raise ArchitectureError("the part that its text config describes has no list of layers of one class")
     return max(lists, key=lambda pair: len(pair[1]))
 
 

@@ -8,7 +8,19 @@ from typing import Any
 
 import torch
 
-from pliant.anatomy import Anatomy, agree, anatomy_of, answer, evaluating, global_size, layers_of, plain_config, probe
+from pliant.anatomy import (
+    Anatomy,
+    agree,
+    anatomy_of,
+    answer,
+    evaluating,
+    global_size,
+    layers_of,
+    plain_config,
+    probe,
+    text_config_of,
+)
+from pliant.checkpoint.quantized import is_packed
 from pliant.errors import ArtefactError
 
 _BY_LAYER = ("layer_types", "no_rope_layers")  # config keys that list one thing a layer
@@ -20,13 +32,23 @@ def homogeneous(model: Any) -> Any:
     The result shares its weights with ``model``, which stays as it is.
 
     Raises:
-        ArtefactError: when a layer is only half removed, widths differ, or what a layer computes depends on its number; the
+        ArtefactError: when the model is packed, a layer is only half removed, widths differ, or what a layer computes depends on its number; the
             message says which.
     """
+    if is_packed(model):
+        raise ArtefactError(
+            "this model is packed, and only pliant's kernels read packed layers; export the model it was packed from. The packed "
+            "folder loads after 'import pliant'"
+        )
     anatomy = anatomy_of(model)
     if anatomy.traced:
         raise ArtefactError(
             f"the layers of {type(model).__name__} are no list that could be shortened; what is cut loads after 'import pliant'"
+        )
+    if text_config_of(model.config) is not model.config:
+        raise ArtefactError(
+            f"{type(model).__name__} contains its text decoder as one of several parts, and such models are not exported; use the "
+            "cut folder, which loads after 'import pliant'"
         )
     layers = _whole_layers(anatomy)
     config = _uniform_config(model.config, anatomy, len(layers))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pliant.anatomy import Anatomy, layers_of
+from pliant.device import total
 from pliant.pages import hold
 
 
@@ -44,7 +45,7 @@ def l1_norms(model: nn.Module, anatomy: Anatomy) -> dict[str, torch.Tensor]:
                 if weight.reads in (None, place) or not any(part.axis in block.axes for part in dim):
                     continue
                 others = [other for other in range(len(weight.dims)) if other != place]
-                rows = weight.tensor(layers[block.layer]).abs().sum(others, dtype=torch.float64).cpu()
+                rows = total(weight.tensor(layers[block.layer]).abs(), others).cpu()
                 start = 0
                 for part in dim:
                     width = block.width(part, {})

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from pliant.anatomy import Anatomy, evaluating, layers_of
+from pliant.device import doubled
 from pliant.importance import by_falling
 from pliant.measure.units import by_unit, readers
-from pliant.measure.windows import batches_of
+from pliant.measure.windows import batches_of, tokens_at_once, within_memory
 
 
 @torch.inference_mode()
@@ -26,6 +27,14 @@ def activation_orders(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> di
     Returns:
         axis name -> old index of each new unit, shape ``(units,)``; axes that no matrix reads (experts) are left out.
     """
+    return within_memory(
+        model,
+        lambda tokens: _orders(model, anatomy, batches_of(model, windows, tokens)),
+        max(tokens_at_once(model), windows.shape[1]),
+    )
+
+
+def _orders(model: Any, anatomy: Anatomy, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     layers = layers_of(model, anatomy.architecture)
     sizes: dict[str, torch.Tensor] = {}
     squares: dict[tuple[str, str], torch.Tensor] = {}
@@ -33,7 +42,7 @@ def activation_orders(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> di
 
     def record(key: tuple[str, str]):
         def hook(_module: Any, args: tuple) -> None:
-            squared = args[0].flatten(0, -2).double().square().sum(0)
+            squared = doubled(args[0].flatten(0, -2)).square().sum(0)
             squares[key] = squares[key] + squared if key in squares else squared
 
         return hook
@@ -46,14 +55,14 @@ def activation_orders(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> di
     ]
     try:
         with evaluating(model):
-            for ids in batches_of(model, windows):
+            for ids in batches:
                 model.base_model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     for block, weight in watched:
         assert weight.reads is not None
-        columns = weight.tensor(layers[block.layer]).double().square().sum(1 - weight.reads)
+        columns = doubled(weight.tensor(layers[block.layer])).square().sum(1 - weight.reads)
         contributed = (squares[block.name, weight.path] * columns).sqrt().cpu()
         for axis, own in by_unit(block, weight, contributed):
             sizes[axis.name] = sizes.get(axis.name, 0) + own

@@ -9,7 +9,7 @@ import torch
 
 from pliant.data import OpenQuestion
 from pliant.errors import DataError
-from pliant.measure.windows import check_ids, longest_of, open_ended
+from pliant.measure.windows import check_ids, longest_of, no_number, open_ended, within_memory
 
 ROWS_AT_ONCE = 16
 STOP = "Question:"
@@ -23,6 +23,7 @@ def answer(
 
     Raises:
         DataError: an empty prompt, no room for an answer, or a tokenizer made for another model.
+        WeightError: the model's logits are not finite.
     """
     written = generate(model, tokenizer, name, [item.context for item in items], max_new_tokens)
     return {"match": [item.matches(text) for item, text in zip(items, written, strict=True)]}
@@ -45,11 +46,24 @@ def generate(model: Any, tokenizer: Any, name: str, prompts: Sequence[str], max_
         if not ids:
             raise DataError(f"task {name!r}, question {number}: the prompt gives no token to go on from")
     check_ids(model, torch.tensor([max(max(ids) for ids in rows)]))
+    each = max(len(ids) for ids in rows) + max_new_tokens
+
+    def written(tokens: int) -> list[str]:
+        return _written(model, tokenizer, name, rows, max_new_tokens, max(1, tokens // each))
+
+    return within_memory(model, written, ROWS_AT_ONCE * each)
+
+
+def _written(
+    model: Any, tokenizer: Any, name: str, rows: list[list[int]], max_new_tokens: int, at_once: int
+) -> list[str]:
+    """The generated text after each row of token ids, in batches of ``at_once`` rows."""
     pad = next((one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id) if one is not None), 0)
     written = [""] * len(rows)
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
-    for start in range(0, len(order), ROWS_AT_ONCE):
-        batch = order[start : start + ROWS_AT_ONCE]
+    for start in range(0, len(order), at_once):
+        batch = order[start : start + at_once]
+        _check_numbers(model, name, rows[batch[-1]])
         width = len(rows[batch[-1]])
         # what is generated follows on the right, so the padding is on the left; the mask also says where positions begin
         padded = torch.tensor([[pad] * (width - len(rows[number])) + rows[number] for number in batch])
@@ -67,3 +81,10 @@ def generate(model: Any, tokenizer: Any, name: str, prompts: Sequence[str], max_
         for number, text in zip(batch, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True):
             written[number] = text.partition(STOP)[0]
     return written
+
+
+def _check_numbers(model: Any, name: str, ids: list[int]) -> None:
+    """Raise if the logits have no finite maximum: greedy generation would then pick an arbitrary token."""
+    logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=1).logits
+    if not torch.isfinite(logits.amax()):  # amax returns NaN if there is any
+        raise no_number(model, f"task {name!r}: the largest logit is {logits.amax().item()}")

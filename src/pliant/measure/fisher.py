@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from pliant.anatomy import Anatomy, Block, Weight, layers_of
+from pliant.device import doubled
 from pliant.measure.score import nll_sum
 from pliant.measure.stream import Stream
 from pliant.measure.units import by_unit, read_axes, readers
-from pliant.measure.windows import batches_of, tokens_at_once
+from pliant.measure.windows import batches_of, within_memory
 from pliant.pages import hold
 from pliant.progress import Progress
 
@@ -28,6 +29,13 @@ def damage_of_units(model: Any, anatomy: Anatomy, windows: torch.Tensor, progres
     Returns:
         axis name -> nats per token, float64, shape ``(units,)``; axes that no matrix reads (experts) are left out.
     """
+    return within_memory(model, lambda tokens: _damage(model, anatomy, windows, tokens, progress))
+
+
+def _damage(
+    model: Any, anatomy: Anatomy, windows: torch.Tensor, tokens: int, progress: Progress
+) -> dict[str, torch.Tensor]:
+    """:func:`damage_of_units` with ``tokens`` tokens in a forward pass."""
     stream, depth = Stream(model.eval(), anatomy), anatomy.depth
     layers = layers_of(model, anatomy.architecture)
     watched: list[list[tuple[nn.Module, Block, Weight]]] = [[] for _ in range(depth)]
@@ -36,16 +44,16 @@ def damage_of_units(model: Any, anatomy: Anatomy, windows: torch.Tensor, progres
         watched[block.layer].append((module, block, weight))
     found = {axis.name: torch.zeros(axis.size, dtype=torch.float64) for axis in read_axes(anatomy)}
     first = next((layer for layer in range(depth) if watched[layer]), depth)
-    batches = batches_of(model, windows)
+    batches = batches_of(model, windows, tokens)
     for number, ids in enumerate(batches, 1):
         with torch.no_grad():
             entered = stream.run(ids, 0, depth)
-        slope = _slope_of_loss(stream, ids, entered[depth])
+        slope = _slope_of_loss(stream, ids, entered[depth], tokens)
         for layer in reversed(range(first, depth)):
             modules = [module for module, _, _ in watched[layer]]
             products, slope = _back(stream, ids, layer, entered.get(layer), slope, modules)
             for place, product in products:
-                for axis, own in by_unit(*watched[layer][place][1:], product.flatten(0, -2).double()):
+                for axis, own in by_unit(*watched[layer][place][1:], doubled(product.flatten(0, -2))):
                     if axis.name in found:
                         found[axis.name] += own.square().sum(0).cpu() / (2 * windows.numel())
             hold(model)
@@ -54,11 +62,11 @@ def damage_of_units(model: Any, anatomy: Anatomy, windows: torch.Tensor, progres
 
 
 @torch.enable_grad()
-def _slope_of_loss(stream: Stream, ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """Gradient of the summed loss by the hidden state after the last layer."""
+def _slope_of_loss(stream: Stream, ids: torch.Tensor, last: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Gradient of the summed loss with respect to the last hidden state, with logits of ``tokens`` positions at a time."""
     last = last.requires_grad_()
     slope = torch.zeros_like(last)
-    for where, logits in stream.parts(ids, tokens_at_once(stream.model), len(stream.layers), last):
+    for where, logits in stream.parts(ids, tokens, len(stream.layers), last):
         loss = nll_sum(logits, ids[:, where.start + 1 : where.stop + 1]).sum()
         slope += torch.autograd.grad(loss, last)[0]
     return slope

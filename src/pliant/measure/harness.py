@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from pliant.errors import MissingExtraError, PliantError
+from pliant.errors import MissingExtraError, PliantError, WeightError
 
 _ROWS_AT_ONCE = 8
 
@@ -26,6 +27,7 @@ def harness(
         question.
 
     Raises:
+        WeightError: a result is not finite.
         PliantError: lm-eval is not installed, does not know a task, or cannot get its data.
     """
     try:
@@ -46,7 +48,7 @@ def harness(
         raise PliantError(
             f"lm-eval cannot run {', '.join(map(str, tasks))}: {error.args[0] if error.args else error}"
         ) from error
-    rows = {name: _row(row) for name, row in found["results"].items()}
+    rows = {name: _row(name, row) for name, row in found["results"].items()}
     for name, counts in found["n-samples"].items():
         rows[name]["questions"] = counts["effective"]
     for name, samples in found["samples"].items() if items else ():
@@ -54,13 +56,19 @@ def harness(
     return rows
 
 
-def _row(row: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a task: their keys are ``metric,way``; where lm-eval has no figure it puts a string."""
+def _row(name: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The results of a task: their keys are ``metric,way``; lm-eval writes a string where it has no result.
+
+    Raises:
+        WeightError: a result is not finite.
+    """
     figures: dict[str, Any] = {}
     for key, value in row.items():
         metric, comma, way = key.partition(",")
         if comma and not isinstance(value, str):
             ending = "_stderr" if metric.endswith("_stderr") else ""
+            if isinstance(value, float) and not math.isfinite(value):
+                raise WeightError(f"lm-eval's {metric} of {name} is {value}; check the model's weights")
             figures[_metric(metric.removesuffix("_stderr"), way) + ending] = value
     return figures
 

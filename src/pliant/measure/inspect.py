@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from pliant.anatomy import Null
-from pliant.checkpoint.load import load
+from pliant.checkpoint.load import loaded
 from pliant.checkpoint.quantized import held_bytes, packed_formats
+from pliant.compat.native import cached_bytes, how_it_runs
 from pliant.elastic import Subnet, cache_bytes, check, described, macs, parameters, weight_bytes
 from pliant.measure.walk import store_bytes
-from pliant.runtime.decoder import cached_bytes
 
 
-def inspect(model: Any, *, self_check: bool = True) -> dict[str, Any]:
+def inspect(model: Any, *, self_check: bool = True, dtype: Any = None, device: Any = None) -> dict[str, Any]:
     """Describe a model.
 
     Arguments:
         model: a transformers model, or what :func:`pliant.load` takes.
         self_check: also prove on a few tokens that the description is true; see :func:`pliant.check`.
+        dtype, device: of a model that is given by name or folder, as in :func:`pliant.load`.
 
     Returns:
         Plain data: family, depth, parameters, MACs per token, bytes, and for each block its axes and what removing it saves;
         of a model that was traced MACs per image, and nothing on tokens.
     """
-    if isinstance(model, str | Path):
-        model = load(model)
+    model = loaded(model, dtype=dtype, device=device)
     anatomy = described(model)
     packed = packed_formats(model)
     self_check = self_check and not packed  # it takes views of weights, which a packed layer has none of
@@ -79,7 +78,9 @@ def inspect(model: Any, *, self_check: bool = True) -> dict[str, Any]:
         "outside_blocks": anatomy.rest,
         **costs,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "device": str(next(model.parameters()).device),
         "packed": packed,
+        **(how_it_runs(model) if packed else {}),
         "weight_bytes": held_bytes(model) if packed else weight_bytes(anatomy, element=element),
         "blocks": blocks,
         "removed": removed,

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from pliant.anatomy import Anatomy
+from pliant.device import doubled, total
 from pliant.elastic import Elastic, Subnet
 from pliant.measure.score import nll
 from pliant.measure.stream import Stream
-from pliant.measure.windows import batches_of
+from pliant.measure.windows import batches_of, tokens_at_once, within_memory
 
 Ranking = dict[str, float]
 
@@ -37,10 +38,23 @@ def _by_stream(
 
     The stream between two blocks of a layer is what the layer gives when its later blocks are skipped.
     """
+    return within_memory(
+        model,
+        lambda tokens: _means(model, anatomy, batches_of(model, windows, tokens), per_token),
+        max(tokens_at_once(model), windows.shape[1]),
+    )
+
+
+def _means(
+    model: Any,
+    anatomy: Anatomy,
+    batches: list[torch.Tensor],
+    per_token: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> Ranking:
     elastic, stream = Elastic(model.eval(), anatomy), Stream(model, anatomy)
     sums = dict.fromkeys(anatomy.blocks, 0.0)
     try:
-        for ids in batches_of(model, windows):
+        for ids in batches:
             hidden: torch.Tensor | None = None
             for layer in range(anatomy.depth):
                 blocks = [block.name for block in anatomy.blocks.values() if block.layer == layer]
@@ -49,11 +63,11 @@ def _by_stream(
                     elastic.activate(Subnet(frozenset(blocks[place:])), stretch=True)
                     reached.append(stream.through(ids, layer, layer + 1, hidden))
                 for name, before, after in zip(blocks, reached, reached[1:], strict=False):
-                    sums[name] += per_token(before.float(), after.float()).double().sum().item()
+                    sums[name] += total(per_token(before.float(), after.float())).item()
                 hidden = reached[-1]
     finally:
         elastic.activate(Subnet())
-    return {name: value / windows.numel() for name, value in sums.items()}
+    return {name: value / sum(ids.numel() for ids in batches) for name, value in sums.items()}
 
 
 def taylor(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> Ranking:
@@ -103,7 +117,7 @@ def _gates(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> dict[str, tor
             for name, output in outputs.items():
                 slope = output.grad
                 assert slope is not None
-                found[name].append((slope.double() * added[name].double()).sum().item())
+                found[name].append((doubled(slope) * doubled(added[name])).sum().item())
             outputs.clear()
             added.clear()
     finally:

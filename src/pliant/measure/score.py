@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from pliant.device import total
+
 TOKENS_AT_A_TIME = 64  # whose losses are computed together
 
 
@@ -18,7 +20,7 @@ def nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         ids: shape ``(windows, seqlen)``.
 
     Returns:
-        Nats per token, float64, shape ``(windows,)``.
+        Nats per token, float64, shape ``(windows,)``; on the CPU if the device of the logits has no float64.
     """
     return nll_sum(logits, ids[:, 1:]) / (ids.shape[1] - 1)
 
@@ -35,7 +37,7 @@ def nll_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
 
     def each(part: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(part.float(), wanted, reduction="none").double().sum()
+        return total(F.cross_entropy(part.float(), wanted, reduction="none"))
 
     return _by_window(each, logits[:, : targets.shape[1]], targets)
 
@@ -53,7 +55,7 @@ def kl_sum(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
     def each(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
         ours, theirs = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
-        return (theirs.exp() * (theirs - ours)).sum(dtype=torch.float64)
+        return total(theirs.exp() * (theirs - ours))
 
     return _by_window(each, logits, reference)
 

@@ -4,55 +4,63 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
+from pliant import device as devices
+from pliant.checkpoint.load import loaded
 from pliant.compat.cache import cache_argument
 from pliant.errors import DataError
-from pliant.measure.windows import check_model, longest_of
+from pliant.measure.windows import check_model, check_room, longest_of
 from pliant.progress import peak_memory
+
+PROMPT = 256
+"""Default number of tokens in a prompt."""
 
 
 def bench(
     model: Any,
     against: Any = None,
     *,
-    prompt: int = 256,
+    prompt: int | None = None,
     tokens: int = 32,
     batch: int = 1,
     repeats: int = 5,
     seed: int = 0,
+    dtype: Any = None,
+    device: Any = None,
 ) -> dict[str, Any]:
     """Time prefill and decode on random tokens; with ``against``, both models in turn, A B A B …
 
     Arguments:
-        prompt: tokens in the prompt.
+        model, against: transformers models, timed on the device that they are on; or what :func:`pliant.load` takes.
+        prompt: tokens in the prompt; default: 256, or as many as the models have positions for.
         tokens: tokens decoded after it, one at a time, with the key-value cache.
         batch: sequences at once.
         repeats: timed rounds, after one that is not timed.
+        dtype, device: of models that are given by name or folder, as in :func:`pliant.load`.
 
     Returns:
         For ``model`` (and ``against``): ``prefill`` and ``decode`` in tokens per second as ``median``, ``p10``, ``p90``;
-        ``speedup`` as the median over rounds of model/against; ``peak_memory`` of the process in bytes.
+        ``speedup`` as the median over rounds of model/against; ``peak_memory`` of the process in bytes; ``settings``: the
+        values used for the arguments; ``on``: device and dtype of each model.
 
     Raises:
         ArchitectureError: a model that predicts no next tokens.
         DataError: a setting below 1, or more tokens than a model has positions for.
     """
     for name, value in {"prompt": prompt, "tokens": tokens, "batch": batch, "repeats": repeats}.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise DataError(f"{name} must be at least 1, it is {value}")
-    models = {"model": model, **({"against": against} if against is not None else {})}
+    given = {"model": model, **({"against": against} if against is not None else {})}
+    models = {name: loaded(one, dtype=dtype, device=device) for name, one in given.items()}
+    prompt = prompt_for(models, prompt, tokens)
     rates: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
     generator = torch.Generator().manual_seed(seed)
     configs = {name: one.config.get_text_config(decoder=True) for name, one in models.items()}
-    for name, one in models.items():
-        check_model(one)
-        longest = longest_of(one)
-        if prompt + tokens > longest:
-            raise DataError(f"{prompt} + {tokens} tokens are more than the {longest} positions of {name}")
     was_training = {name: one.training for name, one in models.items()}
     try:
         for round_ in range(repeats + 1):
@@ -72,9 +80,28 @@ def bench(
             for kind in ("prefill", "decode")
         }
     result["settings"] = {"prompt": prompt, "tokens": tokens, "batch": batch, "repeats": repeats}
+    result["on"] = {
+        name: {"device": str(one.device), "dtype": str(one.dtype).removeprefix("torch.")}
+        for name, one in models.items()
+    }
     result["threads"] = torch.get_num_threads()
     result["peak_memory"] = peak_memory()
     return result
+
+
+def prompt_for(models: Mapping[str, Any], given: int | None, tokens: int, usual: int = PROMPT) -> int:
+    """Length of a prompt that is followed by ``tokens`` tokens: as given, or ``usual``, or as many as all models have positions for.
+
+    Raises:
+        ArchitectureError: a model that predicts no next tokens.
+        DataError: more than a model has positions for.
+    """
+    for one in models.values():
+        check_model(one)
+    prompt = given or max(1, min(usual, *(longest_of(one) - tokens for one in models.values())))
+    for name, one in models.items():
+        check_room(one, prompt, tokens, name)
+    return prompt
 
 
 @torch.inference_mode()
@@ -101,9 +128,8 @@ def new_cache(model: Any) -> Any:
 
 
 def wait(model: Any) -> None:
-    """Until the accelerator has done what it was told, where the model is on one."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    """Wait until all work queued on the model's device is done."""
+    devices.wait(model.device)
 
 
 def _spread(values: list[float]) -> dict[str, float]:

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from pliant.compat.cache import cache_argument
+from pliant.compat.native import Native, plan_of
 from pliant.measure.speed import new_cache
-from pliant.measure.windows import check_model
-from pliant.runtime.decoder import Native, decoder_of
+from pliant.measure.windows import check_model, check_room
+from pliant.runtime.dense import is_linear
 from pliant.runtime.linear import Packed
 
 
@@ -26,16 +27,23 @@ def token_time(model: Any, *, prompt: int = 64, tokens: int = 32, seed: int = 0)
 
     Returns:
         ``linears``, ``attention``, ``rest`` and ``total``, in milliseconds a token.
+
+    Raises:
+        DataError: more tokens than the model has positions.
     """
     check_model(model)
+    check_room(model, prompt, tokens)
     size = model.config.get_text_config(decoder=True).vocab_size
-    ids = torch.randint(size, (1, prompt + tokens), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(size, (1, prompt + tokens), generator=torch.Generator().manual_seed(seed)).to(model.device)
     cache = cache_argument(model, new_cache(model))
     model(input_ids=ids[:, :prompt], **cache, use_cache=True, logits_to_keep=1)
-    decoder = decoder_of(model.base_model) if isinstance(model.base_model, Native) else None
+    base = model.base_model
+    plan = plan_of(base) if isinstance(base, Native) else None
+    decoder = None if plan is None else plan.decoder
     if decoder is not None:
         decoder.spent[0] = decoder.spent[1] = 0
-    with _timed(model) as spent:
+    called = [model] if decoder is None else [m for m in model.children() if m is not base]
+    with _timed(called) as spent:
         began = time.perf_counter()
         for at in range(prompt, prompt + tokens):
             model(input_ids=ids[:, at : at + 1], **cache, use_cache=True)
@@ -49,8 +57,9 @@ def token_time(model: Any, *, prompt: int = 64, tokens: int = 32, seed: int = 0)
 
 
 @contextmanager
-def _timed(model: nn.Module) -> Iterator[dict[str, float]]:
-    """Seconds spent in linear layers, in attention modules, and in linear layers within these."""
+def _timed(roots: list[nn.Module]) -> Iterator[dict[str, float]]:
+    """Seconds spent in linear layers, in attention modules, and in linear layers within these. A native run falls back to calling
+    modules one by one if it finds a hook, so ``roots`` must not contain the modules that it runs."""
     spent = {"linears": 0.0, "attention": 0.0, "within": 0.0}
     inside: list[nn.Module] = []
     begun: dict[nn.Module, float] = {}
@@ -71,7 +80,8 @@ def _timed(model: nn.Module) -> Iterator[dict[str, float]]:
 
     wanted = [
         m
-        for n, m in model.named_modules()
+        for root in roots
+        for n, m in root.named_modules()
         if _is_linear(m) or n.rpartition(".")[2] in ("self_attn", "attn", "attention")
     ]
     handles = [module.register_forward_pre_hook(before) for module in wanted]
@@ -84,4 +94,4 @@ def _timed(model: nn.Module) -> Iterator[dict[str, float]]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Packed) or type(module).__name__ == "Conv1D"
+    return is_linear(module) or isinstance(module, Packed)

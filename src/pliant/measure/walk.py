@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from pliant.anatomy import Anatomy, layers_of
+from pliant.device import free_memory
 from pliant.elastic import Elastic, Subnet
 from pliant.errors import DataError, MemoryLimitError
 from pliant.measure.score import METRICS, TOKENS_AT_A_TIME, kl_sum, nll_sum
 from pliant.measure.stream import Stream
-from pliant.measure.windows import batches_of, tokens_at_once
+from pliant.measure.windows import batches_of, tokens_at_once, within_memory
 from pliant.pages import NEAR, pages_of
 from pliant.progress import size
 
@@ -35,8 +36,11 @@ class Walk:
         memory: bytes that hidden states may take; with less, every k-th boundary is kept and the rest recomputed.
         stretch: layers that all windows go through before the next ones are run; all of them when left out. With a model
             whose weights are in files, as many as memory holds, so that each is read once for all windows.
+        tokens: in one forward pass; default: :func:`pliant.measure.windows.tokens_at_once`. When the device runs out of memory,
+            this is halved for the rest of the search, and only every second boundary is kept.
 
     Attributes:
+        tokens: as above.
         evaluations: scores computed so far.
         block_forwards: residual blocks run so far, in passes over all windows.
     """
@@ -51,34 +55,53 @@ class Walk:
         reuse: bool = True,
         memory: int | None = None,
         stretch: int | None = None,
+        tokens: int | None = None,
     ):
         if metric not in METRICS:
             raise DataError(f"there is no metric {metric!r}; there are {', '.join(METRICS)}")
         self.model, self.anatomy, self.metric, self.reuse = model.eval(), anatomy, metric, reuse
-        self.batches = batches_of(model, windows)
+        self._windows = windows
         self.evaluations = 0
         self.block_forwards = 0.0
         self.elastic = Elastic(model, anatomy)
         self.stream = Stream(model, anatomy)
         self._base = Subnet()
         self._known = 0  # boundaries 1 … _known of the base are remembered
-        self._hidden: list[dict[int, torch.Tensor]] = [{} for _ in self.batches]
         self._stride = 1
         whole = store_bytes(model, anatomy, windows.numel())
         while memory is not None and whole / self._stride > memory and self._stride < anatomy.depth:
             self._stride += 1
         self._stretch = stretch or anatomy.depth
-        self._tokens = windows.shape[1] if pages_of(model) is None else tokens_at_once(model)  # positions with logits
-        self._dense: list[torch.Tensor] = []
+        self._split(tokens or tokens_at_once(model))
+        if pages_of(model) is None:
+            self._parts = windows.shape[1]
 
     def rebase(self, subnet: Subnet) -> None:
         """Make ``subnet`` the one whose prefix is remembered; what it shares with the base so far stays known."""
         self._forget_after(self._divergence(subnet))
         self._base = subnet
 
-    @torch.inference_mode()
     def score(self, subnet: Subnet, share: float = 1.0) -> float:
         """Mean loss in nats per token of ``subnet`` on the first ``share`` of the windows; NaN where there is no number."""
+
+        def scored(tokens: int) -> float:
+            if tokens != self.tokens:
+                self._stride = min(self.anatomy.depth, 2 * self._stride)
+                self._split(tokens)
+            return self._score(subnet, share)
+
+        return within_memory(self.model, scored, self.tokens)
+
+    def _split(self, tokens: int) -> None:
+        """Cut the windows into batches of ``tokens`` tokens, and logits into as many positions; discard all kept hidden states."""
+        self.tokens = self._parts = tokens
+        self.batches = batches_of(self.model, self._windows, tokens)
+        self._hidden: list[dict[int, torch.Tensor]] = [{} for _ in self.batches]
+        self._known = 0
+        self._dense: list[torch.Tensor] = []
+
+    @torch.inference_mode()
+    def _score(self, subnet: Subnet, share: float) -> float:
         if self.metric == "kl" and not self._dense:
             self._dense = self._dense_ends()
         start = 0
@@ -94,7 +117,7 @@ class Walk:
             entered = self._through(batches, first, first + self._stretch, entered)
             first += self._stretch
         for number, ids in enumerate(batches):
-            for where, logits in self.stream.parts(ids, self._tokens, first, entered[number]):
+            for where, logits in self.stream.parts(ids, self._parts, first, entered[number]):
                 if self.metric == "kl":
                     reference = self.stream.logits(ids[:, where], depth, self._dense[number][:, where])
                     total += kl_sum(logits, reference).sum().item()
@@ -202,6 +225,9 @@ def footprint(model: Any, anatomy: Anatomy, windows: torch.Tensor, metric: str) 
     copies = (2 if metric == "kl" else 1) * (2 if tokens < seqlen else 1)  # in parts, the last ones are still there
     logits = copies * vocabulary * (tokens * element + min(tokens, TOKENS_AT_A_TIME) * 8)
     if pages is None:
+        free = free_memory(next(model.parameters()).device)
+        if free is not None:  # boundaries that do not fit are recomputed
+            hidden = max(hidden // anatomy.depth, min(hidden, free // 2))
         return Footprint(whole, hidden, logits, anatomy.depth)
     layers = layers_of(model, anatomy.architecture)
     each = max(sum(p.nbytes for p in layer.parameters()) for layer in layers)

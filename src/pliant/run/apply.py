@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from torch.nn.parameter import is_lazy
+
 from pliant.checkpoint.load import load, tokenizer_of
 from pliant.checkpoint.quantized import is_packed
 from pliant.checkpoint.schema import write
 from pliant.data import Examples, Text, text
-from pliant.elastic import described, parameters
-from pliant.errors import MemoryLimitError
+from pliant.errors import DataError, MemoryLimitError
 from pliant.pages import pages_of
 from pliant.progress import Console, Progress, peak_memory
-from pliant.step import Job, Step, StepError
+from pliant.step import Job, Step, StepError, recipe_of
 
 
 def apply(
@@ -31,26 +33,32 @@ def apply(
     """Apply a step, or a recipe of several, to ``model`` in place, and return it.
 
     Arguments:
-        model: a transformers model. To keep the dense one, copy it first (``copy.deepcopy``).
+        model: a transformers model; for steps on values (``PackedLinear``, ``Magnitude``, ``RTN``, ``SparAMX``) any module with
+            linear layers. The model is changed in place; to keep the original, copy it first (``copy.deepcopy``).
         step: e.g. ``pliant.MultiPruner(ratio=0.2)``.
         data: calibration text: ``pliant.text(path)`` or a path. A step that trains also takes ``pliant.examples(path)``.
         tokenizer: the model's tokenizer; when left out, that of where the model was loaded from.
         dense: the model before it was cut, for steps that learn from it; when left out, it is loaded again from where the
             model came from.
-        work: a folder in which every evaluation is kept; the same call after a crash goes on from there.
+        work: a folder in which every evaluation is kept; the same call after a crash resumes from it.
         progress: False for silence, or a :class:`pliant.progress.Progress` of your own.
 
     Returns:
-        The same model, changed. ``model.save_pretrained(dir)`` writes a folder that reloads; what was done is in
-        ``model.pliant_history``.
+        The same model, changed. ``model.save_pretrained(dir)`` of a transformers model writes a folder that reloads;
+        ``model.pliant_history`` records the steps.
+
+    Raises:
+        StepError: before any work: ``model`` is not a model, ``step`` not a step, or a step comes after one that packs.
+        DataError: ``data`` is none of the above.
     """
+    _check_model(model)
+    steps = recipe_of(step)
     if isinstance(data, str | Path):
         data = text(data)
+    if data is not None and not isinstance(data, Text | Examples):
+        raise DataError(f"data is pliant.text(path), pliant.examples(path) or a path, not {data!r}")
     shown = progress if isinstance(progress, Progress) else Console() if progress else Progress()
-    steps = [step] if isinstance(step, Step) else list(step)
     for one in steps:
-        if not isinstance(one, Step):
-            raise StepError(f"a step is expected, such as pliant.MultiPruner(ratio=0.2); not {one!r}")
         if one.trains and pages_of(model) is not None:
             raise MemoryLimitError(
                 "training keeps all weights in memory; save the cut model and train it in a run without a memory limit"
@@ -89,15 +97,28 @@ def apply(
     return model
 
 
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        path = isinstance(model, str | Path)
+        raise StepError(
+            f"a model is expected, not {model!r}" + (f"; load it first: pliant.load({str(model)!r})" if path else "")
+        )
+
+
 def _parameters(model: Any) -> int:
-    """Parameters of a model.
+    """Parameters of a model that is not packed."""
+    check_unpacked(model)
+    return sum(0 if is_lazy(parameter) else parameter.numel() for parameter in model.parameters())
+
+
+def check_unpacked(model: Any) -> None:
+    """Refuse a model that no step can be applied to.
 
     Raises:
         StepError: it is packed.
     """
     if is_packed(model):
         raise StepError("this model is packed, and packing comes last; start from the model it was packed from")
-    return parameters(described(model))
 
 
 def _loaded_again(model: Any) -> Any:

@@ -11,11 +11,13 @@ import torch
 import transformers
 import yaml
 
-from pliant.checkpoint.load import CLASSIFIERS
+from pliant.checkpoint.load import auto_name
 from pliant.measure.evaluate import SHARES
 
 READERS = {"pixel_values": ("processor", "AutoImageProcessor")}
 """What reads the input of a model, by the name of that input; a tokenizer for all others."""
+
+NAMED = 0.001  # kinds of skipped parameters below this share of the model are not named
 
 
 def versions() -> dict[str, Any]:
@@ -52,14 +54,13 @@ def card(model: Any, history: list[dict[str, Any]], report: dict[str, Any] | Non
         lines.append(f"- {step['settings']['step']} ({settings})")
         lines.append(
             f"  {step['parameters_before']:,} to {step['parameters_after']:,} parameters in {step['seconds']:.0f} s"
-            + (f". {packing(step)}." if "packed" in step else "")
+            + (f". {said}." if (said := on_values(step)) else "")
         )
     if report is not None:
         lines += ["", "| | before | after |", "|---|---|---|"]
         lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table(report)]
-        lines += ["", f"Measured on {report['machine']['cpu']}, {report['machine']['threads']} threads."]
-    kinds = [kind for kind in CLASSIFIERS if type(model).__name__.endswith(f"For{kind}")]
-    auto = f"AutoModelFor{kinds[0] if kinds else 'CausalLM'}"
+        lines += ["", f"Measured on {measured_on(report)}, in {report['dtype']}."]
+    auto = auto_name(getattr(getattr(model, "config", None), "model_type", None), [type(model).__name__])
     name, reader = READERS.get(getattr(model, "main_input_name", ""), ("tokenizer", "AutoTokenizer"))
     lines += [
         "",
@@ -81,14 +82,31 @@ def changed(report: dict[str, Any]) -> str:
     """What was done to a model, in a few words."""
     told = [f"{report['ratio']:.1%} of the parameters removed"] if report["ratio"] else []
     if forms := _formats(report["steps"]):
-        told.append(f"linear layers packed as {' and '.join(forms)}")
+        share = 1 - next(step["left"]["share"] for step in report["steps"] if "packed" in step)
+        told.append(f"linear layers ({share:.1%} of the parameters) packed as {' and '.join(forms)}")
     return ", ".join(told) or "no parameters removed"
 
 
-def packing(step: dict[str, Any]) -> str:
-    """How a model runs that a step has packed."""
-    how = "all of them run in one native call" if step["native"] else f"run one by one: {step['why_not_native']}"
-    return f"Layers of {step['bits']:.2f} bits a weight, {how}"
+def measured_on(report: dict[str, Any]) -> str:
+    """The device of a report; for the CPU, its model and the number of threads."""
+    where = report["machine"]
+    return f"{where['cpu']}, {where['threads']} threads" if report["device"] == "cpu" else report["device"]
+
+
+def on_values(step: dict[str, Any]) -> str:
+    """How a packed model runs, and which parameters a step on values skipped; an empty string for other steps."""
+    told = []
+    if "packed" in step:
+        how = "all run in one native call" if step["native"] else f"run one by one: {step['why_not_native']}"
+        told.append(f"Packed layers at {step['bits']:.2f} bits per weight, {how}")
+    left = step.get("left", {"parameters": 0})
+    if left["parameters"]:
+        shares = [(kind["parameters"] * left["share"] / left["parameters"], kind["why"]) for kind in left["reasons"]]
+        kinds = [f"{share:.1%} {why}" for share, why in shares if share >= NAMED] or [shares[0][1]]
+        done = "packed" if "packed" in step else "changed"
+        size = _megabytes(left["bytes"])
+        told.append(f"Not {done}: {left['share']:.1%} of the parameters ({size}), of which {'; '.join(kinds)}")
+    return ". ".join(told)
 
 
 def _formats(history: list[dict[str, Any]]) -> list[str]:
@@ -105,6 +123,9 @@ def table(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("parameters", f"{before['parameters']:,}", f"{after['parameters']:,}{less}"),
         ("weights", _megabytes(before["weight_bytes"]), _megabytes(after["weight_bytes"])),
     ]
+    for key, name in (("disk_bytes", "on disk"), ("run_memory", "memory to run")):
+        if before.get(key) and after.get(key):
+            rows.append((name, _megabytes(before[key]), f"{_megabytes(after[key])} ({_less(before[key], after[key])})"))
     if before["cache_bytes_per_token"]:
         old, new = (f"{costs['cache_bytes_per_token']:,} B" for costs in (before, after))
         rows.append(("KV cache per token", old, new))
@@ -114,12 +135,18 @@ def table(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     for name, old in before.get("quality", {}).get("tasks", {}).items():
         new = after["quality"]["tasks"][name]
         rows += [(f"{name} {metric}", f"{old[metric]:.1%}", f"{new[metric]:.1%}") for metric in SHARES if metric in old]
+        if "perplexity" in old:
+            rows.append((f"{name} perplexity", f"{old['perplexity']:.2f}", f"{new['perplexity']:.2f}"))
     speed = report.get("speed")
     if speed:
         for kind in ("prefill", "decode"):
             old, new, gain = speed["against"][kind], speed["model"][kind], speed["speedup"][kind]
             rows.append((f"{kind}, tokens/s", f"{old['median']:.1f}", f"{new['median']:.1f} ({gain['median']:.2f}x)"))
     return rows
+
+
+def _less(before: int, after: int) -> str:
+    return f"-{1 - after / before:.0%}" if after < before else f"+{after / before - 1:.0%}"
 
 
 def _megabytes(count: int) -> str:

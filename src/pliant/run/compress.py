@@ -17,23 +17,27 @@ from filelock import FileLock, Timeout
 
 from pliant.anatomy import Anatomy
 from pliant.checkpoint.load import check_folder, load, tokenizer_of
-from pliant.checkpoint.quantized import held_bytes, packed_bytes
+from pliant.checkpoint.quantized import held_bytes, packed_bytes, unpacked_bytes
 from pliant.checkpoint.weights import fingerprint
+from pliant.compat.native import cached_bytes
 from pliant.data import Text, text
+from pliant.device import called
 from pliant.elastic import Subnet, cache_bytes, described, macs, parameters, streamed_bytes, weight_bytes
 from pliant.errors import BusyError, PliantError
 from pliant.machine import machine
 from pliant.measure.evaluate import evaluate
+from pliant.measure.footprint import disk_bytes, run_memory
+from pliant.measure.reply import check_prompts, replies
 from pliant.measure.speed import bench
-from pliant.measure.windows import longest_of, predicts
+from pliant.measure.windows import check_model, longest_of, predicts
 from pliant.pages import pages_of
 from pliant.progress import Console, Progress
-from pliant.run.apply import apply
+from pliant.run.apply import apply, check_unpacked
 from pliant.run.card import versions
-from pliant.run.save import check_target, save
-from pliant.runtime.decoder import cached_bytes
+from pliant.run.save import check_savable, save
+from pliant.run.target import LOCK, check_target, work_folder
 from pliant.search import ArchiveError
-from pliant.step import Step
+from pliant.step import Step, recipe_of
 
 ARCHIVES = "search*.jsonl"  # one for each step that searched
 MEASURED = "measured.json"
@@ -48,7 +52,8 @@ class Measuring:
         perplexity: held-out texts; when empty, rows of the calibration text that the step does not see.
         tasks: question files.
         seqlen, windows, limit: as in :func:`pliant.evaluate`.
-        speed: time prefill and decode of both models, in turn.
+        speed: time prefill and decode of both models, in turn, and measure their disk space and memory.
+        prompts: both models reply to these; the report shows the replies side by side.
     """
 
     perplexity: Sequence[str | Path | Text] = ()
@@ -57,6 +62,7 @@ class Measuring:
     windows: int | None = 32
     limit: int | None = 200
     speed: bool = True
+    prompts: Sequence[str] = ()
 
 
 def compress(
@@ -68,38 +74,42 @@ def compress(
     measuring: Measuring = Measuring(),
     overwrite: bool = False,
     dtype: Any = "auto",
+    device: Any = None,
     memory: int | str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compress a model into the folder ``out`` and return the report.
 
-    While it runs, evaluations are kept in ``out`` + ``.work``: after a crash or Ctrl-C the same call goes on from there.
-    Afterwards the archive is part of the artefact: a run with ``overwrite`` that differs in what no score depends on (the
-    ratio, say) starts from it, and one that differs in nothing finds its work done.
+    While it runs, evaluations are kept in ``out`` + ``.work``: after a crash or Ctrl-C the same call resumes from them. Afterwards
+    the archive is part of the artefact: a run with ``overwrite`` that differs only in settings on which no score depends (such as
+    the ratio) starts from it, and an identical run finds its work done.
 
     Arguments:
         data: calibration text; None for a step that needs none.
         measuring: what to measure before and after.
         overwrite: replace what is in ``out``.
+        dtype, device: as in :func:`pliant.load`.
         memory: what the process may take beside what it has, as for :func:`pliant.load`; speed is then not measured.
 
     Raises:
         BusyError: another run is writing to ``out``.
+        StepError: before any work: ``step`` is not a step, or a step comes after one that packs.
+        DataError: before any work: a prompt is empty.
     """
     progress = progress or Console()
-    out = Path(out).resolve()
-    check_target(out, overwrite)
+    steps = recipe_of(step)
+    check_prompts(measuring.prompts)
+    out = check_target(out, overwrite, source=source)
     calibration = text(data) if isinstance(data, str | Path) else data
     held_out = [one if isinstance(one, Text) else text(one) for one in measuring.perplexity]
     if not held_out and calibration is not None:
         calibration, rest = calibration.split(0.1)
         held_out = [rest]
     if memory is not None:
-        measuring = replace(measuring, speed=False)  # two models at once, and files to read: it would tell nothing
-    work = out.with_name(out.name + ".work")
+        measuring = replace(measuring, speed=False)  # two models at once, partly in files: timings would mean nothing
+    work = work_folder(out)
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(work / "lock")
+        lock = FileLock(work / LOCK)
         lock.acquire(timeout=0)
     except Timeout:
         raise BusyError(f"another run is writing to {str(out)!r}; wait for it, or name another folder") from None
@@ -109,8 +119,8 @@ def compress(
             if made.exists() and not (work / made.name).exists():
                 shutil.copyfile(made, work / made.name)
         with progress.stage(f"loading {source}"):
-            model = load(source, dtype=dtype, memory=memory, scratch=work)
-        return _compress(source, model, step, calibration, held_out, out, work, measuring, overwrite, progress)
+            model = load(source, dtype=dtype, device=device, memory=memory, scratch=work)
+        return _compress(source, model, steps, calibration, held_out, out, work, measuring, overwrite, dtype, progress)
 
     try:
         # archives of what is about to be overwritten: a start, or of no use if they came from other settings
@@ -141,22 +151,27 @@ def compress(
 def _compress(
     source: str | Path,
     model: Any,
-    step: Step | Sequence[Step],
+    steps: list[Step],
     calibration: Text | None,
     held_out: list[Text],
     out: Path,
     work: Path,
     measuring: Measuring,
     overwrite: bool,
+    dtype: Any,
     progress: Progress,
 ) -> dict[str, Any]:
-    reads = calibration is not None or held_out or measuring.tasks
+    check_unpacked(model)
+    if measuring.prompts:
+        check_model(model)
+    reads = calibration is not None or held_out or measuring.tasks or measuring.prompts
     tokenizer = tokenizer_of(model) if reads else None
     if measuring.speed and not predicts(model):
         progress.note("speed is measured of causal language models only")
         measuring = replace(measuring, speed=False)
-    check_target(out, overwrite, need=sum(p.numel() * p.element_size() for p in model.parameters()))
-    job = _job(model, tokenizer, step, calibration, held_out, measuring)
+    check_target(out, overwrite, sum(p.numel() * p.element_size() for p in model.parameters()), source)
+    check_savable(model)
+    job = _job(model, tokenizer, steps, calibration, held_out, measuring)
     if (done := _finished(out, job)) is not None:
         progress.note(f"{out} holds this result already; remove it to have it made anew")
         return done
@@ -170,9 +185,14 @@ def _compress(
             lambda: _measure(of, name, held_out, tokenizer, measuring, progress),
         )
 
+    def replied(name: str) -> list[str]:
+        with progress.stage(f"replies of the {name} model"):
+            return replies(model, tokenizer, measuring.prompts) if measuring.prompts else []
+
     before = {**_costs(model), "quality": quality(model, "dense")}
+    replies_before = replied("dense")
     dense = copy.deepcopy(model) if measuring.speed else None
-    apply(model, step, calibration, tokenizer=tokenizer, dense=dense, work=work, progress=progress)
+    apply(model, steps, calibration, tokenizer=tokenizer, dense=dense, work=work, progress=progress)
     after = {**_costs(model), "quality": quality(model, "cut")}
     report = {
         "schema": 1,
@@ -182,24 +202,37 @@ def _compress(
         "before": before,
         "after": after,
         "layers": _shares(before.pop("units"), after.pop("units")),
+        "replies": [
+            {"prompt": prompt, "before": old, "after": new}
+            for prompt, old, new in zip(measuring.prompts, replies_before, replied("cut"), strict=True)
+        ],
         "steps": model.pliant_history,
         "machine": machine(),
+        "device": called(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
         **versions(),
     }
     if dense is not None:
         with progress.stage("timing both models in turn"):
-            longest = longest_of(model)
-            tokens = min(32, longest // 4)
-            report["speed"] = bench(model, dense, prompt=min(_PROMPT, longest - tokens), tokens=tokens)
+            report["speed"] = bench(model, dense, tokens=min(32, longest_of(model) // 4))
         report["predicted"] = {
             "prefill": before["macs_per_token"] / after["macs_per_token"],
             "decode": before["streamed_bytes"] / after["streamed_bytes"],
         }
     if (pages := pages_of(model)) is not None:
         report["memory"] = {"limit": pages.limit, "peak": pages.peak}
+
+    def weigh(written: Path) -> None:
+        """Measure bytes on disk and memory to run, of the source model and of the model just written."""
+        if measuring.speed:
+            with progress.stage("running both models in separate processes to measure their memory"):
+                for costs, where in ((before, source), (after, written)):
+                    costs["disk_bytes"] = disk_bytes(where)
+                    costs["run_memory"] = run_memory(where, dtype)
+
     archive = {made.name: made for made in [*sorted(work.glob(ARCHIVES)), work / MEASURED] if made.exists()}
     with progress.stage(f"writing {out}"):
-        save(model, out, report=report, extra=archive, overwrite=overwrite)
+        save(model, out, report=report, extra=archive, overwrite=overwrite, weigh=weigh)
     return report
 
 
@@ -233,13 +266,12 @@ def _key(model: Any, tokenizer: Any, held_out: list[Text], measuring: Measuring)
 def _job(
     model: Any,
     tokenizer: Any,
-    step: Step | Sequence[Step],
+    steps: list[Step],
     calibration: Text | None,
     held_out: list[Text],
     measuring: Measuring,
 ) -> str | None:
     """What a whole run depends on, as a hash; None where a step reads files of its own, which may have changed."""
-    steps = [step] if isinstance(step, Step) else list(step)
     if any(getattr(one, name, None) for one in steps for name in ("data", "teacher")):
         return None
     text_ = None if calibration is None else (calibration.digest, calibration.token_digest(tokenizer))
@@ -247,7 +279,9 @@ def _job(
         [one.to_dict() for one in steps],
         text_,
         measuring.speed,
+        list(measuring.prompts),
         str(model.dtype),
+        *([str(model.device)] if model.device.type != "cpu" else []),
         machine()["cpu"],
         versions(),
     ]
@@ -289,7 +323,8 @@ def _costs(model: Any) -> dict[str, Any]:
     if packed := packed_bytes(model):
         weights = held_bytes(model)
         cached = cached_bytes(model) or cached
-        streamed = packed + _PROMPT * cached
+        others = streamed_bytes(anatomy, element=element) - unpacked_bytes(model, element)
+        streamed = packed + max(0, others) + _PROMPT * cached
     return {
         "parameters": parameters(anatomy),
         "macs_per_token": macs(anatomy, Subnet(), tokens=1, context=_PROMPT),

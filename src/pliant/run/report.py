@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from pliant.progress import duration, size
-from pliant.run.card import changed, packing, table
+from pliant.run.card import changed, measured_on, on_values, table
 
 STYLE = """
 :root{--ink:#1c2024;--dim:#60646c;--line:#d9dce0;--paper:#fff;--fill:#2a7d6f;--gone:#e7e9ec;--mark:#c2502e}
@@ -18,7 +18,7 @@ table{border-collapse:collapse;width:100%}td,th{text-align:right;padding:.3rem .
 td:first-child,th:first-child{text-align:left}td{font-variant-numeric:tabular-nums}th{font-weight:600;color:var(--dim)}
 svg{width:100%;height:auto}svg text{fill:var(--dim);font:11px system-ui,sans-serif}
 .axis{stroke:var(--line)}.curve{stroke:var(--fill);fill:none;stroke-width:2}.dot{fill:var(--fill)}.first{fill:var(--mark)}
-.kept{fill:var(--fill)}.gone{fill:var(--gone)}code{font-size:.9em}details{margin-top:1rem}
+.kept{fill:var(--fill)}.gone{fill:var(--gone)}.said td{text-align:left;vertical-align:top;white-space:pre-wrap}code{font-size:.9em}details{margin-top:1rem}
 """
 
 
@@ -31,20 +31,34 @@ def page(report: dict[str, Any]) -> str:
     model = escape(str(report["model"]))
     rows = [f"<tr><td>{escape(n)}</td><td>{escape(b)}</td><td>{escape(a)}</td></tr>" for n, b, a in table(report)]
     steps = "".join(_step(step) for step in report["steps"])
-    where = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>pliant: {model}</title><style>{STYLE}</style></head><body>
 <h1>{model}</h1>
-<p>{changed(report).capitalize()}. Measured on {escape(str(where["cpu"]))}, {where["threads"]} threads; {escape(versions)}.</p>
+<p>{changed(report).capitalize()}. Measured on {escape(measured_on(report))}, in {report["dtype"]}; {escape(versions)}.</p>
 <h2>Before and after</h2>
 <table><tr><th></th><th>before</th><th>after</th></tr>{"".join(rows)}</table>
+{_replies(report.get("replies", []))}
 {_predicted(report)}
 {_picture(report["layers"])}
 {steps}
 </body></html>
 """
+
+
+def _replies(replies: list[dict[str, str]]) -> str:
+    """The replies of both models, side by side."""
+    if not replies:
+        return ""
+    rows = "".join(
+        f'<tr class="said"><td>{escape(r["prompt"])}</td><td>{escape(r["before"])}</td><td>{escape(r["after"])}</td></tr>'
+        for r in replies
+    )
+    return (
+        "<h2>Replies</h2><table><tr><th>prompt</th><th>before</th><th>after</th></tr>"
+        f"{rows}</table><p>Chosen greedily, cut off after a few lines.</p>"
+    )
 
 
 def _predicted(report: dict[str, Any]) -> str:
@@ -80,7 +94,7 @@ def _step(step: dict[str, Any]) -> str:
         if costs
         else ""
     )
-    packed = f"<p>{escape(packing(step))}.</p>" if "packed" in step else ""
+    packed = f"<p>{escape(said)}.</p>" if (said := on_values(step)) else ""
     return (
         f"<h2>{escape(step['settings']['step'])}</h2><p><code>{escape(settings)}</code></p>{_curve(step.get('points', []))}"
         f"{packed}{counted}{_repair(step.get('repair', []))}{_recovery(step.get('recovery'))}<p>{duration(step['seconds'])} in all, peak memory {size(step['peak_memory'])}.</p>"

@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import os
+import copy
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from safetensors import SafetensorError
 
-from pliant.checkpoint.load import sync, tokenizer_of
+from pliant.checkpoint.folder import companions, skipped_of_a_hub
+from pliant.checkpoint.load import tokenizer_of
 from pliant.checkpoint.paged import save_paged
 from pliant.checkpoint.quantized import is_packed
 from pliant.checkpoint.schema import write
-from pliant.errors import ArtefactError
+from pliant.errors import ArchitectureError, ArtefactError, MemoryLimitError, PliantError
+from pliant.figures import to_json
 from pliant.pages import pages_of
+from pliant.progress import bytes_of
 from pliant.run.card import card, versions
 from pliant.run.report import page
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "preprocessor_config.json",  # in the place of a tokenizer: how images are scaled
-)
+from pliant.run.target import RECIPE, check_target, files_in, written_aside
 
 
 def save(
@@ -46,119 +35,192 @@ def save(
     report: dict[str, Any] | None = None,
     extra: dict[str, Path] | None = None,
     overwrite: bool = False,
+    weigh: Callable[[Path], None] | None = None,
     max_shard_size: int | str = "5GB",
 ) -> Path:
     """Save a model with everything that belongs to it.
 
     Arguments:
         folder: must not exist yet, unless ``overwrite``.
-        tokenizer: written beside the model; when left out, the files of the source folder are copied unchanged.
+        tokenizer: written beside the model; by default the source folder's files besides the weights are copied unchanged.
         report: what ``pliant compress`` measured; written as ``report.json`` and ``report.html``.
         extra: files to put in, by name.
-        max_shard_size: as in transformers; within a memory limit an eighth of it.
+        weigh: called with the temporary folder of the written model and tokenizer, before the report is written.
+        overwrite: replace an earlier result. A folder that holds anything else is refused.
+        max_shard_size: as in transformers; within a memory limit at most an eighth of it.
 
     Raises:
-        ArtefactError: the folder exists, cannot be written, or the disk is full. Nothing is left behind then.
+        ArtefactError: the folder exists or cannot be written, the disk is full, or the model cannot be saved. Nothing is left
+            behind.
     """
-    target = Path(folder).resolve()
-    check_target(target, overwrite, need=sum(t.numel() * t.element_size() for t in model.state_dict().values()))
+    need = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    target = check_target(folder, overwrite, need, source=model.name_or_path)
+    shard = _bytes(max_shard_size)
+    check_savable(model, tokenizer)
     if not is_packed(model):  # packing comes last: its shapes were written before
-        write(model)
+        _describe(model)
     history = getattr(model, "pliant_history", [])
     with written_aside(target) as aside:
-        if (pages := pages_of(model)) is None:
-            model.save_pretrained(aside, max_shard_size=max_shard_size)
-        else:
-            save_paged(model, pages, aside, shard=pages.limit // 8)
-        _save_tokenizer(model, tokenizer, aside)
+        _save_model(model, aside, shard)
+        _save_beside(model, tokenizer, aside)
+        if weigh is not None:
+            weigh(aside)
+        (aside / "README.md").write_text(card(model, history, report), "utf-8")
+        if report is not None:
+            (aside / "report.json").write_text(to_json(report) + "\n", "utf-8")
+            (aside / "report.html").write_text(page(report), "utf-8")
+        for name, path in (extra or {}).items():
+            shutil.copyfile(path, aside / name)
         recipe = {
             "recipe": 1,
             "base_model": model.name_or_path,
             "steps": [_short(step) for step in history],
             **versions(),
+            "files": sorted({*files_in(aside), RECIPE}),
         }
-        (aside / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), "utf-8")
-        (aside / "README.md").write_text(card(model, history, report), "utf-8")
-        if report is not None:
-            (aside / "report.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-            (aside / "report.html").write_text(page(report), "utf-8")
-        for name, path in (extra or {}).items():
-            shutil.copyfile(path, aside / name)
+        (aside / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), "utf-8")
     return target
 
 
-def check_target(target: Path, overwrite: bool, need: int = 0) -> None:
-    """Can ``target`` be written? Asked before hours of work, too.
+def _bytes(max_shard_size: int | str) -> int:
+    """Parse a size such as ``5GB`` into bytes.
 
     Raises:
-        ArtefactError: saying why not.
+        ArtefactError: it is not a size.
     """
-    if target.resolve() == Path.cwd():
-        raise ArtefactError(f"{str(target)!r} is the folder you are in; name one that can be made anew")
-    if target.exists() and not target.is_dir():
-        raise ArtefactError(f"{str(target)!r} is a file; give a folder")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ArtefactError(
-            f"{str(target)!r} exists and is not empty; pass overwrite (--overwrite) or name another folder"
-        )
-    parent = target.absolute().parent
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=parent):
-            pass
+        return bytes_of(str(max_shard_size))
+    except MemoryLimitError as error:
+        raise ArtefactError(f"max_shard_size: {error}") from None
+
+
+def _describe(model: Any) -> None:
+    """Write the shapes of a cut model into its config; a model that was not cut needs no architecture file.
+
+    Raises:
+        ArchitectureError: the model was cut, and no architecture file describes it.
+    """
+    try:
+        write(model)
+    except ArchitectureError:
+        with torch.device("meta"):
+            whole = type(model)(copy.deepcopy(model.config))
+        if _shapes_of(model) != _shapes_of(whole):
+            raise
+
+
+def _shapes_of(model: Any) -> dict[str, Any]:
+    """Tensor name -> shape, for all tensors of a model."""
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def check_savable(model: Any, tokenizer: Any = None) -> None:
+    """Check before hours of work that a model can be saved: write everything but its weights into a temporary folder.
+
+    Raises:
+        ArtefactError: it cannot; the message says why.
+    """
+    if getattr(model, "peft_config", None):
+        raise ArtefactError(
+            "this model has a peft adapter, and transformers would save only the adapter's weights; call merge_and_unload() first"
+        )
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            _save_settings(model, Path(place))
+            _save_beside(model, tokenizer, Path(place))
+    except PliantError:
+        raise
     except OSError as error:
-        raise ArtefactError(f"cannot write into {str(parent)!r}: {error.strerror or error}") from error
-    free = shutil.disk_usage(parent).free
-    if free < need * 1.05:
-        raise ArtefactError(f"{str(parent)!r} has {free / 1e9:.2f} GB free, the model needs {need / 1e9:.2f} GB")
+        raise ArtefactError(f"cannot save this model: {error}") from error
+
+
+def _save_model(model: Any, aside: Path, shard: int) -> None:
+    if (pages := pages_of(model)) is None:
+        with _generation_config_kept(model, aside), _refused():
+            model.save_pretrained(aside, max_shard_size=shard)
+    else:
+        _save_settings(model, aside)
+        save_paged(model, pages, aside, shard=min(shard, pages.limit // 8))
+
+
+def _save_settings(model: Any, aside: Path) -> None:
+    """Write the files that ``save_pretrained`` writes besides the weights."""
+    with _generation_config_kept(model, aside), _refused():
+        model.save_pretrained(aside, state_dict={})
 
 
 @contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
-    """A new folder beside ``target`` that takes its place when the block ends well and vanishes when it does not."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
-    old = aside.with_name(aside.name + ".old")
+def _refused() -> Iterator[None]:
+    """While inside, turn transformers' errors about a model that it cannot save into ArtefactError."""
     try:
-        aside.chmod(0o755)
-        yield aside
-        for file in aside.iterdir():
-            sync(file)
-        sync(aside)
-        if target.exists():
-            os.replace(target, old)
-        os.replace(aside, target)
-        sync(target.absolute().parent)
-    except (OSError, SafetensorError) as error:
-        number = getattr(error, "errno", None)
-        reason = "the disk is full" if number in (errno.ENOSPC, errno.EDQUOT) else str(error)
-        raise ArtefactError(f"cannot write {str(target)!r}: {reason}; nothing was written") from error
+        yield
+    except OSError:
+        raise  # a disk error, not the model's
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ArtefactError(f"transformers cannot save this model: {str(error).strip().splitlines()[0]}") from error
+
+
+@contextmanager
+def _generation_config_kept(model: Any, aside: Path) -> Iterator[None]:
+    """While inside, ``save_pretrained`` writes a default generation config; afterwards the model's own replaces it unchanged.
+
+    Many models have one that transformers loads but refuses to save, such as a temperature with ``do_sample=false``.
+    """
+    own = getattr(model, "generation_config", None)
+    if own is None or not model.can_generate():
+        yield
+        return
+    model.generation_config = type(own)()
+    try:
+        yield
     finally:
-        if old.exists() and not target.exists():
-            os.replace(old, target)
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        model.generation_config = own
+    own.to_json_file(aside / "generation_config.json", keys_to_pop=["compile_config"])
 
 
-def _save_tokenizer(model: Any, tokenizer: Any, aside: Path) -> None:
-    source = Path(str(model.name_or_path))
+def _save_beside(model: Any, tokenizer: Any, aside: Path) -> None:
+    """Write the tokenizer or processor, and the other files of a model besides its weights."""
     if tokenizer is not None:
         tokenizer.save_pretrained(aside)
-    elif not model.name_or_path:
+        return
+    if not model.name_or_path:
         return  # made here, not loaded from anywhere
-    elif source.is_dir():
-        for name in TOKENIZER_FILES:
-            if (source / name).exists():
-                shutil.copyfile(source / name, aside / name)
-    elif model.main_input_name != "pixel_values":
+    source = Path(str(model.name_or_path))
+    if source.is_dir():
+        _copy(source, aside)
+        return
+    if model.main_input_name != "pixel_values":
         tokenizer_of(model).save_pretrained(aside)
     else:
         from transformers import AutoImageProcessor
 
-        try:
-            processor = AutoImageProcessor.from_pretrained(model.name_or_path)
-        except (ImportError, OSError, ValueError):  # it has none, or one that needs packages which are not here
-            return
-        processor.save_pretrained(aside)
+        # a model may have no image processor, or one that needs packages which are not installed
+        with suppress(ImportError, OSError, ValueError):
+            AutoImageProcessor.from_pretrained(model.name_or_path).save_pretrained(aside)
+    if not source.is_file():
+        with suppress(
+            OSError, ValueError
+        ):  # not cached, and no hub: the files that transformers reads are written already
+            _copy(_of_a_hub(model), aside)
+
+
+def _of_a_hub(model: Any) -> Path:
+    """A local folder with the files of a model's hub repository, without its weights."""
+    from huggingface_hub import snapshot_download
+
+    place = {"repo_id": model.name_or_path, "revision": getattr(model.config, "_commit_hash", None)}
+    try:
+        return Path(snapshot_download(**place, ignore_patterns=skipped_of_a_hub()))
+    except (OSError, ValueError):  # the hub does not answer
+        return Path(snapshot_download(**place, local_files_only=True))
+
+
+def _copy(source: Path, aside: Path) -> None:
+    """Copy the companion files of a model's weights unchanged; links are followed."""
+    for name in companions(source):
+        if not (aside / name).exists():
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, aside / name)
 
 
 def _short(step: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,9 @@ def scales_of(weight: torch.Tensor, bits: int, group: int | None) -> torch.Tenso
     largest, half = torch.maximum(-low, high), 2 ** (bits - 1)
     if bits == 8:
         return torch.where(largest > TINY, largest / (half - 1), 0)
-    sign = torch.where(-low >= high, 1.0, -1.0)  # the lowest code is that of the largest weight, whatever its sign
+    sign = torch.where(-low >= high, 1.0, -1.0).to(
+        weight
+    )  # the lowest code is that of the largest weight, whatever its sign
     best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
     for scale in (largest / (half - 1), *(sign * largest / (half * slack) for slack in SLACK)):
         scale = scale.to(torch.bfloat16).float()

@@ -14,7 +14,7 @@ import warnings
 from importlib import metadata
 from pathlib import Path
 
-ABI = 1
+ABI = 2
 _FILE = "native.so"
 _P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES = {
@@ -32,6 +32,7 @@ _SIGNATURES = {
     "pliant_verify": (_I, [_P, _L, _I]),
     "pliant_unpack": (_I, [_P, _L, _P, _I]),
     "pliant_cache_new": (_P, [_L, _L, _P]),
+    "pliant_cache_copy": (_P, [_P]),
     "pliant_cache_end": (None, [_P]),
     "pliant_cache_length": (_L, [_P]),
     "pliant_cache_bytes": (_L, [_P]),
@@ -43,7 +44,7 @@ _SIGNATURES = {
     "pliant_decoder_new": (_P, [_P]),
     "pliant_decoder_end": (None, [_P]),
     "pliant_decoder_add": (_I, [_P, _P]),
-    "pliant_decoder_run": (None, [_P, _P, _L, _P, _P, _L, _P, _I, _P]),
+    "pliant_decoder_run": (_I, [_P, _P, _L, _P, _P, _L, _P, _I, _P]),
     "pliant_linear": (_I, [_P, _L, _L, _L, _P, _I, _L, _L, _P, _P, _I, _L, _I]),
 }
 

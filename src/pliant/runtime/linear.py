@@ -9,9 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from pliant.errors import PackedError
+from pliant.runtime.dense import is_linear, sizes_of, weight_of, why_kept
 from pliant.runtime.library import library
+from pliant.runtime.observed import observed
 from pliant.runtime.packed import Header, check, header, pack, room, unpack, verify
 from pliant.runtime.threads import threads
+from pliant.runtime.weight import PackedWeight, product
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -34,8 +37,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out
         Shape ``(..., out_features)``, of x's dtype.
 
     Raises:
-        PackedError: the matrix is none, or of another size than x.
+        PackedError: the matrix is invalid, its size does not match x, or x is not floating-point.
     """
+    if not x.is_floating_point():
+        raise PackedError(
+            f"a packed layer needs a floating-point input, not {str(x.dtype).removeprefix('torch.')}; convert it first"
+        )
     native = library()
     if native is None or x.dtype not in TYPES:
         dense = unpack(weight).to(x.dtype)
@@ -89,53 +96,104 @@ torch.library.register_fake("pliant::linear", _fake, lib=_ops)
 torch.library.register_autograd("pliant::linear", _backward, setup_context=_remember, lib=_ops)
 
 
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
+
+
 class Packed(nn.Module):
     """A linear layer whose weight is packed.
 
     Its state has ``weight``, the packed matrix as bytes, and ``bias``. It runs on the CPU.
+
+    Attributes:
+        dtype: the dtype of ``weight``: that of the original layer, or of the last ``.to(dtype)``.
+        tied: whether its weight is also stored by another module (an embedding), so that it adds no parameters.
     """
 
-    weight: torch.Tensor
     bias: torch.Tensor | None
     tied: bool = False
-    """Whether it was made from the weight of the embedding, which is stored beside it: no parameters of its own."""
 
-    def __init__(self, in_features: int, out_features: int, weight: torch.Tensor, bias: torch.Tensor | None = None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        packed: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", None if bias is None else bias.detach().float())
+        self.dtype = dtype
+        self.register_buffer("weight", packed)
+        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
 
     @classmethod
-    def of(cls, layer: nn.Module, format: str, *, sparse: bool = False, group: int = 128) -> Packed:
-        """The packed form of a ``torch.nn.Linear``, or of transformers' ``Conv1D``.
+    def of(
+        cls,
+        layer: nn.Module,
+        format: str,
+        *,
+        sparse: bool = False,
+        group: int = 128,
+        packed: torch.Tensor | None = None,
+    ) -> Packed:
+        """Pack a ``torch.nn.Linear`` or transformers' ``Conv1D``; its forward and backward hooks are kept.
+
+        Arguments:
+            packed: the packed matrix, if another layer with the same weight was packed already.
 
         Raises:
             PackedError: for any other layer.
         """
+        if not is_linear(layer):
+            raise PackedError(
+                f"{type(layer).__name__} cannot be packed; give a torch.nn.Linear or transformers' Conv1D"
+            )
+        if why := why_kept(layer):
+            raise PackedError(f"{type(layer).__name__} cannot be packed: {why}")
         dense: Any = layer
-        if isinstance(layer, nn.Linear):
-            weight = dense.weight
-        elif type(layer).__name__ == "Conv1D":
-            weight = dense.weight.T
-        else:
-            raise PackedError(f"a linear layer is packed, not {type(layer).__name__}")
-        return cls(weight.shape[1], weight.shape[0], pack(weight, format, sparse=sparse, group=group), dense.bias)
+        if packed is None:
+            packed = pack(weight_of(dense), format, sparse=sparse, group=group)
+        rows, columns = sizes_of(dense)
+        made = cls(columns, rows, packed, dense.bias, dense.weight.dtype)
+        for hooks in _HOOKS:  # the same dict objects, so that the handles of hooks still remove them
+            vars(made)[hooks] = vars(dense)[hooks]
+        return made.train(dense.training)
+
+    @property
+    def packed(self) -> torch.Tensor:
+        """The packed matrix, shape ``(bytes,)``, uint8."""
+        found = self._buffers["weight"]
+        assert found is not None
+        return found
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight as a read-only tensor, shape ``(out_features, in_features)``; on the meta device, the buffer of its bytes."""
+        packed = self._buffers.get("weight")
+        if packed is None:
+            raise AttributeError("weight")
+        if packed.is_meta:
+            return packed
+        return PackedWeight.of(packed, self.out_features, self.in_features, self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Shape ``(..., in_features)`` to ``(..., out_features)``."""
         if torch.compiler.is_compiling() or type(x) is not torch.Tensor or not self._plain(x):
-            return torch.ops.pliant.linear(x, self.weight, self.bias, self.out_features)
-        return linear(x, self.weight, self.bias, self.out_features)
+            return product(x, self.packed, self.bias, self.out_features)
+        return linear(x, self.packed, self.bias, self.out_features)
 
     def _plain(self, x: torch.Tensor) -> bool:
-        """Whether the dispatcher has nothing to do: no gradient is wanted, everything is on the CPU."""
-        return x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad)
+        """Whether the dispatcher has nothing to do: no gradient or trace is wanted, everything is on the CPU."""
+        return x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad) and not observed()
 
     def header(self) -> Header:
-        """What the packed weight says of itself."""
-        return header(self.weight)
+        """The header of the packed weight."""
+        return header(self.packed)
 
     def parameters_held(self) -> int:
         """Parameters that it stands for."""
@@ -143,10 +201,10 @@ class Packed(nn.Module):
         return own + (0 if self.bias is None else self.out_features)
 
     def dense(self) -> nn.Linear:
-        """An ordinary layer with the weights that the packed one stands for."""
-        layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        """An ordinary linear layer with the unpacked weights, in float32."""
+        layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, dtype=torch.float32)
         with torch.no_grad():
-            layer.weight.copy_(unpack(self.weight))
+            layer.weight.copy_(unpack(self.packed))
             if self.bias is not None:
                 layer.bias.copy_(self.bias)
         return layer
@@ -157,21 +215,57 @@ class Packed(nn.Module):
         Raises:
             PackedError: it is damaged, or of another size than the layer.
         """
-        verify(self.weight)
-        found = self.header()
+        self._check(self.packed)
+        self._buffers["weight"] = room(self.packed.numel()).copy_(self.packed)
+
+    def _check(self, packed: torch.Tensor) -> None:
+        """Check packed bytes for this layer.
+
+        Raises:
+            PackedError: they are damaged, or belong to a layer of another size.
+        """
+        verify(packed)
+        found = header(packed)
         if (found.rows, found.columns) != (self.out_features, self.in_features):
             raise PackedError(
                 f"a packed matrix of {found.rows} x {found.columns} was loaded into a layer of "
                 f"{self.out_features} x {self.in_features}"
             )
-        self.weight = room(self.weight.numel()).copy_(self.weight)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
         given = state_dict.get(f"{prefix}weight")
-        if isinstance(given, torch.Tensor) and given.dtype == torch.uint8:
-            self.weight = room(given.numel())  # another sparsity is another size
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.settle()
+        if isinstance(given, torch.Tensor):
+            if given.dtype != torch.uint8:
+                raise PackedError(
+                    f"{prefix}weight is a dense weight of shape {tuple(given.shape)}, but this layer is packed; load it into the "
+                    "model before packing"
+                )
+            self._check(given)
+            self._buffers["weight"] = room(given.numel())  # its size depends on the sparsity
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        if local_metadata.get("assign_to_params_buffers"):
+            self.settle()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Packed:
+        """Apply ``fn``, such as ``.to(dtype)``, to the layer but keep the packed bytes.
+
+        Raises:
+            PackedError: the layer would leave the CPU, or its bytes would be converted.
+        """
+        moved, bytes_ = fn(torch.empty(0, dtype=self.dtype)), fn(torch.empty(0, dtype=torch.uint8))
+        if moved.device.type != "cpu":
+            raise PackedError(
+                f"packed layers run on the CPU and cannot be moved to {moved.device}; move the model before packing"
+            )
+        if bytes_.dtype != torch.uint8 or not moved.dtype.is_floating_point:
+            raise PackedError(
+                f"packed bytes cannot be converted to {bytes_.dtype}; use .to(dtype) with a floating-point dtype"
+            )
+        super()._apply(fn, recurse)
+        self.dtype = moved.dtype
+        return self
 
     def extra_repr(self) -> str:
         found = self.header()

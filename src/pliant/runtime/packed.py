@@ -19,6 +19,8 @@ from pliant.runtime import reference
 from pliant.runtime.library import library
 from pliant.runtime.threads import threads
 
+METHOD = "pliant"
+"""Name of packed layers in transformers' registry of quantisation methods."""
 FORMATS = ("bf16", "int8", "int4")
 GROUPS = (32, 64, 128)
 """Inputs that may share a scale in int4."""
@@ -154,7 +156,7 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
     if native is None:
         return reference.unpack(packed)
     packed = packed.contiguous()
-    dense = torch.empty(found.rows, found.columns)
+    dense = torch.empty(found.rows, found.columns, dtype=torch.float32)
     check(native.pliant_unpack(packed.data_ptr(), packed.numel(), dense.data_ptr(), threads()))
     return dense
 

@@ -35,8 +35,8 @@ def break_even(format: str) -> float:
 @functools.cache
 def _measured(format: str, _isa: str, _threads: int) -> float:
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(SIZE, generator=generator)
-    order = torch.rand(SIZE, generator=generator)
+    weight = torch.randn(SIZE, generator=generator, dtype=torch.float32)
+    order = torch.rand(SIZE, generator=generator, dtype=torch.float32)
     forms = [pack(weight, format), *(pack(weight * (order >= s), format, sparse=True) for s in LOOKS)]
     dense, *sparse = _times(forms)
     known = list(zip(LOOKS, sparse, strict=True))
@@ -58,7 +58,7 @@ def _between(low: float, slow: float, high: float, fast: float, wanted: float) -
 def _times(forms: list[torch.Tensor]) -> list[float]:
     """Seconds of one row times each packed matrix, in turn, out of memory: medians."""
     copies = [[room(form.numel()).copy_(form) for _ in range(max(2, COLD // form.numel()))] for form in forms]
-    x = torch.randn(1, SIZE[1], generator=torch.Generator().manual_seed(1))
+    x = torch.randn(1, SIZE[1], generator=torch.Generator().manual_seed(1), dtype=torch.float32)
     seconds: list[list[float]] = [[] for _ in forms]
     for round_ in range(ROUNDS + 1):
         for own, of_form in zip(copies, seconds, strict=True):

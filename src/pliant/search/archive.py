@@ -25,6 +25,9 @@ class Archive:
         path: the file; made when missing.
         belongs_to: model, data and settings that the scores depend on, JSON-ready.
 
+    Attributes:
+        tokens: number of tokens per forward pass of the last score, on which the rounding of sums depends; None if unknown.
+
     Raises:
         ArchiveError: when the file belongs to something else; the message names what differs.
     """
@@ -33,6 +36,7 @@ class Archive:
         self.path = path
         self._header = {"archive": VERSION, **belongs_to}
         self._scores: dict[tuple[str, Subnet], float] = {}
+        self.tokens: int | None = None
         self._good = 0  # bytes of the file that are whole lines
         if path is not None and path.exists():
             try:
@@ -44,10 +48,12 @@ class Archive:
         """The score, or None when it is not known yet."""
         return self._scores.get((pool, subnet))
 
-    def put(self, pool: str, subnet: Subnet, score: float, seconds: float) -> None:
+    def put(self, pool: str, subnet: Subnet, score: float, seconds: float, tokens: int | None = None) -> None:
         """Remember a score; it is on its way to the disk when this returns."""
         self._scores[pool, subnet] = score
-        self._line({"pool": pool, "score": score, "seconds": round(seconds, 3), **subnet.to_dict()})
+        made = {} if tokens is None else {"tokens": tokens}
+        self.tokens = tokens
+        self._line({"pool": pool, "score": score, "seconds": round(seconds, 3), **made, **subnet.to_dict()})
 
     def __len__(self) -> int:
         return len(self._scores)
@@ -99,4 +105,6 @@ class Archive:
         except (KeyError, TypeError, ValueError):
             return False
         self._scores[pool, subnet] = float(score)
+        tokens = content.get("tokens")
+        self.tokens = tokens if isinstance(tokens, int) and tokens > 0 else None
         return True

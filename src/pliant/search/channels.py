@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import torch
 
-from pliant.anatomy import Anatomy, Axis, anatomy_of
+from pliant.anatomy import Anatomy, Axis
 from pliant.checkpoint.weights import check_finite
-from pliant.elastic import Subnet, check, macs, ratio, reorder
+from pliant.elastic import Subnet, check, described, macs, ratio, reorder
 from pliant.errors import RatioError
 from pliant.importance import by_falling, l1_norms
 from pliant.search.cut import cut_exactly
@@ -58,7 +58,7 @@ class ChannelPruner(Step):
 
     def run(self, job: Job) -> None:
         check_finite(job.model)
-        anatomy = anatomy_of(job.model)
+        anatomy = described(job.model)
         if anatomy.traced:  # nobody looked at it yet
             check(job.model, anatomy)
         norms = l1_norms(job.model, anatomy)

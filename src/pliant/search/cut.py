@@ -8,15 +8,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from pliant.anatomy import Anatomy, agree, anatomy_of, answer, evaluating, probe
+from pliant.anatomy import Anatomy, agree, answer, evaluating, probe
 from pliant.checkpoint.weights import check_finite
 from pliant.data import Text
-from pliant.elastic import Elastic, Subnet, extract, ratio, validate
+from pliant.elastic import Elastic, Subnet, described, extract, ratio, validate
 from pliant.errors import DataError, SubnetError
-from pliant.measure.windows import windows_for
+from pliant.measure.windows import seqlen_of, windows_for
 from pliant.search.found import parse_config
 from pliant.search.order import check_order, ordered
-from pliant.step import Job, Step
+from pliant.step import Job, Step, check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +35,19 @@ class Cut(Step):
     samples: int = 128
     """activation: rows of calibration text that the order was taken from."""
 
-    seqlen: int = 2048
-    """activation: tokens in a calibration window."""
+    seqlen: int | None = None
+    """activation: tokens in a calibration window. Default: the smaller of 2048 and the model's positions."""
 
     seed: int = 42
     """activation: seed of the draw of calibration rows."""
 
     def __post_init__(self) -> None:
         check_order(self.order)
+        check_seed(self.seed)
 
     def run(self, job: Job) -> None:
         check_finite(job.model)
-        anatomy = anatomy_of(job.model)
+        anatomy = described(job.model)
         if isinstance(self.subnet, Subnet):
             subnet = self.subnet
             validate(subnet, anatomy)
@@ -62,7 +63,9 @@ class Cut(Step):
             raise DataError(
                 "units in the order of their activations need the calibration text they were ordered by: pass data="
             )
-        return windows_for(job.model, job.tokenizer(), job.data.sample(self.samples, self.seed), self.seqlen)
+        return windows_for(
+            job.model, job.tokenizer(), job.data.sample(self.samples, self.seed), seqlen_of(job.model, self.seqlen)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -14,7 +15,7 @@ from pliant.elastic import Subnet, parameters, ratio
 from pliant.errors import RatioError
 from pliant.search.greedy import Move, check_loss
 from pliant.search.groups import widths
-from pliant.search.moves import block_moves
+from pliant.search.moves import block_moves, settled
 from pliant.search.order import ordered
 from pliant.search.pruner import OrderedPruner
 from pliant.search.pruning import Pruning, Scorer
@@ -43,7 +44,8 @@ class KnapsackPruner(OrderedPruner):
     """Every block at a few widths, or gone: a multiple-choice knapsack over damages measured one at a time, then swaps
     that are scored for real.
 
-    The damages are taken to add up, which is nearly true of widths and less so of whole blocks; the swaps make up for it.
+    The loss increases are assumed to add up, which nearly holds for widths and less so for whole blocks; swaps correct for this.
+    If the chosen widths remove more than the ratio, groups are restored one by one.
     """
 
     kind: ClassVar[str] = "knapsack"
@@ -86,7 +88,8 @@ class KnapsackPruner(OrderedPruner):
                 Choice(kept, saved, score(apply_choice(Subnet(), name, kept)) - dense) for kept, saved in menu
             ]
             pruning.job.progress.step(done / len(menus), f"{done} of {len(menus)} blocks measured")
-        chosen = solve(list(curves.values()), wanted)
+        steps = [b.saved - a.saved for menu in curves.values() for a, b in pairwise(menu)]
+        chosen = solve(list(curves.values()), wanted, min(steps))
         if chosen is None:
             raise RatioError(f"ratio {self.ratio} cannot be reached: too many blocks leave no finite loss")
         return self._swap(pruning, curves, dict(zip(curves, chosen, strict=True)), score)
@@ -112,21 +115,28 @@ class KnapsackPruner(OrderedPruner):
                 menus[block.name] = menu
         return menus
 
+    def _settled(self, anatomy: Anatomy, curves: dict[str, list[Choice]], picked: dict[str, int]) -> Subnet:
+        """The sub-network of the picked choices, adjusted to less than one group above the ratio."""
+        axes = {axis.name: axis for name in curves for axis in anatomy.blocks[name].leaders} if self.levels else {}
+        steps = {name: [axis.size, *widths(axis, self.group)] for name, axis in axes.items()}
+        return settled(anatomy, _subnet(curves, picked), self.ratio, steps, curves)
+
     def _swap(
         self, pruning: Pruning, curves: dict[str, list[Choice]], picked: dict[str, int], score: Scorer
     ) -> tuple[Subnet, float]:
         """Let pairs of blocks trade a step, one narrower and one wider, while the loss falls and the ratio holds."""
         draw = random.Random(self.seed)
-        best = _subnet(curves, picked)
+        anatomy = pruning.anatomy
+        best = self._settled(anatomy, curves, picked)
         loss = score(best)
         for done in range(self.swaps if len(curves) > 1 else 0):
             down, up = draw.sample(list(curves), 2)
             tried = {**picked, down: picked[down] + 1, up: picked[up] - 1}
             if tried[down] >= len(curves[down]) or tried[up] < 0:
                 continue
-            subnet = _subnet(curves, tried)
-            if ratio(pruning.anatomy, subnet) < self.ratio:
+            if ratio(anatomy, _subnet(curves, tried)) < self.ratio:
                 continue
+            subnet = self._settled(anatomy, curves, tried)
             value = score(subnet)
             if value < loss:
                 picked, best, loss = tried, subnet, value
@@ -134,39 +144,45 @@ class KnapsackPruner(OrderedPruner):
         return best, loss
 
 
-def solve(menus: Sequence[Sequence[Choice]], target: float) -> list[int] | None:
-    """The choice of each block with the least total damage that saves at least ``target`` parameters.
+def solve(menus: Sequence[Sequence[Choice]], target: float, slack: float) -> list[int] | None:
+    """The choice of each block with the least total damage that saves at least ``target`` parameters and little more.
 
     Dynamic programming over savings rounded down to 1/4000 of the target, so that the result always saves enough.
+
+    Arguments:
+        slack: parameters that may be removed beyond the target; if no combination is within it, the one that removes least is taken.
 
     Returns:
         The place of the choice in each menu, or None when even the largest savings do not come to the target.
     """
     unit = target / STEPS
-    best = np.full(STEPS + 1, np.inf)
+    sizes = [[int(choice.saved / unit) for choice in menu] for menu in menus]
+    # a combination that saves more than this still saves enough with one block left whole
+    length = STEPS + max(max(of_menu) for of_menu in sizes) + 1
+    best = np.full(length, np.inf)
     best[0] = 0.0
     picks: list[np.ndarray] = []
-    for menu in menus:
-        after = np.full(STEPS + 1, np.inf)
-        pick = np.zeros(STEPS + 1, dtype=np.int32)
-        came = np.zeros(STEPS + 1, dtype=np.int32)
-        for place, choice in enumerate(menu):
-            if not np.isfinite(choice.damage):
+    for menu, of_menu in zip(menus, sizes, strict=True):
+        after = np.full(length, np.inf)
+        pick = np.zeros(length, dtype=np.int32)
+        for place, (choice, steps) in enumerate(zip(menu, of_menu, strict=True)):
+            if not np.isfinite(choice.damage) or steps >= length:
                 continue
-            steps = int(choice.saved / unit)
-            reached = np.minimum(np.arange(STEPS + 1) + steps, STEPS)
-            for start in np.flatnonzero(np.isfinite(best)):
-                end = reached[start]
-                if best[start] + choice.damage < after[end]:
-                    after[end], pick[end], came[end] = best[start] + choice.damage, place, start
-        picks.append(np.stack([pick, came]))
+            found = best[: length - steps] + choice.damage
+            better = found < after[steps:]
+            after[steps:][better] = found[better]
+            pick[steps:][better] = place
+        picks.append(pick)
         best = after
-    if not np.isfinite(best[STEPS]):
+    within = best[STEPS : STEPS + int(slack / unit) + 1]
+    enough = np.flatnonzero(np.isfinite(best[STEPS:]))
+    if not len(enough):
         return None
-    chosen, at = [], STEPS
-    for table in reversed(picks):
-        chosen.append(int(table[0, at]))
-        at = int(table[1, at])
+    at = STEPS + int(np.argmin(within) if np.isfinite(within).any() else enough[0])
+    chosen = []
+    for pick, of_menu in zip(reversed(picks), reversed(sizes), strict=True):
+        chosen.append(int(pick[at]))
+        at -= of_menu[chosen[-1]]
     return chosen[::-1]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from pliant.anatomy import Anatomy
 from pliant.elastic import Subnet, ratio
@@ -68,6 +68,89 @@ def width_moves(anatomy: Anatomy, groups: Mapping[str, int]) -> Moves:
 def pooled(*several: Moves) -> Moves:
     """All the moves of several kinds, side by side."""
     return lambda subnet: [move for moves in several for move in moves(subnet)]
+
+
+def fitting(anatomy: Anatomy, moves: Moves, target: float, units: Moves | None = None) -> Moves:
+    """``moves`` without those that would bring the ratio to one unit or more above ``target``.
+
+    One unit is the smallest share of all parameters that one move can still remove: a block, a group of channels, a key-value
+    group with its queries, an expert. So a search that ends at the first ratio of at least ``target`` ends less than one unit above
+    it. Near the target larger moves are skipped, and smaller ones remove the rest.
+
+    Arguments:
+        units: all moves that may still follow, which determine the unit; default: ``moves``.
+    """
+
+    largest = max((ratio(anatomy, move.subnet) for move in moves(Subnet())), default=0.0)
+
+    def found(subnet: Subnet) -> Sequence[Move]:
+        reached = ratio(anatomy, subnet)
+        if reached + largest < target:
+            return moves(subnet)
+        smallest = min((ratio(anatomy, move.subnet) - reached for move in (units or moves)(subnet)), default=0.0)
+        return [move for move in moves(subnet) if ratio(anatomy, move.subnet) < target + smallest - 1e-12]
+
+    return found
+
+
+def settled(
+    anatomy: Anatomy,
+    subnet: Subnet,
+    target: float,
+    steps: Mapping[str, Sequence[int]],
+    blocks: Collection[str] = (),
+) -> Subnet:
+    """Adjust ``subnet``, whose ratio is at least ``target``, to less than one unit above it.
+
+    Units are restored while the ratio stays at least ``target``, the largest first. If the excess is still more than the smallest
+    removable unit, one more unit is restored, which falls below the target, and small units are removed from the widest axes.
+
+    Arguments:
+        steps: full name of an axis -> the widths that it may keep, widest first; other axes are unchanged.
+        blocks: blocks that may be restored, at their smallest width.
+    """
+
+    def at(kept: Mapping[str, int], skip: frozenset[str], axis: str, units: int) -> Subnet:
+        keep = {name: left for name, left in {**kept, axis: units}.items() if left != steps.get(name, (0,))[0]}
+        return Subnet(skip, tuple(sorted(keep.items())))
+
+    def wider(now: Subnet) -> list[Subnet]:
+        kept = dict(now.keep)
+        found = [at(kept, now.skip, name, w[w.index(kept[name]) - 1]) for name, w in steps.items() if name in kept]
+        for name in sorted(now.skip.intersection(blocks)):
+            back = Subnet(now.skip - {name}, now.keep)
+            for axis in anatomy.blocks[name].leaders:
+                if len(steps.get(axis.name, ())) > 1:
+                    back = back.keeping(axis.name, steps[axis.name][-1])
+            found.append(back)
+        return found
+
+    def narrower(now: Subnet) -> list[Move]:
+        kept, found = dict(now.keep), []
+        there = {axis.name for b in anatomy.blocks.values() if b.name not in now.skip for axis in b.leaders}
+        for name, w in steps.items():
+            place = w.index(kept.get(name, w[0])) + 1
+            if name in there and place < len(w):
+                found.append(Move(name, at(kept, now.skip, name, w[place])))
+        return found
+
+    def put_back(now: Subnet) -> Subnet:
+        while fit := [one for one in wider(now) if ratio(anatomy, one) >= target - 1e-12]:
+            now = min(fit, key=lambda one: ratio(anatomy, one))
+        return now
+
+    subnet = put_back(subnet)
+    reached = ratio(anatomy, subnet)
+    smallest = min((ratio(anatomy, move.subnet) - reached for move in narrower(subnet)), default=1.0)
+    if reached - target < smallest or not (short := wider(subnet)):
+        return subnet
+    subnet = max(short, key=lambda one: ratio(anatomy, one))
+    fit = fitting(anatomy, narrower, target)
+    while ratio(anatomy, subnet) < target - 1e-12:
+        kept = dict(subnet.keep)
+        shares = [(kept.get(move.unit, steps[move.unit][0]) / steps[move.unit][0], move) for move in fit(subnet)]
+        subnet = max(shares, key=lambda one: one[0])[1].subnet
+    return put_back(subnet)
 
 
 def head_axes(anatomy: Anatomy) -> list[str]:

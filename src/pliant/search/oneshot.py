@@ -12,7 +12,7 @@ import torch
 from pliant.elastic import Subnet, ratio
 from pliant.measure.rank import RANKINGS
 from pliant.search.greedy import check_loss
-from pliant.search.moves import block_moves, layer_moves
+from pliant.search.moves import block_moves, fitting, layer_moves
 from pliant.search.pruner import Pruner
 from pliant.search.pruning import Pruning, Scorer
 from pliant.step import Job, StepError
@@ -55,9 +55,10 @@ class OneShot(Pruner):
         moves = block_moves(anatomy) if self.granularity == "block" else layer_moves(anatomy)
         self.check_reach(anatomy, [moves])
         ranks = self._ranks(pruning, job, self.windows(job, self.samples, self.seed))
-        job.record["ranks"] = ranks
+        job.record["ranks"] = {name: rank if math.isfinite(rank) else None for name, rank in ranks.items()}
+        fit = fitting(anatomy, moves, self.ratio)
         while ratio(anatomy, pruning.subnet) < self.ratio - 1e-12:
-            offered = moves(pruning.subnet)
+            offered = fit(pruning.subnet)
             if not offered:
                 break
             lowest = min(offered, key=lambda move: sum(ranks[b] for b in move.subnet.skip - pruning.subnet.skip))

@@ -7,21 +7,22 @@ from dataclasses import dataclass
 
 import torch
 
-from pliant.anatomy import Anatomy, anatomy_of
+from pliant.anatomy import Anatomy
 from pliant.checkpoint.weights import check_finite, fingerprint
 from pliant.data import Text
+from pliant.elastic import described
 from pliant.errors import DataError, MemoryLimitError, RatioError
 from pliant.measure.score import METRICS
-from pliant.measure.windows import check_model, windows_for
+from pliant.measure.windows import check_model, seqlen_of, windows_for
 from pliant.pages import pages_of
 from pliant.progress import size
 from pliant.search.cost import COSTS
 from pliant.search.greedy import Greedy
-from pliant.search.moves import Moves, head_axes, reach
+from pliant.search.moves import Moves, fitting, head_axes, reach
 from pliant.search.order import check_order
 from pliant.search.pruning import Pruning
 from pliant.search.repair import repair_bytes
-from pliant.step import Job, Step, StepError
+from pliant.step import Job, Step, StepError, check_seed
 
 UNIT = "unit"
 
@@ -31,13 +32,14 @@ class Pruner(Step):
     """Settings shared by every pruner that reads calibration text."""
 
     ratio: float
-    """Share of all parameters to remove, embeddings included: 0.2 makes the model a fifth smaller."""
+    """Share of all parameters to remove, embeddings included: 0.2 makes the model a fifth smaller. The result exceeds it by less
+    than one unit, the smallest part that can be removed: a block, a group of channels, a key-value group."""
 
     samples: int = 256
     """Rows of calibration text for choosing blocks."""
 
-    seqlen: int = 2048
-    """Tokens in a calibration window."""
+    seqlen: int | None = None
+    """Tokens in a calibration window. Default: the smaller of 2048 and the model's positions."""
 
     metric: str = "perplexity"
     """What a removal must not hurt: perplexity, or kl (divergence from the dense model's predictions)."""
@@ -58,6 +60,7 @@ class Pruner(Step):
                 f"ratio is the share of parameters to remove, between 0 and 1 without either; not {self.ratio!r}"
             )
         self._check_counts(samples=1, seqlen=2, repair=0)
+        check_seed(self.seed)
         if self.metric not in METRICS:
             raise StepError(f"there is no metric {self.metric!r}; there are {', '.join(METRICS)}")
         if isinstance(self.ridge, bool) or not isinstance(self.ridge, int | float) or not self.ridge > 0:
@@ -83,22 +86,29 @@ class Pruner(Step):
         check_finite(job.model)
         pages = pages_of(job.model)
         if self.repair and pages is not None:
-            needs = repair_bytes(job.model, anatomy_of(job.model), self._repair_windows(job))
+            needs = repair_bytes(job.model, described(job.model), self._repair_windows(job))
             if needs > pages.limit:
                 raise MemoryLimitError(
                     f"repair with {self.repair} rows needs {size(needs)}, the limit is {size(pages.limit)}; fewer rows take less"
                 )
+        seqlen = seqlen_of(job.model, self.seqlen)
+        if self.seqlen is None:
+            job.progress.note(f"windows of {seqlen} tokens; set seqlen to change this")
+        job.record["seqlen"] = seqlen
+        settings = {**self.to_dict(), "seqlen": seqlen}
         belongs_to = {
             "model": fingerprint(job.model),
             "data": job.data.digest,
             "tokens": job.data.token_digest(job.tokenizer()),
-            "step": {key: value for key, value in self.to_dict().items() if key in _IN_SCORES},
+            "step": {key: value for key, value in settings.items() if key in _IN_SCORES},
         }
         return Pruning(job, self.metric, belongs_to)
 
     def windows(self, job: Job, samples: int, seed: int) -> torch.Tensor:
         """Calibration windows from ``samples`` rows."""
-        return windows_for(job.model, job.tokenizer(), job.data.sample(samples, seed), self.seqlen)
+        return windows_for(
+            job.model, job.tokenizer(), job.data.sample(samples, seed), seqlen_of(job.model, self.seqlen)
+        )
 
     def check_reach(self, anatomy: Anatomy, stages: Sequence[Moves]) -> None:
         """Refuse a ratio that these stages cannot come to even together, before any work is done."""
@@ -146,9 +156,22 @@ class GreedyPruner(Pruner):
         """How to look, from the settings."""
         return Greedy(self.search, self.slack, self.refresh)
 
-    def stage(self, pruning: Pruning, name: str, moves: Moves, windows: torch.Tensor, until: float) -> None:
-        """Remove units until ``ratio >= until`` or nothing is left to offer."""
-        pruning.stage(name, moves, windows, until, greedy=self.greedy(), per=None if self.per == UNIT else self.per)
+    def stage(
+        self,
+        pruning: Pruning,
+        name: str,
+        moves: Moves,
+        windows: torch.Tensor,
+        until: float,
+        units: Moves | None = None,
+    ) -> None:
+        """Remove units until ``ratio >= until`` or no moves are left; the result stays less than one unit above the step's ratio.
+
+        Arguments:
+            units: all moves that later stages may make; default: ``moves``.
+        """
+        fit = fitting(pruning.anatomy, moves, self.ratio, units)
+        pruning.stage(name, fit, windows, until, greedy=self.greedy(), per=None if self.per == UNIT else self.per)
 
 
 @dataclass(frozen=True, kw_only=True)

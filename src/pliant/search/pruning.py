@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from pliant.anatomy import Anatomy, anatomy_of
-from pliant.elastic import Subnet, macs, parameters, ratio
+from pliant.anatomy import Anatomy
+from pliant.elastic import Subnet, described, macs, parameters, ratio
 from pliant.errors import RatioError
 from pliant.measure.walk import Footprint, Walk, footprint
+from pliant.measure.windows import tokens_at_once
 from pliant.pages import pages_of
 from pliant.progress import duration, size
 from pliant.search.archive import Archive
@@ -52,7 +53,7 @@ class Scorer:
             tick = time.monotonic()
             known = self.walk.score(subnet, share)
             self.seconds = time.monotonic() - tick
-            self.archive.put(pool, subnet, known, self.seconds)
+            self.archive.put(pool, subnet, known, self.seconds, self.walk.tokens)
         self.seen += 1
         self.told(self)
         return known
@@ -77,7 +78,7 @@ class Pruning:
     counters: dict[str, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.anatomy = anatomy_of(self.job.model)
+        self.anatomy = described(self.job.model)
         self.archive = Archive(self.job.place(ARCHIVE, "evaluations"), self.belongs_to)
 
     def stage(
@@ -145,6 +146,11 @@ class Pruning:
         """
         began = time.monotonic()
         needs = footprint(self.job.model, self.anatomy, windows, self.metric)
+        tokens = tokens_at_once(self.job.model)
+        if (
+            self.archive.tokens is not None
+        ):  # a resumed search uses the same batch size, so sums round alike, if memory allows
+            tokens = min(tokens, self.archive.tokens)
         walk = Walk(
             self.job.model,
             self.anatomy,
@@ -153,6 +159,7 @@ class Pruning:
             reuse=reuse,
             memory=needs.hidden,
             stretch=needs.stretch,
+            tokens=tokens,
         )
         scorer = Scorer(self.archive, walk, f"{name}:{self.metric}", told)
         with self.job.progress.stage(name):
@@ -170,6 +177,7 @@ class Pruning:
             "block_forwards": walk.block_forwards,
             "seconds": time.monotonic() - began,
             "windows": list(windows.shape),
+            "tokens": walk.tokens,
         }
 
     def cost(self, per: str) -> Cost:

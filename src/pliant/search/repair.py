@@ -17,9 +17,10 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from pliant.anatomy import Anatomy, Block, Weight, layers_of
+from pliant.device import doubled
 from pliant.elastic import Elastic, Subnet
 from pliant.measure.stream import Stream
-from pliant.measure.windows import batches_of
+from pliant.measure.windows import batches_of, tokens_at_once, within_memory
 from pliant.pages import pages_of
 from pliant.progress import Progress
 
@@ -46,8 +47,17 @@ def repair(
         For each block: its name, and the mean square distance of the stream from the dense one before and after; None
         where something else than a matrix, or a matrix and a norm, comes last, which is left alone.
     """
+    return within_memory(
+        model,
+        lambda tokens: _repair(model, anatomy, subnet, batches_of(model, windows, tokens), ridge, progress),
+        max(tokens_at_once(model), windows.shape[1]),
+    )
+
+
+def _repair(
+    model: Any, anatomy: Anatomy, subnet: Subnet, batches: list[torch.Tensor], ridge: float, progress: Progress
+) -> list[dict[str, Any]]:
     elastic, stream = Elastic(model.eval(), anatomy), Stream(model, anatomy)
-    batches = batches_of(model, windows)
     pages = pages_of(model)
     keep = torch.clone if pages is None else pages.copy
     saved: dict[torch.Tensor, torch.Tensor] = {}
@@ -217,22 +227,28 @@ def _refit(
     """
     heard = factors.channels.abs() > FAINT * factors.channels.pow(2).mean().sqrt()
     inverse = torch.where(heard, 1 / factors.channels, 0)
-    gram, cross = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    gram: Any = 0.0
+    cross: Any = 0.0
     for (x, _), end, target, factor in zip(seen, after, wanted, factors.tokens, strict=True):
         goal = target.flatten(0, -2).float()
         weight = _weight(goal)
         x = _inputs(x, owner) * factor * weight
         missing = (goal - end.flatten(0, -2).float()) * inverse * weight
-        gram = gram.to(x.device) + (x.T @ x).double()
-        cross = cross.to(x.device) + (x.T @ missing).double()
+        gram = gram + doubled(x.T @ x)
+        cross = cross + doubled(x.T @ missing)
     held = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     change = torch.linalg.solve(held, cross)
     matrix = change
     if owner.bias is not None:
-        owner.bias.add_(change[-1].to(owner.bias.dtype))
+        owner.bias.add_(_like(change[-1], owner.bias))
         matrix = change[:-1]
-    owner.weight.add_((matrix if isinstance(owner, Conv1D) else matrix.T).to(owner.weight.dtype))
-    return change.float()
+    owner.weight.add_(_like(matrix if isinstance(owner, Conv1D) else matrix.T, owner.weight))
+    return change.float().to(owner.weight.device)
+
+
+def _like(change: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """``change`` in a parameter's dtype and on its device; converted first, because the device may have no float64."""
+    return change.to(parameter.dtype).to(parameter.device)
 
 
 def _inputs(x: torch.Tensor, owner: Any) -> torch.Tensor:
@@ -258,8 +274,8 @@ def _weight(goal: torch.Tensor) -> torch.Tensor:
 
 def _distance(reached: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
     """Mean square distance of the stream from the dense one, as a share of the latter's mean square, token by token."""
-    total = 0.0
+    distance = 0.0
     for here, there in zip(reached, wanted, strict=True):
         goal = there.float()
-        total += ((here.float() - goal) * _weight(goal)).double().pow(2).sum().item()
-    return total / sum(there.numel() for there in wanted)
+        distance += doubled((here.float() - goal) * _weight(goal)).pow(2).sum().item()
+    return distance / sum(there.numel() for there in wanted)

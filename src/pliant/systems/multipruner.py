@@ -67,12 +67,13 @@ class MultiPruner(WidthPruner):
         for_blocks = self.windows(job, self.samples, self.seed + 1)
         with ordered(job, anatomy, self.order, for_widths):
             until = 0.0
+            all_kinds = pooled(*(moves for _, _, moves in wanted))
             for name, share, moves in wanted:
                 until += self.ratio * share
                 last = name == wanted[-1][0]
                 windows = for_blocks if name == "blocks" else for_widths
-                self.stage(pruning, name, moves, windows, self.ratio if last else until)
+                units = moves if last else all_kinds  # so that an early stage does not overshoot the ratio
+                self.stage(pruning, name, moves, windows, self.ratio if last else until, units)
             if ratio(anatomy, pruning.subnet) < self.ratio - 1e-12:  # the last one ran dry: whatever earlier ones left
-                left = pooled(*(moves for _, _, moves in wanted))
-                self.stage(pruning, "what is left", left, for_widths, self.ratio)
+                self.stage(pruning, "what is left", all_kinds, for_widths, self.ratio)
             self.finish(pruning, job)

@@ -15,8 +15,9 @@ import numpy as np
 from pliant.anatomy import Anatomy, Axis
 from pliant.elastic import Subnet, ratio
 from pliant.errors import MissingExtraError, RatioError
-from pliant.search import WidthPruner, block_moves, width_moves
+from pliant.search import WidthPruner, block_moves, pooled, width_moves
 from pliant.search.greedy import Move
+from pliant.search.moves import settled
 from pliant.search.order import ordered
 from pliant.search.pruning import Pruning, Scorer
 from pliant.step import Job
@@ -39,7 +40,7 @@ class MultiPrunerEvol(WidthPruner):
     """Generations, the first random one included."""
 
     tolerance: float = 0.005
-    """How far above the ratio a result may lie."""
+    """Consider sub-networks up to this far above the ratio; the excess is restored, down to less than one unit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,19 +55,15 @@ class MultiPrunerEvol(WidthPruner):
         for_widths = self.windows(job, self.width_samples, self.seed)
         for_blocks = self.windows(job, self.samples, self.seed + 1)
         with ordered(job, anatomy, self.order, for_widths):
-            self.stage(pruning, "blocks", block_moves(anatomy), for_blocks, self.ratio / 2)
-            reached = ratio(anatomy, pruning.subnet)
-            if reached > self.ratio + self.tolerance:
-                raise RatioError(
-                    f"the blocks alone come to ratio {reached:.4f}, {self.ratio} within {self.tolerance} was asked for; a larger "
-                    "tolerance or ratio is needed"
-                )
+            units = pooled(block_moves(anatomy), width_moves(anatomy, groups))
+            self.stage(pruning, "blocks", block_moves(anatomy), for_blocks, self.ratio / 2, units)
             with pruning.scoring("widths", for_widths) as score:
-                subnet, loss = self._evolve(pruning, score, groups)
+                subnet = self._evolve(pruning, score, groups)
+                loss = score(subnet)
             pruning.commit("widths", Move("all", subnet), loss)
             self.finish(pruning, job)
 
-    def _evolve(self, pruning: Pruning, score: Scorer, groups: dict[str, int]) -> tuple[Subnet, float]:
+    def _evolve(self, pruning: Pruning, score: Scorer, groups: dict[str, int]) -> Subnet:
         from pymoo.algorithms.moo.nsga2 import NSGA2
         from pymoo.core.problem import ElementwiseProblem
         from pymoo.operators.crossover.sbx import SBX
@@ -108,19 +105,21 @@ class MultiPrunerEvol(WidthPruner):
             eliminate_duplicates=True,
         )
         minimize(problem, algorithm, ("n_gen", self.generations), seed=self.seed, verbose=False)
-        fitting = {
+        narrower = width_moves(anatomy, groups)(base)
+        unit = min((ratio(anatomy, move.subnet) for move in narrower), default=0.0) - ratio(anatomy, base)
+        near = {
             subnet: loss
             for subnet, loss in met.items()
-            if np.isfinite(loss) and 0 <= ratio(anatomy, subnet) - self.ratio <= self.tolerance
+            if np.isfinite(loss) and 0 <= ratio(anatomy, subnet) - self.ratio < max(self.tolerance, unit)
         }
-        if not fitting:
+        if not near:
             reached = sorted(ratio(anatomy, subnet) for subnet in met)
             raise RatioError(
                 f"none of {len(met)} sub-networks came to ratio {self.ratio} within {self.tolerance} (they span {reached[0]:.3f} "
                 f"to {reached[-1]:.3f}); give more generations or a larger tolerance"
             )
-        best = min(fitting, key=fitting.__getitem__)
-        return best, fitting[best]
+        allowed = {axis.name: kept for (axis, _), kept in zip(axes, steps, strict=True)}
+        return settled(anatomy, min(near, key=near.__getitem__), self.ratio, allowed)
 
     def _first(
         self, base: Subnet, anatomy: Anatomy, axes: Sequence[tuple[Axis, int]], steps: Sequence[Sequence[int]]

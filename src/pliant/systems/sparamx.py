@@ -7,22 +7,24 @@ bitmap and the values that are not zero; so do keys and values, of which the sma
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pliant.step import Job, Step, StepError
 from pliant.values.magnitude import Magnitude
+from pliant.values.matrix import ValueStep
 from pliant.values.packed import PackedLinear
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparAMX(Step):
+class SparAMX(ValueStep):
     """Pack a model that is sparse, or is made so by magnitude, in the formats of the paper: bf16 or int8.
 
     Where leaving zeros out is slower on this machine, a layer is packed dense; ``PackedLinear`` has more settings.
     """
 
     kind: ClassVar[str] = "sparamx"
-    reshapes: ClassVar[bool] = False
+
+    packs: ClassVar[bool] = True
 
     sparsity: float | None = None
     """Share of the weights to zero by magnitude first; none for a model that is sparse already."""
@@ -40,19 +42,22 @@ class SparAMX(Step):
     """Whether zeros are left out of weights: always, never, or auto: where that is faster on this machine."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.format not in ("bf16", "int8"):
             raise StepError(f"format is bf16 or int8, not {self.format!r}; PackedLinear has int4")
         self._steps()
 
     def _steps(self) -> list[Step]:
+        layers: dict[str, Any] = {"target_modules": self.target_modules, "exclude_modules": self.exclude_modules}
         packed = PackedLinear(
+            **layers,
             format=self.format,
             head="dense",
             sparse=self.sparse,
             key_sparsity=self.key_sparsity,
             value_sparsity=self.value_sparsity,
         )
-        return [packed] if self.sparsity is None else [Magnitude(sparsity=self.sparsity), packed]
+        return [packed] if self.sparsity is None else [Magnitude(**layers, sparsity=self.sparsity), packed]
 
     def run(self, job: Job) -> None:
         for step in self._steps():

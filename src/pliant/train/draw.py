@@ -18,6 +18,11 @@ def seed_of(purpose: str, seed: int, number: int = 0) -> int:
 @contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
     """While inside, torch's own generators (dropout, initial values) start from ``seed``; afterwards they are as before."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+    kept = torch.mps.get_rng_state() if device.type == "mps" else None  # fork_rng does not cover mps
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        if kept is not None:
+            torch.mps.set_rng_state(kept)

@@ -280,6 +280,8 @@ class Training:
 
 def memory_peak(device: torch.device) -> int:
     """Largest memory in use so far in bytes: of the device, or of this process where the device is the CPU."""
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()  # current memory: mps records no peak
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
 
 

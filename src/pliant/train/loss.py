@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from pliant.data.encode import IGNORED
+from pliant.device import doubled, total
 from pliant.train.halves import Halves
 
 
@@ -56,7 +58,7 @@ def backward(
         with torch.no_grad():  # not inference_mode: gradients are made of these, and those are added to in place
             theirs = distillation.teacher.trunk(ids, mask)[:, :-1][learned]
     leaf = hidden.detach().requires_grad_()
-    total = torch.zeros((), dtype=torch.float64, device=ids.device)
+    summed: Any = 0.0
     targets = labels[:, 1:][learned]
     for chunk in _chunks(targets):
         logits = halves.head(leaf[chunk])
@@ -64,10 +66,10 @@ def backward(
             logits.detach(), targets[chunk], None if theirs is None else theirs[chunk], distillation
         )
         logits.backward(gradient)
-        total += value
+        summed = summed + value
     if leaf.grad is not None:
         hidden.backward(leaf.grad)
-    return total
+    return torch.as_tensor(summed, dtype=torch.float64)
 
 
 def _loss(
@@ -84,7 +86,7 @@ def _loss(
     """
     raw, rows = logits.float(), torch.arange(len(targets), device=targets.device)
     ours = raw.log_softmax(-1)
-    value = -ours[rows, targets].sum(dtype=torch.float64)
+    value = -total(ours[rows, targets])
     if distillation is None or theirs is None:
         gradient = ours.exp_()
         gradient[rows, targets] -= 1
@@ -96,7 +98,7 @@ def _loss(
     wanted = expected.exp()
     divergence = torch.dot(wanted.view(-1), expected.sub_(flat).view(-1))
     # the divergence goes with 1 / temperature**2, so it and its gradient are scaled back by as much
-    value = (1 - weight) * value + weight * temperature**2 * divergence.double()
+    value = (1 - weight) * value + weight * temperature**2 * doubled(divergence)
     gradient = flat.exp().sub_(wanted).mul_(weight * temperature)
     if weight < 1:
         gradient.add_(ours.exp_(), alpha=1 - weight)
@@ -112,12 +114,12 @@ def _chunks(targets: torch.Tensor) -> list[slice]:
 @torch.no_grad()
 def held_out_loss(halves: Halves, batches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> float:
     """Mean cross-entropy of the learned tokens in nats per token; perplexity is its exponential."""
-    total, tokens = 0.0, 0
+    loss, tokens = 0.0, 0
     for ids, labels, mask in batches:
         learned = labels[:, 1:] != IGNORED
         hidden, targets = halves.trunk(ids, mask)[:, :-1][learned], labels[:, 1:][learned]
         for chunk in _chunks(targets):
             logits = halves.head(hidden[chunk]).float()
-            total += F.cross_entropy(logits, targets[chunk], reduction="sum").item()
+            loss += F.cross_entropy(logits, targets[chunk], reduction="sum").item()
         tokens += len(targets)
-    return total / tokens
+    return loss / tokens

@@ -9,15 +9,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from pliant.anatomy import Anatomy, anatomy_of
+from pliant.anatomy import Anatomy
 from pliant.checkpoint.load import load
 from pliant.checkpoint.weights import check_finite, fingerprint
 from pliant.data import Examples, Text, examples
 from pliant.data.encode import Encoded
+from pliant.elastic import described
 from pliant.errors import DataError
-from pliant.measure.windows import check_ids, longest_of
+from pliant.measure.windows import check_ids, seqlen_of
 from pliant.progress import size
-from pliant.step import Job, Step, StepError, is_number
+from pliant.step import Job, Step, StepError, check_seed, is_number
 from pliant.train.cost import estimate
 from pliant.train.draw import seed_of
 from pliant.train.halves import Halves
@@ -27,6 +28,7 @@ from pliant.train.state import StateFile
 from pliant.train.trained import Full, Lora, Trained, linear_layers, training_mode
 
 STEPS = 200
+USUAL = 256  # default number of tokens in a sequence, if the model has as many positions
 RATES = {"lora": 3e-4, "full": 5e-5}
 MEMORY = ("fast", "small")
 
@@ -53,8 +55,9 @@ class Recover(Step):
     micro_batch: int | None = None
     """Sequences in memory at a time; when left out, what makes about 512 tokens on a CPU, 4096 on a GPU."""
 
-    seqlen: int = 256
-    """Tokens in a sequence; longer examples are cut off, plain text is packed into windows of this length."""
+    seqlen: int | None = None
+    """Tokens in a sequence; longer examples are cut off, plain text is packed into windows of this length. Default: the smaller of
+    256 and the model's positions."""
 
     lr: float | None = None
     """Highest learning rate; when left out, 3e-4 for lora and 5e-5 for full."""
@@ -112,6 +115,7 @@ class Recover(Step):
             if isinstance(getattr(self, name), Path):
                 object.__setattr__(self, name, str(getattr(self, name)))
         self._check_choice("method", RATES)
+        check_seed(self.seed)
         self._check_choice("schedule", SCHEDULES)
         self._check_choice("memory", MEMORY)
         for name, least in {
@@ -140,9 +144,10 @@ class Recover(Step):
         check_finite(model)
         Halves(model)  # a model that predicts no next tokens is refused before any work
         tokenizer = job.tokenizer()
-        anatomy = anatomy_of(model)
+        anatomy = described(model)
         given = self._examples(job)
-        train, held_out = self._sequences(given, model, tokenizer)
+        seqlen = seqlen_of(model, self.seqlen, USUAL)
+        train, held_out = self._sequences(given, model, tokenizer, seqlen)
         teacher = self._teacher(job)
         belongs_to = {
             "model": fingerprint(model),
@@ -150,6 +155,7 @@ class Recover(Step):
             "tokens": train.digest,
             "dense": None if teacher is None else fingerprint(teacher),
             **{key: value for key, value in self.to_dict().items() if key not in ("step", "data", "teacher")},
+            "seqlen": seqlen,
         }
         if teacher is not None and belongs_to["dense"] == belongs_to["model"]:
             raise StepError(
@@ -160,20 +166,28 @@ class Recover(Step):
         state = StateFile(None if folder is None else folder / "state.safetensors", belongs_to)
         state.read()  # one that belongs to something else is refused before any work
         job.progress.note(
-            f"{given.source}: {len(train)} sequences, {train.tokens:,} tokens; {len(held_out)} held out; {self._told(len(train))}"
+            f"{given.source}: {len(train)} sequences of at most {seqlen} tokens, {train.tokens:,} in all; {len(held_out)} held out; "
+            f"{self._told(len(train))}"
         )
         was_training = teacher is not None and teacher.training
         try:
-            self._train(job, anatomy, train, held_out, teacher, state)
+            self._train(job, anatomy, train, held_out, seqlen, teacher, state)
         finally:
             if teacher is not None:
                 teacher.train(was_training)
 
     def _train(
-        self, job: Job, anatomy: Anatomy, train: Encoded, held_out: Encoded, teacher: Any, state: StateFile
+        self,
+        job: Job,
+        anatomy: Anatomy,
+        train: Encoded,
+        held_out: Encoded,
+        seqlen: int,
+        teacher: Any,
+        state: StateFile,
     ) -> None:
         model = job.model
-        micro = self.micro_batch or max(1, (4096 if model.device.type == "cuda" else 512) // self.seqlen)
+        micro = self.micro_batch or max(1, (512 if model.device.type == "cpu" else 4096) // seqlen)
         plan = Plan(
             steps=self._most_steps(),
             batch=self.batch,
@@ -196,7 +210,7 @@ class Recover(Step):
                     model,
                     linears,
                     trained.parameters,
-                    plan.micro_batch * self.seqlen,
+                    plan.micro_batch * seqlen,
                     copies=2 if self.method == "full" else 1,
                     teacher=teacher,
                     recompute=self.memory == "small",
@@ -219,6 +233,7 @@ class Recover(Step):
             "best_step": training.best,
             "curve": training.curve,
             "sequences": len(train),
+            "seqlen": seqlen,
             "held_out": len(held_out),
             "dropped_rows": train.dropped,
             "tokens": training.tokens,
@@ -262,17 +277,14 @@ class Recover(Step):
             "recover needs data to train on: pass data=pliant.examples('some.jsonl') or data=pliant.text(...)"
         )
 
-    def _sequences(self, given: Examples, model: Any, tokenizer: Any) -> tuple[Encoded, Encoded]:
+    def _sequences(self, given: Examples, model: Any, tokenizer: Any, seqlen: int) -> tuple[Encoded, Encoded]:
         """What to train on and what to hold out."""
-        longest = longest_of(model)
-        if self.seqlen > longest:
-            raise DataError(f"sequences of {self.seqlen} tokens are longer than the {longest} positions of this model")
-        encoded = given.encode(tokenizer, self.seqlen)
+        encoded = given.encode(tokenizer, seqlen)
         check_ids(model, torch.cat(list(encoded.ids)))
         count = min(self.held_out, max(1, len(encoded) // 10))
         if count >= len(encoded):
             raise DataError(
-                f"{given.source} gives one sequence of {self.seqlen} tokens; to hold one out, too, give more data or a smaller "
+                f"{given.source} gives one sequence of {seqlen} tokens; to hold one out, too, give more data or a smaller "
                 "seqlen, or set held_out=0"
             )
         return encoded.split(count)

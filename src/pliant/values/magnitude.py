@@ -7,20 +7,18 @@ from typing import ClassVar
 
 import torch
 
-from pliant.checkpoint.weights import check_finite
-from pliant.step import Job, Step, StepError, is_number
-from pliant.values.matrix import matrices
+from pliant.step import Job, StepError, is_number
+from pliant.values.matrix import ValueStep, concerned, left_over
 
 
 @dataclass(frozen=True, kw_only=True)
-class Magnitude(Step):
-    """Zero the weights of smallest absolute value in every matrix of the blocks (Han et al. 2015). Needs no data.
+class Magnitude(ValueStep):
+    """Zero the smallest weights by absolute value in every matrix (Han et al. 2015). Needs no data.
 
     The simplest sparsifier there is: without training afterwards, half of the weights is more than most models bear.
     """
 
     kind: ClassVar[str] = "magnitude"
-    reshapes: ClassVar[bool] = False
 
     sparsity: float
     """Share of the weights to zero, from 0 to 1."""
@@ -29,6 +27,7 @@ class Magnitude(Step):
     """What the share is taken of: matrix, or row (the weights of one output)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not is_number(self.sparsity) or not 0 <= self.sparsity <= 1:
             raise StepError(f"sparsity is a share from 0 to 1, not {self.sparsity!r}")
         if self.within not in ("matrix", "row"):
@@ -36,14 +35,14 @@ class Magnitude(Step):
 
     @torch.no_grad()
     def run(self, job: Job) -> None:
-        check_finite(job.model)
+        found = concerned(job.model, self.target_modules, self.exclude_modules)
         zeros = total = 0
-        for matrix in matrices(job.model):
+        for matrix in found.each(job.model):
             for one in matrix.weight if matrix.weight.dim() == 3 else (matrix.weight,):
                 zero_smallest(one, self.sparsity, within=self.within)
             zeros += int((matrix.weight == 0).sum())
             total += matrix.weight.numel()
-        job.record.update(sparsity=zeros / total, weights=total)
+        job.record.update(sparsity=zeros / total, weights=total, left=left_over(job.model, found, total))
 
 
 def zero_smallest(weight: torch.Tensor, sparsity: float, *, within: str = "matrix") -> None:

@@ -9,32 +9,36 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from pliant.checkpoint.quantized import record_packed
-from pliant.checkpoint.weights import check_finite
+from pliant.checkpoint.quantized import packed_bytes, record_packed
+from pliant.compat.native import run_natively
 from pliant.errors import PackedError
 from pliant.pages import pages_of
 from pliant.runtime.cache import Keeping
-from pliant.runtime.decoder import run_natively
+from pliant.runtime.dense import is_linear, weight_of
 from pliant.runtime.grid import round_to_grid
 from pliant.runtime.linear import Packed
 from pliant.runtime.packed import FORMATS, GROUPS
 from pliant.runtime.pays import pays
-from pliant.step import Job, Step, StepError
-from pliant.values.matrix import head_of, matrices
+from pliant.step import Job, StepError
+from pliant.values.matrix import Matrix, ValueStep, concerned, head_of, left_over
 
 CHOICES = ("auto", "dense", *FORMATS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedLinear(Step):
+class PackedLinear(ValueStep):
     """Store linear layers as bf16, int8 or int4, leave zeros out where that is faster, and run them on pliant's CPU kernels.
 
-    Packing comes last: a packed model is run, saved, loaded and measured, but not cut or trained any more.
+    Any module with linear layers can be packed. Layers whose weight is read or wrapped by other code (an adapter, a parametrization)
+    are skipped; the record lists them and their share of the model. Packing comes last: a packed model can be run, saved, loaded
+    and measured, but no longer cut or trained.
     """
 
     kind: ClassVar[str] = "packed"
-    reshapes: ClassVar[bool] = False
+
+    packs: ClassVar[bool] = True
 
     format: str = "auto"
     """What the layers become: bf16, int8, int4, or auto: what holds their weights as they are in the fewest bits (int4 or int8
@@ -63,12 +67,17 @@ class PackedLinear(Step):
     """Whether zeros are left out: always, never, or auto: where a layer has so many that it is faster on this machine."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.rules, str):
             object.__setattr__(self, "rules", _parsed(self.rules))
+        if not isinstance(self.rules, Mapping) or not all(isinstance(pattern, str) for pattern in self.rules):
+            raise StepError(
+                f"rules map regular expressions to formats, such as {{'down_proj': 'int8'}}; not {self.rules!r}"
+            )
         for name, value in {"format": self.format, "head": self.head, **self.rules}.items():
             if value not in CHOICES:
                 raise StepError(f"{name} is one of {', '.join(CHOICES)}, not {value!r}")
-        if self.group not in GROUPS:
+        if not isinstance(self.group, int) or self.group not in GROUPS:
             raise StepError(f"group is one of {', '.join(map(str, GROUPS))}, not {self.group!r}")
         if self.sparse not in ("auto", "always", "never"):
             raise StepError(f"sparse is auto, always or never, not {self.sparse!r}")
@@ -80,7 +89,7 @@ class PackedLinear(Step):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise StepError(f"{pattern!r} is no regular expression: {error}") from None
+                raise StepError(f"{pattern!r} is not a valid regular expression: {error}") from None
 
     def _cache(self) -> dict[str, Any]:
         return {"format": self.cache, "key_sparsity": self.key_sparsity, "value_sparsity": self.value_sparsity}
@@ -90,40 +99,59 @@ class PackedLinear(Step):
         model = job.model
         if pages_of(model) is not None:
             raise StepError("packing keeps the packed weights in memory; load the model without a memory limit")
-        if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        if is_linear(model):
+            raise StepError(
+                f"a single {type(model).__name__} cannot be replaced in place; pack torch.nn.Sequential(layer)"
+            )
+        if any(parameter.device.type not in ("cpu", "meta") for parameter in model.parameters()):
             raise StepError("packed layers run on the CPU; load the model there")
-        check_finite(model)
-        wanted = self._wanted(model)
+        found = concerned(model, self.target_modules, self.exclude_modules, replaces=True, head=self.head != "dense")
+        wanted = self._formats(found.matrices, head_of(model))
+        dense = {one.name for one in found.matrices} - {one.name for one, _ in wanted}
+        found.left |= dict.fromkeys(dense, "linear layers that format, head or rules leave dense")
+        found.matrices = [one for one, _ in wanted]
         if not wanted:
             raise StepError("none of the layers is packed by these settings")
         layers: dict[str, dict[str, Any]] = {}
+        packed: dict[tuple[Any, ...], torch.Tensor] = {}  # of weights that two layers share
+        taken = {id(one.layer) for one, _ in wanted}
+        stay = {id(p) for m in model.modules() if id(m) not in taken for p in m.parameters(recurse=False)}
         with job.progress.stage("packing") as shown:
-            for done, (name, choice) in enumerate(wanted.items()):
-                shown.step(done / len(wanted), name)
-                layer = model.get_submodule(name)
+            for done, (one, choice) in enumerate(wanted):
+                shown.step(done / len(wanted), one.name)
+                layer: Any = one.layer
                 weight = weight_of(layer)
                 form, group = _lossless(weight) if choice == "auto" else (choice, self.group)
                 zeros = float((weight == 0).float().mean())
                 sparse = self.sparse == "always" or (self.sparse == "auto" and zeros > 0 and pays(form, zeros))
-                packed = Packed.of(layer, form, sparse=sparse, group=group)
-                packed.tied = getattr(layer, "weight", None) is embedding_of(model)
-                model.set_submodule(name, packed)
-                found = packed.header()
-                layers[name] = {"format": form, "sparse": sparse, "sparsity": zeros, "bits": found.bits}
+                key = id(layer.weight), form, sparse, group
+                made = Packed.of(layer, form, sparse=sparse, group=group, packed=packed.get(key))
+                made.tied = id(layer.weight) in stay
+                stay.add(id(layer.weight))
+                packed[key] = made.packed
+                for name in one.names:
+                    model.set_submodule(name, made)
+                head = made.header()
+                layers[one.name] = {"format": form, "sparse": sparse, "sparsity": zeros, "bits": head.bits}
         record_packed(model, self._cache())
-        why_not = run_natively(model)
-        weights = {name: model.get_submodule(name) for name in layers}
-        total = sum(one.in_features * one.out_features for one in weights.values())
-        stored = sum(one.weight.numel() for one in weights.values())
+        own = isinstance(model, PreTrainedModel)
+        why_not = run_natively(model) if own else "a plain module calls its layers itself"
+        weights = [model.get_submodule(name) for name in layers]
+        total = sum(one.in_features * one.out_features for one in weights)
+        stored = sum(one.packed.numel() for one in weights)
         job.record.update(
-            packed=layers, bits=8 * stored / total, bytes=stored, native=not why_not, why_not_native=why_not
+            packed=layers,
+            bits=8 * stored / total,
+            bytes=packed_bytes(model),
+            native=not why_not,
+            why_not_native=why_not,
+            left=left_over(model, found, sum(one.parameters_held() for one in weights)),
         )
 
-    def _wanted(self, model: Any) -> dict[str, str]:
+    def _formats(self, layers: list[Matrix], head: tuple[str, nn.Module] | None) -> list[tuple[Matrix, str]]:
         """The layers to pack and what each becomes."""
-        names = [matrix.name for matrix in matrices(model)]
-        choices = {name: self.format for name in names if is_linear(_module(model, name))}
-        if (head := head_of(model)) is not None and is_linear(head[1]):
+        choices = {one.name: self.format for one in layers}
+        if head is not None and head[0] in choices:
             choices[head[0]] = self.format if self.head == "auto" else self.head
         used: set[str] = set()
         for name in choices:
@@ -136,30 +164,7 @@ class PackedLinear(Step):
             raise StepError(
                 f"no linear layer's name has {unused[0]!r} in it; they are like {next(iter(choices), None)!r}"
             )
-        return {name: choice for name, choice in choices.items() if choice != "dense"}
-
-
-def is_linear(layer: nn.Module | None) -> bool:
-    """Whether a layer can be packed: torch's ``Linear`` or transformers' ``Conv1D``."""
-    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
-
-
-def weight_of(layer: Any) -> torch.Tensor:
-    """Shape ``(out, in)``."""
-    return layer.weight.detach() if isinstance(layer, nn.Linear) else layer.weight.detach().T
-
-
-def embedding_of(model: Any) -> torch.Tensor | None:
-    """The weight of the input embedding."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    return getattr(embedding, "weight", None)
-
-
-def _module(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None  # a stack of experts is a parameter
+        return [(one, choices[one.name]) for one in layers if choices[one.name] != "dense"]
 
 
 def _lossless(weight: torch.Tensor) -> tuple[str, int]:

@@ -7,22 +7,20 @@ from typing import ClassVar
 
 import torch
 
-from pliant.checkpoint.weights import check_finite
 from pliant.runtime.grid import round_to_grid
-from pliant.step import Job, Step, StepError
-from pliant.values.matrix import matrices
+from pliant.step import Job, StepError
+from pliant.values.matrix import ValueStep, concerned, left_over
 
 
 @dataclass(frozen=True, kw_only=True)
-class RTN(Step):
-    """Round every matrix of the blocks to nearest on a symmetric grid of few bits. Needs no data.
+class RTN(ValueStep):
+    """Round every matrix to nearest on a symmetric grid of few bits. Needs no data.
 
     The weights stay floating-point numbers that lie on the grid: any tool opens the model. ``PackedLinear`` finds a grid of
     8 bits a row or 4 bits a group of 128 again, and stores what is on it without another error.
     """
 
     kind: ClassVar[str] = "rtn"
-    reshapes: ClassVar[bool] = False
 
     bits: int = 4
     """Bits of a weight, from 2 to 8."""
@@ -31,6 +29,7 @@ class RTN(Step):
     """Inputs that share a scale; none for one scale for every output."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 2 <= self.bits <= 8:
             raise StepError(f"bits is a whole number from 2 to 8, not {self.bits!r}")
         if self.group is not None and (not isinstance(self.group, int) or self.group < 1):
@@ -38,12 +37,15 @@ class RTN(Step):
 
     @torch.no_grad()
     def run(self, job: Job) -> None:
-        check_finite(job.model)
+        found = concerned(job.model, self.target_modules, self.exclude_modules)
         error = size = 0.0
-        for matrix in matrices(job.model):
+        for matrix in found.each(job.model):
             flat = matrix.weight.flatten(0, -2)
             rounded = round_to_grid(flat.float(), self.bits, self.group)
             error += float((rounded - flat.float()).square().sum())
             size += float(flat.float().square().sum())
             matrix.weight.copy_(rounded.view(matrix.weight.shape))
-        job.record["relative_error"] = (error / size) ** 0.5 if size else 0.0
+        total = sum(matrix.weight.numel() for matrix in found.matrices)
+        job.record.update(
+            relative_error=(error / size) ** 0.5 if size else 0.0, left=left_over(job.model, found, total)
+        )

@@ -30,7 +30,7 @@ int failed(const std::string& what) {
 #define PLIANT_API extern "C" __attribute__((visibility("default")))
 
 // Raised whenever a signature below or the packed form changes.
-PLIANT_API int pliant_abi() { return 1; }
+PLIANT_API int pliant_abi() { return 2; }
 
 // Why the last call of this thread failed.
 PLIANT_API const char* pliant_message() { return message.c_str(); }
@@ -134,6 +134,8 @@ PLIANT_API void* pliant_cache_new(int64_t heads, int64_t width, const Keeping* k
   return new Cache(heads, width, *keeping);
 }
 
+PLIANT_API void* pliant_cache_copy(const void* cache) { return new Cache(*static_cast<const Cache*>(cache)); }
+
 PLIANT_API void pliant_cache_end(void* cache) { delete static_cast<Cache*>(cache); }
 
 PLIANT_API int64_t pliant_cache_length(const void* cache) { return static_cast<const Cache*>(cache)->length(); }
@@ -167,8 +169,8 @@ PLIANT_API int pliant_decoder_add(void* decoder, const LayerPlan* plan) {
   return failed(static_cast<Decoder*>(decoder)->add(*plan));
 }
 
-PLIANT_API void pliant_decoder_run(void* decoder, float* stream, int64_t tokens, const float* cosine, const float* sine,
-                                   int64_t rotated, void* const* caches, int threads, int64_t* spent) {
-  static_cast<Decoder*>(decoder)->run(stream, tokens, cosine, sine, rotated, reinterpret_cast<Cache* const*>(caches), threads,
-                                      spent);
+PLIANT_API int pliant_decoder_run(void* decoder, float* stream, int64_t tokens, const float* cosine, const float* sine,
+                                  int64_t rotated, void* const* caches, int threads, int64_t* spent) {
+  return static_cast<Decoder*>(decoder)->run(stream, tokens, cosine, sine, rotated, reinterpret_cast<Cache* const*>(caches),
+                                             threads, spent);
 }

@@ -20,6 +20,15 @@ constexpr int64_t kLaneBytes = 16;
 #endif
 using Lanes = float __attribute__((vector_size(kLaneBytes)));
 
+// a * b + c, rounded once like the vector lanes: otherwise a compiler may split a loop of these into products and sums.
+inline float fused(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // R rows times columns that fill C registers of each.
 template <int R, int C>
 void products(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t n, float* out, int64_t out_stride,
@@ -59,7 +68,7 @@ void columns_of(const float* a, int64_t a_stride, const float* b, int64_t b_stri
     for (; c < columns; ++c) {
       for (int r = 0; r < R; ++r) {
         float sum = add ? out[r * out_stride + c] : 0;
-        for (int64_t i = 0; i < n; ++i) sum += a[r * a_stride + i] * b[i * b_stride + c];
+        for (int64_t i = 0; i < n; ++i) sum = fused(a[r * a_stride + i], b[i * b_stride + c], sum);
         out[r * out_stride + c] = sum;
       }
     }

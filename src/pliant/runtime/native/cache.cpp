@@ -38,6 +38,19 @@ struct Cache::Partial {
   alignas(64) float mixed[kWidest];
 };
 
+Cache::Cache(const Cache& other)
+    : heads_(other.heads_), width_(other.width_), length_(other.length_), settled_(other.settled_), keeping_(other.keeping_),
+      blocks_(other.blocks_) {
+  for (auto& of_head : blocks_)
+    for (Block& block : of_head) block.look();
+}
+
+void Cache::Block::look() {
+  if (packed_keys.empty()) return;
+  open(packed_keys.data(), static_cast<int64_t>(packed_keys.size()), false, 1, &key_matrix);
+  open(packed_values.data(), static_cast<int64_t>(packed_values.size()), false, 1, &value_matrix);
+}
+
 void Cache::open_block(int64_t head) {
   Block block;
   block.keys.resize(static_cast<size_t>(width_ * kBlock));
@@ -78,8 +91,7 @@ void Cache::pack_block(Block& block, int64_t begin) const {
   block.packed_values.resize(static_cast<size_t>(v.size()));
   k.write(block.packed_keys.data(), 1);
   v.write(block.packed_values.data(), 1);
-  open(block.packed_keys.data(), k.size(), false, 1, &block.key_matrix);
-  open(block.packed_values.data(), v.size(), false, 1, &block.value_matrix);
+  block.look();
   block.keys = {};
   block.values = {};
 }
@@ -128,8 +140,7 @@ void Cache::read(float* keys, float* values) const {
     for (int64_t b = 0; b * kBlock < length_; ++b) {
       Block block = blocks_[static_cast<size_t>(h)][static_cast<size_t>(b)];
       if (!block.packed_keys.empty()) {
-        open(block.packed_keys.data(), static_cast<int64_t>(block.packed_keys.size()), false, 1, &block.key_matrix);
-        open(block.packed_values.data(), static_cast<int64_t>(block.packed_values.size()), false, 1, &block.value_matrix);
+        block.look();
         unpack_block(block);
       }
       for (int64_t t = 0; t < std::min(kBlock, length_ - b * kBlock); ++t) {

@@ -21,6 +21,8 @@ struct Keeping {
 class Cache {
  public:
   Cache(int64_t heads, int64_t width, const Keeping& keeping) : heads_(heads), width_(width), keeping_(keeping) {}
+  Cache(const Cache& other);  // deep copy
+  Cache& operator=(const Cache&) = delete;
 
   int64_t heads() const { return heads_; }
   int64_t width() const { return width_; }
@@ -48,7 +50,9 @@ class Cache {
   struct Block {
     std::vector<float> keys, values;             // [width][64] and [64][width], or empty when packed
     std::vector<uint8_t> packed_keys, packed_values;  // matrices of 64 x width and width x 64
-    Matrix key_matrix, value_matrix;
+    Matrix key_matrix, value_matrix;                  // views of packed_keys and packed_values
+
+    void look();  // sets the views; call it when the packed bytes are new or have moved
   };
   struct Partial;
 

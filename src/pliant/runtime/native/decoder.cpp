@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstddef>
+#include <cstring>
 
 #include "cpu.h"
 #include "pool.h"
@@ -54,10 +56,18 @@ std::string look(const Projection& part, const char* name, int64_t rows, int64_t
   return "";
 }
 
-Task task_of(const Matrix& w, const Projection& part, float* out) {
+// The values as floats: in place if they are floats, else widened into `to`.
+const float* floats(const Vector& from, int64_t n, std::vector<float>& to) {
+  const auto type = static_cast<Type>(from.type);
+  if (!from.data || type == Type::f32) return static_cast<const float*>(from.data);
+  kernels().widen(from.data, type, n, room(to, n), n);
+  return to.data();
+}
+
+Task task_of(const Matrix& w, const Projection& part, std::vector<float>& bias, float* out) {
   Task task;
   task.weight = &w;
-  task.bias = part.bias;
+  task.bias = floats(part.bias, w.rows, bias);
   task.out = out;
   task.stride = w.rows;
   return task;
@@ -90,13 +100,21 @@ std::string Decoder::add(const LayerPlan& plan) {
       if (!wrong.empty()) return wrong;
     }
   }
-  layers_.push_back(layer);
+  for (const Projection* part : {&plan.q, &plan.k, &plan.v, &plan.o, &plan.gate, &plan.up, &plan.down}) {
+    if (!part->data) continue;
+    layer.headers.emplace_back(part->data, Header{});
+    std::memcpy(&layer.headers.back().second, part->data, sizeof(Header));
+  }
+  layers_.push_back(std::move(layer));
   return "";
 }
 
-void Decoder::run(float* stream, int64_t tokens, const float* cosine, const float* sine, int64_t rotated, Cache* const* caches,
+bool Decoder::run(float* stream, int64_t tokens, const float* cosine, const float* sine, int64_t rotated, Cache* const* caches,
                   int threads, int64_t* spent) {
   const std::lock_guard alone(running_);  // the buffers are this decoder's
+  for (const Layer& layer : layers_)
+    for (const auto& [data, header] : layer.headers)
+      if (std::memcmp(data, &header, offsetof(Header, checksum)) != 0) return false;
   const int64_t hidden = plan_.hidden, width = plan_.width;
   float* normed = room(normed_, tokens * hidden);
   const auto codes = [](std::initializer_list<const Matrix*> matrices) {
@@ -104,13 +122,14 @@ void Decoder::run(float* stream, int64_t tokens, const float* cosine, const floa
       if (w->format != Format::bf16) return true;
     return false;
   };
-  const auto normalise = [&](const float* weight) {
+  const auto normalise = [&](const Vector& of) {
+    const float* weight = floats(of, hidden, widened_[0]);
     parallel(tokens < 16 ? 1 : threads, tokens, [&](int64_t t) {
       norm(stream + t * hidden, weight, hidden, plan_.epsilon, normed + t * hidden);
     });
   };
   const auto add_to_stream = [&](const Matrix& w, const Projection& part) {
-    Task task = task_of(w, part, stream);
+    Task task = task_of(w, part, widened_[0], stream);
     task.accumulate = true;
     linear(&task, 1, rows_.input(), threads);
   };
@@ -127,16 +146,19 @@ void Decoder::run(float* stream, int64_t tokens, const float* cosine, const floa
       float* mixed = room(mixed_, tokens * q_size);
       int64_t began = now();
       rows_.read(normed, Type::f32, tokens, hidden, hidden, codes({&layer.q, &layer.k, &layer.v}), threads);
-      const Task three[] = {task_of(layer.q, plan.q, q), task_of(layer.k, plan.k, k), task_of(layer.v, plan.v, v)};
+      const Task three[] = {task_of(layer.q, plan.q, widened_[0], q), task_of(layer.k, plan.k, widened_[1], k),
+                            task_of(layer.v, plan.v, widened_[2], v)};
       linear(three, 3, rows_.input(), threads);
       in_products += now() - began;
+      const float* q_norm = floats(plan.q_norm, width, widened_[0]);
+      const float* k_norm = floats(plan.k_norm, width, widened_[1]);
       for (int64_t t = 0; t < tokens; ++t) {
         float* own_q = q + t * q_size;
         float* own_k = k + t * kv_size;
-        if (plan.q_norm)
-          for (int64_t h = 0; h < plan.heads; ++h) norm(own_q + h * width, plan.q_norm, width, plan_.epsilon, own_q + h * width);
-        if (plan.k_norm)
-          for (int64_t h = 0; h < plan.kv_heads; ++h) norm(own_k + h * width, plan.k_norm, width, plan_.epsilon, own_k + h * width);
+        if (q_norm)
+          for (int64_t h = 0; h < plan.heads; ++h) norm(own_q + h * width, q_norm, width, plan_.epsilon, own_q + h * width);
+        if (k_norm)
+          for (int64_t h = 0; h < plan.kv_heads; ++h) norm(own_k + h * width, k_norm, width, plan_.epsilon, own_k + h * width);
         if (plan.rotary) {
           rotate(own_q, plan.heads, width, cosine + t * rotated, sine + t * rotated, rotated);
           rotate(own_k, plan.kv_heads, width, cosine + t * rotated, sine + t * rotated, rotated);
@@ -157,9 +179,9 @@ void Decoder::run(float* stream, int64_t tokens, const float* cosine, const floa
       float* inner = room(inner_, tokens * layer.gate.rows);
       const int64_t began = now();
       rows_.read(normed, Type::f32, tokens, hidden, hidden, codes({&layer.gate, &layer.up}), threads);
-      Task gated = task_of(layer.gate, plan.gate, inner);
+      Task gated = task_of(layer.gate, plan.gate, widened_[0], inner);
       gated.up = &layer.up;
-      gated.up_bias = plan.up.bias;
+      gated.up_bias = floats(plan.up.bias, layer.up.rows, widened_[1]);
       gated.activation = static_cast<Activation>(plan_.activation);
       linear(&gated, 1, rows_.input(), threads);
       rows_.read(inner, Type::f32, tokens, layer.gate.rows, layer.gate.rows, codes({&layer.down}), threads);
@@ -171,6 +193,7 @@ void Decoder::run(float* stream, int64_t tokens, const float* cosine, const floa
   std::copy_n(normed, tokens * hidden, stream);
   spent[0] += in_products;
   spent[1] += in_attention;
+  return true;
 }
 
 }  // namespace pliant
