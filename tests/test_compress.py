@@ -578,7 +578,10 @@ def test_an_image_model_of_a_hub_is_saved_with_the_processor_it_has(fault, tmp_p
             raise fault
         return SimpleNamespace(save_pretrained=lambda place: (place / "preprocessor_config.json").write_text(name))
 
-    monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", from_pretrained)
+    try:
+        monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", from_pretrained)
+    except ImportError:  # older transformers: any look at it is refused, which is one of the faults
+        assert fault is ImportError or pytest.skip("this transformers has image processors with torchvision only")
     model = pico("vit")
     model.name_or_path = "owner/name"
     pliant.save(model, tmp_path / "small")
