@@ -238,7 +238,7 @@ def test_options_that_contradict_each_other_are_refused(folder, model):
         pliant.load(folder, device="mps", memory="1GB")
     for work in (pliant.inspect, pliant.bench, lambda *a, **k: pliant.evaluate(*a, perplexity=TEXT, **k)):
         for option in ({"device": "cpu"}, {"dtype": "float32"}):
-            with pytest.raises(DeviceError, match="this model already is; use model.to"):
+            with pytest.raises(DeviceError, match=r"this model already is; use model\.to"):
                 work(model, **option)
 
 
