@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StoppingCriteriaList
 
 import pliant
 from decode import PACKED, packed, spread
@@ -45,11 +45,17 @@ def main() -> None:
     def generate(of: Any, **settings: Any) -> Callable[[], None]:
         return lambda: of(input_ids=ids, max_new_tokens=TOKENS, pad_token_id=0, **settings)
 
+    def never(given: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.zeros(len(given), dtype=torch.bool)
+
     as_it_comes = type(model).generate.__get__(model)
     candidates = {
         "the model in a loop": loop,
         "generate, greedy": generate(model.generate, do_sample=False),
         "generate, greedy, torch on all threads": generate(as_it_comes, do_sample=False),
+        "generate, greedy, a stopping criterion": generate(
+            model.generate, do_sample=False, stopping_criteria=StoppingCriteriaList([never])
+        ),
         "generate, sampled": generate(model.generate, do_sample=True),
         "generate, sampled, torch on all threads": generate(as_it_comes, do_sample=True),
     }

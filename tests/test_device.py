@@ -204,7 +204,9 @@ def test_a_device_without_room_for_the_weights_is_refused(folder, monkeypatch):
         raise RuntimeError("MPS backend out of memory (MPS allocated: 1.00 GB)")
 
     monkeypatch.setattr("transformers.PreTrainedModel.to", full)
-    with pytest.raises(DeviceError, match=r"the weights take .* mps has 7\.0 GiB free; load the model with dtype='bfloat16'"):
+    with pytest.raises(
+        DeviceError, match=r"the weights take .* mps has 7\.0 GiB free; load the model with dtype='bfloat16'"
+    ):
         pliant.load(folder, device="mps")
 
 

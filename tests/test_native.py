@@ -17,6 +17,7 @@ import pliant
 from pico import IDS, pico
 from pliant.compat.cache import cache_argument
 from pliant.compat.native import Native, plan_of, run_natively
+from pliant.compat.watch import Watch
 from pliant.errors import PackedError
 from pliant.runtime import library
 from pliant.runtime.linear import Packed
@@ -439,6 +440,70 @@ def test_criteria_keep_what_they_remember_and_have_all_threads():
     assert criterion.lengths == list(range(13, found.shape[1] + 1))
     assert runs(model) == before + len(criterion.lengths)
     assert seen == {2}
+
+
+class Replaces:
+    """A criterion, processor, streamer or hook that exchanges a layer of the model on its third call."""
+
+    def __init__(self, model):
+        self.model, self.calls = model, 0
+
+    def now(self):
+        self.calls += 1
+        if self.calls == 3:
+            first(self.model).mlp = nn.Identity()
+
+    def __call__(self, _, scores):
+        self.now()
+        return scores
+
+    def stops(self, ids, _, **__):
+        self.now()
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    def put(self, _):
+        self.now()
+
+    def end(self):
+        pass
+
+    def hook(self, *_):
+        self.now()
+
+
+CALLED = {
+    "a processor": lambda does: {"logits_processor": [does]},
+    "a criterion": lambda does: {"stopping_criteria": [does.stops]},
+    "a streamer": lambda does: {"streamer": does},
+    "allowed tokens": lambda does: {"prefix_allowed_tokens_fn": lambda *_: does.now() or list(range(3, 200))},
+    "a hook of the head": lambda does: does.model.lm_head.register_forward_hook(does.hook) and {},
+}
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("kind", CALLED)
+def test_a_model_changed_while_it_generates(kind):
+    found = []
+    for own in (False, True):
+        model = packed(format="int8")
+        given = {**CALLED[kind](Replaces(model)), "max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False}
+        with by_transformers(model) if own else contextlib.nullcontext():
+            found.append(model.generate(PROMPT, **given))
+        assert isinstance(first(model).mlp, nn.Identity)
+    assert torch.equal(*found)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_model_is_checked_once_while_only_transformers_runs(monkeypatch):
+    model = packed()
+    checks, check = [], Watch.unchanged
+    monkeypatch.setattr(Watch, "unchanged", lambda watch: checks.append(watch) or check(watch))
+    before = runs(model)
+    model.generate(PROMPT, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    assert (len(checks), runs(model)) == (1, before + 8)
+    with torch.no_grad():
+        model(PROMPT)
+    assert len(checks) == 2
 
 
 def test_several_threads_generate_at_once():

@@ -7,9 +7,11 @@ of transformers computes layer by layer, with the same packed weights.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -38,7 +40,12 @@ KNOWN = {  # arguments of forward that a native run handles
 }
 TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position")  # those of them that are
 CALLED = ("logits_processor", "stopping_criteria")  # arguments of generate: lists of functions called at every token
+CALLING = (*CALLED, "prefix_allowed_tokens_fn", "streamer")  # those that run code of the caller
 BRING = ("assistant_model", "custom_generate")  # arguments of generate that add a model or a loop of their own
+
+_checked = (
+    threading.local()
+)  # known: plan and watch of a base that does not change until generate returns in this thread
 
 
 class Native:
@@ -195,10 +202,12 @@ def _keeping(base: Any) -> Keeping:
 def plan_of(base: Any) -> NativePlan | None:
     """The plan of a base model's native run in its current state; None if it has none. The plan is remade after a change."""
     known: tuple[NativePlan | None, Watch] | None = vars(base).get("_pliant_native")
-    if known is None or not known[1].unchanged():
+    checked = known is not None and known is getattr(_checked, "known", None)
+    if not checked and (known is None or not known[1].unchanged()):
         known = _read(base)
+    assert known is not None
     plan, watch = known
-    if plan is None or len(plan.slots) != base.config.num_hidden_layers or not watch.evaluating():
+    if plan is None or len(plan.slots) != base.config.num_hidden_layers or not (checked or watch.evaluating()):
         return None  # some of its layers are left out, or in training
     return plan
 
@@ -351,8 +360,26 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
             given.arguments[name] = type(given.arguments[name])(map(_on_all, given.arguments[name]))
     if given.arguments.get("prefix_allowed_tokens_fn"):
         given.arguments["prefix_allowed_tokens_fn"] = _on_all(given.arguments["prefix_allowed_tokens_fn"])
-    with torch_on_one():
+    with torch_on_one(), _checked_once(model, any(others.get(name) for name in CALLING)):
         return own(*given.args, **given.kwargs)
+
+
+@contextlib.contextmanager
+def _checked_once(model: Any, calling: bool) -> Iterator[None]:
+    """Check for changes once instead of at every token, if only code of transformers runs in between. Each check reads thousands of
+    objects that the weights have displaced from the processor's caches.
+
+    Arguments:
+        calling: whether code of the caller runs.
+    """
+    theirs = type(model).__module__.startswith("transformers.") and "forward" not in vars(model)
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    if theirs and not hooked and not calling and plan_of(model.base_model) is not None:
+        _checked.known = model.base_model._pliant_native
+    try:
+        yield
+    finally:
+        _checked.known = None
 
 
 def _on_all(function: Any) -> Any:
