@@ -33,14 +33,14 @@ def harness(
     """
     try:
         # untyped: a decorator hides the arguments of simple_evaluate from type checkers
-        evaluator: Any = importlib.import_module("lm_eval.evaluator")
+        lm_eval: Any = importlib.import_module("lm_eval")
         models: Any = importlib.import_module("lm_eval.models.huggingface")
     except ImportError as error:
         raise MissingExtraError(
             f"harness tasks ({', '.join(map(str, tasks))}) need lm-eval: pip install 'pliant[eval]' ({error})"
         ) from None
     try:
-        found = evaluator.simple_evaluate(
+        found = lm_eval.simple_evaluate(
             models.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_ROWS_AT_ONCE),
             tasks=list(tasks),
             limit=limit,
