@@ -30,7 +30,7 @@ _training = itemgetter("training")
 class Watch:
     """The state of modules that a native run relies on: classes, children, tensors, hooks, and the attributes that were read.
 
-    Checking it takes a few microseconds per layer, so it is done before every token.
+    Checking it takes about 30 microseconds per layer while a model runs: the weights have displaced it from the caches.
 
     Arguments:
         modules: the modules that the run replaces.
