@@ -191,6 +191,17 @@ def test_an_earlier_result_is_replaced_whole(way, folder, tmp_path, monkeypatch,
     check_target(out, overwrite=True)  # and can be so again
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_a_result_has_the_usual_permissions(umask, folder, tmp_path):
+    before = os.umask(umask)
+    try:
+        out = pliant.save(pliant.load(folder), tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o666 & ~umask}
+    assert out.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
 def test_a_result_lists_its_files(folder, tmp_path):
     import yaml
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -144,9 +145,10 @@ def written_aside(target: Path) -> Iterator[Path]:
     try:
         with _beside(target) as aside:
             old = aside.with_name(aside.name + ".old")
-            aside.chmod(0o755)
+            mode = _usual_mode(aside)
             yield aside
             for path in (*aside.rglob("*"), aside):
+                path.chmod(mode if path.is_dir() else mode & 0o666)  # temporary folders and safetensors' files are private
                 sync(path)
             if target.exists() and not any(target.iterdir()):
                 target.rmdir()
@@ -169,6 +171,15 @@ def written_aside(target: Path) -> Iterator[Path]:
                 shutil.rmtree(target, ignore_errors=True)
                 os.replace(old, target)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _usual_mode(folder: Path) -> int:
+    """The permissions that a new folder gets."""
+    probe = folder / "mode"
+    probe.mkdir()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.rmdir()
+    return mode
 
 
 def _set_aside(target: Path, old: Path) -> bool:
