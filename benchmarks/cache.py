@@ -23,7 +23,7 @@ import torch
 import pliant
 from machine import machine
 from pliant.checkpoint.load import tokenizer_of
-from pliant.compat.cache import cache_argument
+from pliant.compat.cache_argument import cache_argument
 from pliant.compat.native import plan_of
 from pliant.runtime import library
 

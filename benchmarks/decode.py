@@ -30,10 +30,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import pliant
 from machine import machine
-from pliant.compat.cache import cache_argument
-from pliant.measure.score import nll
-from pliant.measure.split import token_time
-from pliant.measure.windows import windows_for
+from pliant.compat.cache_argument import cache_argument
+from pliant.forward.losses import nll
+from pliant.forward.windows import windows_for
+from pliant.measure.speed.token_breakdown import token_time
 from pliant.runtime import library
 
 PROMPT, TOKENS, ROUNDS = 128, 32, 7

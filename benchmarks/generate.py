@@ -20,7 +20,7 @@ from transformers import DynamicCache, StoppingCriteriaList
 import pliant
 from decode import PACKED, packed, spread
 from machine import machine
-from pliant.compat.cache import cache_argument
+from pliant.compat.cache_argument import cache_argument
 from pliant.runtime import library
 
 PROMPT, TOKENS, ROUNDS = 32, 64, 15

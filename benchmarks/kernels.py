@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from machine import machine
 from pliant.runtime import library
-from pliant.runtime.linear import linear
-from pliant.runtime.packed import FORMATS, pack, room
+from pliant.runtime.packed_linear import linear
+from pliant.runtime.packed_matrix import FORMATS, pack, room
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (2048, 8192), (576, 1536))
 COLD = 160 << 20

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from machine import machine
 from pliant.runtime import library
-from pliant.runtime.linear import linear
-from pliant.runtime.packed import pack
+from pliant.runtime.packed_linear import linear
+from pliant.runtime.packed_matrix import pack
 
 SIZE, CALLS, ROUNDS = 4096, 100, 5
 

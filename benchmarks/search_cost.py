@@ -19,9 +19,10 @@ import pliant
 from machine import save
 from pliant.anatomy import anatomy_of
 from pliant.elastic import Subnet
-from pliant.measure.walk import Walk
-from pliant.measure.windows import windows_for
-from pliant.search import Greedy, block_moves
+from pliant.forward.windows import windows_for
+from pliant.measure.prefix_scorer import Walk
+from pliant.prune import block_moves
+from pliant.searches import Greedy
 
 MODES = {
     "lazy": Greedy("lazy"),

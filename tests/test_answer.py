@@ -11,7 +11,7 @@ from pico import pico
 from pico import tokenizer as pico_tokenizer
 from pliant.data import OpenQuestion, Question
 from pliant.errors import DataError
-from pliant.measure.answer import STOP, generate
+from pliant.measure.quality.generated_answers import STOP, generate
 
 
 def _prompts(count):
@@ -88,7 +88,7 @@ def test_generation_ends_with_the_last_answer_of_a_batch(tokenizer, monkeypatch)
     prompts = _prompts(20)
     written = generate(model, tokenizer, "some", prompts, 8)
     place = next(place for place, text in enumerate(written) if text.isascii() and text.strip())
-    monkeypatch.setattr("pliant.measure.answer.STOP", written[place][0])
+    monkeypatch.setattr("pliant.measure.quality.generated_answers.STOP", written[place][0])
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
     assert generate(model, tokenizer, "some", [prompts[place]], 8) == [""]

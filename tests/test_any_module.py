@@ -13,11 +13,11 @@ from torch.nn.utils import parametrizations, prune
 
 import pliant
 from pico import IDS, inputs, logits, pico
-from pliant.checkpoint.quantized import packed_bytes, record_packed
+from pliant.checkpoint.packed_config import packed_bytes, record_packed
 from pliant.errors import PackedError
 from pliant.run.card import on_values
 from pliant.run.compress import _PROMPT, _costs
-from pliant.runtime.linear import Packed
+from pliant.runtime.packed_linear import Packed
 from pliant.step import StepError
 
 
@@ -596,7 +596,7 @@ def test_the_text_part_of_a_vision_language_model_reloads(tmp_path, whole):
     program = f"""
 import pliant, torch, transformers
 from pliant.run.compress import _PROMPT, _costs
-from pliant.runtime.linear import Packed
+from pliant.runtime.packed_linear import Packed
 torch.set_num_threads(1)
 expected = torch.load({str(tmp_path / "logits.pt")!r})
 place = {str(tmp_path)!r}

@@ -11,7 +11,7 @@ import pliant
 from pico import ARCHITECTURES, IDS, config, logits, pico
 from pliant.anatomy import anatomy_of, global_size
 from pliant.architecture import add_architecture, architecture_of, catalogue, families, parse, spec
-from pliant.checkpoint.schema import write
+from pliant.checkpoint.per_layer_config import write
 from pliant.elastic import Subnet, check, extract
 from pliant.errors import ArchitectureError, SubnetError
 
@@ -241,7 +241,7 @@ def test_a_model_cut_with_a_file_of_our_own_loads_where_that_file_is_not(tmp_pat
         import torch, transformers, pliant
         from pliant.architecture import catalogue
         from pliant.elastic import Subnet, extract
-        from pliant.checkpoint.schema import write
+        from pliant.checkpoint.per_layer_config import write
         assert "cohere" not in catalogue()
         model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "cut")!r}).eval()
         torch.save(model(torch.tensor({IDS.tolist()}), use_cache=False).logits.detach(), {str(tmp_path / "found.pt")!r})

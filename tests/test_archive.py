@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pliant.elastic import Subnet
 from pliant.errors import ArtefactError
-from pliant.search import Archive, ArchiveError
+from pliant.searches import Archive, ArchiveError
 
 SEARCH = {"model": "abc", "data": "def", "step": {"step": "multipruner", "samples": 8, "split": "44:52:4"}}
 SUBNETS = [

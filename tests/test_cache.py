@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 import pliant
 from pico import IDS, config, pico
 from pliant.compat.block_cache import BlockCache, BlockLayer
-from pliant.compat.cache import cache_argument
+from pliant.compat.cache_argument import cache_argument
 from pliant.errors import PackedError
 from pliant.runtime import library
-from pliant.runtime.cache import BLOCK, Keeping, per_token
+from pliant.runtime.kv_blocks import BLOCK, Keeping, per_token
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=library.state())
 HEADS, QUERIES, WIDTH = 2, 6, 24

@@ -13,9 +13,9 @@ from convnets import IMAGES, logits, net
 from pico import pico
 from pliant.anatomy import Null, anatomy_of
 from pliant.cli.main import app
+from pliant.criteria import l1_norms
 from pliant.elastic import Subnet, macs, parameters, ratio
 from pliant.errors import ArtefactError, PliantError, RatioError
-from pliant.importance import l1_norms
 from pliant.step import help_texts
 
 

@@ -14,12 +14,12 @@ import pico as tiny
 import pliant
 from pico import ARCHITECTURES, cases, fitted, head_of, inputs, leader, pico, tokenizer
 from pliant.anatomy import anatomy_of, layers_of
+from pliant.checkpoint.fingerprint import check_finite, fingerprint
 from pliant.checkpoint.load import tokenizer_of
-from pliant.checkpoint.schema import write
-from pliant.checkpoint.weights import check_finite, fingerprint
+from pliant.checkpoint.per_layer_config import write
 from pliant.elastic import Subnet, extract
 from pliant.errors import ArtefactError, WeightError
-from pliant.export.homogeneous import homogeneous
+from pliant.exporters.homogeneous import homogeneous
 
 IDS = torch.tensor([[5, 17, 101, 3, 77, 250, 9, 41, 12]])
 CUTS = {

@@ -19,12 +19,12 @@ from pico import pico
 from pliant.cli import main
 from pliant.cli.doctor import diagnose
 from pliant.cli.main import app
-from pliant.cli.settings import build, known_subnet, recipe, step_class
+from pliant.cli.step_options import build, known_subnet, recipe, step_class
 from pliant.elastic import Subnet
 from pliant.errors import ArtefactError, DataError, PliantError, RatioError, WeightError
-from pliant.figures import to_json
-from pliant.search import Cut
+from pliant.prune import Cut
 from pliant.step import StepError, help_texts
+from pliant.strict_json import to_json
 from pliant.systems import SYSTEMS
 
 VERBS = typer.main.get_command(app).commands

@@ -10,7 +10,7 @@ import pliant
 from pico import pico
 from pliant.data import OpenQuestion, Question
 from pliant.errors import DataError
-from pliant.measure.compare import difference, without_items
+from pliant.measure.quality.compare import difference, without_items
 
 BITS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=2, max_size=60)
 

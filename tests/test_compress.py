@@ -19,7 +19,7 @@ import test_discover
 from pico import pico
 from pliant.cli.main import app
 from pliant.errors import ArtefactError, BusyError, DataError, RatioError, WeightError
-from pliant.measure.reply import replies
+from pliant.measure.quality.replies import replies
 from pliant.progress import Progress
 from pliant.run.compress import Measuring, compress
 from pliant.step import StepError

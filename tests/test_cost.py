@@ -11,9 +11,9 @@ import pliant
 from pico import pico, tokenizer
 from pliant.anatomy import anatomy_of
 from pliant.elastic import Subnet
-from pliant.measure.latency import Latency, measure_latency
-from pliant.search.cost import COSTS, cost_of
-from pliant.search.moves import block_moves, pooled, width_moves
+from pliant.measure.cost import COSTS, cost_of
+from pliant.measure.speed.latency_table import Latency, measure_latency
+from pliant.prune.moves import block_moves, pooled, width_moves
 
 TEXT = pliant.text([" ".join(f"word {i * j % 17}" for j in range(1, 30)) for i in range(1, 40)])
 
@@ -107,7 +107,7 @@ def on_a_clock(model, monkeypatch):
             model(input_ids=ids, use_cache=False)
         return spent[0]
 
-    monkeypatch.setattr("pliant.measure.latency._milliseconds", milliseconds)
+    monkeypatch.setattr("pliant.measure.speed.latency_table._milliseconds", milliseconds)
     return milliseconds
 
 

@@ -16,11 +16,11 @@ from pliant.data import Continuation, OpenQuestion, Question
 from pliant.device import device_of, doubled, is_short_of_memory, total
 from pliant.elastic import Subnet
 from pliant.errors import DeviceError, MemoryLimitError
-from pliant.measure import windows as windowing
-from pliant.measure.latency import measure_latency
-from pliant.measure.split import token_time
-from pliant.measure.walk import Walk, footprint, store_bytes
-from pliant.measure.windows import tokens_at_once, within_memory
+from pliant.forward import windows as windowing
+from pliant.forward.windows import tokens_at_once, within_memory
+from pliant.measure.prefix_scorer import Walk, footprint, store_bytes
+from pliant.measure.speed.latency_table import measure_latency
+from pliant.measure.speed.token_breakdown import token_time
 from pliant.runtime import dense as dense_layers
 
 WORDS = ["the", "cat", "sat", "on", "a", "red", "mat", "and", "looked", "at", "dogs", "that", "ran", "over", "hills"]
@@ -389,9 +389,9 @@ def test_hidden_states_take_half_of_the_free_memory_at_most(monkeypatch):
     model = pico("llama")
     whole = store_bytes(model, anatomy_of(model), WINDOWS.numel())
     assert footprint(model, anatomy_of(model), WINDOWS, "perplexity").hidden == whole
-    monkeypatch.setattr("pliant.measure.walk.free_memory", lambda _: whole)
+    monkeypatch.setattr("pliant.measure.prefix_scorer.free_memory", lambda _: whole)
     assert footprint(model, anatomy_of(model), WINDOWS, "perplexity").hidden == whole // 2
-    monkeypatch.setattr("pliant.measure.walk.free_memory", lambda _: 0)
+    monkeypatch.setattr("pliant.measure.prefix_scorer.free_memory", lambda _: 0)
     assert footprint(model, anatomy_of(model), WINDOWS, "perplexity").hidden == whole // 4
 
 

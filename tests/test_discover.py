@@ -12,7 +12,7 @@ import transformers
 import pico
 import pliant
 from pliant.anatomy import anatomy_of
-from pliant.checkpoint.schema import write
+from pliant.checkpoint.per_layer_config import write
 from pliant.elastic import Subnet, described, extract
 from pliant.errors import ArchitectureError, UnknownArchitectureError
 

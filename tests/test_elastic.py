@@ -11,8 +11,8 @@ import pliant
 from pico import ARCHITECTURES, DECODERS, ENCODERS, IDS, cases, fitted, head_of, inputs, leader, logits, pico, subnets
 from pliant.anatomy import anatomy_of, layers_of
 from pliant.architecture import Part, catalogue
-from pliant.checkpoint.schema import write
-from pliant.compat.cache import cache_argument
+from pliant.checkpoint.per_layer_config import write
+from pliant.compat.cache_argument import cache_argument
 from pliant.elastic import Elastic, Subnet, cache_bytes, check, extract, macs, parameters, reorder, validate
 from pliant.errors import SubnetError
 

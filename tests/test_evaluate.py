@@ -16,10 +16,10 @@ from pico import DECODERS, VOCABULARY, config, pico
 from pico import tokenizer as pico_tokenizer
 from pliant.data import Continuation, OpenQuestion, Question
 from pliant.errors import ArchitectureError, DataError, MemoryLimitError, PliantError, WeightError
-from pliant.measure.choose import log_likelihoods
-from pliant.measure.score import kl, nll
-from pliant.measure.split import token_time
-from pliant.measure.windows import longest_of, windows_for
+from pliant.forward.losses import kl, nll
+from pliant.forward.windows import longest_of, windows_for
+from pliant.measure.quality.multiple_choice import log_likelihoods
+from pliant.measure.speed.token_breakdown import token_time
 
 
 def _logits(seed, *shape, scale=3.0):

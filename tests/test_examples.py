@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pliant
-from pliant.data.encode import IGNORED
+from pliant.data.tokenize_examples import IGNORED
 from pliant.errors import DataError
 
 TEMPLATE = (

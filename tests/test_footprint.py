@@ -7,8 +7,8 @@ import pytest
 import pliant
 from pico import pico
 from pliant.errors import ArchitectureError, DataError
-from pliant.measure.footprint import disk_bytes, run_memory
-from pliant.measure.reply import replies
+from pliant.measure.memory import disk_bytes, run_memory
+from pliant.measure.quality.replies import replies
 from pliant.progress import Progress
 from pliant.run.compress import Measuring, compress
 

@@ -11,7 +11,7 @@ from pico import LAYOUTS, leader, pico
 from pliant.anatomy import anatomy_of
 from pliant.elastic import Subnet, parameters
 from pliant.errors import DataError
-from pliant.search.found import parse_config, read_config
+from pliant.prune.imported_configs import parse_config, read_config
 
 # The published counts
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pliant.elastic import Subnet
 from pliant.errors import WeightError
-from pliant.search import Greedy, Move
+from pliant.searches import Greedy, Move
 
 
 def block_moves(names):

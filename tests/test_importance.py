@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 from pico import IDS, pico
 from pliant.anatomy import anatomy_of
+from pliant.criteria import l1_orders
+from pliant.criteria.unit_fisher import damage_of_units
 from pliant.elastic import reorder
-from pliant.importance import l1_orders
-from pliant.measure.fisher import damage_of_units
 from pliant.progress import Progress
 
 HEAD = 8
@@ -193,6 +193,6 @@ def test_a_unit_that_nothing_reads_has_no_fisher_information():
 def test_long_windows_have_their_logits_made_in_parts(monkeypatch):
     model = pico("llama")
     whole = damage_of_units(model, anatomy_of(model), IDS, Progress())
-    monkeypatch.setattr("pliant.measure.windows.TOKENS_AT_ONCE", 4)
+    monkeypatch.setattr("pliant.forward.windows.TOKENS_AT_ONCE", 4)
     for axis, found in damage_of_units(model, anatomy_of(model), IDS, Progress()).items():
         torch.testing.assert_close(found, whole[axis], rtol=1e-4, atol=1e-12)

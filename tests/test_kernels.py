@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from pliant.errors import PackedError, WeightError
 from pliant.runtime import library, reference
-from pliant.runtime.linear import linear
-from pliant.runtime.packed import FORMATS, GROUPS, header, pack, room, unpack, verify
+from pliant.runtime.packed_linear import linear
+from pliant.runtime.packed_matrix import FORMATS, GROUPS, header, pack, room, unpack, verify
 
 needs_kernels = pytest.mark.skipif(library.library() is None, reason=library.state())
 SHAPES = ((16, 128), (64, 256), (33, 131), (5, 7), (48, 576), (1, 1), (100, 300))
@@ -259,8 +259,8 @@ def test_a_child_process_computes_too():
     """The threads of the pool stay with the parent."""
     program = """
 import os, torch
-from pliant.runtime.linear import linear
-from pliant.runtime.packed import pack
+from pliant.runtime.packed_linear import linear
+from pliant.runtime.packed_matrix import pack
 torch.set_num_threads(4)
 packed, x = pack(torch.randn(512, 256), "int8"), torch.randn(3, 256)
 before = linear(x, packed, None, 512)
@@ -300,7 +300,7 @@ def test_without_a_library_everything_is_computed_in_pytorch():
     program = """
 import torch
 from pliant.runtime import library
-from pliant.runtime.linear import Packed
+from pliant.runtime.packed_linear import Packed
 assert library.library() is None and library.isa() == "torch" and library.available() == []
 assert "PLIANT_LIBRARY is empty" in library.state()
 layer = torch.nn.Linear(70, 30)

@@ -9,17 +9,17 @@ import torch
 import pliant
 from pico import DECODERS, pico, tokenizer
 from pliant.anatomy import anatomy_of
+from pliant.criteria.activation import activation_orders
+from pliant.criteria.block_ranking import RANKINGS, fisher, influence, relative_magnitude, taylor
+from pliant.criteria.unit_fisher import damage_of_units
+from pliant.criteria.unit_readers import read_axes
 from pliant.elastic import Subnet, extract, parameters, ratio
 from pliant.errors import MissingExtraError, RatioError, SubnetError, WeightError
-from pliant.measure.activation import activation_orders
-from pliant.measure.fisher import damage_of_units
-from pliant.measure.rank import RANKINGS, fisher, influence, relative_magnitude, taylor
-from pliant.measure.units import read_axes
-from pliant.measure.walk import Walk
+from pliant.measure.prefix_scorer import Walk
 from pliant.progress import Progress
-from pliant.search import knapsack
-from pliant.search.knapsack import Choice, solve
-from pliant.search.moves import block_moves, layer_moves, pooled, width_moves
+from pliant.prune import knapsack
+from pliant.prune.knapsack import Choice, solve
+from pliant.prune.moves import block_moves, layer_moves, pooled, width_moves
 from pliant.step import StepError
 
 WORDS = ["the", "cat", "sat", "on", "a", "red", "mat", "and", "looked", "at", "dogs", "that", "ran", "over", "hills"]
@@ -161,7 +161,7 @@ def test_a_failure_after_the_cut_is_told_as_it_is(monkeypatch):
     def broken(*_):
         raise SubnetError("does not compute what the search scored")
 
-    monkeypatch.setattr("pliant.search.pruning.cut_exactly", lambda *given: (extract(*given), broken()))
+    monkeypatch.setattr("pliant.prune.session.cut_exactly", lambda *given: (extract(*given), broken()))
     with pytest.raises(SubnetError, match="does not compute"):
         pruned(STEPS["fisher"])
 
@@ -334,7 +334,7 @@ def test_fisher_pruning_works_on_every_layout_that_has_axes(family):
 
 
 def test_a_ratio_that_widths_cannot_reach_is_refused_before_the_gradient(monkeypatch):
-    monkeypatch.setattr("pliant.search.fisher.damage_of_units", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("pliant.prune.fisher.damage_of_units", lambda *_: pytest.fail("too late"))
     with pytest.raises(RatioError, match="narrowing all that may be comes to"):
         pruned(pliant.FisherPruner(ratio=0.95, samples=4, seqlen=64))
 

@@ -15,12 +15,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import pliant
 from pico import IDS, pico
-from pliant.compat.cache import cache_argument
+from pliant.compat.cache_argument import cache_argument
 from pliant.compat.native import Native, plan_of, run_natively
 from pliant.compat.watch import Watch
 from pliant.errors import PackedError
 from pliant.runtime import library
-from pliant.runtime.linear import Packed
+from pliant.runtime.packed_linear import Packed
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=library.state())
 PROMPT = torch.arange(3, 15)[None]

@@ -11,11 +11,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pliant.runtime import library, reference
-from pliant.runtime.cache import Blocks, Keeping, per_token
-from pliant.runtime.linear import Packed
+from pliant.runtime.kv_blocks import Blocks, Keeping, per_token
 from pliant.runtime.observed import observed
-from pliant.runtime.packed import FORMATS, pack, unpack
-from pliant.runtime.pays import _times
+from pliant.runtime.packed_linear import Packed
+from pliant.runtime.packed_matrix import FORMATS, pack, unpack
+from pliant.runtime.sparse_break_even import _times
 
 needs_kernels = pytest.mark.skipif(library.library() is None, reason=library.state())
 
@@ -65,9 +65,9 @@ def test_the_default_dtype_changes_no_cache(by_default):
 @needs_kernels
 def test_the_default_dtype_does_not_change_which_product_is_timed(by_default, monkeypatch):
     seen = []
-    monkeypatch.setattr("pliant.runtime.pays.SIZE", (16, 64))
-    monkeypatch.setattr("pliant.runtime.pays.COLD", 1)
-    monkeypatch.setattr("pliant.runtime.pays.linear", lambda x, *_: seen.append(x.dtype))
+    monkeypatch.setattr("pliant.runtime.sparse_break_even.SIZE", (16, 64))
+    monkeypatch.setattr("pliant.runtime.sparse_break_even.COLD", 1)
+    monkeypatch.setattr("pliant.runtime.sparse_break_even.linear", lambda x, *_: seen.append(x.dtype))
     by_default()
     _times([pack(torch.randn(16, 64), "int8")])
     assert {*seen} == {torch.float32}

@@ -7,7 +7,7 @@ import transformers
 import pliant
 from pico import VOCABULARY, pico
 from pliant.errors import ArchitectureError
-from pliant.measure.windows import predicts
+from pliant.forward.windows import predicts
 
 TEXT = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "head_dim": 8}
 TEXT |= {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 256}

@@ -17,9 +17,9 @@ from pico import ARCHITECTURES, LAYOUTS, config, logits, pico, tokenizer
 from pliant.anatomy import anatomy_of
 from pliant.elastic import Subnet
 from pliant.errors import ArtefactError, MemoryLimitError
-from pliant.measure.walk import Walk, footprint
+from pliant.formatting import parse_bytes
+from pliant.measure.prefix_scorer import Walk, footprint
 from pliant.pages import Pages, in_file
-from pliant.progress import bytes_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how much memory a process has")
 
@@ -414,4 +414,4 @@ def test_bad_memory_on_the_command_line_is_one_line(stored, tmp_path):
     [("2GB", 2 * 10**9), ("1.5 GiB", 3 * 2**29), ("512", 512), ("300m", 3 * 10**8), ("7kib", 7168), ("1TB", 10**12)],
 )
 def test_amounts_of_memory_are_read(text, count):
-    assert bytes_of(text) == count
+    assert parse_bytes(text) == count

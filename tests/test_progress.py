@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pliant import progress
-from pliant.progress import Console, Events, Progress, duration, peak_memory, size
+from pliant.formatting import duration, human_bytes
+from pliant.progress import Console, Events, Progress, peak_memory
 
 
 class Clock:
@@ -71,12 +72,12 @@ def test_a_duration_is_never_off_by_more_than_its_last_digit(seconds):
     ],
 )
 def test_a_size_is_short(count, shown):
-    assert size(count) == shown
+    assert human_bytes(count) == shown
 
 
 @given(st.integers(0, 2**50))
 def test_a_size_is_never_1024_of_a_smaller_unit(count):
-    number, unit = size(count).split()
+    number, unit = human_bytes(count).split()
     assert float(number) < 1024 or unit == "GiB"
     assert float(number) * 1024 ** ("B", "KiB", "MiB", "GiB").index(unit) == pytest.approx(count, rel=0.5, abs=1)
 

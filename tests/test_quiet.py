@@ -14,7 +14,7 @@ import pliant
 from pico import DECODERS, IDS, leader, pico, tokenizer
 from pliant.anatomy import anatomy_of
 from pliant.compat import quiet
-from pliant.compat.cache import WORDS, cache_argument
+from pliant.compat.cache_argument import WORDS, cache_argument
 from pliant.elastic import Subnet
 from pliant.runtime import library
 

@@ -7,12 +7,12 @@ import pytest
 import pliant
 from pico import pico, tokenizer
 from pliant.anatomy import anatomy_of
+from pliant.criteria.block_ranking import RANKINGS
 from pliant.elastic import Subnet, parameters, ratio
 from pliant.errors import RatioError
-from pliant.measure.rank import RANKINGS
-from pliant.search.groups import cut_until, widths
-from pliant.search.moves import block_moves, fitting, layer_moves, pooled, width_moves
-from pliant.search.restore import Removal, put_backs
+from pliant.prune.moves import block_moves, fitting, layer_moves, pooled, width_moves
+from pliant.prune.put_back import Removal, put_backs
+from pliant.prune.width_cuts import cut_until, widths
 from pliant.systems import PRUNERS
 
 WORDS = ["the", "cat", "sat", "on", "a", "red", "mat", "and", "looked", "at", "dogs", "that", "ran", "over", "hills"]
@@ -228,7 +228,7 @@ def test_cuts_are_passed_over_and_put_back_until_none_is_too_much():
 def test_a_knapsack_of_harmful_blocks_does_not_take_more_than_asked(monkeypatch):
     """Where removals lower the loss, as in random models, all of them together did so most."""
     model = pico("llama", num_hidden_layers=8)
-    monkeypatch.setattr("pliant.search.pruning.Walk.score", lambda _, subnet, __=1.0: 5 - 0.1 * len(subnet.skip))
+    monkeypatch.setattr("pliant.prune.session.Walk.score", lambda _, subnet, __=1.0: 5 - 0.1 * len(subnet.skip))
     step = pliant.KnapsackPruner(ratio=0.2, group=8, **FEW)
     pliant.apply(model, step, TEXT, tokenizer=tokenizer(), progress=False)
     assert 0.2 <= model.pliant_history[0]["ratio"] < 0.21

@@ -15,16 +15,16 @@ import torch.nn.functional as F
 
 import pico
 import pliant
-from pliant.data.encode import IGNORED
+from pliant.data.tokenize_examples import IGNORED
 from pliant.errors import ArchitectureError, DataError, PliantError, WeightError
 from pliant.progress import Progress
 from pliant.run.compress import Measuring, compress
 from pliant.step import StepError, help_texts
 from pliant.train import DivergedError, ResumeError
-from pliant.train.halves import Halves
 from pliant.train.loop import Plan, Training
 from pliant.train.loss import Distillation, backward
-from pliant.train.trained import Lora, linear_layers, training_mode
+from pliant.train.trainable import Lora, linear_layers, training_mode
+from pliant.train.trunk_and_head import Halves
 
 SENTENCE = "a small river runs past the old mill and turns its wheel while birds sing in tall green trees. "
 QUICK = {"steps": 6, "seqlen": 32, "batch": 4, "every": 2, "lr": 5e-3}

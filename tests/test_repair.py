@@ -7,9 +7,9 @@ import pliant
 from pico import pico, tokenizer
 from pliant.anatomy import anatomy_of
 from pliant.elastic import Subnet
-from pliant.measure.stream import Stream
+from pliant.forward.stream import Stream
 from pliant.progress import Progress
-from pliant.search.repair import repair
+from pliant.prune.repair import repair
 
 TEXT = pliant.text([" ".join(f"word {i * j % 17}" for j in range(1, 30)) for i in range(1, 40)])
 WINDOWS = torch.randint(3, 250, (6, 24), generator=torch.Generator().manual_seed(0))

@@ -17,7 +17,7 @@ from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttri
 import pliant
 from pico import ARCHITECTURES, IDS, config, fitted, head_of, inputs, logits, pico
 from pliant.anatomy import DENSE_LAYERS, anatomy_of, entries_of, layers_of, plain_config
-from pliant.checkpoint.schema import as_transformers_alone, write
+from pliant.checkpoint.per_layer_config import as_transformers_alone, write
 from pliant.elastic import Subnet, described, extract
 from pliant.errors import ArchitectureError, ArtefactError, UnknownArchitectureError
 

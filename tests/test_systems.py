@@ -214,7 +214,7 @@ def test_blocks_of_one_kind_leave_the_other_kind_alone(kind, other, name, prune)
 
 def test_multipruner_leaves_the_least_important_units_out(name, prune):
     """With one stage, what is kept of a block are its units of largest norm."""
-    from pliant.importance import l1_orders
+    from pliant.criteria import l1_orders
 
     model, dense = pico(name), pico(name)
     orders = l1_orders(dense, anatomy_of(dense))

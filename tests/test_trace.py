@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForImageClassification
 import pliant
 from convnets import HUB, IMAGES, NETS, Basic, logits, net, subnets
 from pliant.anatomy import anatomy_of
-from pliant.checkpoint.schema import write
+from pliant.checkpoint.per_layer_config import write
 from pliant.elastic import Elastic, Subnet, check, extract, macs, parameters, reorder, validate
 from pliant.errors import ArchitectureError, SubnetError
 

@@ -10,8 +10,8 @@ from pico import DECODERS, LAYOUTS, VOCABULARY, fitted, leader, pico, subnets
 from pliant.anatomy import anatomy_of, layers_of
 from pliant.elastic import Subnet
 from pliant.errors import DataError
-from pliant.measure import windows as windowing
-from pliant.measure.walk import Walk, store_bytes
+from pliant.forward import windows as windowing
+from pliant.measure.prefix_scorer import Walk, store_bytes
 
 WINDOWS = torch.randint(3, 259, (5, 8), generator=torch.Generator().manual_seed(7))
 

@@ -24,46 +24,46 @@ if TYPE_CHECKING:
     from pliant.elastic import check as check
     from pliant.elastic import discover as discover
     from pliant.errors import PliantError as PliantError
-    from pliant.export.homogeneous import homogeneous as homogeneous
-    from pliant.measure.compare import compare as compare
-    from pliant.measure.evaluate import evaluate as evaluate
+    from pliant.exporters.homogeneous import homogeneous as homogeneous
     from pliant.measure.inspect import inspect as inspect
-    from pliant.measure.speed import bench as bench
+    from pliant.measure.quality.compare import compare as compare
+    from pliant.measure.quality.evaluate import evaluate as evaluate
+    from pliant.measure.speed.bench import bench as bench
+    from pliant.prune.channels import ChannelPruner as ChannelPruner
+    from pliant.prune.fisher import FisherPruner as FisherPruner
+    from pliant.prune.imported_configs import read_config as read_config
+    from pliant.prune.knapsack import KnapsackPruner as KnapsackPruner
+    from pliant.prune.known_subnet import Cut as Cut
+    from pliant.prune.oneshot import OneShot as OneShot
+    from pliant.prune.unified import UnifiedPruner as UnifiedPruner
     from pliant.run.apply import apply as apply
     from pliant.run.formats import compare_formats as compare_formats
     from pliant.run.save import save as save
-    from pliant.search.channels import ChannelPruner as ChannelPruner
-    from pliant.search.cut import Cut as Cut
-    from pliant.search.fisher import FisherPruner as FisherPruner
-    from pliant.search.found import read_config as read_config
-    from pliant.search.knapsack import KnapsackPruner as KnapsackPruner
-    from pliant.search.oneshot import OneShot as OneShot
-    from pliant.search.unified import UnifiedPruner as UnifiedPruner
     from pliant.systems.blockpruner import BlockPruner as BlockPruner
     from pliant.systems.multipruner import MultiPruner as MultiPruner
     from pliant.systems.multipruner_evol import MultiPrunerEvol as MultiPrunerEvol
     from pliant.systems.sparamx import SparAMX as SparAMX
     from pliant.train import Recover as Recover
     from pliant.values.magnitude import Magnitude as Magnitude
-    from pliant.values.packed import PackedLinear as PackedLinear
+    from pliant.values.pack import PackedLinear as PackedLinear
     from pliant.values.rtn import RTN as RTN
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Cut": "pliant.search.cut",
+    "Cut": "pliant.prune.known_subnet",
     "Magnitude": "pliant.values.magnitude",
-    "PackedLinear": "pliant.values.packed",
+    "PackedLinear": "pliant.values.pack",
     "RTN": "pliant.values.rtn",
     "BlockPruner": "pliant.systems.blockpruner",
-    "ChannelPruner": "pliant.search.channels",
-    "FisherPruner": "pliant.search.fisher",
-    "KnapsackPruner": "pliant.search.knapsack",
+    "ChannelPruner": "pliant.prune.channels",
+    "FisherPruner": "pliant.prune.fisher",
+    "KnapsackPruner": "pliant.prune.knapsack",
     "MultiPruner": "pliant.systems.multipruner",
     "MultiPrunerEvol": "pliant.systems.multipruner_evol",
-    "OneShot": "pliant.search.oneshot",
+    "OneShot": "pliant.prune.oneshot",
     "SparAMX": "pliant.systems.sparamx",
-    "UnifiedPruner": "pliant.search.unified",
+    "UnifiedPruner": "pliant.prune.unified",
     "PliantError": "pliant.errors",
     "Recover": "pliant.train",
     "Subnet": "pliant.elastic",
@@ -72,17 +72,17 @@ _PUBLIC = {
     "anatomy_of": "pliant.anatomy",
     "apply": "pliant.run.apply",
     "BlockCache": "pliant.compat.block_cache",
-    "bench": "pliant.measure.speed",
+    "bench": "pliant.measure.speed.bench",
     "compare_formats": "pliant.run.formats",
     "check": "pliant.elastic",
-    "compare": "pliant.measure.compare",
+    "compare": "pliant.measure.quality.compare",
     "examples": "pliant.data",
     "discover": "pliant.elastic",
-    "evaluate": "pliant.measure.evaluate",
-    "homogeneous": "pliant.export.homogeneous",
+    "evaluate": "pliant.measure.quality.evaluate",
+    "homogeneous": "pliant.exporters.homogeneous",
     "inspect": "pliant.measure.inspect",
     "load": "pliant.checkpoint.load",
-    "read_config": "pliant.search.found",
+    "read_config": "pliant.prune.imported_configs",
     "questions": "pliant.data",
     "save": "pliant.run.save",
     "text": "pliant.data",

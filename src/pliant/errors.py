@@ -51,3 +51,11 @@ class BusyError(PliantError, RuntimeError):
 
 class MissingExtraError(PliantError, ImportError):
     """A package of an optional extra is not installed."""
+
+
+class ResumeError(PliantError, ValueError):
+    """What an interrupted training left on disk belongs to another one, or is damaged."""
+
+
+class DivergedError(PliantError, ArithmeticError):
+    """The loss is no longer a number."""

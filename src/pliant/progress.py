@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import resource
 import sys
 import time
@@ -11,47 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pliant.errors import MemoryLimitError
+from pliant.formatting import duration, human_bytes
 
 
 def peak_memory() -> int:
     """Largest resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def duration(seconds: float) -> str:
-    """``95.2`` -> ``1m35s``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f}s" if seconds < 10 else f"{whole}s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
-
-
-def size(count: float) -> str:
-    """``538060032`` bytes -> ``513 MiB``."""
-    for unit in ("B", "KiB", "MiB"):
-        if round(count) < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
-
-
-def bytes_of(text: str) -> int:
-    """``2GB`` -> ``2000000000``, ``2GiB`` -> ``2147483648``.
-
-    Raises:
-        MemoryLimitError: it is no amount of memory.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
-    count = 0
-    if found is not None:
-        number, unit, binary = found.groups()
-        count = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " "))
-    if count <= 0:
-        raise MemoryLimitError(f"an amount of memory is a number with a unit, such as 500MB or 2GB; not {text!r}")
-    return count
 
 
 class Progress:
@@ -117,7 +82,7 @@ class Console(Progress):
             eta = "" if fields["eta"] is None else f", about {duration(fields['eta'])} left"
             line = (
                 f"{fields['name']} {fields['done']:4.0%} | {fields['text']} | {duration(fields['seconds'])}{eta}"
-                f" | peak {size(peak_memory())}"
+                f" | peak {human_bytes(peak_memory())}"
             )
             if self._rich.is_terminal:
                 from rich.text import Text
@@ -136,5 +101,5 @@ class Console(Progress):
         if event == "note":
             self._rich.print(fields["text"], soft_wrap=True)
         elif event == "stage":
-            peak = size(fields["peak_memory"])
+            peak = human_bytes(fields["peak_memory"])
             self._rich.print(f"{fields['name']}: {duration(fields['seconds'])}, peak {peak}", soft_wrap=True)

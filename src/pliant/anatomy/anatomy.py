@@ -15,7 +15,7 @@ from pliant.anatomy.config import global_size, guards, layer_config, plain_confi
 from pliant.anatomy.null import Null
 from pliant.architecture import Architecture, BlockSpec, Part, architecture_of, catalogue, parse
 from pliant.errors import ArchitectureError
-from pliant.runtime.linear import Packed
+from pliant.runtime.packed_linear import Packed
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pliant.architecture import BlockSpec, Part
-from pliant.runtime.linear import Packed
+from pliant.runtime.packed_linear import Packed
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from pliant.anatomy.groups import Dim, Dims, Groups, Stretch
+from pliant.anatomy.channel_groups import Dim, Dims, Groups, Stretch
 from pliant.errors import ArchitectureError
 
 # operations without torch's pointwise tag that treat every element by itself all the same

@@ -18,8 +18,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from pliant.anatomy.anatomy import Anatomy
 from pliant.anatomy.block import Attribute, Axis, Block, Weight
+from pliant.anatomy.channel_groups import Dim, Stretch
 from pliant.anatomy.flow import Flow
-from pliant.anatomy.groups import Dim, Stretch
 from pliant.anatomy.probe import evaluating, probe, remember
 from pliant.anatomy.residual import residual_modules
 from pliant.architecture import Architecture, BlockSpec, Part

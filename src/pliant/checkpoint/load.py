@@ -15,8 +15,8 @@ import torch
 from pliant.checkpoint.folder import check_folder, is_lfs_pointer
 from pliant.device import device_of, free_memory, is_short_of_memory
 from pliant.errors import ArtefactError, DeviceError, PliantError
-from pliant.progress import size
-from pliant.runtime.linear import Packed
+from pliant.formatting import human_bytes
+from pliant.runtime.packed_linear import Packed
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name, or owner/name
 _KINDS = (  # in order of preference: an auto class of transformers, and its mapping from model_type to classes
@@ -172,7 +172,7 @@ def _move(model: Any, device: torch.device, *, chosen: bool) -> None:
             raise
         room = free_memory(device)
         raise DeviceError(
-            f"the weights take {size(needs)}, {device} has {'less' if room is None else size(room)} free; load the model with "
+            f"the weights take {human_bytes(needs)}, {device} has {'less' if room is None else human_bytes(room)} free; load the model with "
             "dtype='bfloat16', or on the CPU"
         ) from error
 

@@ -21,8 +21,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from pliant.checkpoint.folder import config_of, parts_of, weight_files
 from pliant.errors import ArtefactError, MemoryLimitError
+from pliant.formatting import human_bytes, parse_bytes
 from pliant.pages import NEAR, Pages, in_file
-from pliant.progress import bytes_of, size
 
 _SEQUENTIAL = "HF_DEACTIVATE_ASYNC_LOAD"  # environment variable of transformers
 _COPIES = 3  # in memory while a tensor is assembled from others: the parts, their stacks, and the whole
@@ -54,7 +54,7 @@ def load_paged(
     _check_plain(folder)
     config = transformers.AutoConfig.from_pretrained(folder)
     stored = _stored(folder)
-    limit = memory if isinstance(memory, int) else bytes_of(memory)
+    limit = memory if isinstance(memory, int) else parse_bytes(memory)
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or _dtype_of(stored)
     elif isinstance(dtype, str):
@@ -113,7 +113,7 @@ def _check_limit(shapes: Any, stored: Mapping[str, Any], limit: int) -> None:
         largest = max(largest, parameter.nbytes * (1 if as_it_is else _COPIES))
     if largest > NEAR * limit:
         raise MemoryLimitError(
-            f"a limit of {size(limit)} is too low: the largest tensor of this model takes {size(largest)} while it is loaded; "
+            f"a limit of {human_bytes(limit)} is too low: the largest tensor of this model takes {human_bytes(largest)} while it is loaded; "
             f"that may be at most {NEAR:.0%} of the limit"
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pliant.runtime.packed import METHOD
+from pliant.runtime.packed_matrix import METHOD
 
 VERSION = 1
 
@@ -18,7 +18,7 @@ class PackedConfig(QuantizationConfigMixin):
 
     Attributes:
         modules: name of a layer -> ``format``, ``sparse``, ``bytes``.
-        cache: settings of :class:`pliant.runtime.cache.Keeping` for the caches that the model makes itself.
+        cache: settings of :class:`pliant.runtime.kv_blocks.Keeping` for the caches that the model makes itself.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ import typer
 
 from pliant import __version__
 from pliant.errors import BusyError, PliantError
-from pliant.figures import to_json
+from pliant.strict_json import to_json
 
 INTERRUPTED = 130
 
@@ -109,7 +109,7 @@ def ls(
         "architectures": families(),
     }
     if what in SYSTEMS:
-        from pliant.cli.settings import settings_of, step_class
+        from pliant.cli.step_options import settings_of, step_class
 
         shown = {what: settings_of(step_class(what))}
     elif what and what not in listed:
@@ -192,8 +192,8 @@ def compress(
 
     Interrupted work is kept beside the output folder; the same command resumes it.
     """
-    from pliant.cli.settings import NEEDED, known_subnet, recipe
     from pliant.cli.show import show_report
+    from pliant.cli.step_options import NEEDED, known_subnet, recipe
     from pliant.data import text
     from pliant.progress import Console, Events
     from pliant.run.compress import Measuring
@@ -256,8 +256,8 @@ def evaluate(
     """Measure perplexity and answers to questions, of one model or of two against each other."""
     from pliant.checkpoint.load import load
     from pliant.cli.show import show_comparison, show_quality
-    from pliant.measure.compare import compare, without_items
-    from pliant.measure.evaluate import evaluate as measure
+    from pliant.measure.quality.compare import compare, without_items
+    from pliant.measure.quality.evaluate import evaluate as measure
 
     settings: dict[str, Any] = {
         "perplexity": perplexity or (),
@@ -311,7 +311,7 @@ def bench(
     """Time prefill and decode on this machine."""
     from pliant.checkpoint.load import load
     from pliant.cli.show import show_formats, show_speed
-    from pliant.measure.speed import bench as measure
+    from pliant.measure.speed.bench import bench as measure
 
     if (formats and (against or batch != 1)) or (perplexity and not formats):
         raise PliantError(
@@ -359,7 +359,7 @@ def generate(
     import torch
 
     from pliant.checkpoint.load import load, tokenizer_of
-    from pliant.measure.windows import check_ids, check_model, check_room
+    from pliant.forward.windows import check_ids, check_model, check_room
 
     loaded = load(model, dtype=dtype, device=device)
     check_model(loaded)
@@ -398,7 +398,7 @@ def export(
 ) -> None:
     """Write a model for tools that do not have pliant."""
     from pliant.checkpoint.load import load
-    from pliant.export.homogeneous import homogeneous
+    from pliant.exporters.homogeneous import homogeneous
     from pliant.run.save import save
 
     if to != "homogeneous":

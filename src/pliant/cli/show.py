@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from pliant.progress import size
+from pliant.formatting import human_bytes
 
 
 def show_report(report: dict[str, Any], out: Path) -> None:
@@ -40,9 +40,9 @@ def show_inspection(found: dict[str, Any]) -> None:
     _print(
         f"{found['model']}: {found['model_type']}, read with {found['architecture']}.yaml, self-check {found['self_check']}\n"
         f"{found['parameters']:,} parameters in {found['depth']} layers ({found['outside_blocks']:,} outside the blocks), "
-        f"{_stored(found)}, {size(found['weight_bytes'])}, on {found['device']}\n"
+        f"{_stored(found)}, {human_bytes(found['weight_bytes'])}, on {found['device']}\n"
         f"{found['macs_per_token'] / 1e6:,.1f} M multiply-accumulates and {found['cache_bytes_per_token']:,} bytes of cache per "
-        f"token; a search keeps {size(found['search_bytes_per_1000_tokens'])} for 1000 calibration tokens"
+        f"token; a search keeps {human_bytes(found['search_bytes_per_1000_tokens'])} for 1000 calibration tokens"
     )
     rows: dict[tuple, list[int]] = {}
     for block in found["blocks"]:
@@ -76,7 +76,7 @@ def _show_traced(found: dict[str, Any]) -> None:
     """Blocks that can be removed, and channels that are cut together in all blocks that they run through."""
     _print(
         f"{found['model']}: {found['architecture']}, traced, self-check {found['self_check']}\n"
-        f"{found['parameters']:,} parameters, {found['dtype']}, {size(found['weight_bytes'])}; "
+        f"{found['parameters']:,} parameters, {found['dtype']}, {human_bytes(found['weight_bytes'])}; "
         f"{found['macs_per_image'] / 1e6:,.1f} M multiply-accumulates per image"
     )
     blocks = Table(Column("block", overflow="fold"), "parameters", "share", "can be removed")
@@ -98,7 +98,7 @@ def _show_traced(found: dict[str, Any]) -> None:
 
 def show_quality(found: dict[str, Any], title: str | None = None) -> None:
     """Perplexities and shares of right answers."""
-    from pliant.measure.evaluate import SHARES
+    from pliant.measure.quality.evaluate import SHARES
 
     shown = Table("", "score", "standard error", "on", title=title, title_justify="left")
     for name, row in found["perplexity"].items():
@@ -149,7 +149,7 @@ def show_speed(found: dict[str, Any]) -> None:
     settings, one = found["settings"], found["on"]["model"]
     _print(
         f"prompt of {settings['prompt']} tokens, {settings['tokens']} decoded, batch {settings['batch']}; on {one['device']} in "
-        f"{one['dtype']}, {found['threads']} threads, peak memory {size(found['peak_memory'])}"
+        f"{one['dtype']}, {found['threads']} threads, peak memory {human_bytes(found['peak_memory'])}"
     )
 
 

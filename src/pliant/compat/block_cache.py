@@ -1,4 +1,4 @@
-"""A transformers key-value cache that stores :class:`pliant.runtime.cache.Blocks`.
+"""A transformers key-value cache that stores :class:`pliant.runtime.kv_blocks.Blocks`.
 
 It is passed like any cache: ``model.generate(..., past_key_values=pliant.BlockCache(...))``. A stock model gets all keys and
 values back as tensors at every step; a native run attends to the blocks directly.
@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from pliant.errors import PackedError
-from pliant.runtime.cache import Blocks, Keeping
+from pliant.runtime.kv_blocks import Blocks, Keeping
 
 
 class BlockLayer(CacheLayerMixin):

@@ -38,7 +38,7 @@ def _shaping(original: Callable[..., None]) -> Callable[..., None]:
     def construct(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         if not _may_be_cut(config):
             return original(self, config, *args, **kwargs)
-        from pliant.checkpoint.schema import as_transformers_alone, cuts_in, shape_model, uncut
+        from pliant.checkpoint.per_layer_config import as_transformers_alone, cuts_in, shape_model, uncut
 
         if as_transformers_alone.get() or not (cuts := list(cuts_in(config))):
             return original(self, config, *args, **kwargs)

@@ -24,10 +24,10 @@ from pliant.compat.block_cache import BlockLayer, may_be_blocks
 from pliant.compat.plan import NativePlan, UnlikeError, read_plan, watch_of
 from pliant.compat.watch import Watch
 from pliant.errors import ArchitectureError, PackedError
-from pliant.runtime.cache import Blocks, Keeping, per_token
+from pliant.runtime.kv_blocks import Blocks, Keeping, per_token
 from pliant.runtime.library import library
-from pliant.runtime.linear import Packed
 from pliant.runtime.observed import observed
+from pliant.runtime.packed_linear import Packed
 from pliant.runtime.threads import threads, torch_on_all, torch_on_one
 
 NUDGE = 1e-6  # relative input perturbation of the size of rounding, to measure how much 8-bit activations amplify it

@@ -10,7 +10,7 @@ from typing import Any
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from pliant.runtime.packed import METHOD
+from pliant.runtime.packed_matrix import METHOD
 
 
 @register_quantizer(METHOD)
@@ -20,13 +20,13 @@ class PackedQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-        from pliant.checkpoint.quantized import make_room
+        from pliant.checkpoint.packed_config import make_room
 
         make_room(model, self.quantization_config)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        from pliant.checkpoint.quantized import settle
+        from pliant.checkpoint.packed_config import settle
         from pliant.compat.native import run_natively
 
         settle(model)

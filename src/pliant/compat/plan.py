@@ -16,7 +16,7 @@ from pliant.anatomy import Anatomy, Block, anatomy_of, described_by, layers_of, 
 from pliant.architecture import NativeSpec
 from pliant.compat.watch import Watch
 from pliant.runtime.decoder import ACTIVATIONS, Decoder, Layer, decoder
-from pliant.runtime.linear import Packed
+from pliant.runtime.packed_linear import Packed
 
 ROPE = {  # keys of rope_parameters that only affect the angles from the model's rotary module
     *(

@@ -13,7 +13,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pliant.anatomy import Null
-from pliant.runtime.linear import Packed
+from pliant.runtime.packed_linear import Packed
 
 OWN = (Packed, Null)
 KNOWN = ("transformers.models.", "transformers.activations", "torch.nn.modules.")  # packages of other allowed classes

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pliant.data.encode import Encoded, encode
 from pliant.data.text import Text, check_unicode, json_objects, read, set_apart
+from pliant.data.tokenize_examples import Encoded, encode
 from pliant.errors import DataError
 
 _ALPACA = (

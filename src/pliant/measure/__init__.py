@@ -1,0 +1,1 @@
+"""Measure a model: scores, costs, quality, speed, memory."""

@@ -6,10 +6,10 @@ from typing import Any
 
 from pliant.anatomy import Null
 from pliant.checkpoint.load import loaded
-from pliant.checkpoint.quantized import held_bytes, packed_formats
+from pliant.checkpoint.packed_config import held_bytes, packed_formats
 from pliant.compat.native import cached_bytes, how_it_runs
 from pliant.elastic import Subnet, cache_bytes, check, described, macs, parameters, weight_bytes
-from pliant.measure.walk import store_bytes
+from pliant.measure.prefix_scorer import store_bytes
 
 
 def inspect(model: Any, *, self_check: bool = True, dtype: Any = None, device: Any = None) -> dict[str, Any]:

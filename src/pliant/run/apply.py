@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from pliant.checkpoint.load import load, tokenizer_of
-from pliant.checkpoint.quantized import is_packed
-from pliant.checkpoint.schema import write
+from pliant.checkpoint.packed_config import is_packed
+from pliant.checkpoint.per_layer_config import write
 from pliant.data import Examples, Text, text
 from pliant.errors import DataError, MemoryLimitError
 from pliant.pages import pages_of

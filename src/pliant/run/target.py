@@ -148,7 +148,9 @@ def written_aside(target: Path) -> Iterator[Path]:
             mode = _usual_mode(aside)
             yield aside
             for path in (*aside.rglob("*"), aside):
-                path.chmod(mode if path.is_dir() else mode & 0o666)  # temporary folders and safetensors' files are private
+                path.chmod(
+                    mode if path.is_dir() else mode & 0o666
+                )  # temporary folders and safetensors' files are private
                 sync(path)
             if target.exists() and not any(target.iterdir()):
                 target.rmdir()

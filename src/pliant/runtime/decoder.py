@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from pliant.errors import PackedError
-from pliant.runtime.cache import Blocks
+from pliant.runtime.kv_blocks import Blocks
 from pliant.runtime.library import library
-from pliant.runtime.linear import TYPES, Packed
-from pliant.runtime.packed import check
+from pliant.runtime.packed_linear import TYPES, Packed
+from pliant.runtime.packed_matrix import check
 from pliant.runtime.threads import threads
 
 ACTIVATIONS = {"silu": 1, "swish": 1, "gelu": 2, "gelu_pytorch_tanh": 3, "gelu_new": 3, "relu": 4}

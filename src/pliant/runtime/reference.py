@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import torch
 
-from pliant.runtime.grid import codes_of, scales_of
+from pliant.runtime.rounding_grid import codes_of, scales_of
 
 PANEL, STEP = 16, 64
 INPUTS = (2, 4, 8)  # of a step, in bf16, int8, int4

@@ -1,6 +1,6 @@
 """What ``pliant compress --system`` knows, by name. This table is read without importing any of it.
 
-The published systems are here, one file each; baselines and our own searches are in ``pliant.search``.
+The published systems are here, one file each; baselines and our own searches are in ``pliant.prune``.
 """
 
 SYSTEMS = {
@@ -15,15 +15,15 @@ SYSTEMS = {
         "MultiPrunerEvol",
         "remove blocks, then evolve all widths together",
     ),
-    "oneshot": ("pliant.search.oneshot", "OneShot", "rank blocks or layers once and remove the lowest (ShortGPT …)"),
-    "unified": ("pliant.search.unified", "UnifiedPruner", "blocks, channels and heads in one pool, damage per saving"),
+    "oneshot": ("pliant.prune.oneshot", "OneShot", "rank blocks or layers once and remove the lowest (ShortGPT …)"),
+    "unified": ("pliant.prune.unified", "UnifiedPruner", "blocks, channels and heads in one pool, damage per saving"),
     "knapsack": (
-        "pliant.search.knapsack",
+        "pliant.prune.knapsack",
         "KnapsackPruner",
         "damage at a few widths, solved as a knapsack, then swaps",
     ),
-    "fisher": ("pliant.search.fisher", "FisherPruner", "narrow what the loss depends on least; no search"),
-    "channelpruner": ("pliant.search.channels", "ChannelPruner", "narrow every layer by importance; needs no data"),
+    "fisher": ("pliant.prune.fisher", "FisherPruner", "narrow what the loss depends on least; no search"),
+    "channelpruner": ("pliant.prune.channels", "ChannelPruner", "narrow every layer by importance; needs no data"),
     "sparamx": (
         "pliant.systems.sparamx",
         "SparAMX",
@@ -32,7 +32,7 @@ SYSTEMS = {
     "magnitude": ("pliant.values.magnitude", "Magnitude", "zero the smallest weights"),
     "rtn": ("pliant.values.rtn", "RTN", "round weights to nearest on a grid of few bits"),
     "packed": (
-        "pliant.values.packed",
+        "pliant.values.pack",
         "PackedLinear",
         "pack linear layers to bf16, int8 or int4 for pliant's CPU kernels",
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pliant.search import GreedyPruner, block_moves
+from pliant.prune import GreedyPruner, block_moves
 from pliant.step import Job, StepError
 
 

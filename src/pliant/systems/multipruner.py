@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pliant.elastic import Subnet, ratio
-from pliant.search import WidthPruner, block_moves, width_moves
-from pliant.search.moves import pooled
-from pliant.search.order import ordered
+from pliant.prune import WidthPruner, block_moves, width_moves
+from pliant.prune.moves import pooled
+from pliant.prune.unit_order import ordered
 from pliant.step import Job, StepError
 
 

@@ -15,11 +15,11 @@ import numpy as np
 from pliant.anatomy import Anatomy, Axis
 from pliant.elastic import Subnet, ratio
 from pliant.errors import MissingExtraError, RatioError
-from pliant.search import WidthPruner, block_moves, pooled, width_moves
-from pliant.search.greedy import Move
-from pliant.search.moves import settled
-from pliant.search.order import ordered
-from pliant.search.pruning import Pruning, Scorer
+from pliant.prune import WidthPruner, block_moves, pooled, width_moves
+from pliant.prune.moves import settled
+from pliant.prune.session import Pruning, Scorer
+from pliant.prune.unit_order import ordered
+from pliant.searches.greedy import Move
 from pliant.step import Job
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from pliant.step import Job, Step, StepError
 from pliant.values.magnitude import Magnitude
 from pliant.values.matrix import ValueStep
-from pliant.values.packed import PackedLinear
+from pliant.values.pack import PackedLinear
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from pliant.data.encode import IGNORED, Encoded
-from pliant.errors import PliantError
-from pliant.progress import Progress, duration, peak_memory, size
-from pliant.train.draw import seed_of, seeded
-from pliant.train.errors import DivergedError
-from pliant.train.halves import Halves
+from pliant.data.tokenize_examples import IGNORED, Encoded
+from pliant.errors import DivergedError, PliantError
+from pliant.formatting import duration, human_bytes
+from pliant.progress import Progress, peak_memory
 from pliant.train.loss import Distillation, backward, held_out_loss
+from pliant.train.seeds import seed_of, seeded
 from pliant.train.state import StateFile
+from pliant.train.trunk_and_head import Halves
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1 - done,
@@ -239,7 +239,7 @@ class Training:
             told.append(f"{steps} steps take about {duration(steps * seconds)}")
         if steps * seconds > budget:
             told.append(f"the time is enough for about {max(1, round(budget / seconds))} steps")
-        self._progress.note("; ".join([*told, f"peak memory so far {size(memory_peak(self._device))}"]))
+        self._progress.note("; ".join([*told, f"peak memory so far {human_bytes(memory_peak(self._device))}"]))
 
     def _save(self) -> None:
         tensors = {f"now.{name}": parameter for name, parameter in self._parameters.items()}

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pliant.data.encode import IGNORED
+from pliant.data.tokenize_examples import IGNORED
 from pliant.device import doubled, total
-from pliant.train.halves import Halves
+from pliant.train.trunk_and_head import Halves
 
 
 def tokens_at_once(device: torch.device) -> int:
@@ -45,7 +45,7 @@ def backward(
     gradients are large enough for float16.
 
     Arguments:
-        batch: ids, labels and mask as :meth:`pliant.data.encode.Encoded.batch` gives them.
+        batch: ids, labels and mask as :meth:`pliant.data.tokenize_examples.Encoded.batch` gives them.
 
     Returns:
         The loss in nats, summed over the learned tokens, a float64 tensor.

@@ -10,22 +10,22 @@ from typing import Any, ClassVar
 import torch
 
 from pliant.anatomy import Anatomy
+from pliant.checkpoint.fingerprint import check_finite, fingerprint
 from pliant.checkpoint.load import load
-from pliant.checkpoint.weights import check_finite, fingerprint
 from pliant.data import Examples, Text, examples
-from pliant.data.encode import Encoded
+from pliant.data.tokenize_examples import Encoded
 from pliant.elastic import described
 from pliant.errors import DataError
-from pliant.measure.windows import check_ids, seqlen_of
-from pliant.progress import size
+from pliant.formatting import human_bytes
+from pliant.forward.windows import check_ids, seqlen_of
 from pliant.step import Job, Step, StepError, check_seed, is_number
-from pliant.train.cost import estimate
-from pliant.train.draw import seed_of
-from pliant.train.halves import Halves
 from pliant.train.loop import SCHEDULES, Plan, Training, memory_peak
 from pliant.train.loss import Distillation
+from pliant.train.memory_estimate import estimate
+from pliant.train.seeds import seed_of
 from pliant.train.state import StateFile
-from pliant.train.trained import Full, Lora, Trained, linear_layers, training_mode
+from pliant.train.trainable import Full, Lora, Trained, linear_layers, training_mode
+from pliant.train.trunk_and_head import Halves
 
 STEPS = 200
 USUAL = 256  # default number of tokens in a sequence, if the model has as many positions
@@ -215,8 +215,8 @@ class Recover(Step):
                     teacher=teacher,
                     recompute=self.memory == "small",
                 )
-                told = ", ".join(f"{name} {size(count)}" for name, count in needs.items())
-                job.progress.note(f"  needs about {size(sum(needs.values()))} of memory: {told}")
+                told = ", ".join(f"{name} {human_bytes(count)}" for name, count in needs.items())
+                job.progress.note(f"  needs about {human_bytes(sum(needs.values()))} of memory: {told}")
                 training = Training(
                     model, Halves(model), trained.parameters, train, held_out, plan, distillation, state, job.progress
                 )

@@ -12,8 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pliant.checkpoint.load import sync
-from pliant.errors import ArtefactError
-from pliant.train.errors import ResumeError
+from pliant.errors import ArtefactError, ResumeError
 
 VERSION = 1  # raise it when a state comes to mean something else
 

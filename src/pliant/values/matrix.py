@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from pliant.anatomy import anatomy_of, layers_of
 from pliant.architecture import catalogue
-from pliant.checkpoint.weights import check_finite
+from pliant.checkpoint.fingerprint import check_finite
 from pliant.errors import ArchitectureError
 from pliant.pages import hold
 from pliant.runtime.dense import is_linear, own_parameter, weight_of, why_fixed, why_kept

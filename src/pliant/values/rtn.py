@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from pliant.runtime.grid import round_to_grid
+from pliant.runtime.rounding_grid import round_to_grid
 from pliant.step import Job, StepError
 from pliant.values.matrix import ValueStep, concerned, left_over
 

@@ -1,0 +1,246 @@
+"""Per-layer shapes in config.json, in transformers' own vocabulary: ``per_layer_config`` with ``skip``.
+
+A layer that differs from the rest is written as ``{"intermediate_size": 5888}``; a removed block as ``{"skip": ["mlp"]}``
+together with a guard: transformers alone ignores ``skip`` and would build the block with random weights; an override of
+a key that it reads makes it refuse instead. See :func:`pliant.anatomy.guards`.
+
+Some dense families have per-layer entries of their own. pliant merges its entries into them. ``pliant_dense_layers`` keeps the
+dense entries, and its presence marks a config that pliant wrote.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
+
+from pliant.anatomy import (
+    DENSE_LAYERS,
+    Anatomy,
+    anatomy_of,
+    blocks_of,
+    described_by,
+    entries_of,
+    global_size,
+    guard_keys,
+    guards,
+    is_cut,
+    is_guard,
+    known_keys,
+    layer_config,
+    layers_of,
+    plain_config,
+    text_config_of,
+)
+from pliant.architecture import Architecture, shipped
+from pliant.checkpoint.shape_record import RECORD, shape_by, write_shapes
+from pliant.elastic.activate import slot
+from pliant.elastic.extract import remove, shrink
+from pliant.errors import ArchitectureError, ArtefactError
+
+_ALLOW = "allow_global_per_layer_attribute_access"
+
+
+def describe(anatomy: Anatomy, config: Any) -> dict[int, dict[str, Any]]:
+    """The ``per_layer_config`` of a cut model: for each layer that differs from the dense one, what differs."""
+    plain = plain_config(config)
+    overrides: dict[int, dict[str, Any]] = {}
+    for layer in range(anatomy.depth):
+        entry: dict[str, Any] = {}
+        dense = layer_config(plain, layer)
+        for spec in anatomy.architecture.blocks:
+            block = anatomy.blocks.get(f"layers.{layer}.{spec.kind}")
+            if block is None:
+                entry.setdefault("skip", []).append(spec.kind)
+                entry |= guards(spec, anatomy.architecture, dense)
+                continue
+            for short, axis in block.axes.items():
+                if axis.config_key and axis.size != global_size(dense, anatomy.architecture.axes[short].size):
+                    entry[axis.config_key] = axis.size
+        if entry:
+            overrides[layer] = entry
+    return overrides
+
+
+def write(model: Any) -> None:
+    """Make a model's config say what its tensors are, so that ``save_pretrained`` writes a folder that reloads.
+
+    A plain module has no such config and nothing that would read one.
+    """
+    if not isinstance(getattr(model, "config", None), PreTrainedConfig):
+        return
+    anatomy = anatomy_of(model)
+    if anatomy.traced:
+        write_shapes(model)
+        return
+    config = text_config_of(model.config)
+    cut_before, dense = is_cut(config), entries_of(plain_config(config))
+    overrides = describe(anatomy, config)
+    config.per_layer_config = None
+    vars(config).pop(DENSE_LAYERS, None)
+    if written := {layer: dense.get(layer, {}) | overrides.get(layer, {}) for layer in sorted({*dense, *overrides})}:
+        config.per_layer_config = written
+    if overrides:
+        setattr(config, DENSE_LAYERS, {str(layer): entry for layer, entry in dense.items()})
+    if anatomy.architecture != shipped().get(config.model_type):  # elsewhere nobody may have added it
+        config.pliant_architecture = dict(anatomy.architecture.raw)
+    # families whose config validates its head count, or whose head on top asks for the number of experts, can only be
+    # read back with leave to look at the global value; there the narrower tensors themselves make transformers alone refuse
+    asked_for = any(
+        (block.spec.scores or axis.active) and axis.config_key in overrides.get(block.layer, {})
+        for block in anatomy.blocks.values()
+        for axis in block.axes.values()
+    )
+    if asked_for:
+        setattr(config, _ALLOW, True)
+        return
+    if overrides or cut_before:
+        # left over from an earlier cut, it would let transformers alone build the removed blocks
+        vars(config).pop(_ALLOW, None)
+    if any("skip" in entry for entry in overrides.values()) and isinstance(model, PreTrainedModel):
+        _prove_refusal(model)
+
+
+as_transformers_alone: ContextVar[bool] = ContextVar("as_transformers_alone", default=False)
+"""While it is true, models are built as by transformers without pliant."""
+
+
+def _prove_refusal(model: PreTrainedModel) -> None:
+    """Check that transformers alone refuses to build the cut model from its config; it is built on the meta device.
+
+    Raises:
+        ArchitectureError: it builds one, because it does not read the guard keys.
+    """
+    token = as_transformers_alone.set(True)
+    try:
+        with torch.device("meta"):
+            type(model)(copy.deepcopy(model.config))
+    except AmbiguousGlobalPerLayerAttributeError:
+        return
+    finally:
+        as_transformers_alone.reset(token)
+    config = text_config_of(model.config)
+    guarded = sorted({key for entry in entries_of(config).values() for key in entry} - {"skip"})
+    raise ArchitectureError(
+        f"transformers alone would build the blocks that were removed from this {config.model_type} model, with random weights: "
+        f"it does not read {', '.join(guarded)}. Name another 'guard' in {described_by(config).name}.yaml: a config key that the "
+        "layer reads when it is built"
+    )
+
+
+def cuts_in(config: Any) -> Iterator[Any]:
+    """The configs that describe a cut: the config itself, if it records the shapes of the whole model, and nested ones."""
+    if getattr(config, RECORD, None):
+        yield config
+    yield from (part for part in _cut_by_layer(config) if part is not config or not getattr(config, RECORD, None))
+
+
+def _cut_by_layer(config: Any) -> Iterator[Any]:
+    if is_cut(config):
+        yield config
+    for _, part in _parts(config):
+        yield from _cut_by_layer(part)
+
+
+def uncut(config: Any) -> tuple[Any, list[tuple[Any, Any]]]:
+    """The dense model's config, with nested configs made dense as well. Shape records in nested configs are left alone: the model
+    of the nested config reads them.
+
+    Returns:
+        The dense config, and a list of pairs ``(copy, original)`` of all configs that were copied.
+    """
+    plain = plain_config(config)
+    pairs = [(plain, config)]
+    for name, part in _parts(config):
+        if any(True for _ in _cut_by_layer(part)):
+            dense, further = uncut(part)
+            setattr(plain, name, dense)
+            pairs += further
+    return plain, pairs
+
+
+def _parts(config: Any) -> Iterator[tuple[str, PreTrainedConfig]]:
+    for name in getattr(config, "sub_configs", None) or ():
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig):
+            yield name, part
+
+
+def shape_model(model: nn.Module, config: Any) -> None:
+    """Cut the full-size layers of a model, fresh from its constructor, to what ``config.per_layer_config`` says; or, where
+    the config has a record of shapes, the whole model to that.
+
+    Arguments:
+        config: the model's, or the part of it that describes these layers.
+
+    Raises:
+        ArchitectureError: no architecture file describes the family, or the model has no layers at the path in that file, for
+            example because its class does not hold them.
+        ArtefactError: the config has an unknown entry for a layer.
+    """
+    if recorded := getattr(config, RECORD, None):
+        shape_by(model, recorded)
+        return
+    architecture = described_by(config)
+    _check_entries(config, architecture)
+    plain, entries = plain_config(config), list(config.per_layer_config)
+    for index, layer in enumerate(layers_of(model, architecture, config)):
+        _shape_layer(layer, index, entries, architecture, plain)
+
+
+def _check_entries(config: Any, architecture: Architecture) -> None:
+    """Raise for entries that would have no effect: unknown keys, blocks that the family does not have, and values that
+    neither are the dense model's nor guard a removed block.
+    """
+    plain = plain_config(config)
+    dense = entries_of(plain)
+    kinds = [spec.kind for spec in architecture.blocks]
+    for layer, entry in entries_of(config).items():
+        of_layer = layer_config(plain, layer)
+        known = known_keys(architecture, of_layer) | {"skip", *dense.get(layer, ())}
+        if unknown := sorted(set(entry) - known):
+            raise ArtefactError(
+                f"per_layer_config sets {unknown[0]!r} of layer {layer}, which has no effect in a {config.model_type} model; "
+                f"allowed are {', '.join(sorted(known))}"
+            )
+        if unknown := sorted(set(entry.get("skip", ())) - {*kinds}):
+            raise ArtefactError(
+                f"per_layer_config skips {unknown[0]!r} in layer {layer}; a layer of {architecture.name}.yaml has the blocks "
+                f"{', '.join(kinds)}"
+            )
+        removed = [spec for spec in architecture.blocks if spec.kind in entry.get("skip", ())]
+        allowed = guard_keys(removed, of_layer)
+        sizes = {spec.config_key for spec in architecture.axes.values()}
+        for key in sorted(set(entry) - {"skip", *sizes}):
+            plainly = dense.get(layer, {}).get(key, getattr(of_layer, key, None))
+            value = entry[key]
+            if value != plainly and not (key in allowed and is_guard(value, plainly)):
+                raise ArtefactError(
+                    f"per_layer_config sets {key!r} of layer {layer} to {value!r}, which has no effect; the layer is built with "
+                    f"{plainly!r}. Leave the key out"
+                )
+
+
+def _shape_layer(layer: nn.Module, index: int, layers: list[Any], architecture: Architecture, plain: Any) -> None:
+    for block in blocks_of(layer, index, architecture, plain):
+        if block.kind in layers[index].skip:
+            remove(layer, block)
+            continue
+        kept = {axis.leader: global_size(layers[index], architecture.axes[axis.leader].size) for axis in block.leaders}
+        for leader, units in kept.items():
+            if not 1 <= units <= block.axes[leader].size:
+                raise ArtefactError(
+                    f"per_layer_config gives {block.name} {units} {leader}; the dense model has {block.axes[leader].size}, so "
+                    f"it must be between 1 and {block.axes[leader].size}"
+                )
+        shrink(layer, block, kept)
+        if block.spec.slot:
+            alive = [other for other, entry in enumerate(layers) if block.kind not in entry.skip]
+            types = getattr(plain, "layer_types", None) or ["full_attention"] * len(layers)
+            setattr(layer.get_submodule(block.spec.module), block.spec.slot, slot(index, alive, types))

@@ -1,0 +1,150 @@
+"""Settings of a step from the command line: name=value, converted by the type of the field."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pliant.step import Step, StepError, help_texts
+from pliant.systems import PRUNERS, SEARCHES, SYSTEMS
+
+NEEDED = "a search needs --ratio and --data; to cut without a search, give --subnet"
+
+
+def step_class(system: str) -> type[Step]:
+    """The step of a published system.
+
+    Raises:
+        StepError: when there is none of that name.
+    """
+    if system not in SYSTEMS:
+        raise StepError(f"there is no system {system!r}; there are {', '.join(SYSTEMS)}")
+    module, name, _ = SYSTEMS[system]
+    return getattr(importlib.import_module(module), name)
+
+
+def settings_of(cls: type[Step]) -> dict[str, str]:
+    """name -> help text with the default, of every setting of a step."""
+    texts = help_texts(cls)
+    return {
+        field.name: texts.get(field.name, "")
+        + ("" if field.default is dataclasses.MISSING else f" Default: {field.default}.")
+        for field in dataclasses.fields(cls)
+    }
+
+
+def build(system: str, given: dict[str, str], pairs: list[str]) -> Step:
+    """A step from ``name=value`` pairs.
+
+    Raises:
+        StepError: unknown name or a value of the wrong type; the message lists every setting with its help.
+    """
+    (step,) = recipe([system], given, pairs)
+    return step
+
+
+def recipe(systems: Sequence[str], given: dict[str, str], pairs: Sequence[str]) -> list[Step]:
+    """Steps, one after the other, from ``name=value`` or ``system.name=value`` pairs.
+
+    A name alone sets it in every step that has it; a system that comes twice has the same settings both times.
+
+    Arguments:
+        given: settings that have an option of their own; a step without them is left alone, but one of the steps must take each.
+
+    Raises:
+        StepError: a name that none of the steps has, a value of the wrong type, an option that no step takes, or a search
+            without a ratio.
+    """
+    classes = {system: step_class(system) for system in systems}
+    values = _values(classes, given, pairs)
+    for name, value in given.items():
+        kinds = {
+            system: typing.get_type_hints(cls)[name] for system, cls in classes.items() if name in settings_of(cls)
+        }
+        if not kinds:
+            raise StepError(f"--{name} {value} has no effect on {' and '.join(classes)}; leave --{name} out")
+        if all(repr(values[system][name]) != repr(_convert(name, value, kind)) for system, kind in kinds.items()):
+            other = values[next(iter(kinds))][name]
+            raise StepError(f"--{name} {value} and --set {name}={other} contradict each other; give one of them")
+    if any("ratio" not in values[system] for system in SEARCHES & set(classes)):
+        raise StepError(NEEDED)
+    return [classes[system](**values[system]) for system in systems]
+
+
+def known_subnet(path: Path, systems: Sequence[str], pairs: Sequence[str]) -> list[Step]:
+    """:func:`recipe` without its searches: the model is cut to the sub-network in a file, then the other steps follow.
+
+    Units are put in order by what the pruner among ``systems`` goes by, on as many rows, unless a pair says something else.
+
+    Raises:
+        StepError: as :func:`recipe`, or ``systems`` has several pruners.
+    """
+    from pliant.prune import Cut
+    from pliant.prune.imported_configs import config_in
+
+    pruners = [name for name in systems if name in PRUNERS]
+    if len(pruners) > 1:
+        raise StepError(
+            f"--subnet cuts the model once, without a search; {' and '.join(pruners)} are {len(pruners)} pruners. Give the one "
+            "that found the sub-network"
+        )
+    pruner = step_class(pruners[0]) if pruners else Cut
+    rows = getattr(pruner, "width_samples", getattr(pruner, "samples", Cut.samples))
+    others = [name for name in systems if name not in PRUNERS]
+    classes = {"cut": Cut, **{name: step_class(name) for name in others}}
+    values = _values(classes, {"order": getattr(pruner, "order", "l1"), "samples": str(rows)}, pairs)
+    values["cut"]["subnet"] = config_in(path)
+    return [classes[name](**values[name]) for name in ("cut", *others)]
+
+
+def _values(
+    classes: Mapping[str, type[Step]], given: Mapping[str, str], pairs: Sequence[str]
+) -> dict[str, dict[str, object]]:
+    """Settings of each step, converted by the type of the field."""
+    hints = {system: typing.get_type_hints(cls) for system, cls in classes.items()}
+    known = {system: [field.name for field in dataclasses.fields(cls)] for system, cls in classes.items()}
+    values = {system: {name: value for name, value in given.items() if name in known[system]} for system in classes}
+    said: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise StepError(f"--set takes name=value, not {pair!r}")
+        where, dot, name = name.strip().rpartition(".")
+        name = name.replace("-", "_")
+        takers = [system for system in classes if name in known[system] and where in ("", system)]
+        if not takers or (dot and where not in classes):
+            listed = "\n".join(
+                f"  {setting:14} {help_}" for cls in classes.values() for setting, help_ in settings_of(cls).items()
+            )
+            raise StepError(f"{where or ' and '.join(classes)} has no setting {name!r}; it has\n{listed}")
+        setting = f"{where}{dot}{name}"
+        if said.setdefault(setting, value.strip()) != value.strip():
+            raise StepError(f"--set {setting} is {said[setting]!r} and then {value.strip()!r}; give one of them")
+        for system in takers:
+            values[system][name] = value.strip()
+    return {
+        system: {name: _convert(name, value, hints[system][name]) for name, value in of_step.items()}
+        for system, of_step in values.items()
+    }
+
+
+def _convert(name: str, value: str, kind: typing.Any) -> object:
+    if isinstance(kind, types.UnionType):
+        if value.lower() in ("none", ""):
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if typing.get_origin(kind) is Mapping:
+        return value  # the step reads it
+    if kind is bool:
+        if value.lower() not in ("true", "false"):
+            raise StepError(f"{name} is true or false, not {value!r}")
+        return value.lower() == "true"
+    try:
+        return kind(value)
+    except ValueError:
+        wanted = {int: "a whole number", float: "a number"}.get(kind, str(kind))
+        raise StepError(f"{name} is {wanted}, not {value!r}") from None

@@ -1,0 +1,69 @@
+"""Which units matter, read from what flows through them on calibration text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pliant.anatomy import Anatomy, evaluating, layers_of
+from pliant.criteria import by_falling
+from pliant.criteria.unit_readers import by_unit, readers
+from pliant.device import doubled
+from pliant.forward.windows import batches_of, tokens_at_once, within_memory
+
+
+@torch.inference_mode()
+def activation_orders(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Units of every axis by falling size of what they contribute.
+
+    A unit is read by matrices (``down_proj`` reads channels, ``o_proj`` heads). Its size is the root mean square of each
+    of its elements times the norm of the matrix column that reads it, over all its elements and readers. The score of
+    Wanda (Sun et al., 2023), taken over whole columns.
+
+    Arguments:
+        windows: token ids, shape ``(windows, seqlen)``.
+
+    Returns:
+        axis name -> old index of each new unit, shape ``(units,)``; axes that no matrix reads (experts) are left out.
+    """
+    return within_memory(
+        model,
+        lambda tokens: _orders(model, anatomy, batches_of(model, windows, tokens)),
+        max(tokens_at_once(model), windows.shape[1]),
+    )
+
+
+def _orders(model: Any, anatomy: Anatomy, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    layers = layers_of(model, anatomy.architecture)
+    sizes: dict[str, torch.Tensor] = {}
+    squares: dict[tuple[str, str], torch.Tensor] = {}
+    watched = readers(anatomy)
+
+    def record(key: tuple[str, str]):
+        def hook(_module: Any, args: tuple) -> None:
+            squared = doubled(args[0].flatten(0, -2)).square().sum(0)
+            squares[key] = squares[key] + squared if key in squares else squared
+
+        return hook
+
+    handles = [
+        layers[block.layer]
+        .get_submodule(weight.path.rpartition(".")[0])
+        .register_forward_pre_hook(record((block.name, weight.path)))
+        for block, weight in watched
+    ]
+    try:
+        with evaluating(model):
+            for ids in batches:
+                model.base_model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for block, weight in watched:
+        assert weight.reads is not None
+        columns = doubled(weight.tensor(layers[block.layer])).square().sum(1 - weight.reads)
+        contributed = (squares[block.name, weight.path] * columns).sqrt().cpu()
+        for axis, own in by_unit(block, weight, contributed):
+            sizes[axis.name] = sizes.get(axis.name, 0) + own
+    return by_falling({name: size for name, size in sizes.items() if name in anatomy.axes})

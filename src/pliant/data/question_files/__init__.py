@@ -1,0 +1,1 @@
+"""Read questions from files, in the forms that are in use."""

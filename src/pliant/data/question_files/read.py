@@ -1,0 +1,49 @@
+"""Questions from local files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pliant.data.question_files.kinds import Continuation, OpenQuestion, Question
+from pliant.data.question_files.row_formats import form_of
+from pliant.data.text import json_objects, read
+from pliant.errors import DataError
+
+
+def questions(path: str | Path, limit: int | None = None) -> list[Question] | list[OpenQuestion] | list[Continuation]:
+    """Questions from a ``.jsonl`` or ``.json`` file, or one of these with ``.gz`` behind it.
+
+    A row is ``{"context": "...", "choices": ["...", "..."], "answer": 1}``. ``question``, ``query`` or ``prompt`` may
+    stand for ``context``, ``label`` or ``gold`` for ``answer``. Choices are continuations: a space is put before one
+    that does not start with white space when the context does not end with it.
+
+    Rows of the well-known data sets are recognised by their keys and posed as lm-eval poses them; see
+    :data:`pliant.data.question_files.row_formats.FORMS`.
+
+    Arguments:
+        limit: rows at most, from the first.
+
+    Returns:
+        :class:`Question` for rows with choices, :class:`OpenQuestion` for rows with only an answer, :class:`Continuation` for
+        rows with ``context`` and ``continuation``.
+
+    Raises:
+        DataError: missing file, missing key, fewer than two choices, an answer that is no choice, or rows of both kinds;
+            with the row.
+    """
+    path = Path(path)
+    if limit is not None and limit < 1:
+        raise DataError(f"a limit of {limit} questions leaves nothing to measure; it must be at least 1")
+    found: list[Any] = []
+    for number, row in enumerate(json_objects(read(path), path)[:limit], 1):
+        try:
+            found.append(form_of(row, path).pose(row))
+            if type(found[-1]) is not type(found[0]):
+                raise DataError(
+                    "some rows of this file give choices, others only an answer or a continuation; these are measured differently, "
+                    "so put them into separate files"
+                )
+        except DataError as error:
+            raise DataError(f"{str(path)!r}, row {number}: {error}") from None
+    return found

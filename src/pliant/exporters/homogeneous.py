@@ -1,0 +1,132 @@
+"""Write a cut model so that stock transformers, vLLM and llama.cpp load it with no code of ours."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from pliant.anatomy import (
+    Anatomy,
+    agree,
+    anatomy_of,
+    answer,
+    evaluating,
+    global_size,
+    layers_of,
+    plain_config,
+    probe,
+    text_config_of,
+)
+from pliant.checkpoint.packed_config import is_packed
+from pliant.errors import ArtefactError
+
+_BY_LAYER = ("layer_types", "no_rope_layers")  # config keys that list one thing a layer
+
+
+def homogeneous(model: Any) -> Any:
+    """The same model with an ordinary config: layers without blocks are dropped and the rest renumbered.
+
+    The result shares its weights with ``model``, which stays as it is.
+
+    Raises:
+        ArtefactError: when the model is packed, a layer is only half removed, widths differ, or what a layer computes depends on its number; the
+            message says which.
+    """
+    if is_packed(model):
+        raise ArtefactError(
+            "this model is packed, and only pliant's kernels read packed layers; export the model it was packed from. The packed "
+            "folder loads after 'import pliant'"
+        )
+    anatomy = anatomy_of(model)
+    if anatomy.traced:
+        raise ArtefactError(
+            f"the layers of {type(model).__name__} are no list that could be shortened; what is cut loads after 'import pliant'"
+        )
+    if text_config_of(model.config) is not model.config:
+        raise ArtefactError(
+            f"{type(model).__name__} contains its text decoder as one of several parts, and such models are not exported; use the "
+            "cut folder, which loads after 'import pliant'"
+        )
+    layers = _whole_layers(anatomy)
+    config = _uniform_config(model.config, anatomy, len(layers))
+    for key in _BY_LAYER:
+        if getattr(config, key, None) is not None:
+            setattr(config, key, [getattr(config, key)[layer] for layer in layers])
+    with torch.device("meta"):
+        rebuilt = type(model)(config)
+    held = layers_of(model, anatomy.architecture)
+    prefix = next(path for path, module in model.named_modules() if module is held) + "."
+
+    def renamed(name: str) -> str | None:
+        if not name.startswith(prefix):
+            return name
+        number, _, rest = name.removeprefix(prefix).partition(".")
+        return f"{prefix}{layers.index(int(number))}.{rest}" if int(number) in layers else None
+
+    state = {new: tensor for name, tensor in model.state_dict().items() if (new := renamed(name))}
+    rebuilt.load_state_dict(state, assign=True)
+    for name, buffer in model.named_buffers():  # those that state_dict leaves out, such as rotary frequencies
+        new = renamed(name)
+        if new is not None and new not in state:
+            module, _, attribute = new.rpartition(".")
+            setattr(rebuilt.get_submodule(module), attribute, buffer)
+    rebuilt.tie_weights()
+    rebuilt.eval()
+    with evaluating(model), torch.inference_mode():
+        inputs = probe(model)
+        same = agree(answer(rebuilt, inputs), answer(model, inputs), next(model.parameters()).dtype)
+    if not same:
+        raise ArtefactError(
+            f"this {config.model_type} model computes something else when its layers are renumbered; it loads after 'import pliant'"
+        )
+    if model.can_generate():
+        rebuilt.generation_config = copy.deepcopy(model.generation_config)
+    rebuilt.name_or_path = model.name_or_path
+    return rebuilt
+
+
+def _whole_layers(anatomy: Anatomy) -> list[int]:
+    kinds = [spec.kind for spec in anatomy.architecture.blocks]
+    alive = {layer: [f"layers.{layer}.{kind}" in anatomy.blocks for kind in kinds] for layer in range(anatomy.depth)}
+    half = [layer for layer, blocks in alive.items() if any(blocks) and not all(blocks)]
+    if half:
+        raise ArtefactError(
+            f"layers {_listed(half)} have lost one block and kept another; only whole layers can be dropped. Such a model "
+            "loads after 'import pliant'"
+        )
+    return [layer for layer, blocks in alive.items() if all(blocks)]
+
+
+def _uniform_config(old: Any, anatomy: Anatomy, depth: int) -> Any:
+    config = copy.deepcopy(plain_config(old))
+    config.__dict__.pop("allow_global_per_layer_attribute_access", None)
+    axes = [(short, axis) for block in anatomy.blocks.values() for short, axis in block.axes.items()]
+    for short, spec in anatomy.architecture.axes.items():
+        sizes = sorted({axis.size for name, axis in axes if name == short})
+        if len(sizes) > 1:
+            raise ArtefactError(
+                f"{spec.config_key} differs from layer to layer ({_listed(sizes)}); one value for all layers is needed. Such "
+                "a model loads after 'import pliant'"
+            )
+        if sizes and sizes[0] != global_size(config, spec.size):
+            if spec.config_key is None:
+                raise ArtefactError(f"a {config.model_type} config cannot say that there are {sizes[0]} {short}")
+            setattr(config, spec.config_key, sizes[0])
+    for short, axis in axes:
+        spec = anatomy.architecture.axes[short]
+        if global_size(config, spec.unit) != axis.unit:
+            key = str(spec.unit).split(" or ")[0]
+            if not key.isidentifier() or not hasattr(config, key):
+                raise ArtefactError(
+                    f"a {config.model_type} config cannot say that {axis.size} heads are {axis.unit} wide"
+                )
+            setattr(config, key, axis.unit)
+    config.num_hidden_layers = depth
+    return config
+
+
+def _listed(values: Iterable[int]) -> str:
+    return ", ".join(map(str, values))

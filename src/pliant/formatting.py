@@ -1,0 +1,41 @@
+"""Quantities for people: bytes and seconds as text, and bytes from text."""
+
+from __future__ import annotations
+
+import re
+
+from pliant.errors import MemoryLimitError
+
+
+def duration(seconds: float) -> str:
+    """``95.2`` -> ``1m35s``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f}s" if seconds < 10 else f"{whole}s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def human_bytes(count: float) -> str:
+    """``538060032`` bytes -> ``513 MiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if round(count) < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def parse_bytes(text: str) -> int:
+    """``2GB`` -> ``2000000000``, ``2GiB`` -> ``2147483648``.
+
+    Raises:
+        MemoryLimitError: it is no amount of memory.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    count = 0
+    if found is not None:
+        number, unit, binary = found.groups()
+        count = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " "))
+    if count <= 0:
+        raise MemoryLimitError(f"an amount of memory is a number with a unit, such as 500MB or 2GB; not {text!r}")
+    return count

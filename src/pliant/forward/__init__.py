@@ -1,0 +1,1 @@
+"""Run text through a model: windows of tokens, stretches of layers, losses."""

@@ -1,0 +1,67 @@
+"""What a sub-network costs, in the currency that a search saves in."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pliant.anatomy import Anatomy
+from pliant.checkpoint.fingerprint import fingerprint
+from pliant.elastic import Subnet, macs, parameters, streamed_bytes
+from pliant.machine import machine
+from pliant.measure.speed.latency_table import PHASES, Latency, measure_latency
+
+CONTEXT = 1024
+COSTS = ("parameters", "macs", "bytes", *PHASES)
+
+Cost = Callable[[Subnet], float]
+
+
+def cost_of(name: str, model: Any, anatomy: Anatomy, path: Path | None = None) -> Cost:
+    """A cost by name.
+
+    ``parameters``; ``macs`` of one token that attends to 1,024; ``bytes`` that decoding one token reads: weights and a cache
+    of 1,024 tokens; ``prefill`` and ``decode``: milliseconds measured on this machine, see
+    :func:`pliant.measure.speed.latency_table.measure_latency`.
+
+    Arguments:
+        path: file in which measured milliseconds are kept, so that a search that goes on goes on with the same; those of
+            another model or machine are measured again.
+    """
+    if name in PHASES:
+        of = {
+            "model": fingerprint(model),
+            "device": str(model.device),
+            "cpu": machine()["cpu"],
+            "threads": torch.get_num_threads(),
+        }
+        table = _kept(path, of)
+        if table is None:
+            table = measure_latency(model, anatomy, name)
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                aside = path.with_suffix(".part")
+                aside.write_text(json.dumps({"of": of, **table.to_dict()}, indent=1) + "\n", "utf-8")
+                os.replace(aside, path)
+        return lambda subnet: table.of(anatomy, subnet)
+    element = next(model.parameters()).element_size()
+    counted: dict[str, Cost] = {
+        "parameters": lambda subnet: parameters(anatomy, subnet),
+        "macs": lambda subnet: macs(anatomy, subnet, tokens=1, context=CONTEXT),
+        "bytes": lambda subnet: streamed_bytes(anatomy, subnet, element=element, context=CONTEXT),
+    }
+    return counted[name]
+
+
+def _kept(path: Path | None, of: dict[str, Any]) -> Latency | None:
+    """The table in a file, if it is that of this model on this machine."""
+    try:
+        raw = {} if path is None else json.loads(path.read_text("utf-8"))
+        return Latency.from_dict(raw) if raw.get("of") == of else None
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,251 @@
+"""Score sub-networks of one model on fixed text, re-using what they have in common.
+
+Sub-networks that agree on their first layers compute the same hidden states there. A ``Walk`` remembers the hidden state
+at every layer boundary of a base sub-network; a candidate starts from the boundary before the first layer in which it
+differs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pliant.anatomy import Anatomy, layers_of
+from pliant.device import free_memory
+from pliant.elastic import Elastic, Subnet
+from pliant.errors import DataError, MemoryLimitError
+from pliant.formatting import human_bytes
+from pliant.forward.losses import METRICS, TOKENS_AT_A_TIME, kl_sum, nll_sum
+from pliant.forward.stream import Stream
+from pliant.forward.windows import batches_of, tokens_at_once, within_memory
+from pliant.pages import NEAR, pages_of
+
+
+class Walk:
+    """Scores sub-networks on token windows.
+
+    Arguments:
+        model: a causal language model; it is put into evaluation mode.
+        windows: token ids, shape ``(windows, seqlen)``.
+        metric: ``perplexity`` (the score is the log of it) or ``kl`` (to the dense model).
+        reuse: False runs every layer for every score, as a reference.
+        memory: bytes that hidden states may take; with less, every k-th boundary is kept and the rest recomputed.
+        stretch: layers that all windows go through before the next ones are run; all of them when left out. With a model
+            whose weights are in files, as many as memory holds, so that each is read once for all windows.
+        tokens: in one forward pass; default: :func:`pliant.forward.windows.tokens_at_once`. When the device runs out of memory,
+            this is halved for the rest of the search, and only every second boundary is kept.
+
+    Attributes:
+        tokens: as above.
+        evaluations: scores computed so far.
+        block_forwards: residual blocks run so far, in passes over all windows.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        anatomy: Anatomy,
+        windows: torch.Tensor,
+        *,
+        metric: str = "perplexity",
+        reuse: bool = True,
+        memory: int | None = None,
+        stretch: int | None = None,
+        tokens: int | None = None,
+    ):
+        if metric not in METRICS:
+            raise DataError(f"there is no metric {metric!r}; there are {', '.join(METRICS)}")
+        self.model, self.anatomy, self.metric, self.reuse = model.eval(), anatomy, metric, reuse
+        self._windows = windows
+        self.evaluations = 0
+        self.block_forwards = 0.0
+        self.elastic = Elastic(model, anatomy)
+        self.stream = Stream(model, anatomy)
+        self._base = Subnet()
+        self._known = 0  # boundaries 1 … _known of the base are remembered
+        self._stride = 1
+        whole = store_bytes(model, anatomy, windows.numel())
+        while memory is not None and whole / self._stride > memory and self._stride < anatomy.depth:
+            self._stride += 1
+        self._stretch = stretch or anatomy.depth
+        self._split(tokens or tokens_at_once(model))
+        if pages_of(model) is None:
+            self._parts = windows.shape[1]
+
+    def rebase(self, subnet: Subnet) -> None:
+        """Make ``subnet`` the one whose prefix is remembered; what it shares with the base so far stays known."""
+        self._forget_after(self._divergence(subnet))
+        self._base = subnet
+
+    def score(self, subnet: Subnet, share: float = 1.0) -> float:
+        """Mean loss in nats per token of ``subnet`` on the first ``share`` of the windows; NaN where there is no number."""
+
+        def scored(tokens: int) -> float:
+            if tokens != self.tokens:
+                self._stride = min(self.anatomy.depth, 2 * self._stride)
+                self._split(tokens)
+            return self._score(subnet, share)
+
+        return within_memory(self.model, scored, self.tokens)
+
+    def _split(self, tokens: int) -> None:
+        """Cut the windows into batches of ``tokens`` tokens, and logits into as many positions; discard all kept hidden states."""
+        self.tokens = self._parts = tokens
+        self.batches = batches_of(self.model, self._windows, tokens)
+        self._hidden: list[dict[int, torch.Tensor]] = [{} for _ in self.batches]
+        self._known = 0
+        self._dense: list[torch.Tensor] = []
+
+    @torch.inference_mode()
+    def _score(self, subnet: Subnet, share: float) -> float:
+        if self.metric == "kl" and not self._dense:
+            self._dense = self._dense_ends()
+        start = 0
+        if self.reuse:
+            start = self._divergence(subnet) // self._stride * self._stride
+            self._extend(start)
+        self.elastic.activate(subnet)
+        total, count = 0.0, 0
+        batches = self.batches[: math.ceil(share * len(self.batches))]
+        entered = [self._hidden[number].get(start) for number in range(len(batches))]
+        first, depth = start, self.anatomy.depth
+        while depth - first > self._stretch:
+            entered = self._through(batches, first, first + self._stretch, entered)
+            first += self._stretch
+        for number, ids in enumerate(batches):
+            for where, logits in self.stream.parts(ids, self._parts, first, entered[number]):
+                if self.metric == "kl":
+                    reference = self.stream.logits(ids[:, where], depth, self._dense[number][:, where])
+                    total += kl_sum(logits, reference).sum().item()
+                else:
+                    total += nll_sum(logits, ids[:, where.start + 1 : where.stop + 1]).sum().item()
+            count += ids.numel() if self.metric == "kl" else ids.numel() - len(ids)
+        self._count(subnet, start, depth, len(batches) / len(self.batches))
+        self.evaluations += 1
+        return total / count
+
+    def close(self) -> None:
+        """Put the model back as it was and forget the hidden states."""
+        self.elastic.activate(Subnet())
+        self._forget_after(0)
+
+    def _divergence(self, subnet: Subnet) -> int:
+        """The first layer in which ``subnet`` differs from the base; the depth when it does not."""
+        skipped = subnet.skip ^ self._base.skip
+        narrowed = {axis for axis, _ in {*subnet.keep} ^ {*self._base.keep}}
+        differ = (
+            block.layer
+            for block in self.anatomy.blocks.values()
+            if block.name in skipped or any(axis.name in narrowed for axis in block.leaders)
+        )
+        return min(differ, default=self.anatomy.depth)
+
+    def _extend(self, boundary: int) -> None:
+        """Run the base from what is known to ``boundary``."""
+        if boundary <= self._known:
+            return
+        self.elastic.activate(self._base)
+        entered = [hidden.get(self._known) for hidden in self._hidden]
+        for first in range(self._known, boundary, self._stretch):
+            last = min(boundary, first + self._stretch)
+            for number, ids in enumerate(self.batches):
+                wanted = {b for b in range(first + 1, last + 1) if b % self._stride == 0}
+                outputs = self.stream.run(ids, first, last, entered[number], at=wanted | {last})
+                self._hidden[number].update({b: outputs[b] for b in wanted})
+                entered[number] = outputs[last]
+        self._count(self._base, self._known, boundary)
+        self._known = boundary
+
+    def _forget_after(self, boundary: int) -> None:
+        self._known = min(self._known, boundary // self._stride * self._stride)
+        for hidden in self._hidden:
+            for later in [b for b in hidden if b > self._known]:
+                del hidden[later]
+
+    def _count(self, subnet: Subnet, start: int, end: int, share: float = 1.0) -> None:
+        self.block_forwards += share * sum(
+            start <= block.layer < end and block.name not in subnet.skip for block in self.anatomy.blocks.values()
+        )
+
+    @torch.inference_mode()
+    def _dense_ends(self) -> list[torch.Tensor]:
+        """The hidden state after the last layer of the dense model, for every batch."""
+        depth = self.anatomy.depth
+        self.elastic.activate(Subnet())
+        self._count(Subnet(), 0, depth)
+        hidden: list[torch.Tensor | None] = [None] * len(self.batches)
+        for first in range(0, depth, self._stretch):
+            hidden = self._through(self.batches, first, min(depth, first + self._stretch), hidden)
+        return [one for one in hidden if one is not None]
+
+    def _through(
+        self, batches: list[torch.Tensor], first: int, last: int, entered: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
+        """Every batch through some layers of the active sub-network."""
+        return [self.stream.through(ids, first, last, hidden) for ids, hidden in zip(batches, entered, strict=True)]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Memory that scoring takes, in bytes.
+
+    Attributes:
+        weights: all of them; of those in files what has to be there at a time: ``stretch`` layers and the largest other.
+        hidden: hidden states that are remembered.
+        logits: and what the loss makes of them.
+        stretch: as for :class:`Walk`.
+    """
+
+    weights: int
+    hidden: int
+    logits: int
+    stretch: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.hidden + self.logits
+
+
+def footprint(model: Any, anatomy: Anatomy, windows: torch.Tensor, metric: str) -> Footprint:
+    """What a :class:`Walk` over ``windows`` will take, known before it begins.
+
+    Raises:
+        MemoryLimitError: a model whose weights are in files has a limit, and it is too low for this.
+    """
+    whole = sum(p.nbytes for p in model.parameters())
+    hidden = store_bytes(model, anatomy, windows.numel())
+    pages = pages_of(model)
+    seqlen, at_once = windows.shape[1], tokens_at_once(model)
+    tokens = min(windows.numel(), max(seqlen, at_once // seqlen * seqlen) if pages is None else at_once)
+    vocabulary, element = model.get_input_embeddings().num_embeddings, next(model.parameters()).element_size()
+    copies = (2 if metric == "kl" else 1) * (2 if tokens < seqlen else 1)  # in parts, the last ones are still there
+    logits = copies * vocabulary * (tokens * element + min(tokens, TOKENS_AT_A_TIME) * 8)
+    if pages is None:
+        free = free_memory(next(model.parameters()).device)
+        if free is not None:  # boundaries that do not fit are recomputed
+            hidden = max(hidden // anatomy.depth, min(hidden, free // 2))
+        return Footprint(whole, hidden, logits, anatomy.depth)
+    layers = layers_of(model, anatomy.architecture)
+    each = max(sum(p.nbytes for p in layer.parameters()) for layer in layers)
+    inside = {id(p) for p in layers.parameters()}
+    largest = max((p.nbytes for p in model.parameters() if id(p) not in inside), default=0)
+    hidden = max(hidden // anatomy.depth, min(hidden, pages.limit // 4))
+    room = int(NEAR * pages.limit) - largest - logits - hidden
+    stretch = max(1, min(anatomy.depth, room // each))
+    found = Footprint(min(whole, largest + stretch * each), hidden, logits, stretch)
+    if found.total > pages.limit:
+        raise MemoryLimitError(
+            f"the limit of {human_bytes(pages.limit)} is too low for windows of {seqlen} tokens: weights take at least "
+            f"{human_bytes(found.weights)}, hidden states {human_bytes(hidden)}, logits {human_bytes(logits)}; a smaller seqlen or fewer samples take less"
+        )
+    return found
+
+
+def store_bytes(model: Any, anatomy: Anatomy, tokens: int) -> int:
+    """Bytes of the hidden states of ``tokens`` tokens at every layer boundary."""
+    hidden = model.config.get_text_config(decoder=True).hidden_size
+    return tokens * hidden * next(model.parameters()).element_size() * anatomy.depth

@@ -1,0 +1,137 @@
+"""How fast a model is here and now: prefill and decode, next to another model in the same minutes."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from pliant import device as devices
+from pliant.checkpoint.load import loaded
+from pliant.compat.cache_argument import cache_argument
+from pliant.errors import DataError
+from pliant.forward.windows import check_model, check_room, longest_of
+from pliant.progress import peak_memory
+
+PROMPT = 256
+"""Default number of tokens in a prompt."""
+
+
+def bench(
+    model: Any,
+    against: Any = None,
+    *,
+    prompt: int | None = None,
+    tokens: int = 32,
+    batch: int = 1,
+    repeats: int = 5,
+    seed: int = 0,
+    dtype: Any = None,
+    device: Any = None,
+) -> dict[str, Any]:
+    """Time prefill and decode on random tokens; with ``against``, both models in turn, A B A B …
+
+    Arguments:
+        model, against: transformers models, timed on the device that they are on; or what :func:`pliant.load` takes.
+        prompt: tokens in the prompt; default: 256, or as many as the models have positions for.
+        tokens: tokens decoded after it, one at a time, with the key-value cache.
+        batch: sequences at once.
+        repeats: timed rounds, after one that is not timed.
+        dtype, device: of models that are given by name or folder, as in :func:`pliant.load`.
+
+    Returns:
+        For ``model`` (and ``against``): ``prefill`` and ``decode`` in tokens per second as ``median``, ``p10``, ``p90``;
+        ``speedup`` as the median over rounds of model/against; ``peak_memory`` of the process in bytes; ``settings``: the
+        values used for the arguments; ``on``: device and dtype of each model.
+
+    Raises:
+        ArchitectureError: a model that predicts no next tokens.
+        DataError: a setting below 1, or more tokens than a model has positions for.
+    """
+    for name, value in {"prompt": prompt, "tokens": tokens, "batch": batch, "repeats": repeats}.items():
+        if value is not None and value < 1:
+            raise DataError(f"{name} must be at least 1, it is {value}")
+    given = {"model": model, **({"against": against} if against is not None else {})}
+    models = {name: loaded(one, dtype=dtype, device=device) for name, one in given.items()}
+    prompt = prompt_for(models, prompt, tokens)
+    rates: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
+    generator = torch.Generator().manual_seed(seed)
+    configs = {name: one.config.get_text_config(decoder=True) for name, one in models.items()}
+    was_training = {name: one.training for name, one in models.items()}
+    try:
+        for round_ in range(repeats + 1):
+            for name, one in models.items():
+                ids = torch.randint(configs[name].vocab_size, (batch, prompt), generator=generator)
+                prefill, decode = _once(one.eval(), ids.to(one.device), tokens)
+                if round_:
+                    rates[name]["prefill"].append(batch * prompt / prefill)
+                    rates[name]["decode"].append(batch * tokens / decode)
+    finally:
+        for name, one in models.items():
+            one.train(was_training[name])
+    result: dict[str, Any] = {name: {k: _spread(v) for k, v in pair.items()} for name, pair in rates.items()}
+    if against is not None:
+        result["speedup"] = {
+            kind: _spread([a / b for a, b in zip(rates["model"][kind], rates["against"][kind], strict=True)])
+            for kind in ("prefill", "decode")
+        }
+    result["settings"] = {"prompt": prompt, "tokens": tokens, "batch": batch, "repeats": repeats}
+    result["on"] = {
+        name: {"device": str(one.device), "dtype": str(one.dtype).removeprefix("torch.")}
+        for name, one in models.items()
+    }
+    result["threads"] = torch.get_num_threads()
+    result["peak_memory"] = peak_memory()
+    return result
+
+
+def prompt_for(models: Mapping[str, Any], given: int | None, tokens: int, usual: int = PROMPT) -> int:
+    """Length of a prompt that is followed by ``tokens`` tokens: as given, or ``usual``, or as many as all models have positions for.
+
+    Raises:
+        ArchitectureError: a model that predicts no next tokens.
+        DataError: more than a model has positions for.
+    """
+    for one in models.values():
+        check_model(one)
+    prompt = given or max(1, min(usual, *(longest_of(one) - tokens for one in models.values())))
+    for name, one in models.items():
+        check_room(one, prompt, tokens, name)
+    return prompt
+
+
+@torch.inference_mode()
+def _once(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float]:
+    """Seconds of one prefill and of ``tokens`` decoding steps after it."""
+    gc.collect()
+    cache = cache_argument(model, new_cache(model))
+    wait(model)
+    began = time.perf_counter()
+    out = model(input_ids=ids, **cache, use_cache=True, logits_to_keep=1)
+    wait(model)
+    middle = time.perf_counter()
+    for _ in range(tokens):
+        out = model(input_ids=out.logits[:, -1:].argmax(-1), **cache, use_cache=True)
+    wait(model)
+    return middle - began, time.perf_counter() - middle
+
+
+def new_cache(model: Any) -> Any:
+    """An empty cache, as ``generate`` makes it."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
+
+
+def wait(model: Any) -> None:
+    """Wait until all work queued on the model's device is done."""
+    devices.wait(model.device)
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    low, median, high = np.percentile(values, [10, 50, 90])
+    return {"median": float(median), "p10": float(low), "p90": float(high)}

@@ -1,0 +1,146 @@
+"""How long the blocks of a model take on this machine, by kind and width: a small table of measured milliseconds."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from pliant.anatomy import Anatomy, Block, evaluating
+from pliant.elastic import Elastic, Subnet
+from pliant.forward.windows import longest_of
+from pliant.measure.speed.bench import wait
+
+NARROWED = (0.75, 0.5, 0.25)  # shares of an axis that go, to time what is left
+PHASES = ("prefill", "decode")
+PROMPT = 256
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of a forward pass, put together from its blocks.
+
+    Attributes:
+        phase: ``prefill`` (a prompt of 256 tokens, or as many as the model reads) or ``decode`` (one token).
+        rest: milliseconds outside the blocks: embeddings, output head, and what a layer costs with all its blocks gone.
+        blocks: kind of block -> milliseconds of one of them, whole.
+        axes: (kind, axis) -> (share of the axis kept, share of the block's milliseconds), rising; what is between two
+            of them is interpolated.
+    """
+
+    phase: str
+    rest: float
+    blocks: Mapping[str, float]
+    axes: Mapping[tuple[str, str], tuple[tuple[float, float], ...]]
+
+    def of(self, anatomy: Anatomy, subnet: Subnet = Subnet()) -> float:
+        """Milliseconds of the model under ``subnet``."""
+        alive = (block for block in anatomy.blocks.values() if block.name not in subnet.skip)
+        return self.rest + sum(self._block(block, subnet.kept(block)) for block in alive)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form."""
+        axes = [{"kind": kind, "axis": axis, "points": points} for (kind, axis), points in self.axes.items()]
+        return {"phase": self.phase, "rest": self.rest, "blocks": dict(self.blocks), "axes": axes}
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Latency:
+        """The inverse of :meth:`to_dict`."""
+        axes = {(a["kind"], a["axis"]): tuple((x, y) for x, y in a["points"]) for a in raw["axes"]}
+        return cls(raw["phase"], raw["rest"], dict(raw["blocks"]), axes)
+
+    def _block(self, block: Block, kept: Mapping[str, int]) -> float:
+        time_ = self.blocks[block.kind]
+        for axis in block.leaders:
+            time_ *= _between(self.axes[block.kind, axis.leader], kept[axis.leader] / axis.size)
+        return time_
+
+
+def _between(points: tuple[tuple[float, float], ...], share: float) -> float:
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if share <= x1:
+            return y0 + (y1 - y0) * (share - x0) / (x1 - x0)
+    return points[-1][1]
+
+
+def measure_latency(model: Any, anatomy: Anatomy, phase: str = "prefill", *, repeats: int = 5) -> Latency:
+    """Time the model with many of its blocks of one kind gone or narrowed, in turn, and take the difference.
+
+    Whole models are timed rather than single layers, so that weights come from memory as they do in use.
+
+    Arguments:
+        phase: ``prefill`` or ``decode``.
+        repeats: rounds; every round times each sub-network once, and the medians count.
+    """
+    kinds = {block.kind: block for block in anatomy.blocks.values()}
+    subnets: dict[tuple[str, ...], Subnet] = {("dense",): Subnet()}
+    narrower: dict[tuple[str, ...], float] = {}
+    for kind, block in kinds.items():
+        subnets["without", kind] = _without(anatomy, kind)
+        for axis in block.leaders:
+            fewer = {axis.less(axis.size, round(axis.size * gone)) for gone in NARROWED}
+            for units in sorted(left for left in fewer if left is not None and left < axis.size):
+                name = ("narrow", kind, axis.leader, str(units))
+                subnets[name] = _narrowed(anatomy, kind, axis.leader, units / axis.size)
+                narrower[name] = units / axis.size
+    tokens = min(PROMPT, longest_of(model)) if phase == "prefill" else 1
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=next(model.parameters()).device)
+    elastic = Elastic(model, anatomy)
+    taken: dict[tuple[str, ...], list[float]] = {name: [] for name in subnets}
+    with evaluating(model):
+        try:
+            for _ in range(repeats + 1):
+                for name, subnet in subnets.items():
+                    elastic.activate(subnet)
+                    taken[name].append(_milliseconds(model, ids))
+        finally:
+            elastic.activate(Subnet())
+    median = {name: statistics.median(times[1:]) for name, times in taken.items()}  # the first round warms up
+    dense = median["dense",]
+    blocks, axes = {}, {}
+    for kind, block in kinds.items():
+        count = sum(other.kind == kind for other in anatomy.blocks.values())
+        gone = max(1, len(subnets["without", kind].skip))
+        whole = max(1e-6, (dense - median["without", kind]) / gone)
+        blocks[kind] = whole
+        for axis in block.leaders:
+            points = [(0.0, 0.0)]
+            for name, share in narrower.items():
+                if name[1:3] == (kind, axis.leader):
+                    saved = (dense - median[name]) / count
+                    points.append((share, min(1.0, max(points[-1][1], 1 - saved / whole))))
+            axes[kind, axis.leader] = (*points, (1.0, 1.0))
+    rest = max(0.0, dense - sum(blocks[block.kind] for block in anatomy.blocks.values()))
+    return Latency(phase, rest, blocks, axes)
+
+
+def _without(anatomy: Anatomy, kind: str) -> Subnet:
+    """As many blocks of a kind gone as can go: the last attention of each type stays."""
+    of_kind = [block for block in anatomy.blocks.values() if block.kind == kind and block.removable]
+    stays = {anatomy.layer_types[block.layer]: block.name for block in of_kind if block.spec.slot}
+    return Subnet().without(*(block.name for block in of_kind if block.name not in stays.values()))
+
+
+def _narrowed(anatomy: Anatomy, kind: str, leader: str, share: float) -> Subnet:
+    subnet = Subnet()
+    for block in anatomy.blocks.values():
+        for axis in block.leaders:
+            if block.kind == kind and axis.leader == leader:
+                units = round(axis.size * share)
+                if axis.allows(units):
+                    subnet = subnet.keeping(axis.name, units)
+    return subnet
+
+
+@torch.inference_mode()
+def _milliseconds(model: Any, ids: torch.Tensor) -> float:
+    wait(model)
+    began = time.perf_counter()
+    model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    wait(model)
+    return (time.perf_counter() - began) * 1e3

@@ -1,0 +1,97 @@
+"""Where the time of a decoded token goes: matrix products, attention, the rest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from pliant.compat.cache_argument import cache_argument
+from pliant.compat.native import Native, plan_of
+from pliant.forward.windows import check_model, check_room
+from pliant.measure.speed.bench import new_cache
+from pliant.runtime.dense import is_linear
+from pliant.runtime.packed_linear import Packed
+
+
+@torch.inference_mode()
+def token_time(model: Any, *, prompt: int = 64, tokens: int = 32, seed: int = 0) -> dict[str, float]:
+    """Decode random tokens one at a time after a prompt, and time the parts.
+
+    Attention is what its module takes beside the matrix products in it: positions, cache, softmax. Where the layers run natively
+    it is the softmax attention and the cache alone.
+
+    Returns:
+        ``linears``, ``attention``, ``rest`` and ``total``, in milliseconds a token.
+
+    Raises:
+        DataError: more tokens than the model has positions.
+    """
+    check_model(model)
+    check_room(model, prompt, tokens)
+    size = model.config.get_text_config(decoder=True).vocab_size
+    ids = torch.randint(size, (1, prompt + tokens), generator=torch.Generator().manual_seed(seed)).to(model.device)
+    cache = cache_argument(model, new_cache(model))
+    model(input_ids=ids[:, :prompt], **cache, use_cache=True, logits_to_keep=1)
+    base = model.base_model
+    plan = plan_of(base) if isinstance(base, Native) else None
+    decoder = None if plan is None else plan.decoder
+    if decoder is not None:
+        decoder.spent[0] = decoder.spent[1] = 0
+    called = [model] if decoder is None else [m for m in model.children() if m is not base]
+    with _timed(called) as spent:
+        began = time.perf_counter()
+        for at in range(prompt, prompt + tokens):
+            model(input_ids=ids[:, at : at + 1], **cache, use_cache=True)
+        total = time.perf_counter() - began
+    linears, attention = spent["linears"], max(0.0, spent["attention"] - spent["within"])
+    if decoder is not None:
+        linears += decoder.spent[0] / 1e9
+        attention += decoder.spent[1] / 1e9
+    parts = {"linears": linears, "attention": attention, "rest": total - linears - attention, "total": total}
+    return {name: 1e3 * seconds / tokens for name, seconds in parts.items()}
+
+
+@contextmanager
+def _timed(roots: list[nn.Module]) -> Iterator[dict[str, float]]:
+    """Seconds spent in linear layers, in attention modules, and in linear layers within these. A native run falls back to calling
+    modules one by one if it finds a hook, so ``roots`` must not contain the modules that it runs."""
+    spent = {"linears": 0.0, "attention": 0.0, "within": 0.0}
+    inside: list[nn.Module] = []
+    begun: dict[nn.Module, float] = {}
+
+    def before(module: nn.Module, _: Any) -> None:
+        begun[module] = time.perf_counter()
+        if not _is_linear(module):
+            inside.append(module)
+
+    def after(module: nn.Module, *_: Any) -> None:
+        took = time.perf_counter() - begun[module]
+        if not _is_linear(module):
+            inside.pop()
+            spent["attention"] += took
+            return
+        spent["linears"] += took
+        spent["within"] += took if inside else 0.0
+
+    wanted = [
+        m
+        for root in roots
+        for n, m in root.named_modules()
+        if _is_linear(m) or n.rpartition(".")[2] in ("self_attn", "attn", "attention")
+    ]
+    handles = [module.register_forward_pre_hook(before) for module in wanted]
+    handles += [module.register_forward_hook(after) for module in wanted]
+    try:
+        yield spent
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return is_linear(module) or isinstance(module, Packed)

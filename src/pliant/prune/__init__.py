@@ -1,0 +1,19 @@
+"""Structured pruning: what every pruner is made of, and the pruners that belong to no paper."""
+
+from pliant.prune.known_subnet import Cut
+from pliant.prune.moves import block_moves, layer_moves, pooled, reach, width_moves
+from pliant.prune.session import Pruning
+from pliant.prune.settings import GreedyPruner, Pruner, WidthPruner
+
+__all__ = [
+    "Cut",
+    "GreedyPruner",
+    "Pruner",
+    "Pruning",
+    "WidthPruner",
+    "block_moves",
+    "layer_moves",
+    "pooled",
+    "reach",
+    "width_moves",
+]

@@ -1,0 +1,91 @@
+"""Cut a model to a sub-network that is already known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from pliant.anatomy import Anatomy, agree, answer, evaluating, probe
+from pliant.checkpoint.fingerprint import check_finite
+from pliant.data import Text
+from pliant.elastic import Elastic, Subnet, described, extract, ratio, validate
+from pliant.errors import DataError, SubnetError
+from pliant.forward.windows import seqlen_of, windows_for
+from pliant.prune.imported_configs import parse_config
+from pliant.prune.unit_order import check_order, ordered
+from pliant.step import Job, Step, check_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut(Step):
+    """Cut to a given sub-network, without a search: one from an archive, a report, or another tool."""
+
+    kind: ClassVar[str] = "cut"
+
+    subnet: Subnet | Mapping[str, Any]
+    """What to keep; or what a file of :func:`pliant.read_config` says, read for the model that is cut."""
+
+    order: str = "l1"
+    """What channels and heads were put in order by where the sub-network was found: l1, activation (from
+    calibration text, the same again), or stored."""
+
+    samples: int = 128
+    """activation: rows of calibration text that the order was taken from."""
+
+    seqlen: int | None = None
+    """activation: tokens in a calibration window. Default: the smaller of 2048 and the model's positions."""
+
+    seed: int = 42
+    """activation: seed of the draw of calibration rows."""
+
+    def __post_init__(self) -> None:
+        check_order(self.order)
+        check_seed(self.seed)
+
+    def run(self, job: Job) -> None:
+        check_finite(job.model)
+        anatomy = described(job.model)
+        if isinstance(self.subnet, Subnet):
+            subnet = self.subnet
+            validate(subnet, anatomy)
+        else:
+            subnet = parse_config(self.subnet, anatomy)
+        order = self.order if subnet.keep else "stored"
+        with ordered(job, anatomy, order, self._windows(job) if order == "activation" else None):
+            cut_exactly(job.model, anatomy, subnet)
+        job.record.update(ratio=ratio(anatomy, subnet), subnet=subnet.to_dict())
+
+    def _windows(self, job: Job) -> torch.Tensor:
+        if not isinstance(job.data, Text):
+            raise DataError(
+                "units in the order of their activations need the calibration text they were ordered by: pass data="
+            )
+        return windows_for(
+            job.model, job.tokenizer(), job.data.sample(self.samples, self.seed), seqlen_of(job.model, self.seqlen)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **super().to_dict(),
+            "subnet": self.subnet.to_dict() if isinstance(self.subnet, Subnet) else dict(self.subnet),
+        }
+
+
+@torch.no_grad()
+def cut_exactly(model: Any, anatomy: Anatomy, subnet: Subnet) -> None:
+    """Extract ``subnet`` in place and check on a few tokens that the cut model computes what the activated one did."""
+    with evaluating(model):
+        elastic = Elastic(model, anatomy)
+        inputs = probe(model, tokens=16)
+        elastic.activate(subnet)
+        try:
+            expected = answer(model, inputs)
+        finally:
+            elastic.activate(Subnet())
+        extract(model, anatomy, subnet)
+        actual = answer(model, inputs)
+    if not agree(actual, expected, next(model.parameters()).dtype):
+        raise SubnetError("the cut model does not compute what the search scored; please report this model")

@@ -1,0 +1,87 @@
+"""One-shot pruning: rank the blocks once, remove from the bottom. The baselines that a search has to beat."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from pliant.criteria.block_ranking import RANKINGS
+from pliant.elastic import Subnet, ratio
+from pliant.prune.moves import block_moves, fitting, layer_moves
+from pliant.prune.session import Pruning, Scorer
+from pliant.prune.settings import Pruner
+from pliant.searches.greedy import check_loss
+from pliant.step import Job, StepError
+
+PERPLEXITY, RANDOM = "perplexity", "random"
+GRANULARITIES = ("block", "layer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneShot(Pruner):
+    """Rank every block (or layer) once on the dense model and remove the lowest until the ratio is met.
+
+    ``by="influence", granularity="layer"`` is ShortGPT.
+    """
+
+    kind: ClassVar[str] = "oneshot"
+
+    by: str = "influence"
+    """What ranks a block: influence (ShortGPT's Block Influence), magnitude (of what it adds, relative to the stream),
+    perplexity (with it alone gone), taylor or fisher (gradient estimates of that), or random."""
+
+    granularity: str = "block"
+    """What goes at a time: block (attention or MLP), or layer (the ranks of its blocks are added up)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.by not in (*RANKINGS, PERPLEXITY, RANDOM):
+            known = ", ".join((*RANKINGS, PERPLEXITY))
+            raise StepError(f"blocks are ranked by {known} or {RANDOM}, not by {self.by!r}")
+        if self.granularity not in GRANULARITIES:
+            raise StepError(f"granularity is {' or '.join(GRANULARITIES)}, not {self.granularity!r}")
+        if self.metric != PERPLEXITY and self.by != PERPLEXITY:
+            raise StepError(
+                f"ranking by {self.by} does not score; metric can only be {self.metric!r} with by='perplexity'"
+            )
+
+    def run(self, job: Job) -> None:
+        pruning = self.begin(job)
+        anatomy = pruning.anatomy
+        moves = block_moves(anatomy) if self.granularity == "block" else layer_moves(anatomy)
+        self.check_reach(anatomy, [moves])
+        ranks = self._ranks(pruning, job, self.windows(job, self.samples, self.seed))
+        job.record["ranks"] = {name: rank if math.isfinite(rank) else None for name, rank in ranks.items()}
+        fit = fitting(anatomy, moves, self.ratio)
+        while ratio(anatomy, pruning.subnet) < self.ratio - 1e-12:
+            offered = fit(pruning.subnet)
+            if not offered:
+                break
+            ranked = [(sum(ranks[b] for b in move.subnet.skip - pruning.subnet.skip), move) for move in offered]
+            rank, lowest = min(ranked, key=lambda one: one[0])
+            pruning.commit("blocks", lowest, None, rank)
+        self.finish(pruning, job, moves)
+
+    def _ranks(self, pruning: Pruning, job: Job, windows: torch.Tensor) -> dict[str, float]:
+        blocks = pruning.anatomy.blocks
+        if self.by == RANDOM:
+            generator = random.Random(self.seed)
+            return {name: generator.random() for name in blocks}
+        if self.by == PERPLEXITY:
+            free = block_moves(pruning.anatomy)(Subnet())
+
+            def told(scorer: Scorer) -> None:
+                job.progress.step(scorer.seen / (len(free) + 1), f"{scorer.seen} of {len(free) + 1} scored")
+
+            with pruning.scoring(f"ranking by {self.metric}", windows, told=told) as score:
+                check_loss(dense := score(Subnet()))
+                ranks = {move.unit: score(move.subnet) - dense for move in free}
+        else:
+            with job.progress.stage(f"ranking by {self.by}"):
+                ranks = RANKINGS[self.by](job.model, pruning.anatomy, windows)
+            check_loss(sum(ranks.values()))
+        return {name: rank if math.isfinite(rank := ranks.get(name, math.inf)) else math.inf for name in blocks}

@@ -1,0 +1,281 @@
+"""Repair without training: refit the last matrix of every block that stays, so that the residual stream comes back to
+what it was.
+
+A block adds ``W x`` to the residual stream, where W is its last matrix. Walking through the layers, W is refitted by ridge
+regression on calibration tokens: its inputs are what the cut model computes, its target is what the dense model's stream
+is after this block less what the cut model's stream is before it. So a block also makes up for what was removed before
+it, as far as it can. W is held to what it was (the penalty is on the change), which keeps few tokens from misleading it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from pliant.anatomy import Anatomy, Block, Weight, layers_of
+from pliant.device import doubled
+from pliant.elastic import Elastic, Subnet
+from pliant.forward.stream import Stream
+from pliant.forward.windows import batches_of, tokens_at_once, within_memory
+from pliant.pages import pages_of
+from pliant.progress import Progress
+
+EXACT = 1e-3  # how closely, as a share of it, a last matrix must explain what its block adds to the stream
+ROUNDS = 16  # of alternating least squares for a norm that follows it; gemma2, gemma3 and olmo2 take one to three
+FAINT = 0.1  # channels that a norm makes fainter than this share of the usual would need changes out of all proportion
+
+Hidden = list[torch.Tensor | None]
+Seen = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+@torch.no_grad()
+def repair(
+    model: Any, anatomy: Anatomy, subnet: Subnet, windows: torch.Tensor, ridge: float, progress: Progress
+) -> list[dict[str, Any]]:
+    """Refit, in place, the kept part of the last matrix of every block that ``subnet`` keeps.
+
+    Arguments:
+        model: the dense model, its units in the order that ``subnet`` speaks of. On an error it is left as it was.
+        windows: token ids, shape ``(windows, seqlen)``.
+        ridge: penalty on the change, as a multiple of the mean square of the inputs.
+
+    Returns:
+        For each block: its name, and the mean square distance of the stream from the dense one before and after; None
+        where something else than a matrix, or a matrix and a norm, comes last, which is left alone.
+    """
+    return within_memory(
+        model,
+        lambda tokens: _repair(model, anatomy, subnet, batches_of(model, windows, tokens), ridge, progress),
+        max(tokens_at_once(model), windows.shape[1]),
+    )
+
+
+def _repair(
+    model: Any, anatomy: Anatomy, subnet: Subnet, batches: list[torch.Tensor], ridge: float, progress: Progress
+) -> list[dict[str, Any]]:
+    elastic, stream = Elastic(model.eval(), anatomy), Stream(model, anatomy)
+    pages = pages_of(model)
+    keep = torch.clone if pages is None else pages.copy
+    saved: dict[torch.Tensor, torch.Tensor] = {}
+    dense: Hidden = [None] * len(batches)
+    cut: Hidden = [None] * len(batches)
+    told = []
+
+    def advance(layer: int, active: Subnet, hidden: Hidden) -> list[torch.Tensor]:
+        elastic.activate(active, stretch=True)
+        return [stream.through(ids, layer, layer + 1, h) for ids, h in zip(batches, hidden, strict=True)]
+
+    try:
+        for layer in range(anatomy.depth):
+            blocks = [block for block in anatomy.blocks.values() if block.layer == layer]
+            later = {block.name: [other.name for other in blocks[i:]] for i, block in enumerate(blocks, 1)}
+            # before anything in this layer changes, what the dense model computes in it
+            wanted = {block.name: advance(layer, Subnet().without(*later[block.name]), dense) for block in blocks}
+            dense = list(wanted[blocks[-1].name]) if blocks else dense
+            # the cut model's stream between its blocks; before the first one it is what comes into the layer
+            reached = advance(layer, subnet.without(*(block.name for block in blocks)), cut)
+            for block in blocks:
+                if block.name in subnet.skip:
+                    continue
+                weight = last_matrix(block)
+                seen: Seen = []
+                owner: Any = None
+                handle = None
+                if weight is not None:
+                    elastic.activate(Subnet())
+                    owner = elastic.layers[layer].get_submodule(weight.path.rpartition(".")[0])
+                    saved |= {p: keep(p.detach()) for p in (owner.weight, owner.bias) if p is not None}
+                    handle = owner.register_forward_hook(_recorder(seen))
+                try:
+                    after = advance(layer, subnet.without(*later[block.name]), cut)
+                finally:
+                    if handle is not None:
+                        handle.remove()
+                distance = None
+                factors = None if weight is None else _factors(seen, reached, after)
+                if factors is not None:
+                    change = _refit(owner, seen, factors, after, wanted[block.name], ridge)
+                    before = _distance(after, wanted[block.name])
+                    if factors.normed or owner.weight.dtype.itemsize < change.itemsize:
+                        after = advance(layer, subnet.without(*later[block.name]), cut)
+                    else:  # linear in the change, and the weights hold all of it: no need to run it again
+                        after = _moved(after, seen, factors, change, owner)
+                    distance = {"before": before, "after": _distance(after, wanted[block.name])}
+                told.append({"block": block.name, "distance": distance})
+                reached = after
+            cut = list(reached)
+            progress.step((layer + 1) / anatomy.depth, f"layer {layer + 1} of {anatomy.depth}")
+    except BaseException:
+        for parameter, value in saved.items():
+            parameter.copy_(value)
+        raise
+    finally:
+        elastic.activate(Subnet())
+    return told
+
+
+def repair_bytes(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> int:
+    """Memory that :func:`repair` takes beside the weights: the stream in several states, what goes into one matrix and comes
+    out of it, and the normal equations."""
+    hidden = model.config.get_text_config(decoder=True).hidden_size
+    last = (last_matrix(block) for block in anatomy.blocks.values())
+    layers = layers_of(model, anatomy.architecture)
+    shapes = [
+        w.tensor(layers[b.layer]).shape[w.reads or 0]
+        for b, w in zip(anatomy.blocks.values(), last, strict=True)
+        if w is not None
+    ]
+    widest = max(shapes, default=hidden)
+    element = next(model.parameters()).element_size()
+    streams = (widest + 8 * hidden) * element
+    compared = (widest + 4 * hidden) * 4  # what was written, added and uncertain, in float32 whatever the model's dtype
+    return windows.numel() * (streams + compared) + 4 * widest * widest * 8
+
+
+def _recorder(seen: Seen) -> Callable[..., None]:
+    """A hook that notes what goes into a module and what comes out, which a layer may change afterwards."""
+    return lambda _module, args, out: seen.append((args[0], out.clone()))
+
+
+def last_matrix(block: Block) -> Weight | None:
+    """The matrix whose output is the block's: it reads an axis and writes the residual stream."""
+    found = None
+    for weight in block.weights:
+        if weight.reads is not None and len(weight.dims) == 2:
+            reads, writes = weight.dims[weight.reads], weight.dims[1 - weight.reads]
+            if any(part.axis in block.axes for part in reads) and all(part.axis in block.fixed for part in writes):
+                found = weight
+    return found
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """What stands between a matrix and the residual stream.
+
+    Attributes:
+        tokens: a factor for every token, batch by batch, shape ``(tokens, 1)``; shape ``(1, 1)`` where it is the same for all.
+        channels: a factor for every channel, shape ``(hidden,)``.
+    """
+
+    tokens: list[torch.Tensor]
+    channels: torch.Tensor
+
+    @property
+    def normed(self) -> bool:
+        """Whether the factors of the tokens come from the tokens, and change with them."""
+        return any(len(tokens) > 1 for tokens in self.tokens)
+
+
+def _factors(seen: Seen, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> _Factors | None:
+    """From what the matrix wrote and what the block added: the factors of a residual multiplier or of an RMS norm, or None
+    where factors do not explain it.
+
+    Arguments:
+        seen: inputs and outputs of the matrix, batch by batch.
+        before, after: the stream around the block.
+    """
+    written = [y.flatten(0, -2).float() for _, y in seen]
+    added, blurred = [], []
+    for start, end in zip(before, after, strict=True):
+        start, end, eps = start.flatten(0, -2).float(), end.flatten(0, -2).float(), torch.finfo(end.dtype).eps
+        added.append(end - start)
+        blurred.append(eps * (start.abs() + end.abs() + added[-1].abs()))  # what rounding leaves uncertain
+    whole = sum(a.pow(2).sum() for a in added)
+    channels = torch.ones_like(added[0][0])
+    tokens = [_ratio(torch.cat(added).view(1, -1), torch.cat(written).view(1, -1), -1)] * len(written)
+    for _ in range(ROUNDS):
+        off = sum(
+            ((a - t * channels * y).abs() - blur).clamp_min(0).pow(2).sum()
+            for a, y, t, blur in zip(added, written, tokens, blurred, strict=True)
+        )
+        if off <= EXACT**2 * whole:
+            return _Factors(tokens, channels) if whole > 0 else None
+        scaled = [y * channels for y in written]
+        tokens = [_ratio(a, y, -1) for a, y in zip(added, scaled, strict=True)]
+        scaled = [y * t for y, t in zip(written, tokens, strict=True)]
+        channels = _ratio(torch.cat(added), torch.cat(scaled), 0)[0]
+    return None
+
+
+def _ratio(of: torch.Tensor, to: torch.Tensor, dim: int) -> torch.Tensor:
+    """The factor that brings ``to`` nearest to ``of``, along a dimension that stays."""
+    return (of * to).sum(dim, keepdim=True) / to.pow(2).sum(dim, keepdim=True).clamp_min(1e-30)
+
+
+def _refit(
+    owner: Any,
+    seen: Seen,
+    factors: _Factors,
+    after: Sequence[torch.Tensor],
+    wanted: Sequence[torch.Tensor],
+    ridge: float,
+) -> torch.Tensor:
+    """Change the matrix of ``owner``, now a view of what is kept, by ridge regression.
+
+    Arguments:
+        seen: inputs and outputs of the matrix, batch by batch.
+        factors: what stands between it and the stream.
+        after: the cut model's stream after the block.
+        wanted: the dense model's stream there.
+
+    Returns:
+        The change, shape ``(inputs, hidden)``; with a bias, its change is the last row.
+    """
+    heard = factors.channels.abs() > FAINT * factors.channels.pow(2).mean().sqrt()
+    inverse = torch.where(heard, 1 / factors.channels, 0)
+    gram: Any = 0.0
+    cross: Any = 0.0
+    for (x, _), end, target, factor in zip(seen, after, wanted, factors.tokens, strict=True):
+        goal = target.flatten(0, -2).float()
+        weight = _weight(goal)
+        x = _inputs(x, owner) * factor * weight
+        missing = (goal - end.flatten(0, -2).float()) * inverse * weight
+        gram = gram + doubled(x.T @ x)
+        cross = cross + doubled(x.T @ missing)
+    held = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    change = torch.linalg.solve(held, cross)
+    matrix = change
+    if owner.bias is not None:
+        owner.bias.add_(_like(change[-1], owner.bias))
+        matrix = change[:-1]
+    owner.weight.add_(_like(matrix if isinstance(owner, Conv1D) else matrix.T, owner.weight))
+    return change.float().to(owner.weight.device)
+
+
+def _like(change: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """``change`` in a parameter's dtype and on its device; converted first, because the device may have no float64."""
+    return change.to(parameter.dtype).to(parameter.device)
+
+
+def _inputs(x: torch.Tensor, owner: Any) -> torch.Tensor:
+    """What goes into a matrix, a row a token; with a bias, a column of ones behind it."""
+    x = x.flatten(0, -2).float()
+    return x if owner.bias is None else torch.cat([x, x.new_ones(len(x), 1)], 1)
+
+
+def _moved(
+    after: Sequence[torch.Tensor], seen: Seen, factors: _Factors, change: torch.Tensor, owner: Any
+) -> list[torch.Tensor]:
+    """The stream after the block, with the new matrix, where the factors stay what they are."""
+    return [
+        end + (_inputs(x, owner) @ change * factor * factors.channels).view_as(end).to(end.dtype)
+        for end, (x, _), factor in zip(after, seen, factors.tokens, strict=True)
+    ]
+
+
+def _weight(goal: torch.Tensor) -> torch.Tensor:
+    """What comes next normalises each token: an error counts by the size of the stream it is in."""
+    return goal.pow(2).mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+
+
+def _distance(reached: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
+    """Mean square distance of the stream from the dense one, as a share of the latter's mean square, token by token."""
+    distance = 0.0
+    for here, there in zip(reached, wanted, strict=True):
+        goal = there.float()
+        distance += doubled((here.float() - goal) * _weight(goal)).pow(2).sum().item()
+    return distance / sum(there.numel() for there in wanted)

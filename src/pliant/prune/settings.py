@@ -1,0 +1,223 @@
+"""Settings that structured pruners share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pliant.anatomy import Anatomy
+from pliant.checkpoint.fingerprint import check_finite, fingerprint
+from pliant.data import Text
+from pliant.elastic import described
+from pliant.errors import DataError, MemoryLimitError, RatioError
+from pliant.formatting import human_bytes
+from pliant.forward.losses import METRICS
+from pliant.forward.windows import check_model, seqlen_of, windows_for
+from pliant.measure.cost import COSTS
+from pliant.pages import pages_of
+from pliant.prune.moves import Moves, fitting, head_axes, reach, unit_of
+from pliant.prune.repair import repair_bytes
+from pliant.prune.session import Pruning
+from pliant.prune.unit_order import check_order
+from pliant.searches.greedy import Greedy
+from pliant.step import Job, Step, StepError, check_seed
+
+UNIT = "unit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruner(Step):
+    """Settings shared by every pruner that reads calibration text."""
+
+    ratio: float
+    """Share of all parameters to remove, embeddings included: 0.2 makes the model a fifth smaller. The result exceeds it by less
+    than one unit, the smallest part that can be removed: a block, a group of channels, a key-value group."""
+
+    samples: int = 256
+    """Rows of calibration text for choosing blocks."""
+
+    seqlen: int | None = None
+    """Tokens in a calibration window. Default: the smaller of 2048 and the model's positions."""
+
+    metric: str = "perplexity"
+    """What a removal must not hurt: perplexity, or kl (divergence from the dense model's predictions)."""
+
+    seed: int = 42
+    """Seed of the draw of calibration rows."""
+
+    repair: int = 0
+    """Rows of calibration text for refitting what stays to what the dense model computed; 0 leaves weights as they are."""
+
+    ridge: float = 1.0
+    """How much a refitted weight is held to what it was, as a multiple of the mean square of its inputs; fewer rows need
+    more."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio < 1:
+            raise RatioError(
+                f"ratio is the share of parameters to remove, between 0 and 1 without either; not {self.ratio!r}"
+            )
+        self._check_counts(samples=1, seqlen=2, repair=0)
+        check_seed(self.seed)
+        if self.metric not in METRICS:
+            raise StepError(f"there is no metric {self.metric!r}; there are {', '.join(METRICS)}")
+        if isinstance(self.ridge, bool) or not isinstance(self.ridge, int | float) or not self.ridge > 0:
+            raise StepError(f"ridge must be above 0, it is {self.ridge!r}")
+
+    def _check_counts(self, **least: int) -> None:
+        """Refuse a setting that is no whole number of at least so much; None is for settings that may be left out."""
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise StepError(f"{name} is a whole number, not {value!r}")
+            if value < smallest:
+                raise StepError(f"{name} must be at least {smallest}, it is {value}")
+
+    def begin(self, job: Job) -> Pruning:
+        """Check the model and the data, and open the archive."""
+        if not isinstance(job.data, Text):
+            given = "nothing" if job.data is None else f"pliant.{type(job.data).__name__.lower()}"
+            raise DataError(f"{self.kind} needs calibration text, not {given}: pass data=pliant.text('some.txt')")
+        check_model(job.model)
+        check_finite(job.model)
+        pages = pages_of(job.model)
+        if self.repair and pages is not None:
+            needs = repair_bytes(job.model, described(job.model), self._repair_windows(job))
+            if needs > pages.limit:
+                raise MemoryLimitError(
+                    f"repair with {self.repair} rows needs {human_bytes(needs)}, the limit is {human_bytes(pages.limit)}; fewer rows take less"
+                )
+        seqlen = seqlen_of(job.model, self.seqlen)
+        if self.seqlen is None:
+            job.progress.note(f"windows of {seqlen} tokens; set seqlen to change this")
+        job.record["seqlen"] = seqlen
+        settings = {**self.to_dict(), "seqlen": seqlen}
+        belongs_to = {
+            "model": fingerprint(job.model),
+            "data": job.data.digest,
+            "tokens": job.data.token_digest(job.tokenizer()),
+            "step": {key: value for key, value in settings.items() if key in _IN_SCORES},
+        }
+        return Pruning(job, self.metric, belongs_to)
+
+    def windows(self, job: Job, samples: int, seed: int) -> torch.Tensor:
+        """Calibration windows from ``samples`` rows."""
+        return windows_for(
+            job.model, job.tokenizer(), job.data.sample(samples, seed), seqlen_of(job.model, self.seqlen)
+        )
+
+    def check_reach(self, anatomy: Anatomy, stages: Sequence[Moves]) -> None:
+        """Refuse a ratio that these stages cannot come to even together, before any work is done."""
+        most = reach(anatomy, stages)
+        if most < self.ratio:
+            raise RatioError(f"ratio {self.ratio} cannot be reached: removing all that may go comes to {most:.4f}")
+
+    def finish(self, pruning: Pruning, job: Job, moves: Moves, windows: torch.Tensor | None = None) -> None:
+        """Put back what is too much, refit if asked to, and make the result permanent.
+
+        Arguments:
+            moves: the smallest one of them, in the dense model, is the unit that the result may be off by.
+            windows: what a sub-network with units put back is scored on; None leaves it without a score.
+
+        Raises:
+            RatioError: the result is not less than one unit above the ratio, and cannot be.
+        """
+        pruning.settle(self.ratio, unit_of(pruning.anatomy, moves), windows)
+        pruning.cut(self._repair_windows(job) if self.repair else None, self.ridge)
+
+    def _repair_windows(self, job: Job) -> torch.Tensor:
+        return self.windows(job, self.repair, self.seed + 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GreedyPruner(Pruner):
+    """Settings shared by every pruner that removes units greedily."""
+
+    search: str = "lazy"
+    """lazy scores only what may be best; racing scores roughly first where lazy would score everything; exact scores
+    everything at every step; naive also recomputes every layer."""
+
+    slack: float = 0.3
+    """lazy, racing: share by which a unit may hurt less than when last looked at and still be found."""
+
+    refresh: int = 16
+    """lazy, racing: look at everything again every so many steps; 0 never does."""
+
+    per: str = UNIT
+    """Remove what hurts least per: unit (whatever its size), parameters, macs, bytes (that decoding reads), or prefill or
+    decode (milliseconds, measured on this machine first)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.per != UNIT and self.per not in COSTS:
+            raise StepError(f"damage is weighed per {UNIT}, {', '.join(COSTS)}; not per {self.per!r}")
+        try:
+            self.greedy()
+        except ValueError as error:
+            raise StepError(str(error)) from None
+
+    def greedy(self) -> Greedy:
+        """How to look, from the settings."""
+        return Greedy(self.search, self.slack, self.refresh)
+
+    def stage(
+        self,
+        pruning: Pruning,
+        name: str,
+        moves: Moves,
+        windows: torch.Tensor,
+        until: float,
+        units: Moves | None = None,
+    ) -> None:
+        """Remove units until ``ratio >= until`` or no moves are left; the result stays less than one unit above the step's ratio.
+
+        Arguments:
+            units: all moves that later stages may make; default: ``moves``.
+        """
+        fit = fitting(pruning.anatomy, moves, self.ratio, units)
+        pruning.stage(name, fit, windows, until, greedy=self.greedy(), per=None if self.per == UNIT else self.per)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderedPruner(Pruner):
+    """What every pruner that makes blocks narrower has to know: which units go first."""
+
+    order: str = "l1"
+    """Which channels and heads go first: l1 (those with the smallest weights), activation (those that contribute least on
+    calibration text), or stored (the last ones)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_order(self.order)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthPruner(OrderedPruner, GreedyPruner):
+    """Settings shared by every greedy pruner that makes blocks narrower, too."""
+
+    mlp_group: int | None = None
+    """MLP channels removed in one move; a quarter of the hidden size when left out."""
+
+    head_group: int = 1
+    """Key-value groups removed in one move, each with all query heads that share it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_counts(mlp_group=1, head_group=1)
+
+    def mlp_groups(self, job: Job) -> dict[str, int]:
+        """Units of each axis of an MLP that go in one move."""
+        channels = self.mlp_group or max(1, job.model.config.get_text_config(decoder=True).hidden_size // 4)
+        return {"channels": channels, "experts": 1}
+
+    def head_groups(self, anatomy: Anatomy) -> dict[str, int]:
+        """Units of each axis of an attention that go in one move."""
+        return dict.fromkeys(head_axes(anatomy), self.head_group)
+
+
+# what the score of a sub-network depends on: a search that differs in other settings goes on with the same archive
+_IN_SCORES = ("step", "samples", "width_samples", "seqlen", "metric", "seed", "order")

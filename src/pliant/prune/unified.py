@@ -1,0 +1,33 @@
+"""One greedy search over blocks, channel groups and attention groups together, weighed by what each saves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pliant.prune.moves import block_moves, pooled, width_moves
+from pliant.prune.settings import WidthPruner
+from pliant.prune.unit_order import ordered
+from pliant.step import Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnifiedPruner(WidthPruner):
+    """MultiPruner without stages and without a split to tune: at every step the unit goes that hurts least for what it
+    saves, whatever its kind."""
+
+    kind: ClassVar[str] = "unified"
+
+    per: str = "parameters"
+    order: str = "activation"
+
+    def run(self, job: Job) -> None:
+        pruning = self.begin(job)
+        anatomy = pruning.anatomy
+        groups = {**self.mlp_groups(job), **self.head_groups(anatomy)}
+        moves = pooled(block_moves(anatomy), width_moves(anatomy, groups))
+        self.check_reach(anatomy, [moves])
+        windows = self.windows(job, self.samples, self.seed)
+        with ordered(job, anatomy, self.order, windows):
+            self.stage(pruning, "blocks, channels and heads", moves, windows, self.ratio)
+            self.finish(pruning, job, moves, windows)

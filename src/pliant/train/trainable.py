@@ -1,0 +1,187 @@
+"""What is trained of a model, and how it becomes part of the model: every weight, or low-rank adapters on linear layers.
+
+Either keeps the given weights until the end, so that a training that fails or is stopped leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from pliant.anatomy import Anatomy, layers_of
+from pliant.errors import MissingExtraError
+from pliant.step import StepError
+from pliant.train.seeds import seeded
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Trained(Protocol):
+    """Parameters that are trained, by name; all are float32 where the model is in half precision."""
+
+    parameters: dict[str, nn.Parameter]
+
+    def finish(self) -> None:
+        """Make what the parameters now hold part of the model."""
+        ...
+
+    def abandon(self) -> None:
+        """Put the model back as it was given."""
+        ...
+
+
+class Full:
+    """Every parameter of the model. Those in half precision are trained in float32 and rounded once, at the end."""
+
+    def __init__(self, model: nn.Module):
+        self.parameters = dict(model.named_parameters())
+        self._given = {name: parameter.data for name, parameter in self.parameters.items()}
+        try:
+            for parameter in self.parameters.values():
+                parameter.data = parameter.data.float() if parameter.dtype in HALF else parameter.data.clone()
+                parameter.requires_grad_()
+        except BaseException:  # such as too little memory
+            self.abandon()
+            raise
+
+    def finish(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.data = parameter.data.to(self._given[name].dtype)
+
+    def abandon(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.data = self._given[name]
+
+
+class Lora:
+    """Low-rank adapters (Hu et al., 2021, arXiv 2106.09685) on linear layers of the blocks; the rest is frozen.
+
+    Arguments:
+        targets: names of linear layers as in the architecture file (``q_proj``); empty means all.
+        seed: of the adapters' first values.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+        StepError: a target that the model does not have, or on which there can be no adapter.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        anatomy: Anatomy,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        targets: Sequence[str],
+        seed: int,
+    ):
+        try:
+            import peft
+        except ImportError:
+            raise MissingExtraError(
+                "method lora needs peft: pip install 'pliant[train]'; or choose method full"
+            ) from None
+        self._model = model
+        self._linears = linear_layers(model, anatomy, targets)
+        self._given: dict[str, torch.Tensor] = {}
+        settings = peft.LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # any number will do
+            lora_dropout=dropout,
+            target_modules=list(self._linears),
+            fan_in_fan_out=any(isinstance(linear, Conv1D) for linear in self._linears.values()),
+        )
+        try:
+            with seeded(model.device, seed):
+                # not get_peft_model: what that wraps around is for saving and generating
+                self._wrapped: Any = peft.LoraModel(model, settings, "default")
+        except BaseException as error:
+            self.abandon()
+            if isinstance(error, ValueError):
+                raise StepError(
+                    f"there can be no adapters on this model: {error}; choose other targets or method full"
+                ) from error
+            raise
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for parameter in self.parameters.values():
+            parameter.data = parameter.data.float() if parameter.dtype in HALF else parameter.data
+
+    def finish(self) -> None:
+        # the merge adds to the weights in place; a copy takes it, so that an interrupted merge can be undone
+        self._given = {path: linear.weight.data for path, linear in self._linears.items()}
+        for linear in self._linears.values():
+            linear.weight.data = linear.weight.data.clone()
+        self._wrapped.merge_and_unload()
+
+    def abandon(self) -> None:
+        for path, linear in self._linears.items():
+            linear.weight.data = self._given.get(path, linear.weight.data)
+            self._model.set_submodule(path, linear)
+        if hasattr(self._model, "peft_config"):
+            del self._model.peft_config
+
+
+def linear_layers(model: nn.Module, anatomy: Anatomy, targets: Sequence[str] = ()) -> dict[str, Any]:
+    """The linear layers in the blocks of a model, by full path.
+
+    Arguments:
+        targets: only those of these names; empty means all.
+
+    Raises:
+        StepError: a name that no linear layer has.
+    """
+    layers = layers_of(model, anatomy.architecture)
+    prefix = next(name for name, module in model.named_modules() if module is layers)
+    found: dict[str, Any] = {}
+    for block in anatomy.blocks.values():
+        for weight in block.weights:
+            path = weight.path.removesuffix(".weight")
+            module = layers[block.layer].get_submodule(path) if path != weight.path else None
+            if isinstance(module, nn.Linear | Conv1D):
+                found[f"{prefix}.{block.layer}.{path}"] = module
+    names = sorted({path.rpartition(".")[2] for path in found})
+    for target in targets:
+        if target not in names:
+            raise StepError(
+                f"there is no linear layer {target!r} in the blocks of this model; there are {', '.join(names)}"
+            )
+    return {path: module for path, module in found.items() if not targets or path.rpartition(".")[2] in targets}
+
+
+@contextmanager
+def training_mode(model: Any, *, recompute: bool) -> Iterator[None]:
+    """While inside, nothing of the model is trained but what the caller adds, and its modules are in training mode.
+    Afterwards every flag is as before.
+
+    Arguments:
+        recompute: keep only the hidden states between layers and compute the rest again for the gradients.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    on = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    checkpointing = recompute and not on
+    try:
+        model.requires_grad_(False)
+        model.train()
+        if checkpointing:
+            _checkpointing(model, "enable")({"use_reentrant": False})
+        yield
+    finally:
+        if checkpointing:
+            _checkpointing(model, "disable")()
+        for parameter, flag in wanted:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+        for module, mode in modes:
+            module.training = mode
+
+
+def _checkpointing(model: Any, verb: str) -> Any:
+    """transformers renames these methods: the old name warns from 5.23 on, the new one is not in 5.14."""
+    return getattr(model, f"activation_checkpointing_{verb}", None) or getattr(model, f"gradient_checkpointing_{verb}")

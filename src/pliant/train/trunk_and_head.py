@@ -1,0 +1,78 @@
+"""A causal language model taken apart: the trunk, from token ids to final hidden states, and the head, from there to logits.
+
+Logits are by far the largest tensor of a training step. With the head by itself they can be computed for a few tokens at a
+time, and only for tokens whose prediction counts.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from pliant.errors import ArchitectureError
+from pliant.forward.windows import check_model
+
+
+class Halves:
+    """``halves.trunk(ids, mask)`` gives hidden states, ``halves.head(hidden)`` the logits that the model makes of them.
+
+    The head is the model's own forward on top of a stand-in for the trunk, so what a family does to its logits (soft caps,
+    scales) is done. The model itself is not touched; both halves read its tensors.
+
+    Raises:
+        ArchitectureError: the model predicts no next tokens, or makes its logits of something else than its final hidden states.
+    """
+
+    def __init__(self, model: Any):
+        check_model(model)
+        self._trunk = model.base_model
+        self._head = copy.copy(model)
+        self._head._modules = {**model._modules, model.base_model_prefix: _Given()}
+        was = model.training
+        model.eval()
+        ids = torch.tensor([[1, 2]], device=model.device)
+        mask = torch.ones_like(ids)
+        with torch.no_grad():
+            whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            parts = self.head(self.trunk(ids, mask)[0])
+        model.train(was)
+        if not torch.allclose(whole[0], parts, equal_nan=True):
+            raise ArchitectureError(
+                f"the logits of {type(model).__name__} are not those of its head on its final hidden states; it cannot be trained"
+            )
+
+    def trunk(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Final hidden states, shape ``(sequences, tokens, hidden)``, of token ids of shape ``(sequences, tokens)``."""
+        return self._trunk(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of shape ``(tokens, vocabulary)`` of hidden states of shape ``(tokens, hidden)``."""
+        return self._head(inputs_embeds=hidden[None], use_cache=False).logits.squeeze(0)
+
+
+class _Given(nn.Module):
+    """Stands for the trunk, or for any part of it that a head calls (``model.decoder``): hands on the hidden states that it
+    is given as embeddings."""
+
+    def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> _Output:  # noqa: ARG002
+        return _Output(inputs_embeds)
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name.startswith("_") else self
+
+
+class _Output:
+    """What a trunk returns: the last hidden state, and None under every other name."""
+
+    def __init__(self, hidden: torch.Tensor):
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+    def __getitem__(self, place: int) -> torch.Tensor:
+        return (self.last_hidden_state,)[place]
