@@ -30,7 +30,7 @@ RECOVERED = (0.10, 0.20)
 SEARCHED = {"samples": 24, "seqlen": 256}
 NARROWED = {**SEARCHED, "width_samples": 16}
 REPAIR = 64
-RECOVERY = {"steps": 64, "batch": 4, "seqlen": 256, "distil": 0.5, "every": 16}
+RECOVERY = {"steps": 64, "batch_size": 4, "seqlen": 256, "distillation_weight": 0.5, "eval_steps": 16}
 WINDOWS, QUESTIONS = 40, 100
 
 LINES: dict[str, Callable[..., Step]] = {
@@ -70,7 +70,7 @@ def run(line: str, ratio: float, form: str, arguments: argparse.Namespace, measu
         recipe.append(LINES[line](ratio=ratio, repair=REPAIR if form.startswith("repaired") else 0))
     if form.endswith("recovered"):
         # the dense model has no other one to learn from
-        recipe.append(pliant.Recover(**{**RECOVERY, "distil": 0} if line == "dense" else RECOVERY))
+        recipe.append(pliant.Recover(**{**RECOVERY, "distillation_weight": 0} if line == "dense" else RECOVERY))
     work = Path(arguments.work) / line.replace(",", "").replace(" ", "-")
     if recipe:
         pliant.apply(model, recipe, pliant.text(arguments.calibration), work=work)

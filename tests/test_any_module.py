@@ -14,11 +14,10 @@ from torch.nn.utils import parametrizations, prune
 import pliant
 from pico import IDS, inputs, logits, pico
 from pliant.checkpoint.packed_config import packed_bytes, record_packed
-from pliant.errors import PackedError
+from pliant.errors import PackedError, StepError
 from pliant.run.card import on_values
 from pliant.run.compress import _PROMPT, _costs
 from pliant.runtime.packed_linear import Packed
-from pliant.step import StepError
 
 
 def pack(module, **settings):

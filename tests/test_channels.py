@@ -16,7 +16,7 @@ from pliant.cli.main import app
 from pliant.criteria import l1_norms
 from pliant.elastic import Subnet, macs, parameters, ratio
 from pliant.errors import ArtefactError, PliantError, RatioError
-from pliant.step import help_texts
+from pliant.step import settings_of
 
 
 def given(name):
@@ -141,7 +141,7 @@ def test_a_ratio_out_of_reach_leaves_the_model_alone():
 
 def test_every_setting_has_a_help_text():
     settings = {field.name for field in dataclasses.fields(pliant.ChannelPruner)}
-    assert settings <= set(help_texts(pliant.ChannelPruner))
+    assert settings <= set(settings_of(pliant.ChannelPruner))
 
 
 @pytest.fixture

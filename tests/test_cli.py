@@ -21,9 +21,9 @@ from pliant.cli.doctor import diagnose
 from pliant.cli.main import app
 from pliant.cli.step_options import build, known_subnet, recipe, step_class
 from pliant.elastic import Subnet
-from pliant.errors import ArtefactError, DataError, PliantError, RatioError, WeightError
+from pliant.errors import ArtefactError, DataError, PliantError, RatioError, StepError, WeightError
 from pliant.prune import Cut
-from pliant.step import StepError, help_texts
+from pliant.step import settings_of
 from pliant.strict_json import to_json
 from pliant.systems import SYSTEMS
 
@@ -162,7 +162,7 @@ def test_doctor_tells_the_same_to_people_and_programs():
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_every_setting_of_every_system_has_a_help_text(system):
     step = step_class(system)
-    texts = help_texts(step)
+    texts = {name: of.help for name, of in settings_of(step).items()}
     assert set(texts) == {field.name for field in dataclasses.fields(step)}
     assert all(len(text) > 10 for text in texts.values())
 
@@ -211,8 +211,8 @@ def test_an_unknown_setting_is_refused_with_every_setting_and_its_help(system):
     with pytest.raises(StepError, match=f"{system} has no setting 'colour'") as refusal:
         build(system, {"ratio": "0.1"}, ["colour=red"])
     told = str(refusal.value)
-    for name, text in help_texts(step_class(system)).items():
-        assert re.search(rf"^  {name} +{re.escape(text)}( Default: .+)?$", told, re.M)
+    for name, of in settings_of(step_class(system)).items():
+        assert re.search(rf"^  {name} +{re.escape(of.help)}( Default: .+)?$", told, re.M)
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,10 @@ import pliant
 import test_discover
 from pico import pico
 from pliant.cli.main import app
-from pliant.errors import ArtefactError, BusyError, DataError, RatioError, WeightError
+from pliant.errors import ArtefactError, BusyError, DataError, RatioError, StepError, WeightError
 from pliant.measure.quality.replies import replies
 from pliant.progress import Progress
 from pliant.run.compress import Measuring, compress
-from pliant.step import StepError
 
 FEW = {"samples": 40, "width_samples": 40, "seqlen": 32}
 QUICK = Measuring(seqlen=32, windows=4, speed=False)

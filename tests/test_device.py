@@ -133,8 +133,10 @@ STEPS = {
     **{f"oneshot by {by}": pliant.OneShot(ratio=0.2, **FEW, by=by) for by in ("influence", "taylor", "magnitude")},
     "magnitude": pliant.Magnitude(sparsity=0.5),
     "rtn": pliant.RTN(bits=4, group=4),
-    "recover all weights": pliant.Recover(method="full", steps=2, batch=2, seqlen=32, every=1, distil=0.5),
-    "recover with adapters": pliant.Recover(method="lora", steps=2, batch=2, seqlen=32, every=1),
+    "recover all weights": pliant.Recover(
+        method="full", steps=2, batch_size=2, seqlen=32, eval_steps=1, distillation_weight=0.5
+    ),
+    "recover with adapters": pliant.Recover(method="lora", steps=2, batch_size=2, seqlen=32, eval_steps=1),
 }
 
 
@@ -446,6 +448,6 @@ def test_windows_are_as_long_as_the_model_reads_when_nobody_says(positions, expe
 
 def test_training_takes_sequences_as_long_as_the_model_reads(tokenizer):
     model = pico("llama", max_position_embeddings=48)
-    step = pliant.Recover(method="full", steps=1, batch=2, held_out=2)
+    step = pliant.Recover(method="full", steps=1, batch_size=2, held_out=2)
     pliant.apply(model, step, TEXT, tokenizer=tokenizer, progress=False)
     assert model.pliant_history[0]["recovery"]["seqlen"] == 48

@@ -14,13 +14,12 @@ from pliant.criteria.block_ranking import RANKINGS, fisher, influence, relative_
 from pliant.criteria.unit_fisher import damage_of_units
 from pliant.criteria.unit_readers import read_axes
 from pliant.elastic import Subnet, extract, parameters, ratio
-from pliant.errors import MissingExtraError, RatioError, SubnetError, WeightError
+from pliant.errors import MissingExtraError, RatioError, StepError, SubnetError, WeightError
 from pliant.measure.prefix_scorer import Walk
 from pliant.progress import Progress
 from pliant.prune import knapsack
 from pliant.prune.knapsack import Choice, solve
 from pliant.prune.moves import block_moves, layer_moves, pooled, width_moves
-from pliant.step import StepError
 
 WORDS = ["the", "cat", "sat", "on", "a", "red", "mat", "and", "looked", "at", "dogs", "that", "ran", "over", "hills"]
 TEXT = pliant.text([" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 40)) for i in range(1, 60)])

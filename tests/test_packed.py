@@ -13,12 +13,11 @@ import pliant
 from pico import DECODERS, IDS, inputs, logits, pico
 from pliant.checkpoint.packed_config import is_packed, settle
 from pliant.compat.cache_argument import cache_argument
-from pliant.errors import ArtefactError, DataError, PackedError
+from pliant.errors import ArtefactError, DataError, PackedError, StepError
 from pliant.runtime import library
 from pliant.runtime import sparse_break_even as measured
 from pliant.runtime.packed_linear import Packed, linear
 from pliant.runtime.packed_matrix import header, pack
-from pliant.step import StepError
 from pliant.values.magnitude import zero_smallest
 from pliant.values.matrix import concerned
 

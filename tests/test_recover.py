@@ -16,10 +16,10 @@ import torch.nn.functional as F
 import pico
 import pliant
 from pliant.data.tokenize_examples import IGNORED
-from pliant.errors import ArchitectureError, DataError, PliantError, WeightError
+from pliant.errors import ArchitectureError, DataError, PliantError, StepError, WeightError
 from pliant.progress import Progress
 from pliant.run.compress import Measuring, compress
-from pliant.step import StepError, help_texts
+from pliant.step import settings_of
 from pliant.train import DivergedError, ResumeError
 from pliant.train.loop import Plan, Training
 from pliant.train.loss import Distillation, backward
@@ -27,7 +27,7 @@ from pliant.train.trainable import Lora, linear_layers, training_mode
 from pliant.train.trunk_and_head import Halves
 
 SENTENCE = "a small river runs past the old mill and turns its wheel while birds sing in tall green trees. "
-QUICK = {"steps": 6, "seqlen": 32, "batch": 4, "every": 2, "lr": 5e-3}
+QUICK = {"steps": 6, "seqlen": 32, "batch_size": 4, "eval_steps": 2, "learning_rate": 5e-3}
 METHODS = ("lora", "full")
 
 
@@ -220,7 +220,7 @@ def test_loss_and_gradients_are_those_of_the_whole_logits(family, weight, temper
 
 def test_accumulating_is_one_large_batch_and_recomputing_changes_nothing(repeated, tokenizer):
     states = []
-    for settings in ({}, {"micro_batch": 1}, {"memory": "small"}):
+    for settings in ({}, {"micro_batch_size": 1}, {"gradient_checkpointing": True}):
         model = cut()
         recover(model, repeated, tokenizer, method="full", dropout=0, **settings)
         states.append(weights(model))
@@ -261,7 +261,12 @@ def test_the_dense_model_comes_from_where_the_model_was_loaded(folder, repeated,
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize(("family", "method"), [("llama", "lora"), ("llama", "full"), ("gpt2", "full")])
 def test_a_stopped_training_goes_on_to_the_identical_result(family, method, error, repeated, tokenizer, tmp_path):
-    settings = {"method": method, "every": 4, "distil": 0.5, "dropout": 0.2}  # gpt2 has dropout of its own
+    settings = {
+        "method": method,
+        "eval_steps": 4,
+        "distillation_weight": 0.5,
+        "dropout": 0.2,
+    }  # gpt2 has dropout of its own
     dense, straight, broken = pico.pico(family), cut(family), cut(family)
     given = weights(broken)
     whole = recover(straight, repeated, tokenizer, dense=dense, **settings)
@@ -344,7 +349,9 @@ def test_minutes_alone_set_how_many_steps_there_are(repeated, tokenizer, capsys)
 
 def plan(**settings):
     given = {"batch": 4, "micro_batch": 4, "lr": 1.0, "weight_decay": 0.0, "clip": 1.0, "every": 5, "seed": 0}
-    return Plan(**given | {"steps": 100, "warmup": 0.1, "schedule": "linear", "minutes": None} | settings)
+    return Plan(
+        **given | {"steps": 100, "warmup_ratio": 0.1, "lr_scheduler_type": "linear", "minutes": None} | settings
+    )
 
 
 def test_the_rate_goes_up_and_down_over_steps_or_time():
@@ -406,9 +413,9 @@ def test_an_interrupted_merge_is_undone(repeated, tokenizer, monkeypatch):
 
 
 def test_every_setting_has_a_help_text_and_can_be_written_down():
-    step = pliant.Recover(data="some.txt", lr=1e-3)
-    assert set(help_texts(pliant.Recover)) == {field.name for field in dataclasses.fields(step)}
-    assert json.loads(json.dumps(step.to_dict()))["lr"] == 1e-3
+    step = pliant.Recover(data="some.txt", learning_rate=1e-3)
+    assert set(settings_of(pliant.Recover)) == {field.name for field in dataclasses.fields(step)}
+    assert json.loads(json.dumps(step.to_dict()))["learning_rate"] == 1e-3
 
 
 def test_settings_that_cannot_be_are_refused():
@@ -487,7 +494,7 @@ def test_examples_of_its_own_leave_the_calibration_text_to_the_pruner(repeated, 
 def test_compress_recovers_and_goes_on_after_ctrl_c(folder, prose, tmp_path):
     recipe = [
         pliant.BlockPruner(ratio=0.2, samples=8, seqlen=32),
-        pliant.Recover(**QUICK | {"steps": 12, "every": 3}, distil=0.5, method="full"),
+        pliant.Recover(**QUICK | {"steps": 12, "eval_steps": 3}, distillation_weight=0.5, method="full"),
     ]
     measuring = Measuring(seqlen=32, windows=4, speed=False)
     whole = compress(folder, recipe, prose, tmp_path / "whole", measuring=measuring, progress=Progress())
@@ -513,7 +520,7 @@ def test_compress_keeps_the_state_that_it_refuses_to_mix(folder, prose, tmp_path
     step = pliant.Recover(**QUICK, method="full")
     with pytest.raises(RuntimeError):
         compress(folder, step, prose, tmp_path / "small", measuring=measuring, progress=Stopping(3))
-    other = pliant.Recover(**QUICK | {"lr": 1e-3}, method="full")
+    other = pliant.Recover(**QUICK | {"learning_rate": 1e-3}, method="full")
     with pytest.raises(ResumeError):
         compress(folder, other, prose, tmp_path / "small", measuring=measuring, progress=Progress())
     assert (tmp_path / "small.work" / "recover" / "state.safetensors").exists()
@@ -527,7 +534,7 @@ def test_a_killed_training_goes_on_to_the_identical_result(method, folder, prose
 import torch, pliant
 torch.set_num_threads(1)
 model = pliant.load({str(folder)!r})
-step = pliant.Recover(method={method!r}, steps=60, seqlen=32, batch=4, every=2, lr=5e-3, distil=0.5)
+step = pliant.Recover(method={method!r}, steps=60, seqlen=32, batch_size=4, eval_steps=2, learning_rate=5e-3, distillation_weight=0.5)
 pliant.apply(model, pliant.Cut(subnet=pliant.Subnet().without("layers.1.mlp")), progress=False)
 pliant.apply(model, step, {str(prose)!r}, work=WORK, progress=False)
 model.save_pretrained(OUT)

@@ -10,9 +10,8 @@ from pico import LAYOUTS, leader, pico
 from pliant.anatomy import anatomy_of, layers_of
 from pliant.architecture import Part, catalogue
 from pliant.elastic import Subnet, parameters, ratio
-from pliant.errors import DataError, PliantError, RatioError, WeightError
+from pliant.errors import DataError, PliantError, RatioError, StepError, WeightError
 from pliant.progress import Progress
-from pliant.step import StepError
 
 SMALL = {"samples": 4, "seqlen": 24, "seed": 3}
 WIDTHS = {"width_samples": 3, "mlp_group": 12}

@@ -21,6 +21,10 @@ class DataError(PliantError, ValueError):
     """Text or questions are missing, empty, too short, malformed, or tokenised for another model."""
 
 
+class StepError(PliantError, ValueError):
+    """A setting of a step is outside what it can be."""
+
+
 class RatioError(PliantError, ValueError):
     """The wanted ratio is outside what is meaningful or reachable."""
 

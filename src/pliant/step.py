@@ -3,26 +3,128 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
+import functools
 import itertools
-import re
-from collections.abc import Callable, Iterable
+import math
+import types
+import typing
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from pliant.errors import PliantError
+from pliant.errors import PliantError, StepError
 from pliant.progress import Progress
 
+_UNSET: Any = dataclasses.MISSING
 
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a step says about one of its settings, besides its type and its default.
+
+    Attributes:
+        help: shown by ``pliant ls SYSTEM``.
+        at_least, at_most: limits of a number, themselves allowed.
+        above, below: limits that are not allowed.
+        choices: all allowed values; empty for any.
+        formerly: the name that this setting has in recipes of earlier versions.
+        error: raised for a value that is not allowed.
+    """
+
+    help: str
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[Any, ...] = ()
+    formerly: str = ""
+    error: type[PliantError] = StepError
+
+    def check(self, name: str, value: Any, kind: Any) -> None:
+        """Refuse a value of another type or outside the limits.
+
+        Arguments:
+            kind: the annotated type. Types other than numbers, texts, truth values and None are left to the step.
+
+        Raises:
+            StepError, or ``error``: the value is not allowed.
+        """
+        kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        if value is None and type(None) in kinds:
+            return
+        if self.choices:
+            if value not in self.choices or type(value) is bool:
+                listed = ", ".join(str(choice) for choice in self.choices)
+                raise self.error(f"{name} must be one of {listed}; not {value!r}")
+            return
+        if not {int, float, str, bool}.issuperset(set(kinds) - {type(None)}):
+            return
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            allowed = (float in kinds and math.isfinite(value)) or (int in kinds and isinstance(value, int))
+            allowed = allowed and self._within(value)
+        else:
+            allowed = type(value) in kinds
+        if not allowed:
+            optional = ", or none" if type(None) in kinds else ""
+            raise self.error(f"{name} must be {self._allowed(kinds)}{optional}; not {value!r}")
+
+    def _within(self, value: float) -> bool:
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def _allowed(self, kinds: Iterable[Any]) -> str:
+        """A description of the allowed values."""
+        if str in kinds:
+            return "a text"
+        if bool in kinds:
+            return "true or false"
+        number = "a number" if float in kinds else "a whole number"
+        if self.at_least is not None and self.at_most is not None:
+            return f"{number} from {self.at_least} to {self.at_most}"
+        limits = {"of at least": self.at_least, "above": self.above, "of at most": self.at_most, "below": self.below}
+        return " ".join(
+            [number, " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)]
+        ).strip()
+
+
+def setting(help: str, *, default: Any = _UNSET, factory: Any = _UNSET, **limits: Any) -> Any:
+    """A setting of a step, as a dataclass field.
+
+    Arguments:
+        help: one or two sentences for ``pliant ls SYSTEM``.
+        default: left out for a setting that must be given.
+        factory: makes the default, for values that can change.
+        limits: ``at_least``, ``at_most``, ``above``, ``below``, ``choices``, ``formerly`` and ``error`` of :class:`Setting`.
+    """
+    metadata = {"setting": Setting(help, **limits)}
+    return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
+
+
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(setting, dataclasses.field))
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """Base of every step. A subclass adds its settings as fields; the docstring under a field is its help text.
+    """Base of every step: one thing that is done to a model, with its settings.
 
-    ``pliant.apply(model, step, data)`` calls :meth:`run` with the job at hand.
+    A subclass becomes a frozen dataclass by itself. It lists its settings with :func:`setting` and implements :meth:`run`; a
+    setting of its base class gets another default by ``name: type = default``.
     """
 
     kind: ClassVar[str] = ""
     """Name of the step in recipes and on the command line."""
+
+    version: ClassVar[int] = 1
+    """Raised when a setting comes to mean something else."""
+
+    family: ClassVar[str] = ""
+    """pruner, values or training: what kind of step it is."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What it cannot do without: ``text`` (calibration text), ``ratio`` (a ratio to reach)."""
 
     trains: ClassVar[bool] = False
     """Whether it trains the model, for which all weights have to be in memory."""
@@ -33,17 +135,72 @@ class Step:
     packs: ClassVar[bool] = False
     """Whether it packs the model, after which no other step can follow."""
 
+    def __init_subclass__(cls, **others: Any) -> None:
+        super().__init_subclass__(**others)
+        for name in vars(cls).get("__annotations__", ()):
+            inherited = {} if name not in _fields(cls) else _fields(cls)[name].metadata
+            if inherited and not isinstance(vars(cls).get(name), dataclasses.Field):
+                setattr(cls, name, dataclasses.field(default=vars(cls)[name], metadata=inherited))
+        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+    def __post_init__(self) -> None:
+        kinds = _types(type(self))
+        for name, of in settings_of(type(self)).items():
+            of.check(name, getattr(self, name), kinds[name])
+
     def run(self, job: Job) -> None:
         """Change ``job.model`` in place."""
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
-        """The step as plain data, for recipes: its kind and every setting."""
-        return {"step": self.kind, **{f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}}
+        """The step as plain data, for recipes: its name, its version, and every setting."""
+        settings = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {"step": self.kind, "version": self.version, **settings}
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`to_dict`. Settings that had another name in an earlier version are taken with one warning.
+
+        Raises:
+            StepError: the step was written by a newer pliant, or has a setting that is not known.
+        """
+        version = raw.get("version", 1)
+        if version > cls.version:
+            raise StepError(
+                f"{cls.kind} of version {version} was written by a newer pliant; this one knows version {cls.version}"
+            )
+        known = settings_of(cls)
+        former = {of.formerly: name for name, of in known.items() if of.formerly}
+        given = {name: value for name, value in raw.items() if name not in ("step", "version")}
+        if old := sorted(given.keys() & former.keys()):
+            renamed = ", ".join(f"{name} is now {former[name]}" for name in old)
+            warnings.warn(f"{cls.kind}: {renamed}", FormerNameWarning, stacklevel=2)
+        given = {former.get(name, name): value for name, value in given.items()}
+        if unknown := sorted(given.keys() - known.keys()):
+            raise StepError(f"{cls.kind} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
+        return cls(**given)
 
 
-class StepError(PliantError, ValueError):
-    """A setting of a step is outside what it can be."""
+class FormerNameWarning(UserWarning):
+    """A setting has the name that it had in an earlier version."""
+
+
+def settings_of(step: type[Step]) -> dict[str, Setting]:
+    """Name -> setting, for every setting of a step in the order in which they are listed."""
+    return {field.name: field.metadata.get("setting", Setting("")) for field in dataclasses.fields(step)}
+
+
+@functools.cache
+def _types(step: type[Step]) -> dict[str, Any]:
+    return typing.get_type_hints(step)
+
+
+def _fields(cls: type) -> dict[str, dataclasses.Field[Any]]:
+    """Fields of the bases of a class that is not a dataclass yet."""
+    found: dict[str, dataclasses.Field[Any]] = {}
+    for base in reversed(cls.__mro__[1:]):
+        found |= vars(base).get("__dataclass_fields__", {})
+    return found
 
 
 def recipe_of(step: Step | Iterable[Step]) -> list[Step]:
@@ -67,28 +224,6 @@ def recipe_of(step: Step | Iterable[Step]) -> list[Step]:
 def is_number(value: object) -> bool:
     """Whether a setting is a number; True and False, which Python counts among them, are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def check_seed(seed: object) -> None:
-    """Refuse a seed that a generator would not take.
-
-    Raises:
-        StepError: it is not a whole number from 0 to 2**63 - 1.
-    """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise StepError(f"seed is a whole number from 0 to {2**63 - 1}, not {seed!r}")
-
-
-def help_texts(step: type[Step]) -> dict[str, str]:
-    """The help text of every setting, from the docstring under the field; base classes included."""
-    texts: dict[str, str] = {}
-    for cls in reversed(step.__mro__):
-        if not dataclasses.is_dataclass(cls) or cls is Step:
-            continue
-        source = inspect.cleandoc("\n" + inspect.getsource(cls))
-        for name, text in re.findall(r'^ {4}(\w+): [^\n]+\n {4}"""(.*?)"""', source, flags=re.S | re.M):
-            texts[name] = " ".join(text.split())
-    return texts
 
 
 def _plain(value: Any) -> Any:

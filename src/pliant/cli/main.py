@@ -109,9 +109,9 @@ def ls(
         "architectures": families(),
     }
     if what in SYSTEMS:
-        from pliant.cli.step_options import settings_of, step_class
+        from pliant.cli.step_options import help_of, step_class
 
-        shown = {what: settings_of(step_class(what))}
+        shown = {what: help_of(step_class(what))}
     elif what and what not in listed:
         raise PliantError(f"there is no list of {what!r}; there are {', '.join([*listed, *SYSTEMS])}")
     else:

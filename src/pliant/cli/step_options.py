@@ -9,7 +9,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pliant.step import Step, StepError, help_texts
+from pliant.errors import StepError
+from pliant.step import Step, settings_of
 from pliant.systems import PRUNERS, SEARCHES, SYSTEMS
 
 NEEDED = "a search needs --ratio and --data; to cut without a search, give --subnet"
@@ -27,13 +28,12 @@ def step_class(system: str) -> type[Step]:
     return getattr(importlib.import_module(module), name)
 
 
-def settings_of(cls: type[Step]) -> dict[str, str]:
+def help_of(cls: type[Step]) -> dict[str, str]:
     """name -> help text with the default, of every setting of a step."""
-    texts = help_texts(cls)
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     return {
-        field.name: texts.get(field.name, "")
-        + ("" if field.default is dataclasses.MISSING else f" Default: {field.default}.")
-        for field in dataclasses.fields(cls)
+        name: of.help + ("" if defaults[name] is dataclasses.MISSING else f" Default: {defaults[name]}.")
+        for name, of in settings_of(cls).items()
     }
 
 
@@ -118,7 +118,7 @@ def _values(
         takers = [system for system in classes if name in known[system] and where in ("", system)]
         if not takers or (dot and where not in classes):
             listed = "\n".join(
-                f"  {setting:14} {help_}" for cls in classes.values() for setting, help_ in settings_of(cls).items()
+                f"  {setting:14} {help_}" for cls in classes.values() for setting, help_ in help_of(cls).items()
             )
             raise StepError(f"{where or ' and '.join(classes)} has no setting {name!r}; it has\n{listed}")
         setting = f"{where}{dot}{name}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import ceil
 from typing import ClassVar
 
@@ -12,49 +11,54 @@ from pliant.anatomy import Anatomy, Axis
 from pliant.checkpoint.fingerprint import check_finite
 from pliant.criteria import by_falling, l1_norms
 from pliant.elastic import Subnet, check, described, macs, ratio, reorder
-from pliant.errors import RatioError
+from pliant.errors import RatioError, StepError
 from pliant.prune.known_subnet import cut_exactly
 from pliant.prune.width_cuts import cut_until, narrowed, widths
-from pliant.step import Job, Step, StepError, is_number
+from pliant.step import Job, Step, setting
 
 ALLOCATIONS = ("uniform", "global")
 
 
-@dataclass(frozen=True, kw_only=True)
 class ChannelPruner(Step):
     """Cut the channels (of a Transformer also the heads) whose weights are smallest (Li et al., "Pruning Filters for
     Efficient ConvNets", 2017). It takes seconds and reads no data; what it costs in quality is for training to win back."""
 
     kind: ClassVar[str] = "channelpruner"
+    family: ClassVar[str] = "pruner"
 
-    ratio: float | None = None
-    """Share of all parameters to remove. Give this or macs_ratio."""
+    ratio: float | None = setting(
+        "Share of all parameters to remove. Give this or macs_ratio.", default=None, above=0, below=1, error=RatioError
+    )
 
-    macs_ratio: float | None = None
-    """Share of all multiply-accumulates to remove, of one image or one token."""
+    macs_ratio: float | None = setting(
+        "Share of all multiply-accumulates to remove, of one image or one token.",
+        default=None,
+        above=0,
+        below=1,
+        error=RatioError,
+    )
 
-    allocation: str = "uniform"
-    """uniform takes the same share of every axis; global takes what is smallest against the mean of its axis, wherever."""
+    allocation: str = setting(
+        "uniform takes the same share of every axis; global takes what is smallest against the mean of "
+        "its axis, wherever.",
+        default="uniform",
+        choices=ALLOCATIONS,
+    )
 
-    group: int = 8
-    """Elements that come and go together, and what is left is a multiple of: most kernels like multiples of 8."""
+    group: int = setting(
+        "Elements that come and go together, and what is left is a multiple of: most kernels like multiples of 8.",
+        default=8,
+        at_least=1,
+    )
 
-    minimum: float = 0.1
-    """Share of every axis that stays, whatever its channels are worth."""
+    minimum: float = setting(
+        "Share of every axis that stays, whatever its channels are worth.", default=0.1, at_least=0, at_most=1
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.ratio is None) == (self.macs_ratio is None):
             raise StepError("give either ratio (of parameters) or macs_ratio (of multiply-accumulates), and not both")
-        for name in ("ratio", "macs_ratio"):
-            value = getattr(self, name)
-            if value is not None and (not is_number(value) or not 0 < value < 1):
-                raise RatioError(f"{name} is the share to remove, between 0 and 1 without either; not {value!r}")
-        if self.allocation not in ALLOCATIONS:
-            raise StepError(f"there is no allocation {self.allocation!r}; there are {', '.join(ALLOCATIONS)}")
-        if isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < 1:
-            raise StepError(f"group is a whole number of at least 1, not {self.group!r}")
-        if not is_number(self.minimum) or not 0 <= self.minimum <= 1:
-            raise StepError(f"minimum is a share between 0 and 1, not {self.minimum!r}")
 
     def run(self, job: Job) -> None:
         check_finite(job.model)

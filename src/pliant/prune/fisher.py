@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -12,19 +11,18 @@ from pliant.anatomy import Anatomy
 from pliant.criteria.unit_fisher import damage_of_units
 from pliant.criteria.unit_readers import read_axes
 from pliant.elastic import Subnet, ratio
-from pliant.errors import RatioError
+from pliant.errors import RatioError, StepError
 from pliant.measure.cost import COSTS, Cost
 from pliant.prune.moves import step_moves
 from pliant.prune.settings import OrderedPruner
 from pliant.prune.unit_order import ordered
 from pliant.prune.width_cuts import cut_until, narrowed, widths
 from pliant.searches.greedy import Move, check_loss
-from pliant.step import Job, StepError
+from pliant.step import Job, setting
 
 Cuts = list[tuple[str, int]]
 
 
-@dataclass(frozen=True, kw_only=True)
 class FisherPruner(OrderedPruner):
     """Narrow MLPs and attentions where the loss depends on them least, without a search: the Fisher information of every
     channel and head is taken once (Kwon et al., "A Fast Post-Training Pruning Framework for Transformers", 2022), and what
@@ -33,20 +31,24 @@ class FisherPruner(OrderedPruner):
 
     kind: ClassVar[str] = "fisher"
 
-    group: int = 32
-    """Elements that come and go together, and what is left is a multiple of; heads go one key-value group at a time."""
+    group: int = setting(
+        "Elements that come and go together, and what is left is a multiple of; heads go one key-value "
+        "group at a time.",
+        default=32,
+        at_least=1,
+    )
 
-    per: str = "parameters"
-    """Remove what hurts least per: parameters, macs, bytes (that decoding reads), or prefill or decode (milliseconds, measured
-    on this machine first)."""
+    per: str = setting(
+        "Remove what hurts least per: parameters, macs, bytes (that decoding reads), or prefill or decode"
+        " (milliseconds, measured on this machine first).",
+        default="parameters",
+        choices=COSTS,
+    )
 
     order: str = "activation"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_counts(group=1)
-        if self.per not in COSTS:
-            raise StepError(f"damage is weighed per {', '.join(COSTS)}; not per {self.per!r}")
         if self.metric != "perplexity":
             raise StepError(
                 "at the dense model the divergence from it has no gradient; metric can only be perplexity here"

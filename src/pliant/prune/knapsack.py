@@ -19,7 +19,7 @@ from pliant.prune.settings import OrderedPruner
 from pliant.prune.unit_order import ordered
 from pliant.prune.width_cuts import widths
 from pliant.searches.greedy import Move, check_loss
-from pliant.step import Job
+from pliant.step import Job, setting
 
 STEPS = 4000  # the budget is counted in so many parts
 
@@ -39,7 +39,6 @@ class Choice:
     damage: float
 
 
-@dataclass(frozen=True, kw_only=True)
 class KnapsackPruner(OrderedPruner):
     """Every block at a few widths, or gone: a multiple-choice knapsack over damages measured one at a time, then swaps
     that are scored for real.
@@ -50,20 +49,22 @@ class KnapsackPruner(OrderedPruner):
 
     kind: ClassVar[str] = "knapsack"
 
-    levels: int = 4
-    """Widths at which the axes of a block are tried, besides whole and gone."""
+    levels: int = setting(
+        "Widths at which the axes of a block are tried, besides whole and gone.", default=4, at_least=0
+    )
 
-    swaps: int = 32
-    """Pairs of blocks that trade a step of width, kept when the loss falls."""
+    swaps: int = setting(
+        "Pairs of blocks that trade a step of width, kept when the loss falls.", default=32, at_least=0
+    )
 
-    group: int = 32
-    """Elements that come and go together, and what is left is a multiple of; heads go one key-value group at a time."""
+    group: int = setting(
+        "Elements that come and go together, and what is left is a multiple of; heads go one key-value "
+        "group at a time.",
+        default=32,
+        at_least=1,
+    )
 
     order: str = "activation"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_counts(levels=0, swaps=0, group=1)
 
     def run(self, job: Job) -> None:
         pruning = self.begin(job)

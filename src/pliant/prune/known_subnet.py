@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -15,35 +14,38 @@ from pliant.elastic import Elastic, Subnet, described, extract, ratio, validate
 from pliant.errors import DataError, SubnetError
 from pliant.forward.windows import seqlen_of, windows_for
 from pliant.prune.imported_configs import parse_config
-from pliant.prune.unit_order import check_order, ordered
-from pliant.step import Job, Step, check_seed
+from pliant.prune.unit_order import ORDERS, ordered
+from pliant.step import Job, Step, setting
 
 
-@dataclass(frozen=True, kw_only=True)
 class Cut(Step):
     """Cut to a given sub-network, without a search: one from an archive, a report, or another tool."""
 
     kind: ClassVar[str] = "cut"
+    family: ClassVar[str] = "pruner"
 
-    subnet: Subnet | Mapping[str, Any]
-    """What to keep; or what a file of :func:`pliant.read_config` says, read for the model that is cut."""
+    subnet: Subnet | Mapping[str, Any] = setting(
+        "What to keep; or what a file of :func:`pliant.read_config` says, read for the model that is cut."
+    )
 
-    order: str = "l1"
-    """What channels and heads were put in order by where the sub-network was found: l1, activation (from
-    calibration text, the same again), or stored."""
+    order: str = setting(
+        "What channels and heads were put in order by where the sub-network was found: l1, activation "
+        "(from calibration text, the same again), or stored.",
+        default="l1",
+        choices=ORDERS,
+    )
 
-    samples: int = 128
-    """activation: rows of calibration text that the order was taken from."""
+    samples: int = setting(
+        "activation: rows of calibration text that the order was taken from.", default=128, at_least=1
+    )
 
-    seqlen: int | None = None
-    """activation: tokens in a calibration window. Default: the smaller of 2048 and the model's positions."""
+    seqlen: int | None = setting(
+        "activation: tokens in a calibration window. Default: the smaller of 2048 and the model's positions.",
+        default=None,
+        at_least=2,
+    )
 
-    seed: int = 42
-    """activation: seed of the draw of calibration rows."""
-
-    def __post_init__(self) -> None:
-        check_order(self.order)
-        check_seed(self.seed)
+    seed: int = setting("activation: seed of the draw of calibration rows.", default=42, at_least=0, at_most=2**63 - 1)
 
     def run(self, job: Job) -> None:
         check_finite(job.model)

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from pliant.criteria.block_ranking import RANKINGS
 from pliant.elastic import Subnet, ratio
+from pliant.errors import StepError
 from pliant.prune.moves import block_moves, fitting, layer_moves
 from pliant.prune.session import Pruning, Scorer
 from pliant.prune.settings import Pruner
 from pliant.searches.greedy import check_loss
-from pliant.step import Job, StepError
+from pliant.step import Job, setting
 
 PERPLEXITY, RANDOM = "perplexity", "random"
 GRANULARITIES = ("block", "layer")
 
 
-@dataclass(frozen=True, kw_only=True)
 class OneShot(Pruner):
     """Rank every block (or layer) once on the dense model and remove the lowest until the ratio is met.
 
@@ -30,20 +29,22 @@ class OneShot(Pruner):
 
     kind: ClassVar[str] = "oneshot"
 
-    by: str = "influence"
-    """What ranks a block: influence (ShortGPT's Block Influence), magnitude (of what it adds, relative to the stream),
-    perplexity (with it alone gone), taylor or fisher (gradient estimates of that), or random."""
+    by: str = setting(
+        "What ranks a block: influence (ShortGPT's Block Influence), magnitude (of what it adds, relative"
+        " to the stream), perplexity (with it alone gone), taylor or fisher (gradient estimates of that),"
+        " or random.",
+        default="influence",
+        choices=(*RANKINGS, PERPLEXITY, RANDOM),
+    )
 
-    granularity: str = "block"
-    """What goes at a time: block (attention or MLP), or layer (the ranks of its blocks are added up)."""
+    granularity: str = setting(
+        "What goes at a time: block (attention or MLP), or layer (the ranks of its blocks are added up).",
+        default="block",
+        choices=GRANULARITIES,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.by not in (*RANKINGS, PERPLEXITY, RANDOM):
-            known = ", ".join((*RANKINGS, PERPLEXITY))
-            raise StepError(f"blocks are ranked by {known} or {RANDOM}, not by {self.by!r}")
-        if self.granularity not in GRANULARITIES:
-            raise StepError(f"granularity is {' or '.join(GRANULARITIES)}, not {self.granularity!r}")
         if self.metric != PERPLEXITY and self.by != PERPLEXITY:
             raise StepError(
                 f"ranking by {self.by} does not score; metric can only be {self.metric!r} with by='perplexity'"

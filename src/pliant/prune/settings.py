@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -20,62 +20,57 @@ from pliant.pages import pages_of
 from pliant.prune.moves import Moves, fitting, head_axes, reach, unit_of
 from pliant.prune.repair import repair_bytes
 from pliant.prune.session import Pruning
-from pliant.prune.unit_order import check_order
-from pliant.searches.greedy import Greedy
-from pliant.step import Job, Step, StepError, check_seed
+from pliant.prune.unit_order import ORDERS
+from pliant.searches.greedy import MODES, Greedy
+from pliant.step import Job, Step, setting
 
 UNIT = "unit"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Pruner(Step):
     """Settings shared by every pruner that reads calibration text."""
 
-    ratio: float
-    """Share of all parameters to remove, embeddings included: 0.2 makes the model a fifth smaller. The result exceeds it by less
-    than one unit, the smallest part that can be removed: a block, a group of channels, a key-value group."""
+    family: ClassVar[str] = "pruner"
+    needs: ClassVar[frozenset[str]] = frozenset({"text", "ratio"})
 
-    samples: int = 256
-    """Rows of calibration text for choosing blocks."""
+    ratio: float = setting(
+        "Share of all parameters to remove, embeddings included: 0.2 makes the model a fifth smaller. The"
+        " result exceeds it by less than one unit, the smallest part that can be removed: a block, a "
+        "group of channels, a key-value group.",
+        above=0,
+        below=1,
+        error=RatioError,
+    )
 
-    seqlen: int | None = None
-    """Tokens in a calibration window. Default: the smaller of 2048 and the model's positions."""
+    samples: int = setting("Rows of calibration text for choosing blocks.", default=256, at_least=1)
 
-    metric: str = "perplexity"
-    """What a removal must not hurt: perplexity, or kl (divergence from the dense model's predictions)."""
+    seqlen: int | None = setting(
+        "Tokens in a calibration window. Default: the smaller of 2048 and the model's positions.",
+        default=None,
+        at_least=2,
+    )
 
-    seed: int = 42
-    """Seed of the draw of calibration rows."""
+    metric: str = setting(
+        "What a removal must not hurt: perplexity, or kl (divergence from the dense model's predictions).",
+        default="perplexity",
+        choices=METRICS,
+    )
 
-    repair: int = 0
-    """Rows of calibration text for refitting what stays to what the dense model computed; 0 leaves weights as they are."""
+    seed: int = setting("Seed of the draw of calibration rows.", default=42, at_least=0, at_most=2**63 - 1)
 
-    ridge: float = 1.0
-    """How much a refitted weight is held to what it was, as a multiple of the mean square of its inputs; fewer rows need
-    more."""
+    repair: int = setting(
+        "Rows of calibration text for refitting what stays to what the dense model computed; 0 leaves "
+        "weights as they are.",
+        default=0,
+        at_least=0,
+    )
 
-    def __post_init__(self) -> None:
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio < 1:
-            raise RatioError(
-                f"ratio is the share of parameters to remove, between 0 and 1 without either; not {self.ratio!r}"
-            )
-        self._check_counts(samples=1, seqlen=2, repair=0)
-        check_seed(self.seed)
-        if self.metric not in METRICS:
-            raise StepError(f"there is no metric {self.metric!r}; there are {', '.join(METRICS)}")
-        if isinstance(self.ridge, bool) or not isinstance(self.ridge, int | float) or not self.ridge > 0:
-            raise StepError(f"ridge must be above 0, it is {self.ridge!r}")
-
-    def _check_counts(self, **least: int) -> None:
-        """Refuse a setting that is no whole number of at least so much; None is for settings that may be left out."""
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise StepError(f"{name} is a whole number, not {value!r}")
-            if value < smallest:
-                raise StepError(f"{name} must be at least {smallest}, it is {value}")
+    ridge: float = setting(
+        "How much a refitted weight is held to what it was, as a multiple of the mean square of its "
+        "inputs; fewer rows need more.",
+        default=1.0,
+        above=0,
+    )
 
     def begin(self, job: Job) -> Pruning:
         """Check the model and the data, and open the archive."""
@@ -133,32 +128,33 @@ class Pruner(Step):
         return self.windows(job, self.repair, self.seed + 2)
 
 
-@dataclass(frozen=True, kw_only=True)
 class GreedyPruner(Pruner):
     """Settings shared by every pruner that removes units greedily."""
 
-    search: str = "lazy"
-    """lazy scores only what may be best; racing scores roughly first where lazy would score everything; exact scores
-    everything at every step; naive also recomputes every layer."""
+    search: str = setting(
+        "lazy scores only what may be best; racing scores roughly first where lazy would score "
+        "everything; exact scores everything at every step; naive also recomputes every layer.",
+        default="lazy",
+        choices=MODES,
+    )
 
-    slack: float = 0.3
-    """lazy, racing: share by which a unit may hurt less than when last looked at and still be found."""
+    slack: float = setting(
+        "lazy, racing: share by which a unit may hurt less than when last looked at and still be found.",
+        default=0.3,
+        at_least=0,
+        at_most=1,
+    )
 
-    refresh: int = 16
-    """lazy, racing: look at everything again every so many steps; 0 never does."""
+    refresh: int = setting(
+        "lazy, racing: look at everything again every so many steps; 0 never does.", default=16, at_least=0
+    )
 
-    per: str = UNIT
-    """Remove what hurts least per: unit (whatever its size), parameters, macs, bytes (that decoding reads), or prefill or
-    decode (milliseconds, measured on this machine first)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.per != UNIT and self.per not in COSTS:
-            raise StepError(f"damage is weighed per {UNIT}, {', '.join(COSTS)}; not per {self.per!r}")
-        try:
-            self.greedy()
-        except ValueError as error:
-            raise StepError(str(error)) from None
+    per: str = setting(
+        "Remove what hurts least per: unit (whatever its size), parameters, macs, bytes (that decoding "
+        "reads), or prefill or decode (milliseconds, measured on this machine first).",
+        default=UNIT,
+        choices=(UNIT, *COSTS),
+    )
 
     def greedy(self) -> Greedy:
         """How to look, from the settings."""
@@ -182,32 +178,27 @@ class GreedyPruner(Pruner):
         pruning.stage(name, fit, windows, until, greedy=self.greedy(), per=None if self.per == UNIT else self.per)
 
 
-@dataclass(frozen=True, kw_only=True)
 class OrderedPruner(Pruner):
     """What every pruner that makes blocks narrower has to know: which units go first."""
 
-    order: str = "l1"
-    """Which channels and heads go first: l1 (those with the smallest weights), activation (those that contribute least on
-    calibration text), or stored (the last ones)."""
+    order: str = setting(
+        "Which channels and heads go first: l1 (those with the smallest weights), activation (those that "
+        "contribute least on calibration text), or stored (the last ones).",
+        default="l1",
+        choices=ORDERS,
+    )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_order(self.order)
 
-
-@dataclass(frozen=True, kw_only=True)
 class WidthPruner(OrderedPruner, GreedyPruner):
     """Settings shared by every greedy pruner that makes blocks narrower, too."""
 
-    mlp_group: int | None = None
-    """MLP channels removed in one move; a quarter of the hidden size when left out."""
+    mlp_group: int | None = setting(
+        "MLP channels removed in one move; a quarter of the hidden size when left out.", default=None, at_least=1
+    )
 
-    head_group: int = 1
-    """Key-value groups removed in one move, each with all query heads that share it."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_counts(mlp_group=1, head_group=1)
+    head_group: int = setting(
+        "Key-value groups removed in one move, each with all query heads that share it.", default=1, at_least=1
+    )
 
     def mlp_groups(self, job: Job) -> dict[str, int]:
         """Units of each axis of an MLP that go in one move."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from pliant.prune.moves import block_moves, pooled, width_moves
@@ -11,7 +10,6 @@ from pliant.prune.unit_order import ordered
 from pliant.step import Job
 
 
-@dataclass(frozen=True, kw_only=True)
 class UnifiedPruner(WidthPruner):
     """MultiPruner without stages and without a split to tune: at every step the unit goes that hurts least for what it
     saves, whatever its kind."""

@@ -11,17 +11,9 @@ from pliant.anatomy import Anatomy
 from pliant.criteria import l1_orders
 from pliant.criteria.activation import activation_orders
 from pliant.elastic import reorder
-from pliant.step import Job, StepError
+from pliant.step import Job
 
 ORDERS = ("l1", "activation", "stored")
-
-
-def check_order(order: str) -> None:
-    """Raises:
-    StepError: when there is no such order.
-    """
-    if order not in ORDERS:
-        raise StepError(f"units are put in order by {', '.join(ORDERS)}; not by {order!r}")
 
 
 @contextmanager

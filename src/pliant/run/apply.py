@@ -14,10 +14,10 @@ from pliant.checkpoint.load import load, tokenizer_of
 from pliant.checkpoint.packed_config import is_packed
 from pliant.checkpoint.per_layer_config import write
 from pliant.data import Examples, Text, text
-from pliant.errors import DataError, MemoryLimitError
+from pliant.errors import DataError, MemoryLimitError, StepError
 from pliant.pages import pages_of
 from pliant.progress import Console, Progress, peak_memory
-from pliant.step import Job, Step, StepError, recipe_of
+from pliant.step import Job, Step, recipe_of
 
 
 def apply(

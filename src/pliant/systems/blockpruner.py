@@ -5,26 +5,20 @@ Zhong et al., "BlockPruner: Fine-grained Pruning for Large Language Models", 202
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from pliant.prune import GreedyPruner, block_moves
-from pliant.step import Job, StepError
+from pliant.step import Job, setting
 
 
-@dataclass(frozen=True, kw_only=True)
 class BlockPruner(GreedyPruner):
     """Algorithm 1 of the paper: mask each remaining block in turn, remove the one with the lowest perplexity, repeat."""
 
     kind: ClassVar[str] = "blockpruner"
 
-    blocks: str = "mix"
-    """Which blocks may go: mix, attention or mlp."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.blocks not in ("mix", "attention", "mlp"):
-            raise StepError(f"blocks is mix, attention or mlp, not {self.blocks!r}")
+    blocks: str = setting(
+        "Which blocks may go: mix, attention or mlp.", default="mix", choices=("mix", "attention", "mlp")
+    )
 
     def run(self, job: Job) -> None:
         kinds = ("attention", "mlp") if self.blocks == "mix" else (self.blocks,)

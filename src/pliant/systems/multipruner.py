@@ -5,33 +5,31 @@ Muñoz et al., "MultiPruner: Balanced Structure Removal in Foundation Models", 2
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from pliant.elastic import Subnet, ratio
+from pliant.errors import StepError
 from pliant.prune import WidthPruner, block_moves, width_moves
 from pliant.prune.moves import pooled
 from pliant.prune.unit_order import ordered
-from pliant.step import Job, StepError
+from pliant.step import Job, setting
 
 
-@dataclass(frozen=True, kw_only=True)
 class MultiPruner(WidthPruner):
     """Three greedy stages from coarse to fine. Units are put in order of importance first, so that a stage always takes
     the least important ones left."""
 
     kind: ClassVar[str] = "multipruner"
 
-    split: str = "44:52:4"
-    """How the ratio is shared among blocks, MLP channels and attention heads (paper, table 7)."""
+    split: str = setting(
+        "How the ratio is shared among blocks, MLP channels and attention heads (paper, table 7).", default="44:52:4"
+    )
 
-    width_samples: int = 128
-    """Rows of calibration text for the two width stages."""
+    width_samples: int = setting("Rows of calibration text for the two width stages.", default=128, at_least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.shares()
-        self._check_counts(width_samples=1)
 
     def shares(self) -> tuple[float, float, float]:
         """The split as three shares that sum to 1.

@@ -7,7 +7,6 @@ variant. The paper gives no population and no number of generations; the default
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,31 +19,26 @@ from pliant.prune.moves import settled
 from pliant.prune.session import Pruning, Scorer
 from pliant.prune.unit_order import ordered
 from pliant.searches.greedy import Move
-from pliant.step import Job
+from pliant.step import Job, setting
 
 
-@dataclass(frozen=True, kw_only=True)
 class MultiPrunerEvol(WidthPruner):
     """BlockPruner up to half the ratio, then NSGA-II over the widths of all MLPs and attentions that are left: the loss
     against the ratio. Of all that was evaluated at the ratio, the one with the lowest loss is taken."""
 
     kind: ClassVar[str] = "multipruner_evol"
 
-    width_samples: int = 128
-    """Rows of calibration text for the widths."""
+    width_samples: int = setting("Rows of calibration text for the widths.", default=128, at_least=1)
 
-    population: int = 24
-    """Sub-networks in a generation."""
+    population: int = setting("Sub-networks in a generation.", default=24, at_least=4)
 
-    generations: int = 10
-    """Generations, the first random one included."""
+    generations: int = setting("Generations, the first random one included.", default=10, at_least=1)
 
-    tolerance: float = 0.005
-    """Consider sub-networks up to this far above the ratio; the excess is restored, down to less than one unit."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_counts(width_samples=1, population=4, generations=1)
+    tolerance: float = setting(
+        "Consider sub-networks up to this far above the ratio; the excess is restored, down to less than one unit.",
+        default=0.005,
+        at_least=0,
+    )
 
     def run(self, job: Job) -> None:
         _pymoo()

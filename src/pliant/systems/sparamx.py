@@ -6,16 +6,14 @@ bitmap and the values that are not zero; so do keys and values, of which the sma
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pliant.step import Job, Step, StepError
+from pliant.step import Job, Step, setting
 from pliant.values.magnitude import Magnitude
 from pliant.values.matrix import ValueStep
-from pliant.values.pack import PackedLinear
+from pliant.values.pack import SPARSE, PackedLinear
 
 
-@dataclass(frozen=True, kw_only=True)
 class SparAMX(ValueStep):
     """Pack a model that is sparse, or is made so by magnitude, in the formats of the paper: bf16 or int8.
 
@@ -26,25 +24,27 @@ class SparAMX(ValueStep):
 
     packs: ClassVar[bool] = True
 
-    sparsity: float | None = None
-    """Share of the weights to zero by magnitude first; none for a model that is sparse already."""
+    sparsity: float | None = setting(
+        "Share of the weights to zero by magnitude first; none for a model that is sparse already.",
+        default=None,
+        at_least=0,
+        at_most=1,
+    )
 
-    format: str = "bf16"
-    """bf16 or int8."""
+    format: str = setting("bf16 or int8.", default="bf16", choices=("bf16", "int8"))
 
-    key_sparsity: float = 0.3
-    """Share of the keys in the cache that is zeroed."""
+    key_sparsity: float = setting("Share of the keys in the cache that is zeroed.", default=0.3, at_least=0, at_most=1)
 
-    value_sparsity: float = 0.5
-    """The same of values."""
+    value_sparsity: float = setting("The same of values.", default=0.5, at_least=0, at_most=1)
 
-    sparse: str = "auto"
-    """Whether zeros are left out of weights: always, never, or auto: where that is faster on this machine."""
+    sparse: str = setting(
+        "Whether zeros are left out of weights: always, never, or auto: where that is faster on this machine.",
+        default="auto",
+        choices=SPARSE,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.format not in ("bf16", "int8"):
-            raise StepError(f"format is bf16 or int8, not {self.format!r}; PackedLinear has int4")
         self._steps()
 
     def _steps(self) -> list[Step]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -15,10 +15,10 @@ from pliant.checkpoint.load import load
 from pliant.data import Examples, Text, examples
 from pliant.data.tokenize_examples import Encoded
 from pliant.elastic import described
-from pliant.errors import DataError
+from pliant.errors import DataError, StepError
 from pliant.formatting import human_bytes
 from pliant.forward.windows import check_ids, seqlen_of
-from pliant.step import Job, Step, StepError, check_seed, is_number
+from pliant.step import Job, Step, setting
 from pliant.train.loop import SCHEDULES, Plan, Training, memory_peak
 from pliant.train.loss import Distillation
 from pliant.train.memory_estimate import estimate
@@ -30,114 +30,144 @@ from pliant.train.trunk_and_head import Halves
 STEPS = 200
 USUAL = 256  # default number of tokens in a sequence, if the model has as many positions
 RATES = {"lora": 3e-4, "full": 5e-5}
-MEMORY = ("fast", "small")
 
 
-@dataclass(frozen=True, kw_only=True)
 class Recover(Step):
     """Train the model on text or examples; what comes out is an ordinary model of the same shapes and dtype."""
 
     kind: ClassVar[str] = "recover"
+    family: ClassVar[str] = "training"
     trains: ClassVar[bool] = True
 
-    method: str = "lora"
-    """lora trains low-rank adapters and merges them at the end (needs the train extra); full trains every weight."""
+    method: str = setting(
+        "lora trains low-rank adapters and merges them at the end (needs the train extra); full trains every weight.",
+        default="lora",
+        choices=tuple(RATES),
+    )
 
-    steps: int | None = None
-    """Optimizer steps; when left out, 200, or with minutes as many as they are enough for."""
+    steps: int | None = setting(
+        "Optimizer steps; when left out, 200, or with minutes as many as they are enough for.", default=None, at_least=1
+    )
 
-    minutes: float | None = None
-    """Stop at the first optimizer step past so many minutes, if the steps are not over before; the schedule knows."""
+    minutes: float | None = setting(
+        "Stop at the first optimizer step past so many minutes, if the steps are not over before; the schedule knows.",
+        default=None,
+        above=0,
+    )
 
-    batch: int = 8
-    """Sequences in an optimizer step."""
+    batch_size: int = setting("Sequences in an optimizer step.", default=8, at_least=1, formerly="batch")
 
-    micro_batch: int | None = None
-    """Sequences in memory at a time; when left out, what makes about 512 tokens on a CPU, 4096 on a GPU."""
+    micro_batch_size: int | None = setting(
+        "Sequences in memory at a time; when left out, what makes about 512 tokens on a CPU, 4096 on a GPU.",
+        default=None,
+        at_least=1,
+        formerly="micro_batch",
+    )
 
-    seqlen: int | None = None
-    """Tokens in a sequence; longer examples are cut off, plain text is packed into windows of this length. Default: the smaller of
-    256 and the model's positions."""
+    seqlen: int | None = setting(
+        "Tokens in a sequence; longer examples are cut off, plain text is packed into windows of this "
+        "length. Default: the smaller of 256 and the model's positions.",
+        default=None,
+        at_least=2,
+    )
 
-    lr: float | None = None
-    """Highest learning rate; when left out, 3e-4 for lora and 5e-5 for full."""
+    learning_rate: float | None = setting(
+        "Highest learning rate; when left out, 3e-4 for lora and 5e-5 for full.", default=None, above=0, formerly="lr"
+    )
 
-    warmup: float = 0.05
-    """Share of the training in which the learning rate goes up."""
+    warmup_ratio: float = setting(
+        "Share of the training in which the learning rate goes up.",
+        default=0.05,
+        at_least=0,
+        at_most=0.9,
+        formerly="warmup",
+    )
 
-    schedule: str = "cosine"
-    """How the learning rate goes down to 0 after that: cosine or linear."""
+    lr_scheduler_type: str = setting(
+        "How the learning rate goes down to 0 after that: cosine or linear.",
+        default="cosine",
+        choices=tuple(SCHEDULES),
+        formerly="schedule",
+    )
 
-    weight_decay: float = 0.0
-    """Decay of matrices in AdamW."""
+    weight_decay: float = setting("Decay of matrices in AdamW.", default=0.0, at_least=0, at_most=1)
 
-    clip: float = 1.0
-    """Largest norm of the gradient."""
+    max_grad_norm: float = setting("Largest norm of the gradient.", default=1.0, above=0, formerly="clip")
 
-    rank: int = 16
-    """lora: rank of the adapters."""
+    rank: int = setting("lora: rank of the adapters.", default=16, at_least=1)
 
-    alpha: float = 32
-    """lora: adapters are scaled by alpha / rank."""
+    alpha: float = setting("lora: adapters are scaled by alpha / rank.", default=32, above=0)
 
-    dropout: float = 0.0
-    """lora: share of an adapter's inputs that are dropped in training; 0.05 is usual, and makes a CPU slower."""
+    dropout: float = setting(
+        "lora: share of an adapter's inputs that are dropped in training; 0.05 is usual, and makes a CPU slower.",
+        default=0.0,
+        at_least=0,
+        at_most=0.9,
+    )
 
-    targets: str = ""
-    """lora: names of linear layers with commas between, such as q_proj,v_proj; empty means all in the blocks."""
+    target_modules: str = setting(
+        "lora: names of linear layers with commas between, such as q_proj,v_proj; empty means all in the blocks.",
+        default="",
+        formerly="targets",
+    )
 
-    distil: float = 0.0
-    """Weight of learning the dense model's next-token distributions: 0 learns the text alone, 1 only the dense model."""
+    distillation_weight: float = setting(
+        "Weight of learning the dense model's next-token distributions: 0 learns the text alone, 1 only the dense model.",
+        default=0.0,
+        at_least=0,
+        at_most=1,
+        formerly="distil",
+    )
 
-    temperature: float = 1.0
-    """distil: both distributions are flattened by it."""
+    temperature: float = setting("Both distributions of the distillation are flattened by it.", default=1.0, above=0)
 
-    teacher: str | None = None
-    """distil: folder or hub id of the dense model; when left out, where this model was loaded from."""
+    teacher: str | None = setting(
+        "Folder or hub id of the dense model to learn from; when left out, where this model was loaded from.",
+        default=None,
+    )
 
-    data: str | None = None
-    """Training data: a file, a folder or hub id as for pliant.examples; when left out, the data of the run."""
+    data: str | None = setting(
+        "Training data: a file, a folder or hub id as for pliant.examples; when left out, the data of the run.",
+        default=None,
+    )
 
-    held_out: int = 32
-    """Sequences kept out of training, a tenth of them at most, to choose the best state by; 0 takes the last state."""
+    held_out: int = setting(
+        "Sequences kept out of training, a tenth of them at most, to choose the best state by; 0 takes the last state.",
+        default=32,
+        at_least=0,
+    )
 
-    every: int = 25
-    """Optimizer steps between two looks at the held-out loss; after each the state is written to the work folder."""
+    eval_steps: int = setting(
+        "Optimizer steps between two looks at the held-out loss; after each the state is written to the work folder.",
+        default=25,
+        at_least=1,
+        formerly="every",
+    )
 
-    memory: str = "fast"
-    """fast keeps activations; small computes them twice (gradient checkpointing), which is slower."""
+    gradient_checkpointing: bool = setting(
+        "Compute activations twice instead of keeping them, which is slower and takes less memory.", default=False
+    )
 
-    seed: int = 42
-    """Seed of the order of the sequences, of dropout, and of the adapters' first values."""
+    seed: int = setting(
+        "Seed of the order of the sequences, of dropout, and of the adapters' first values.",
+        default=42,
+        at_least=0,
+        at_most=2**63 - 1,
+    )
 
     def __post_init__(self) -> None:
         for name in ("data", "teacher"):
             if isinstance(getattr(self, name), Path):
                 object.__setattr__(self, name, str(getattr(self, name)))
-        self._check_choice("method", RATES)
-        check_seed(self.seed)
-        self._check_choice("schedule", SCHEDULES)
-        self._check_choice("memory", MEMORY)
-        for name, least in {
-            "steps": 1,
-            "batch": 1,
-            "micro_batch": 1,
-            "seqlen": 2,
-            "rank": 1,
-            "held_out": 0,
-            "every": 1,
-        }.items():
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise StepError(f"{name} is a whole number of at least {least}, not {value!r}")
-        for name in ("minutes", "lr", "clip", "alpha", "temperature"):
-            value = getattr(self, name)
-            if value is not None and not (is_number(value) and 0 < value < float("inf")):
-                raise StepError(f"{name} is a number above 0, not {value!r}")
-        for name, most in {"warmup": 0.9, "dropout": 0.9, "distil": 1.0, "weight_decay": 1.0}.items():
-            value = getattr(self, name)
-            if not (is_number(value) and 0 <= value <= most):
-                raise StepError(f"{name} is a number from 0 to {most}, not {value!r}")
+        super().__post_init__()
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        memory = {"fast": False, "small": True}.get(raw.get("memory", ""))  # the setting of version 0.1
+        if memory is None:
+            return super().from_dict(raw)
+        kept = {name: value for name, value in raw.items() if name != "memory"}
+        return super().from_dict({**kept, "gradient_checkpointing": memory})
 
     def run(self, job: Job) -> None:
         model = job.model
@@ -154,7 +184,9 @@ class Recover(Step):
             "data": given.digest,
             "tokens": train.digest,
             "dense": None if teacher is None else fingerprint(teacher),
-            **{key: value for key, value in self.to_dict().items() if key not in ("step", "data", "teacher")},
+            **{
+                key: value for key, value in self.to_dict().items() if key not in ("step", "version", "data", "teacher")
+            },
             "seqlen": seqlen,
         }
         if teacher is not None and belongs_to["dense"] == belongs_to["model"]:
@@ -187,23 +219,27 @@ class Recover(Step):
         state: StateFile,
     ) -> None:
         model = job.model
-        micro = self.micro_batch or max(1, (512 if model.device.type == "cpu" else 4096) // seqlen)
+        micro = self.micro_batch_size or max(1, (512 if model.device.type == "cpu" else 4096) // seqlen)
         plan = Plan(
             steps=self._most_steps(),
-            batch=self.batch,
-            micro_batch=min(micro, self.batch),
-            lr=self.lr or RATES[self.method],
-            warmup=self.warmup,
-            schedule=self.schedule,
+            batch=self.batch_size,
+            micro_batch=min(micro, self.batch_size),
+            lr=self.learning_rate or RATES[self.method],
+            warmup=self.warmup_ratio,
+            schedule=self.lr_scheduler_type,
             weight_decay=self.weight_decay,
-            clip=self.clip,
-            every=self.every,
+            clip=self.max_grad_norm,
+            every=self.eval_steps,
             seed=self.seed,
             minutes=self.minutes,
         )
-        distillation = None if teacher is None else Distillation(Halves(teacher.eval()), self.distil, self.temperature)
+        distillation = (
+            None
+            if teacher is None
+            else Distillation(Halves(teacher.eval()), self.distillation_weight, self.temperature)
+        )
         linears = linear_layers(model, anatomy)
-        with training_mode(model, recompute=self.memory == "small"):
+        with training_mode(model, recompute=self.gradient_checkpointing):
             trained = self._trained(model, anatomy)
             try:
                 needs = estimate(
@@ -213,7 +249,7 @@ class Recover(Step):
                     plan.micro_batch * seqlen,
                     copies=2 if self.method == "full" else 1,
                     teacher=teacher,
-                    recompute=self.memory == "small",
+                    recompute=self.gradient_checkpointing,
                 )
                 told = ", ".join(f"{name} {human_bytes(count)}" for name, count in needs.items())
                 job.progress.note(f"  needs about {human_bytes(sum(needs.values()))} of memory: {told}")
@@ -250,8 +286,8 @@ class Recover(Step):
     def _told(self, sequences: int) -> str:
         steps = self._most_steps()
         if math.isinf(steps):
-            return f"steps of {self.batch}, {self.minutes:g} minutes"
-        return f"{steps} steps of {self.batch}, {steps * self.batch / sequences:.1f} passes"
+            return f"steps of {self.batch_size}, {self.minutes:g} minutes"
+        return f"{steps} steps of {self.batch_size}, {steps * self.batch_size / sequences:.1f} passes"
 
     def _trained(self, model: Any, anatomy: Anatomy) -> Trained:
         if self.method == "full":
@@ -262,7 +298,7 @@ class Recover(Step):
             rank=self.rank,
             alpha=self.alpha,
             dropout=self.dropout,
-            targets=[name.strip() for name in self.targets.split(",") if name.strip()],
+            targets=[name.strip() for name in self.target_modules.split(",") if name.strip()],
             seed=seed_of("adapters", self.seed),
         )
 
@@ -291,7 +327,7 @@ class Recover(Step):
 
     def _teacher(self, job: Job) -> Any:
         """The dense model to learn from, or None."""
-        if self.distil == 0:
+        if self.distillation_weight == 0:
             return None
         dense = load(self.teacher) if self.teacher is not None else job.dense()
         dense = dense.to(job.model.device)
@@ -302,7 +338,3 @@ class Recover(Step):
                 "from a model with the same vocabulary"
             )
         return dense
-
-    def _check_choice(self, name: str, allowed: Any) -> None:
-        if getattr(self, name) not in allowed:
-            raise StepError(f"there is no {name} {getattr(self, name)!r}; there are {', '.join(allowed)}")

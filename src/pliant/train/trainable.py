@@ -14,8 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pliant.anatomy import Anatomy, layers_of
-from pliant.errors import MissingExtraError
-from pliant.step import StepError
+from pliant.errors import MissingExtraError, StepError
 from pliant.train.seeds import seeded
 
 HALF = (torch.float16, torch.bfloat16)

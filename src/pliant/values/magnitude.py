@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from pliant.step import Job, StepError, is_number
+from pliant.step import Job, setting
 from pliant.values.matrix import ValueStep, concerned, left_over
 
 
-@dataclass(frozen=True, kw_only=True)
 class Magnitude(ValueStep):
     """Zero the smallest weights by absolute value in every matrix (Han et al. 2015). Needs no data.
 
@@ -20,18 +18,13 @@ class Magnitude(ValueStep):
 
     kind: ClassVar[str] = "magnitude"
 
-    sparsity: float
-    """Share of the weights to zero, from 0 to 1."""
+    sparsity: float = setting("Share of the weights to zero, from 0 to 1.", at_least=0, at_most=1)
 
-    within: str = "matrix"
-    """What the share is taken of: matrix, or row (the weights of one output)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not is_number(self.sparsity) or not 0 <= self.sparsity <= 1:
-            raise StepError(f"sparsity is a share from 0 to 1, not {self.sparsity!r}")
-        if self.within not in ("matrix", "row"):
-            raise StepError(f"within is matrix or row, not {self.within!r}")
+    within: str = setting(
+        "What the share is taken of: matrix, or row (the weights of one output).",
+        default="matrix",
+        choices=("matrix", "row"),
+    )
 
     @torch.no_grad()
     def run(self, job: Job) -> None:

@@ -15,10 +15,10 @@ from torch.nn.parameter import is_lazy
 from pliant.anatomy import anatomy_of, layers_of
 from pliant.architecture import catalogue
 from pliant.checkpoint.fingerprint import check_finite
-from pliant.errors import ArchitectureError
+from pliant.errors import ArchitectureError, StepError
 from pliant.pages import hold
 from pliant.runtime.dense import is_linear, own_parameter, weight_of, why_fixed, why_kept
-from pliant.step import Step, StepError
+from pliant.step import Step, setting
 
 ALL = "all-linear"
 OUTSIDE = f"linear layers outside the blocks (target_modules={ALL!r} includes them)"
@@ -65,22 +65,27 @@ class Concern:
             hold(model)
 
 
-@dataclass(frozen=True, kw_only=True)
 class ValueStep(Step):
     """Base of the steps on values, with the selection of layers. They work on any module that has linear layers."""
 
+    family: ClassVar[str] = "values"
     reshapes: ClassVar[bool] = False
 
-    target_modules: str | Sequence[str] | None = None
-    """The linear layers to change, as in peft: names or name endings; or a regular expression that matches whole names; or
-    all-linear. Default: those in the blocks, if the model has an architecture file; otherwise all."""
+    target_modules: str | Sequence[str] | None = setting(
+        "The linear layers to change, as in peft: names or name endings; or a regular expression that "
+        "matches whole names; or all-linear. Default: those in the blocks, if the model has an "
+        "architecture file; otherwise all.",
+        default=None,
+    )
 
-    exclude_modules: str | Sequence[str] | None = None
-    """Linear layers to skip: names or name endings, or a regular expression that matches whole names."""
+    exclude_modules: str | Sequence[str] | None = setting(
+        "Linear layers to skip: names or name endings, or a regular expression that matches whole names.", default=None
+    )
 
     def __post_init__(self) -> None:
-        for setting in ("target_modules", "exclude_modules"):
-            object.__setattr__(self, setting, _checked(setting, getattr(self, setting)))
+        super().__post_init__()
+        for name in ("target_modules", "exclude_modules"):
+            object.__setattr__(self, name, _checked(name, getattr(self, name)))
 
 
 def _checked(setting: str, value: Any) -> str | tuple[str, ...] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 
 from pliant.checkpoint.packed_config import packed_bytes, record_packed
 from pliant.compat.native import run_natively
-from pliant.errors import PackedError
+from pliant.errors import PackedError, StepError
 from pliant.pages import pages_of
 from pliant.runtime.dense import is_linear, weight_of
 from pliant.runtime.kv_blocks import Keeping
@@ -21,13 +20,14 @@ from pliant.runtime.packed_linear import Packed
 from pliant.runtime.packed_matrix import FORMATS, GROUPS
 from pliant.runtime.rounding_grid import round_to_grid
 from pliant.runtime.sparse_break_even import pays
-from pliant.step import Job, StepError
+from pliant.step import Job, setting
 from pliant.values.matrix import Matrix, ValueStep, concerned, head_of, left_over
 
 CHOICES = ("auto", "dense", *FORMATS)
+CACHES = ("bf16", "int8", "float32")
+SPARSE = ("auto", "always", "never")
 
 
-@dataclass(frozen=True, kw_only=True)
 class PackedLinear(ValueStep):
     """Store linear layers as bf16, int8 or int4, leave zeros out where that is faster, and run them on pliant's CPU kernels.
 
@@ -40,31 +40,54 @@ class PackedLinear(ValueStep):
 
     packs: ClassVar[bool] = True
 
-    format: str = "auto"
-    """What the layers become: bf16, int8, int4, or auto: what holds their weights as they are in the fewest bits (int4 or int8
-    for weights that were rounded to such a grid, otherwise bf16)."""
+    format: str = setting(
+        "What the layers become: bf16, int8, int4, or auto: what holds their weights as they are in the "
+        "fewest bits (int4 or int8 for weights that were rounded to such a grid, otherwise bf16).",
+        default="auto",
+        choices=CHOICES,
+    )
 
-    group: int = 128
-    """int4: inputs that share a scale: 128, 64 or 32. Fewer are more exact and take more room (4.125, 4.25, 4.5 bits)."""
+    group: int = setting(
+        "int4: inputs that share a scale: 128, 64 or 32. Fewer are more exact and take more room (4.125, "
+        "4.25, 4.5 bits).",
+        default=128,
+        choices=GROUPS,
+    )
 
-    head: str = "int8"
-    """The same for the output head, or dense to leave it; auto for what the other layers become."""
+    head: str = setting(
+        "The same for the output head, or dense to leave it; auto for what the other layers become.",
+        default="int8",
+        choices=CHOICES,
+    )
 
-    rules: Mapping[str, str] = field(default_factory=dict)
-    """Other formats for some layers: a regular expression that is looked for in the layer's name, and a format, or dense to
-    leave it. The first that matches counts. On the command line: 'down_proj=int8,layers.0.=bf16'."""
+    rules: Mapping[str, str] = setting(
+        "Other formats for some layers: a regular expression that is looked for in the layer's name, and "
+        "a format, or dense to leave it. The first that matches counts. On the command line: "
+        "'down_proj=int8,layers.0.=bf16'.",
+        factory=dict,
+    )
 
-    cache: str = "bf16"
-    """What the keys and values of older tokens are kept as while the model generates: bf16, int8 or float32."""
+    cache: str = setting(
+        "What the keys and values of older tokens are kept as while the model generates: bf16, int8 or float32.",
+        default="bf16",
+        choices=CACHES,
+    )
 
-    key_sparsity: float = 0.0
-    """Share of these keys, the smallest of every 64 tokens and head, that is zeroed."""
+    key_sparsity: float = setting(
+        "Share of these keys, the smallest of every 64 tokens and head, that is zeroed.",
+        default=0.0,
+        at_least=0,
+        at_most=1,
+    )
 
-    value_sparsity: float = 0.0
-    """The same of values."""
+    value_sparsity: float = setting("The same of values.", default=0.0, at_least=0, at_most=1)
 
-    sparse: str = "auto"
-    """Whether zeros are left out: always, never, or auto: where a layer has so many that it is faster on this machine."""
+    sparse: str = setting(
+        "Whether zeros are left out: always, never, or auto: where a layer has so many that it is faster "
+        "on this machine.",
+        default="auto",
+        choices=SPARSE,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,13 +97,9 @@ class PackedLinear(ValueStep):
             raise StepError(
                 f"rules map regular expressions to formats, such as {{'down_proj': 'int8'}}; not {self.rules!r}"
             )
-        for name, value in {"format": self.format, "head": self.head, **self.rules}.items():
-            if value not in CHOICES:
-                raise StepError(f"{name} is one of {', '.join(CHOICES)}, not {value!r}")
-        if not isinstance(self.group, int) or self.group not in GROUPS:
-            raise StepError(f"group is one of {', '.join(map(str, GROUPS))}, not {self.group!r}")
-        if self.sparse not in ("auto", "always", "never"):
-            raise StepError(f"sparse is auto, always or never, not {self.sparse!r}")
+        for pattern, format_ in self.rules.items():
+            if format_ not in CHOICES:
+                raise StepError(f"{pattern} must be one of {', '.join(CHOICES)}; not {format_!r}")
         try:
             Keeping(**self._cache())
         except PackedError as error:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from pliant.runtime.rounding_grid import round_to_grid
-from pliant.step import Job, StepError
+from pliant.step import Job, setting
 from pliant.values.matrix import ValueStep, concerned, left_over
 
 
-@dataclass(frozen=True, kw_only=True)
 class RTN(ValueStep):
     """Round every matrix to nearest on a symmetric grid of few bits. Needs no data.
 
@@ -22,18 +20,11 @@ class RTN(ValueStep):
 
     kind: ClassVar[str] = "rtn"
 
-    bits: int = 4
-    """Bits of a weight, from 2 to 8."""
+    bits: int = setting("Bits of a weight, from 2 to 8.", default=4, at_least=2, at_most=8)
 
-    group: int | None = 128
-    """Inputs that share a scale; none for one scale for every output."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 2 <= self.bits <= 8:
-            raise StepError(f"bits is a whole number from 2 to 8, not {self.bits!r}")
-        if self.group is not None and (not isinstance(self.group, int) or self.group < 1):
-            raise StepError(f"group is a whole number from 1, or none, not {self.group!r}")
+    group: int | None = setting(
+        "Inputs that share a scale; none for one scale for every output.", default=128, at_least=1
+    )
 
     @torch.no_grad()
     def run(self, job: Job) -> None:
