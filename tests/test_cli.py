@@ -222,12 +222,12 @@ def test_an_unknown_setting_is_refused_with_every_setting_and_its_help(system):
         ("samples=many", "samples .*'many'"),
         ("samples=1.5", "samples .*'1.5'"),
         ("slack=some", "slack .*'some'"),
-        ("order=maybe", "not by 'maybe'"),
+        ("order=maybe", "order must be one of l1, activation, stored; not 'maybe'"),
         ("mlp_group=few", "mlp_group .*'few'"),
-        ("samples=0", "samples must be at least 1"),
+        ("samples=0", "samples must be a whole number of at least 1; not 0"),
         ("slack=nan", "slack"),
-        ("metric=taste", "no metric 'taste'; there are perplexity, kl"),
-        ("search=guess", "no search mode 'guess'"),
+        ("metric=taste", "metric must be one of perplexity, kl; not 'taste'"),
+        ("search=guess", "search must be one of lazy, .*; not 'guess'"),
         ("split=1:2", "split is blocks:channels:heads"),
     ],
 )
@@ -277,7 +277,7 @@ def test_an_option_without_effect_is_refused(systems, pairs, said):
 )
 def test_a_seed_out_of_range_is_refused(step, seed):
     step(seed=0), step(seed=2**63 - 1)
-    with pytest.raises(StepError, match="seed is a whole number from 0 to 9223372036854775807"):
+    with pytest.raises(StepError, match="seed must be a whole number from 0 to 9223372036854775807"):
         step(seed=seed)
 
 

@@ -86,6 +86,8 @@ class Setting:
         number = "a number" if float in kinds else "a whole number"
         if self.at_least is not None and self.at_most is not None:
             return f"{number} from {self.at_least} to {self.at_most}"
+        if self.above is not None and self.below is not None:
+            return f"{number} between {self.above} and {self.below} (exclusive)"
         limits = {"of at least": self.at_least, "above": self.above, "of at most": self.at_most, "below": self.below}
         return " ".join(
             [number, " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)]
