@@ -177,7 +177,7 @@ class Step:
         if old := sorted(given.keys() & former.keys()):
             renamed = ", ".join(f"{name} is now {former[name]}" for name in old)
             warnings.warn(f"{cls.kind}: {renamed}", FormerNameWarning, stacklevel=2)
-        given = {former.get(name, name): value for name, value in given.items()}
+        given = {former.get(name, name): tuple(v) if isinstance(v, list) else v for name, v in given.items()}
         if unknown := sorted(given.keys() - known.keys()):
             raise StepError(f"{cls.kind} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
         return cls(**given)
