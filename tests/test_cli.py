@@ -477,6 +477,7 @@ def test_bench_prints_rates_and_speedup(folder):
     assert "speed-up" in run(*words, "--against", folder).stdout
 
 
+@pytest.mark.slow
 def test_bench_compares_formats_and_recommends_one(folder, prose):
     words = ["bench", folder, "--formats", "--prompt", 8, "--tokens", 4, "--repeats", 1]
     found = json.loads(run(*words, "--perplexity", prose, "--json").stdout)

@@ -212,6 +212,7 @@ def test_a_dtype_can_be_chosen(stored):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gemma2"])
 @pytest.mark.parametrize("settings", [{}, {"repair": 8}, {"metric": "kl"}, {"order": "activation"}], ids=str)
 def test_pruning_gives_the_same_model(name, settings, stored, tmp_path):
@@ -399,6 +400,7 @@ def test_repair_of_too_many_rows_is_refused_before_the_search(stored):
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_bad_memory_on_the_command_line_is_one_line(stored, tmp_path):
     (tmp_path / "text.txt").write_text("\n\n".join(TEXT.rows))
     command = ["compress", str(stored()), "--ratio", "0.1", "--data", str(tmp_path / "text.txt"), "--json"]
