@@ -314,7 +314,7 @@ def test_success_is_0(entry):
         (["evaluate", "FOLDER", "--tasks", "gone.jsonl"], "there is no file 'gone.jsonl'"),
         (["bench", "FOLDER", "--tokens", "0"], "tokens"),
         (["bench", "FOLDER", "--formats", "--batch", "2"], "in batches of 1"),
-        (["compress", "FOLDER", "--system", "packed", "--set", "format=int3", "--out", "x"], "format is one of"),
+        (["compress", "FOLDER", "--system", "packed", "--set", "format=int3", "--out", "x"], "format must be one of"),
         (["inspect", "FOLDER", "--dtype", "float31"], "float31"),
         (["inspect", "FOLDER", "--device", "gpu"], "unknown device 'gpu'; choose one of auto, cuda, mps, cpu"),
         (["generate", "FOLDER", "Hello", "--tokens", "0"], "--tokens must be at least 1"),

@@ -124,7 +124,7 @@ def test_everything_about_the_model_is_as_it_was(method, repeated, tokenizer):
     model.lm_head.weight.requires_grad_(False)
     wanted = [parameter.requires_grad for parameter in model.parameters()]
     generator = torch.get_rng_state()
-    recover(model, repeated, tokenizer, method=method, memory="small")
+    recover(model, repeated, tokenizer, method=method, gradient_checkpointing=True)
     assert model.training
     assert [parameter.requires_grad for parameter in model.parameters()] == wanted
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

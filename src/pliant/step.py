@@ -54,7 +54,7 @@ class Setting:
         if value is None and type(None) in kinds:
             return
         if self.choices:
-            if value not in self.choices or type(value) is bool:
+            if (type(value), value) not in ((type(choice), choice) for choice in self.choices):
                 listed = ", ".join(str(choice) for choice in self.choices)
                 raise self.error(f"{name} must be one of {listed}; not {value!r}")
             return
