@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 
+from pliant.digest import digest
 from pliant.errors import WeightError
 from pliant.pages import hold
 
@@ -30,13 +30,15 @@ def check_finite(model: nn.Module) -> None:
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
     """A hash of every tensor's name, shape, dtype and up to 4096 evenly spaced elements."""
-    digest = hashlib.blake2b(digest_size=16)
+    return digest(_samples(model))
+
+
+def _samples(model: nn.Module) -> Iterator[str | bytes]:
     for name, tensor in _each(model, model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        yield f"{name} {tuple(tensor.shape)} {tensor.dtype}"
         flat = tensor.reshape(-1)
         step = max(1, flat.numel() // SAMPLE)
-        digest.update(flat[::step].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+        yield flat[::step].float().cpu().numpy().tobytes()
 
 
 def _each(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
