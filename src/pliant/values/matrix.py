@@ -16,7 +16,7 @@ from pliant.anatomy import anatomy_of, layers_of
 from pliant.architecture import catalogue
 from pliant.checkpoint.fingerprint import check_finite
 from pliant.errors import ArchitectureError, StepError
-from pliant.pages import hold
+from pliant.pages import within_limit
 from pliant.runtime.dense import is_linear, own_parameter, weight_of, why_fixed, why_kept
 from pliant.step import Step, setting
 
@@ -60,9 +60,7 @@ class Concern:
 
     def each(self, model: nn.Module) -> Iterator[Matrix]:
         """Iterate over the matrices; weights in files are released when memory is short."""
-        for matrix in self.matrices:
-            yield matrix
-            hold(model)
+        return within_limit(model, self.matrices)
 
 
 class ValueStep(Step):
