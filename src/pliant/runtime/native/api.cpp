@@ -1,5 +1,6 @@
 // What Python calls, as plain C: pointers and numbers, no types of Python's or torch's.
 #include <atomic>
+#include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -30,7 +31,19 @@ int failed(const std::string& what) {
 #define PLIANT_API extern "C" __attribute__((visibility("default")))
 
 // Raised whenever a signature below or the packed form changes.
-PLIANT_API int pliant_abi() { return 2; }
+PLIANT_API int pliant_abi() { return 3; }
+
+// The fields of the header of a packed matrix, "name offset size" each, with spaces between: Python declares them as well.
+PLIANT_API const char* pliant_header() {
+#define PLIANT_FIELD(name) \
+  #name " " + std::to_string(offsetof(Header, name)) + " " + std::to_string(sizeof(Header::name)) + " "
+  static const std::string fields = std::string() + PLIANT_FIELD(magic) + PLIANT_FIELD(version) + PLIANT_FIELD(format) +
+                                    PLIANT_FIELD(sparse) + PLIANT_FIELD(group) + PLIANT_FIELD(rows) + PLIANT_FIELD(columns) +
+                                    PLIANT_FIELD(stored) + PLIANT_FIELD(scales) + PLIANT_FIELD(offsets) + PLIANT_FIELD(masks) +
+                                    PLIANT_FIELD(values) + PLIANT_FIELD(size) + PLIANT_FIELD(checksum) + PLIANT_FIELD(unused);
+#undef PLIANT_FIELD
+  return fields.c_str();
+}
 
 // Why the last call of this thread failed.
 PLIANT_API const char* pliant_message() { return message.c_str(); }
@@ -116,7 +129,7 @@ PLIANT_API int pliant_linear(const uint8_t* data, int64_t size, int64_t columns,
     return failed("it has " + std::to_string(w.rows) + " outputs of " + std::to_string(w.columns) + " inputs, not " +
                   std::to_string(outputs) + " of " + std::to_string(columns));
   }
-  thread_local Rows ready;
+  thread_local PreparedRows ready;
   ready.read(x, static_cast<Type>(x_type), rows, w.columns, x_stride, w.format != Format::bf16, threads);
   Task task;
   task.weight = &w;

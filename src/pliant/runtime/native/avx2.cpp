@@ -8,6 +8,7 @@
 
 #include <cstring>
 
+#include "bf16.h"
 #include "multiply.h"
 
 namespace pliant {
@@ -397,10 +398,7 @@ void widen(const void* x, Type type, int64_t n, float* out, int64_t padded) {
     case Type::bf16: {
       const auto* from = static_cast<const uint8_t*>(x);
       for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, bf16_to_float(from + 2 * i));
-      for (; i < n; ++i) {
-        const uint32_t bits = uint32_t{read<uint16_t>(from + 2 * i)} << 16;
-        std::memcpy(out + i, &bits, 4);
-      }
+      for (; i < n; ++i) out[i] = from_bf16(read<uint16_t>(from + 2 * i));
       break;
     }
     case Type::f16: {
@@ -421,11 +419,7 @@ void narrow(const float* x, int64_t n, Type type, void* out) {
       break;
     case Type::bf16: {
       auto* to = static_cast<uint16_t*>(out);
-      for (; i < n; ++i) {
-        const uint32_t bits = read<uint32_t>(x + i);
-        const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-        to[i] = static_cast<uint16_t>(nan ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-      }
+      for (; i < n; ++i) to[i] = to_bf16(x[i]);
       break;
     }
     case Type::f16: {

@@ -11,8 +11,7 @@ namespace pliant {
 namespace {
 
 constexpr int64_t kSpan = 256;        // tokens that are summed up together: the same sums with any number of threads
-constexpr int64_t kRowsAtOnce = 32;   // query rows of a unit of work
-constexpr int64_t kWidest = 256;      // of a head
+constexpr int64_t kRowsAtOnce = kMostSharing;  // query rows of a unit of work
 
 // Zeroes the `share` smallest of n values with a stride, ties in order.
 void prune(float* values, int64_t n, float share) {
@@ -165,7 +164,7 @@ int64_t Cache::bytes() const {
 void Cache::attend_span(const float* q, int64_t rows, int64_t per_token, int64_t first_position, int64_t head, int64_t span,
                         int64_t window, Partial* partials) const {
   const Kernels& k = kernels();
-  thread_local Rows of_q, of_p;
+  thread_local PreparedRows of_q, of_p;
   thread_local std::vector<uint8_t> scratch(kBlock * kWidest * 2);
   thread_local std::vector<float> scores(kRowsAtOnce * kSpan), mixed(kRowsAtOnce * kWidest);
   const int64_t begin = span * kSpan;

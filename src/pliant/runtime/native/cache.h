@@ -8,6 +8,9 @@
 
 namespace pliant {
 
+constexpr int64_t kMostSharing = 32;  // query heads that share a key-value head
+constexpr int64_t kWidest = 256;      // elements of a head
+
 // How older tokens are kept.
 struct Keeping {
   int32_t packed = 0;    // 0: floats, as they came; 1: blocks that are full and old enough are packed
@@ -24,8 +27,6 @@ class Cache {
   Cache(const Cache& other);  // deep copy
   Cache& operator=(const Cache&) = delete;
 
-  int64_t heads() const { return heads_; }
-  int64_t width() const { return width_; }
   int64_t length() const { return length_; }
   int64_t bytes() const;
 

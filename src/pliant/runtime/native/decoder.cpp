@@ -6,21 +6,15 @@
 #include <cstddef>
 #include <cstring>
 
+#include "buffer.h"
 #include "cpu.h"
 #include "pool.h"
 
 namespace pliant {
 namespace {
 
-constexpr int64_t kMostRows = 32, kWidest = 256;  // query heads of a key-value head, elements of a head: see cache.cpp
-
 int64_t now() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-float* room(std::vector<float>& buffer, int64_t size) {
-  if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(static_cast<size_t>(size));
-  return buffer.data();
 }
 
 void norm(const float* x, const float* weight, int64_t n, double epsilon, float* out) {
@@ -82,7 +76,7 @@ std::string Decoder::add(const LayerPlan& plan) {
   layer.mlp = plan.gate.data != nullptr;
   const int64_t hidden = plan_.hidden, width = plan_.width;
   if (layer.attention) {
-    if (plan.kv_heads < 1 || plan.heads % plan.kv_heads || plan.heads / plan.kv_heads > kMostRows || width > kWidest)
+    if (plan.kv_heads < 1 || plan.heads % plan.kv_heads || plan.heads / plan.kv_heads > kMostSharing || width > kWidest)
       return "these head counts are not supported";
     for (const std::string& wrong : {look(plan.q, "q", plan.heads * width, hidden, &layer.q),
                                      look(plan.k, "k", plan.kv_heads * width, hidden, &layer.k),

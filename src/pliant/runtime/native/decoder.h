@@ -64,7 +64,7 @@ class Decoder {
   std::mutex running_;
   DecoderPlan plan_;
   std::vector<Layer> layers_;
-  Rows rows_;
+  PreparedRows rows_;
   std::vector<float> normed_, q_, k_, v_, mixed_, inner_;
   std::vector<float> widened_[3];  // half-precision vectors as floats
 };

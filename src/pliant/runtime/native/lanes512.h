@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "bf16.h"
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VBMI__) && defined(__AVX512VBMI2__) && \
     defined(__AVX512VNNI__) && defined(__AVX512BF16__)
 #define PLIANT_LANES512
@@ -258,7 +260,7 @@ struct Emulated {
   }
 
   static Floats load_bf16(const void* p) {
-    return each_float([&](int i) { return number(uint32_t{copy<uint16_t>(static_cast<const uint8_t*>(p) + 2 * i)} << 16); });
+    return each_float([&](int i) { return from_bf16(copy<uint16_t>(static_cast<const uint8_t*>(p) + 2 * i)); });
   }
   static Floats load_f16(const void* p) {
     return each_float([&](int i) {
@@ -270,7 +272,7 @@ struct Emulated {
     });
   }
   static void store_bf16(void* p, const Floats& v) {
-    for (int i = 0; i < 16; ++i) put(p, i, nearest(bits(v.lanes[i])));
+    for (int i = 0; i < 16; ++i) put(p, i, to_bf16(v.lanes[i]));
   }
   static void store_f16(void* p, const Floats& v) {
     for (int i = 0; i < 16; ++i) {
@@ -289,7 +291,7 @@ struct Emulated {
   static void store_flushed_bf16(void* p, const Floats& v) {
     for (int i = 0; i < 16; ++i) {
       const uint32_t all = bits(v.lanes[i]);
-      put(p, i, all & 0x7f800000 ? nearest(all) : all >> 16 & 0x8000);
+      put(p, i, all & 0x7f800000 ? to_bf16(v.lanes[i]) : all >> 16 & 0x8000);
     }
   }
 
@@ -305,10 +307,6 @@ struct Emulated {
   static void put(void* p, int i, uint32_t x) {
     const auto out = static_cast<uint16_t>(x);
     std::memcpy(static_cast<uint8_t*>(p) + 2 * i, &out, 2);
-  }
-  static uint32_t nearest(uint32_t bits) {  // bf16
-    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-    return nan ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   }
   template <class T>
   static T at(const Ints& v, int i) {

@@ -8,7 +8,7 @@
 namespace pliant {
 
 // Rows of x made ready: floats, and codes where a matrix wants them.
-class Rows {
+class PreparedRows {
  public:
   // `stride` is in elements.
   void read(const void* x, Type type, int64_t rows, int64_t columns, int64_t stride, bool codes, int threads);

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "bf16.h"
 #include "cpu.h"
 #include "pool.h"
 
@@ -15,20 +16,6 @@ constexpr int64_t kAlign = 64;
 constexpr int64_t kStepsTogether = 32;  // steps laid out together: rows are often a power of two apart and share few sets of a cache
 
 int64_t aligned(int64_t size) { return ceil_div(size, kAlign) * kAlign; }
-
-uint16_t to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-float from_bf16(uint16_t bits) {
-  const uint32_t wide = uint32_t{bits} << 16;
-  float x;
-  std::memcpy(&x, &wide, 4);
-  return x;
-}
 
 float rounded(float x) { return (x + 12582912.0f) - 12582912.0f; }  // to the nearest integer, of |x| < 2^22
 
@@ -336,7 +323,7 @@ std::string open(const uint8_t* data, int64_t size, bool full, int threads, Matr
   Header h;
   if (size < static_cast<int64_t>(sizeof h)) return "it has " + std::to_string(size) + " bytes, fewer than its header";
   std::memcpy(&h, data, sizeof h);
-  if (std::memcmp(h.magic, kMagic, sizeof kMagic) != 0) return "it is no packed matrix: its first bytes are others";
+  if (std::memcmp(h.magic, kMagic, sizeof kMagic) != 0) return "it is not a packed matrix: its first bytes are different";
   if (h.version != kVersion) return "it has version " + std::to_string(h.version) + ", known is " + std::to_string(kVersion);
   if (h.format > 2 || h.sparse > 1) return "its header names an unknown format";
   constexpr int64_t most = int64_t{1} << 31;
@@ -367,7 +354,7 @@ std::string open(const uint8_t* data, int64_t size, bool full, int threads, Matr
   const int64_t room = size - kSlack - h.values;
   if (!h.sparse && m.panels * m.steps * kStepBytes > room) return "its values do not fit into it";
   if (!full) return "";
-  if (checksum(data, size, threads) != h.checksum) return "its checksum is another: it was damaged";
+  if (checksum(data, size, threads) != h.checksum) return "checksum mismatch: it was damaged";
   if (!h.sparse) return "";
   std::atomic<bool> good{true};
   const auto offset = [&](int64_t p) { return m.panel_values(p) - m.values; };

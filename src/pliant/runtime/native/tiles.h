@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "bf16.h"
+
 namespace pliant {
 namespace {
 
@@ -142,8 +144,7 @@ struct Software {
     return all & 0x7f800000 ? x : read_as<float>(&sign);
   }
   static float wide(const uint8_t* p) {
-    const uint32_t all = uint32_t{read_as<uint16_t>(p)} << 16;
-    return flushed(read_as<float>(&all));
+    return flushed(from_bf16(read_as<uint16_t>(p)));
   }
   template <int sum, int x, int w, class F>
   void each(F f) {
