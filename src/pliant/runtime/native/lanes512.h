@@ -1,5 +1,5 @@
-// The operations on 512 bits that the AVX-512 kernels are written in, twice: as the processor's instructions, and as plain C++
-// with which the same kernels are tested where the processor lacks them. Both give the same bits.
+// The operations on 512 bits that the AVX-512 kernels are written in, twice: as the processor's instructions, and as
+// plain C++ with which the same kernels are tested where the processor lacks them. Both give the same bits.
 //
 // `Ints` are 64 bytes, `Floats` 16 floats. A pointer needs no alignment.
 #pragma once
@@ -51,9 +51,9 @@ struct Intrinsics {
     return _mm512_set1_epi64(x);
   }
 
-  // Elements, one after the other, to the places that the mask names; `there` keeps the others. That costs a copy of `there`,
-  // which processors make for nothing. The form that zeroes the others waits on Zen 5 for the old value of the register that
-  // it writes, whichever a compiler chose. One that reads memory itself is slow on some processors.
+  // Elements, one after the other, to the places that the mask names; `there` keeps the others. That costs a copy of
+  // `there`, which processors make for nothing. The form that zeroes the others waits on Zen 5 for the old value of the
+  // register that it writes, whichever a compiler chose. One that reads memory itself is slow on some processors.
   static Ints expand16(Ints there, uint32_t mask, Ints v) {
     asm("" : "+v"(v));
     return _mm512_mask_expand_epi16(there, mask, v);
@@ -81,8 +81,8 @@ struct Intrinsics {
   static Ints both_xor(Ints a, Ints b, Ints c) { return _mm512_ternarylogic_epi32(a, b, c, 0x6a); }  // a & b ^ c
   static Ints either(Ints a, Ints b) { return _mm512_or_si512(a, b); }
   static Ints largest(Ints a, Ints b) { return _mm512_max_epu32(a, b); }
-  static Ints left16(Ints v) { return _mm512_slli_epi32(v, 16); }      // of 32 bits
-  static Ints right4(Ints v) { return _mm512_srli_epi16(v, 4); }       // of 16 bits
+  static Ints left16(Ints v) { return _mm512_slli_epi32(v, 16); }  // of 32 bits
+  static Ints right4(Ints v) { return _mm512_srli_epi16(v, 4); }   // of 16 bits
   static uint32_t most(Ints v) { return _mm512_reduce_max_epu32(v); }
   static int32_t total(Ints v) { return _mm512_reduce_add_epi32(v); }
 
@@ -173,13 +173,15 @@ struct Emulated {
   static Ints zeros() { return ints(0); }
 
   static Ints nibbles(const void* p) {
-    return each<uint8_t>([&](int i) { return copy<uint32_t>(static_cast<const uint8_t*>(p) + i / 8 * 4) >> i % 8 * 4; });
+    return each<uint8_t>(
+        [&](int i) { return copy<uint32_t>(static_cast<const uint8_t*>(p) + i / 8 * 4) >> i % 8 * 4; });
   }
 
   static Ints dot(const Ints& sum, const Ints& unsigned_bytes, const Ints& signed_bytes) {
     return each<uint32_t>([&](int i) {
       int32_t products = 0;
-      for (int k = 4 * i; k < 4 * i + 4; ++k) products += unsigned_bytes.bytes[k] * static_cast<int8_t>(signed_bytes.bytes[k]);
+      for (int k = 4 * i; k < 4 * i + 4; ++k)
+        products += unsigned_bytes.bytes[k] * static_cast<int8_t>(signed_bytes.bytes[k]);
       return at<uint32_t>(sum, i) + static_cast<uint32_t>(products);
     });
   }

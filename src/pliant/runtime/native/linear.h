@@ -30,7 +30,7 @@ struct Task {
   Activation activation = Activation::none;
   void* out = nullptr;
   Type type = Type::f32;
-  int64_t stride = 0;  // elements from one row of y to the next
+  int64_t stride = 0;       // elements from one row of y to the next
   bool accumulate = false;  // fp32 only: y += instead of y =
 };
 

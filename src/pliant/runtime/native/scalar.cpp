@@ -18,7 +18,8 @@ struct SumOf {
   const int64_t row;
   float even[R][P][kPanel] = {}, odd[R][P][kPanel] = {};  // integers use the first alone
 
-  SumOf(const Matrix& matrix, int64_t at, const Input& input, int64_t first) : w(matrix), panel(at), x(input), row(first) {}
+  SumOf(const Matrix& matrix, int64_t at, const Input& input, int64_t first)
+      : w(matrix), panel(at), x(input), row(first) {}
 
   void add(const uint8_t* const (&values)[P], int64_t chunk, int64_t steps) {
     for (int r = 0; r < R; ++r) {
@@ -129,9 +130,10 @@ uint16_t float_to_half(float x) {
   if (std::isnan(x)) return static_cast<uint16_t>(sign | 0x7e00);
   if (size >= 65520.0f) return static_cast<uint16_t>(sign | 0x7c00);
   int exponent;
-  std::frexp(size, &exponent);  // size = f * 2^exponent, f in [0.5, 1)
+  std::frexp(size, &exponent);                              // size = f * 2^exponent, f in [0.5, 1)
   const int lowest = exponent < -13 ? -24 : exponent - 11;  // the place of the last bit of the result
-  const auto fraction = static_cast<int>(std::nearbyint(std::ldexp(size, -lowest)));  // up to 2048, which carries rightly
+  const auto fraction =
+      static_cast<int>(std::nearbyint(std::ldexp(size, -lowest)));  // up to 2048, which carries rightly
   const int field = exponent < -13 ? 0 : (exponent + 13) << 10;
   return static_cast<uint16_t>(sign | (size == 0 ? 0 : field + fraction));
 }
@@ -149,9 +151,15 @@ void widen(const void* x, Type type, int64_t n, float* out, int64_t padded) {
 void narrow(const float* x, int64_t n, Type type, void* out) {
   for (int64_t i = 0; i < n; ++i) {
     switch (type) {
-      case Type::f32: static_cast<float*>(out)[i] = x[i]; break;
-      case Type::bf16: static_cast<uint16_t*>(out)[i] = to_bf16(x[i]); break;
-      case Type::f16: static_cast<uint16_t*>(out)[i] = float_to_half(x[i]); break;
+      case Type::f32:
+        static_cast<float*>(out)[i] = x[i];
+        break;
+      case Type::bf16:
+        static_cast<uint16_t*>(out)[i] = to_bf16(x[i]);
+        break;
+      case Type::f16:
+        static_cast<uint16_t*>(out)[i] = float_to_half(x[i]);
+        break;
     }
   }
 }
@@ -178,8 +186,8 @@ void quantise(const float* x, int64_t padded, int8_t* codes, float* scales, int3
 }  // namespace
 
 const Kernels& scalar_kernels() {
-  static const Kernels kernels{"scalar",  multiply<Scalar>, expand<Scalar>, widen,     narrow,
-                               quantise, gate, product, largest_score, exponentials};
+  static const Kernels kernels{"scalar", multiply<Scalar>, expand<Scalar>, widen,       narrow, quantise,
+                               gate,     product,          largest_score,  exponentials};
   return kernels;
 }
 
