@@ -19,7 +19,7 @@ from pliant.elastic import Subnet
 from pliant.errors import ArtefactError, MemoryLimitError
 from pliant.formatting import parse_bytes
 from pliant.measure.prefix_scorer import Walk, footprint
-from pliant.pages import Pages, in_file
+from pliant.pages import Pages, in_file, within_limit
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how much memory a process has")
 
@@ -417,3 +417,20 @@ def test_bad_memory_on_the_command_line_is_one_line(stored, tmp_path):
 )
 def test_amounts_of_memory_are_read(text, count):
     assert parse_bytes(text) == count
+
+
+def test_pages_are_given_back_after_each_part_of_a_loop():
+    class Model:
+        pliant_pages = None
+
+    class Watched:
+        held = 0
+
+        def hold(self):
+            self.held += 1
+
+    assert [*within_limit(Model(), "abc")] == ["a", "b", "c"]
+    model = Model()
+    model.pliant_pages = pages = Watched()
+    assert [(part, pages.held) for part in within_limit(model, "abc")] == [("a", 0), ("b", 1), ("c", 2)]
+    assert pages.held == 3

@@ -11,6 +11,7 @@ from torch import nn
 
 from pliant.anatomy import Anatomy, Block, Null, Weight, anatomy_of, layers_of, plain_config
 from pliant.elastic.subnet import Subnet, validate
+from pliant.torch_private import own_tensors
 
 
 class Follower:
@@ -156,11 +157,10 @@ class Elastic:
         for weight in block.weights:
             full = self._full[block.name][weight.path]
             path, _, name = weight.path.rpartition(".")
-            # nn.Module.__setattr__ takes only Parameters here; a view must stay attached to the tensor it looks at
-            owner: Any = layer.get_submodule(path)
+            own = own_tensors(layer.get_submodule(path), weight.buffer)
             if weight.buffer:
-                give_back(owner._buffers[name], full, block, weight, self.active.kept(block))
-            (owner._buffers if weight.buffer else owner._parameters)[name] = narrow(full, block, weight, kept)
+                give_back(own[name], full, block, weight, self.active.kept(block))
+            own[name] = narrow(full, block, weight, kept)
         follow(layer, block, kept)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from pliant.anatomy import Anatomy, Block, anatomy_of, layers_of
 from pliant.elastic.activate import follow, narrow, slot, stand_in
 from pliant.elastic.subnet import Subnet, validate
-from pliant.pages import hold, in_file
+from pliant.pages import in_file, within_limit
 
 
 @torch.no_grad()
@@ -22,12 +22,11 @@ def extract(model: nn.Module, anatomy: Anatomy, subnet: Subnet) -> Anatomy:
     """
     validate(subnet, anatomy)
     layers = layers_of(model, anatomy.architecture)
-    for block in anatomy.blocks.values():
+    for block in within_limit(model, anatomy.blocks.values()):
         if block.name in subnet.skip:
             remove(layers[block.layer], block)
         else:
             shrink(layers[block.layer], block, subnet.kept(block))
-        hold(model)
     left = anatomy_of(model)
     slotted = {block.layer: block for block in left.blocks.values() if block.spec.slot}
     for index, block in slotted.items():

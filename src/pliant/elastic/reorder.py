@@ -10,7 +10,7 @@ from torch import nn
 from pliant.anatomy import Anatomy, Block, layers_of
 from pliant.architecture import Part
 from pliant.errors import SubnetError
-from pliant.pages import hold
+from pliant.pages import within_limit
 
 
 @torch.no_grad()
@@ -34,13 +34,12 @@ def reorder(model: nn.Module, anatomy: Anatomy, orders: Mapping[str, torch.Tenso
         chosen = {axis.leader: orders[axis.name] for axis in block.leaders if axis.name in orders}
         if not chosen:
             continue
-        for weight in block.weights:
+        for weight in within_limit(model, block.weights):
             parameter = weight.tensor(layers[block.layer])
             for position, dim in enumerate(weight.dims):
                 if any(part.axis in block.axes and block.axes[part.axis].leader in chosen for part in dim):
                     index = _elements(block, dim, chosen).to(parameter.device)
                     parameter.copy_(parameter.index_select(position, index))
-            hold(model)
 
 
 def _elements(block: Block, dim: tuple[Part, ...], chosen: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -10,11 +10,10 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from pliant.torch_private import has_state_hooks
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_STATE_HOOKS = (
-    *("_state_dict_hooks", "_state_dict_pre_hooks"),
-    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
-)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PLAIN: tuple[type, ...] = (nn.Parameter,)
 """Types of weights that hold their values as numbers."""
 
@@ -62,7 +61,7 @@ def why_kept(layer: Any) -> str:
         return f"its forward computes something other than a linear layer ({type(layer).__name__})"
     if isinstance(layer, NonDynamicallyQuantizableLinear):
         return "the attention around it reads its weight and never calls it"
-    if any(vars(layer).get(hooks) for hooks in _STATE_HOOKS):
+    if has_state_hooks(layer):
         return "it has hooks that change its state when it is saved or loaded"
     return ""
 
