@@ -16,13 +16,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from pliant.anatomy.anatomy import Anatomy
+from pliant.anatomy.anatomy import Anatomy, Traced
 from pliant.anatomy.block import Attribute, Axis, Block, Weight
 from pliant.anatomy.channel_groups import Dim, Stretch
 from pliant.anatomy.flow import Flow
 from pliant.anatomy.probe import evaluating, probe, remember
 from pliant.anatomy.residual import residual_modules
-from pliant.architecture import Architecture, BlockSpec, Part
+from pliant.architecture import BlockSpec, Part
 from pliant.errors import ArchitectureError
 
 REST = "rest"
@@ -85,9 +85,7 @@ def _trace(model: nn.Module, inputs: dict[str, Any]) -> Anatomy:
     blocks = reader.blocks(removable)
     total = sum(parameter.numel() for parameter in model.parameters())
     return Anatomy(
-        architecture=Architecture(
-            name=name, models=(), layers=".", fixed={}, axes={}, blocks=(), returns_tuple=False, raw={}
-        ),
+        source=Traced(name),
         blocks=blocks,
         depth=1,
         layer_types=("",),
