@@ -145,13 +145,13 @@ class Elastic:
         changed = [b for b in self.anatomy.blocks.values() if (b.name in subnet.skip) != (b.name in self.active.skip)]
         for block in changed:
             self._set_skipped(block, block.name in subnet.skip)
-        widened = {block.tied for block in changed} - {
+        touched = {block.tied for block in changed} - {
             None
-        }  # with one of them put aside whole, the others are whole too
+        }  # tied blocks may be one module: their state is not known now
         for block in self.anatomy.alive(subnet.skip):
-            was_full = block.name in self.active.skip or block.tied in widened  # whatever is kept of a shared axis
-            held = Subnet() if was_full else self.active
-            if subnet.kept(block) != held.kept(block):
+            # what was put aside is full, whatever is kept of a shared axis
+            held = Subnet() if block.name in self.active.skip else self.active
+            if block.tied in touched or subnet.kept(block) != held.kept(block):
                 self._set_kept(block, subnet.kept(block))
         if any(block.spec.state for block in changed):
             place_in_cache(self.layers, self.anatomy, subnet.skip)

@@ -10,6 +10,7 @@ from torch import nn
 from pliant.anatomy import Anatomy, Block, anatomy_of, layers_of
 from pliant.elastic.activate import follow, narrow, place_in_cache, stand_in
 from pliant.elastic.subnet import Subnet, validate
+from pliant.elastic.ties import correct_ties
 from pliant.pages import hold, in_file
 
 
@@ -33,6 +34,7 @@ def extract(model: nn.Module, anatomy: Anatomy, subnet: Subnet) -> Anatomy:
             if block.tied is not None:
                 shared[block.tied] = {weight.path: weight.tensor(layers[block.layer]) for weight in block.weights}
         hold(model)
+    correct_ties(model)
     left = anatomy_of(model)
     place_in_cache(layers, left)
     return left

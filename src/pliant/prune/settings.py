@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import ClassVar
 
 import torch
@@ -209,7 +209,7 @@ class WidthPruner(OrderedPruner, GreedyPruner):
         """Units of each axis of an attention that go in one move."""
         return self._groups(job, anatomy, {"attention"})
 
-    def _groups(self, job: Job, anatomy: Anatomy, roles: set[str]) -> dict[str, int]:
+    def _groups(self, job: Job, anatomy: Anatomy, roles: Collection[str]) -> dict[str, int]:
         """An expert at a time, heads in ``head_group``, and single channels in ``mlp_group``."""
         channels = self.mlp_group or max(1, job.model.config.get_text_config(decoder=True).hidden_size // 4)
         axes = {axis.leader: axis for axis in anatomy.axes.values()}
