@@ -14,13 +14,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from pliant.anatomy.anatomy import Anatomy
+from pliant.anatomy.anatomy import Anatomy, Traced
 from pliant.anatomy.block import Attribute, Axis, Block, Weight
 from pliant.anatomy.channel_groups import Dim, Stretch
 from pliant.anatomy.flow import Flow
 from pliant.anatomy.probe import evaluating, probe, remember
 from pliant.anatomy.residual import residual_modules
-from pliant.architecture import Architecture, BlockSpec, Part
+from pliant.architecture import BlockSpec, Part
 from pliant.errors import ArchitectureError
 from pliant.runtime.dense import CONVOLUTIONS
 
@@ -88,9 +88,7 @@ def _trace(model: nn.Module, inputs: dict[str, Any]) -> Anatomy:
     blocks = reader.blocks(removable)
     total = sum(parameter.numel() for parameter in model.parameters())
     return Anatomy(
-        architecture=Architecture(
-            name=name, models=(), layers=".", fixed={}, axes={}, blocks=(), returns_tuple=False, raw={}
-        ),
+        source=Traced(name),
         blocks=blocks,
         depth=1,
         layer_types=("",),

@@ -37,7 +37,7 @@ def l1_norms(model: nn.Module, anatomy: Anatomy) -> dict[str, torch.Tensor]:
     Returns:
         axis name -> L1 norm of each unit, shape ``(units,)``.
     """
-    layers = layers_of(model, anatomy.architecture)
+    layers = layers_of(model, anatomy.source)
     norms = {name: torch.zeros(axis.size, dtype=torch.float64) for name, axis in anatomy.axes.items()}
     for block in within_limit(model, anatomy.blocks.values()):
         for weight in block.weights:

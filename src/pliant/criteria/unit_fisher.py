@@ -37,7 +37,7 @@ def _damage(
 ) -> dict[str, torch.Tensor]:
     """:func:`damage_of_units` with ``tokens`` tokens in a forward pass."""
     stream, depth = Stream(model.eval(), anatomy), anatomy.depth
-    layers = layers_of(model, anatomy.architecture)
+    layers = layers_of(model, anatomy.source)
     watched: list[list[tuple[nn.Module, Block, Weight]]] = [[] for _ in range(depth)]
     for block, weight in readers(anatomy):
         module = layers[block.layer].get_submodule(weight.path.rpartition(".")[0])

@@ -98,8 +98,7 @@ class KnapsackPruner(OrderedPruner):
     def _menus(self, pruning: Pruning) -> dict[str, list[tuple[tuple[tuple[str, int], ...] | None, int]]]:
         """What can be done with each block, and the parameters it saves; the first is nothing."""
         anatomy = pruning.anatomy
-        free = {move.unit for move in block_moves(anatomy)(Subnet())}
-        stays = _last_of_type(anatomy)
+        free = {block.name for block in anatomy.may_all_go()}
         menus = {}
         for block in anatomy.blocks.values():
             whole = block.parameters({})
@@ -110,7 +109,7 @@ class KnapsackPruner(OrderedPruner):
                 saved = whole - block.parameters(short)
                 if kept and saved > menu[-1][1]:
                     menu.append((kept, saved))
-            if block.name in free and block.name not in stays:
+            if block.name in free:
                 menu.append((None, whole))
             if len(menu) > 1:
                 menus[block.name] = menu
@@ -218,9 +217,3 @@ def _narrowed(block: Block, gone: float, group: int) -> tuple[tuple[str, int], .
         if left:
             kept.append((axis.name, min(left, key=lambda units: abs(axis.size * (1 - gone) - units))))
     return tuple(kept)
-
-
-def _last_of_type(anatomy: Anatomy) -> set[str]:
-    """The last attention of each type: it stays, so that no mix of choices removes them all."""
-    last = {anatomy.layer_types[b.layer]: b.name for b in anatomy.blocks.values() if b.spec.slot}
-    return set(last.values())

@@ -23,15 +23,26 @@ def is_linear(module: nn.Module | None) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
+def stored_in_out(module: nn.Module | None) -> bool:
+    """Whether a linear layer stores its weight as ``(in_features, out_features)``."""
+    return isinstance(module, Conv1D)
+
+
+def size_names(layer: nn.Module) -> tuple[str, str]:
+    """The attributes of a linear layer that hold its ``(out_features, in_features)``."""
+    return ("nf", "nx") if stored_in_out(layer) else ("out_features", "in_features")
+
+
 def weight_of(layer: Any) -> torch.Tensor:
-    """The weight of a linear layer, detached, shape ``(out_features, in_features)``."""
+    """A view of a linear layer's weight, detached, shape ``(out_features, in_features)``."""
     weight = layer.weight.detach()
-    return weight.T if isinstance(layer, Conv1D) else weight
+    return weight.T if stored_in_out(layer) else weight
 
 
 def sizes_of(layer: Any) -> tuple[int, int]:
     """``(out_features, in_features)`` of a linear layer."""
-    return (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
+    out_features, in_features = size_names(layer)
+    return getattr(layer, out_features), getattr(layer, in_features)
 
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:

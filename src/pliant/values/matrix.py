@@ -240,7 +240,7 @@ def _blocks(model: Any) -> Iterator[Matrix]:
         anatomy = anatomy_of(model)
     except ArchitectureError:  # the layers differ from the file, for example by an adapter
         return
-    layers = layers_of(model, anatomy.architecture)
+    layers = layers_of(model, anatomy.source)
     names = {id(module): name for name, module in model.named_modules()}
     for block in anatomy.blocks.values():
         for weight in block.weights:
