@@ -226,7 +226,7 @@ def test_an_unknown_setting_is_refused_with_every_setting_and_its_help(system):
         ("mlp_group=few", "mlp_group .*'few'"),
         ("samples=0", "samples must be at least 1"),
         ("slack=nan", "slack"),
-        ("metric=taste", "no metric 'taste'; there are perplexity, kl"),
+        ("metric=taste", "metric must be one of perplexity, kl, or a Score; not 'taste'"),
         ("search=guess", "no search mode 'guess'"),
         ("split=1:2", "split is blocks:channels:heads"),
     ],

@@ -15,7 +15,7 @@ from pliant.criteria.unit_fisher import damage_of_units
 from pliant.criteria.unit_readers import read_axes
 from pliant.elastic import Subnet, extract, parameters, ratio
 from pliant.errors import MissingExtraError, RatioError, StepError, SubnetError, WeightError
-from pliant.measure.prefix_scorer import Walk
+from pliant.measure.prefix_scorer import PrefixScorer
 from pliant.progress import Progress
 from pliant.prune import knapsack
 from pliant.prune.knapsack import Choice, solve
@@ -30,7 +30,7 @@ STEPS = {
     **{f"oneshot by {by}": pliant.OneShot(**SHARED, by=by) for by in (*RANKINGS, "perplexity", "random")},
     "shortgpt": pliant.OneShot(**SHARED, by="influence", granularity="layer"),
     "unified": pliant.UnifiedPruner(**SHARED, mlp_group=8),
-    "unified per byte, racing": pliant.UnifiedPruner(**SHARED, mlp_group=8, per="bytes", search="racing"),
+    "unified per byte": pliant.UnifiedPruner(**SHARED, mlp_group=8, per="bytes"),
     "knapsack": pliant.KnapsackPruner(**SHARED, levels=2, swaps=4, group=8),
     "fisher": pliant.FisherPruner(**SHARED, group=8),
     "fisher per byte": pliant.FisherPruner(**SHARED, group=8, per="bytes"),
@@ -100,7 +100,7 @@ def test_taylor_predicts_a_small_removal():
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight.mul_(1e-2)
     anatomy = anatomy_of(model)
-    walk = Walk(model, anatomy, WINDOWS)
+    walk = PrefixScorer(model, anatomy, WINDOWS)
     real = walk.score(Subnet().without("layers.2.mlp")) - walk.score(Subnet())
     walk.close()
     assert taylor(model, anatomy, WINDOWS)["layers.2.mlp"] == pytest.approx(real, rel=0.05)
@@ -115,7 +115,7 @@ def test_taylor_predicts_a_small_removal_where_a_norm_follows(family):
     with torch.no_grad():  # gemma's norms multiply by 1 + weight
         norm.weight.copy_(norm.weight * 1e-2 if family == "olmo2" else (1 + norm.weight) * 1e-2 - 1)
     anatomy = anatomy_of(model)
-    walk = Walk(model, anatomy, WINDOWS)
+    walk = PrefixScorer(model, anatomy, WINDOWS)
     real = walk.score(Subnet().without("layers.2.attention")) - walk.score(Subnet())
     walk.close()
     assert taylor(model, anatomy, WINDOWS)["layers.2.attention"] == pytest.approx(real, rel=0.05)
@@ -339,7 +339,7 @@ def test_a_ratio_that_widths_cannot_reach_is_refused_before_the_gradient(monkeyp
 
 
 def test_a_ratio_that_no_menu_reaches_is_refused_before_anything_is_scored(monkeypatch):
-    monkeypatch.setattr(Walk, "score", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(PrefixScorer, "score", lambda *_: pytest.fail("too late"))
     with pytest.raises(RatioError, match="every block at its smallest comes to"):
         pruned(pliant.KnapsackPruner(ratio=0.95, samples=4, seqlen=64))
 
@@ -356,7 +356,7 @@ def test_evolution_meets_the_ratio_and_repeats():
 
 
 def test_evolution_is_refused_before_anything_is_scored_where_it_cannot_be_done(monkeypatch):
-    monkeypatch.setattr(Walk, "score", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(PrefixScorer, "score", lambda *_: pytest.fail("too late"))
     monkeypatch.setitem(sys.modules, "pymoo", None)
     with pytest.raises(MissingExtraError, match="pymoo"):
         pruned(pliant.MultiPrunerEvol(**SHARED, width_samples=4))
@@ -376,18 +376,28 @@ def test_evolution_leaves_blocks_alone_that_are_too_much():
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda: pliant.OneShot(ratio=0.1, by="taste"), "not by 'taste'"),
-        (lambda: pliant.OneShot(ratio=0.1, granularity="model"), "granularity is block or layer"),
-        (lambda: pliant.UnifiedPruner(ratio=0.1, per="euro"), "not per 'euro'"),
-        (lambda: pliant.UnifiedPruner(ratio=0.1, order="random"), "not by 'random'"),
-        (lambda: pliant.FisherPruner(ratio=0.1, per="unit"), "not per 'unit'"),
+        (lambda: pliant.OneShot(ratio=0.1, by="taste"), "by must be one of .*; not 'taste'"),
+        (
+            lambda: pliant.OneShot(ratio=0.1, granularity="model"),
+            "granularity must be one of block, layer; not 'model'",
+        ),
+        (lambda: pliant.UnifiedPruner(ratio=0.1, per="euro"), "per must be one of .*; not 'euro'"),
+        (lambda: pliant.UnifiedPruner(ratio=0.1, order="random"), "order must be one of .*; not 'random'"),
+        (
+            lambda: pliant.UnifiedPruner(ratio=0.1, search="racing"),
+            "search must be one of lazy, exact, naive; not 'racing'",
+        ),
+        (lambda: pliant.FisherPruner(ratio=0.1, per="unit"), "per must be one of .*; not 'unit'"),
         (lambda: pliant.FisherPruner(ratio=0.1, metric="kl"), "has no gradient"),
         (lambda: pliant.OneShot(ratio=0.1, metric="kl"), "ranking by influence does not score"),
-        (lambda: pliant.FisherPruner(ratio=0.1, group=0), "group must be at least 1"),
-        (lambda: pliant.KnapsackPruner(ratio=0.1, swaps=-1), "swaps must be at least 0"),
-        (lambda: pliant.MultiPrunerEvol(ratio=0.1, population=1), "population must be at least 4"),
-        (lambda: pliant.BlockPruner(ratio=0.1, repair=-1), "repair must be at least 0"),
-        (lambda: pliant.BlockPruner(ratio=0.1, ridge=0), "ridge must be above 0"),
+        (lambda: pliant.FisherPruner(ratio=0.1, group=0), "group must be a whole number of at least 1; not 0"),
+        (lambda: pliant.KnapsackPruner(ratio=0.1, swaps=-1), "swaps must be a whole number of at least 0; not -1"),
+        (
+            lambda: pliant.MultiPrunerEvol(ratio=0.1, population=1),
+            "population must be a whole number of at least 4; not 1",
+        ),
+        (lambda: pliant.BlockPruner(ratio=0.1, repair=-1), "repair must be a whole number of at least 0; not -1"),
+        (lambda: pliant.BlockPruner(ratio=0.1, ridge=0), "ridge must be a number above 0; not 0"),
     ],
 )
 def test_a_faulty_setting_is_refused(make, told):

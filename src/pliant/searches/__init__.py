@@ -2,5 +2,6 @@
 
 from pliant.searches.archive import Archive, ArchiveError
 from pliant.searches.greedy import MODES, Greedy, Move
+from pliant.searches.search import Limits, Search
 
-__all__ = ["MODES", "Archive", "ArchiveError", "Greedy", "Move"]
+__all__ = ["MODES", "Archive", "ArchiveError", "Greedy", "Limits", "Move", "Search"]
