@@ -17,8 +17,6 @@ from pliant.elastic import Subnet, extract, parameters, ratio
 from pliant.errors import MissingExtraError, RatioError, StepError, SubnetError, WeightError
 from pliant.measure.prefix_scorer import PrefixScorer
 from pliant.progress import Progress
-from pliant.prune import knapsack
-from pliant.prune.knapsack import Choice, solve
 from pliant.prune.moves import block_moves, layer_moves, pooled, width_moves
 
 WORDS = ["the", "cat", "sat", "on", "a", "red", "mat", "and", "looked", "at", "dogs", "that", "ran", "over", "hills"]
@@ -226,41 +224,6 @@ def test_the_activation_order_covers_what_matrices_read(family):
 
 
 # --- knapsack ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_knapsack_finds_the_best_mix():
-    """Against every combination of four menus."""
-    import itertools
-    import random
-
-    draw = random.Random(0)
-    for _ in range(40):
-        menus = [
-            [Choice((), 0, 0.0)] + [Choice((), draw.randint(1, 50), draw.uniform(-0.5, 1)) for _ in range(3)]
-            for _ in range(4)
-        ]
-        target, slack = 60.0, draw.choice([0.0, 2.0, 20.0])
-        unit = target / knapsack.STEPS
-        mixes = {
-            mix: (sum(int(menu[i].saved / unit) for menu, i in zip(menus, mix, strict=True)), _damage(menus, mix))
-            for mix in itertools.product(range(4), repeat=4)
-        }
-        enough = [found for found in mixes.values() if found[0] >= knapsack.STEPS]
-        within = [damage for saved, damage in enough if saved <= knapsack.STEPS + int(slack / unit)]
-        chosen = solve(menus, target, slack)
-        if not enough:
-            assert chosen is None
-            continue
-        assert chosen is not None
-        assert sum(menu[i].saved for menu, i in zip(menus, chosen, strict=True)) >= target
-        if within:
-            assert _damage(menus, chosen) == pytest.approx(min(within))
-        else:
-            assert mixes[tuple(chosen)][0] == min(enough)[0]
-
-
-def _damage(menus, mix):
-    return sum(menu[i].damage for menu, i in zip(menus, mix, strict=True))
 
 
 def test_swaps_never_make_it_worse():
