@@ -1,6 +1,7 @@
 """Scores: those of pliant, and a user's own, through the pruners."""
 
 import math
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,8 @@ from pliant.measure.scores import SCORES, Score, score_of
 from pliant.measure.scores.answer_match import AnswerMatch
 from pliant.measure.scores.choice_accuracy import ChoiceAccuracy
 from pliant.measure.scores.class_accuracy import ClassAccuracy
+from pliant.prune import Pruner
+from pliant.searches import NSGA2, Limits, Move, Space
 
 WORDS = ["the", "cat", "sat", "on", "a", "red", "mat", "and", "looked", "at", "dogs", "that", "ran", "over", "hills"]
 TEXT = pliant.text([" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 40)) for i in range(1, 60)])
@@ -65,6 +68,52 @@ def test_a_score_of_ones_own_is_what_the_whole_model_gives():
     scorer = PrefixScorer(model, anatomy_of(model), WINDOWS, metric=NextToken())
     assert scorer.score(Subnet()) <= 0
     assert scorer.score(cut) == pytest.approx(-expected, abs=1e-9)
+
+
+class Evolved(Pruner):
+    """A pruner of a user: two scores and two costs at once, one of them with a hard limit."""
+
+    kind = "evolved"
+
+    def run(self, job):
+        pruning = self.begin(job)
+        anatomy = pruning.anatomy
+        windows = self.windows(job, self.samples, self.seed)
+        space = Space.of(anatomy, {"channels": 8}, [f"layers.{i}.mlp" for i in range(3)])
+        size, macs = pruning.cost("parameters"), pruning.cost("macs")
+        limits = Limits(((size, (1 - self.ratio) * size(Subnet())),))
+        draw = random.Random(self.seed)
+        first = [space.sample(draw) for _ in range(8)]
+        search = NSGA2(space, 8, 4, first, objectives=4, seed=self.seed, limits=limits)
+        with (
+            pruning.scoring("loss", windows) as loss,
+            pruning.scoring("tokens", windows, metric=NextToken(), beside=loss) as tokens,
+        ):
+            search.run(lambda subnet: [loss(subnet), tokens(subnet), size(subnet), macs(subnet)])
+        job.record["front"] = [list(values) for values in search.seen.values()]
+        pruning.commit("loss", Move("all", search.best()), search.seen[search.best()][0])
+        pruning.cut()
+
+
+def test_several_scores_and_costs_are_searched_at_once_within_hard_limits(tmp_path):
+    step = Evolved(**SHARED)
+    record = pruned(step, work=tmp_path)
+    assert record["ratio"] >= 0.1
+    dense = sum(p.numel() for p in pico("llama").parameters())
+    assert all(size <= 0.9 * dense for _, _, size, _ in record["front"])
+    again = pruned(step, work=tmp_path)
+    assert again["front"] == record["front"]
+    assert all(stage["evaluations"] == 0 for stage in again["counters"].values())
+    # each score is what it is alone
+    model = pico("llama")
+    anatomy = anatomy_of(model)
+    windows = TEXT.sample(4, 42).windows(tokenizer(), 48)
+    cut = Subnet.from_dict(record["subnet"])
+    alone = [PrefixScorer(model, anatomy, windows, metric=m) for m in ("perplexity", NextToken())]
+    assert record["points"][-1]["loss"] == pytest.approx(alone[0].score(cut), abs=1e-6)
+    alone[0].close()
+    best = next(row for row in record["front"] if row[0] == record["points"][-1]["loss"])
+    assert best[1] == pytest.approx(alone[1].score(cut), abs=1e-9)
 
 
 def test_names_resolve_through_one_table_and_objects_are_themselves():

@@ -16,6 +16,7 @@ class ModelScorer:
 
     Arguments:
         tokenizer: gives the model's tokenizer.
+        elastic: that of another scorer of the same model, when the two are used in turn.
 
     Attributes:
         tokens: None; the score decides how much goes into one forward pass.
@@ -23,9 +24,16 @@ class ModelScorer:
         block_forwards: residual blocks run so far, in passes over all examples.
     """
 
-    def __init__(self, model: Any, anatomy: Anatomy, score: Score, tokenizer: Callable[[], Any]):
+    def __init__(
+        self,
+        model: Any,
+        anatomy: Anatomy,
+        score: Score,
+        tokenizer: Callable[[], Any],
+        elastic: Elastic | None = None,
+    ):
         self.model, self.anatomy, self.metric, self.tokenizer = model.eval(), anatomy, score, tokenizer
-        self.elastic = Elastic(model, anatomy)
+        self.elastic = elastic or Elastic(model, anatomy)
         self.tokens: int | None = None
         self.evaluations = 0
         self.block_forwards = 0.0

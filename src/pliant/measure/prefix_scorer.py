@@ -38,6 +38,7 @@ class PrefixScorer:
             whose weights are in files, as many as memory holds, so that each is read once for all windows.
         tokens: in one forward pass; default: :func:`pliant.forward.windows.tokens_at_once`. When the device runs out of memory,
             this is halved for the rest of the search, and only every second boundary is kept.
+        elastic: that of another scorer of the same model, when the two are used in turn.
 
     Attributes:
         tokens: as above.
@@ -56,12 +57,13 @@ class PrefixScorer:
         memory: int | None = None,
         stretch: int | None = None,
         tokens: int | None = None,
+        elastic: Elastic | None = None,
     ):
         self.model, self.anatomy, self.metric, self.reuse = model.eval(), anatomy, score_of(metric), reuse
         self._windows = windows
         self.evaluations = 0
         self.block_forwards = 0.0
-        self.elastic = Elastic(model, anatomy)
+        self.elastic = elastic or Elastic(model, anatomy)
         self.stream = Stream(model, anatomy)
         self._base = Subnet()
         self._known = 0  # boundaries 1 … _known of the base are remembered

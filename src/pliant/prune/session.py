@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pliant.anatomy import Anatomy
-from pliant.elastic import Subnet, described, macs, parameters, ratio
+from pliant.elastic import Elastic, Subnet, described, macs, parameters, ratio
 from pliant.errors import RatioError
 from pliant.formatting import duration, human_bytes
 from pliant.forward.windows import tokens_at_once
@@ -145,18 +145,27 @@ class Pruning:
         *,
         reuse: bool = True,
         told: Callable[[Scorer], None] = lambda _scorer: None,
+        metric: Score | None = None,
+        beside: Scorer | None = None,
     ) -> Iterator[Scorer]:
         """A stage of scoring sub-networks, the archive asked first; prefixes of the present sub-network are re-used.
 
         Arguments:
             told: called after every score.
+            metric: what is scored; default: what a removal must not hurt.
+            beside: a scorer that is used in turn with this one, for a search with several objectives.
         """
+        metric, elastic = metric or self.metric, None if beside is None else beside.walk.elastic
         began = time.monotonic()
-        walk = self._prefix_scorer(windows, reuse) if self.metric.on_windows else self._model_scorer()
-        scorer = Scorer(self.archive, walk, f"{name}:{self.metric.key}", told)
+        model, anatomy = self.job.model, self.anatomy
+        if metric.on_windows:
+            walk = self._prefix_scorer(windows, metric, reuse, elastic)
+        else:
+            walk = ModelScorer(model, anatomy, metric, self.job.tokenizer, elastic)
+        scorer = Scorer(self.archive, walk, f"{name}:{metric.key}", told)
         with self.job.progress.stage(name):
             if isinstance(walk, PrefixScorer):
-                self._tell_memory(windows, footprint(self.job.model, self.anatomy, windows, self.metric))
+                self._tell_memory(windows, footprint(model, anatomy, windows, metric))
             walk.rebase(self.subnet)
             try:
                 yield scorer
@@ -173,11 +182,10 @@ class Pruning:
             "tokens": walk.tokens,
         }
 
-    def _model_scorer(self) -> ModelScorer:
-        return ModelScorer(self.job.model, self.anatomy, self.metric, self.job.tokenizer)
-
-    def _prefix_scorer(self, windows: torch.Tensor, reuse: bool) -> PrefixScorer:
-        needs = footprint(self.job.model, self.anatomy, windows, self.metric)
+    def _prefix_scorer(
+        self, windows: torch.Tensor, metric: Score, reuse: bool, elastic: Elastic | None
+    ) -> PrefixScorer:
+        needs = footprint(self.job.model, self.anatomy, windows, metric)
         tokens = tokens_at_once(self.job.model)
         if self.archive.tokens is not None:
             # a resumed search uses the same batch size, so sums round alike, if memory allows
@@ -186,11 +194,12 @@ class Pruning:
             self.job.model,
             self.anatomy,
             windows,
-            metric=self.metric,
+            metric=metric,
             reuse=reuse,
             memory=needs.hidden,
             stretch=needs.stretch,
             tokens=tokens,
+            elastic=elastic,
         )
 
     def cost(self, per: str) -> Cost:
