@@ -20,30 +20,32 @@ from machine import save
 from pliant.anatomy import anatomy_of
 from pliant.elastic import Subnet
 from pliant.forward.windows import windows_for
-from pliant.measure.prefix_scorer import Walk
+from pliant.measure.prefix_scorer import PrefixScorer
 from pliant.prune import block_moves
 from pliant.searches import Greedy
 
 MODES = {
-    "lazy": Greedy("lazy"),
-    "lazy, slack 0.5": Greedy("lazy", slack=0.5),
-    "exact": Greedy("exact"),
-    "naive": Greedy("naive"),
+    "lazy": {"mode": "lazy"},
+    "lazy, slack 0.5": {"mode": "lazy", "slack": 0.5},
+    "exact": {"mode": "exact"},
+    "naive": {"mode": "naive"},
 }
 
 
-def search(model, windows: torch.Tensor, greedy: Greedy, removals: int) -> dict:
+def search(model, windows: torch.Tensor, settings: dict, removals: int) -> dict:
     anatomy = anatomy_of(model)
-    walk = Walk(model, anatomy, windows, reuse=greedy.mode != "naive")
-    moves = block_moves(anatomy)
+    walk = PrefixScorer(model, anatomy, windows, reuse=settings["mode"] != "naive")
     steps: list[dict] = []
 
-    def committed(move, loss: float) -> None:
-        walk.rebase(move.subnet)
-        steps.append({"block": move.unit, "loss": loss, "perplexity": math.exp(loss), "evaluations": walk.evaluations})
-
     began = time.perf_counter()
-    greedy.run(Subnet(), moves, walk.score, lambda subnet: len(subnet.skip) < removals, committed)
+    greedy = Greedy(Subnet(), block_moves(anatomy), lambda subnet: len(subnet.skip) < removals, **settings)
+    while not greedy.done:
+        for candidate in greedy.ask():
+            greedy.tell(candidate, [walk.score(candidate)])
+        for move, loss in greedy.taken[len(steps) :]:
+            walk.rebase(move.subnet)
+            row = {"block": move.unit, "loss": loss, "perplexity": math.exp(loss), "evaluations": walk.evaluations}
+            steps.append(row)
     seconds = time.perf_counter() - began
     walk.close()
     return {
@@ -57,8 +59,8 @@ def search(model, windows: torch.Tensor, greedy: Greedy, removals: int) -> dict:
 def compare(name: str, model, windows: torch.Tensor, removals: int) -> dict:
     anatomy = anatomy_of(model)
     rows = {}
-    for mode, greedy in MODES.items():
-        rows[mode] = search(model, windows, greedy, removals)
+    for mode, settings in MODES.items():
+        rows[mode] = search(model, windows, settings, removals)
         print(name, mode, {k: v for k, v in rows[mode].items() if k != "steps"}, flush=True)
     naive, exact = rows["naive"], rows["exact"]
     for row in rows.values():

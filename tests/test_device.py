@@ -18,7 +18,7 @@ from pliant.elastic import Subnet
 from pliant.errors import DeviceError, MemoryLimitError
 from pliant.forward import windows as windowing
 from pliant.forward.windows import tokens_at_once, within_memory
-from pliant.measure.prefix_scorer import Walk, footprint, store_bytes
+from pliant.measure.prefix_scorer import PrefixScorer, footprint, store_bytes
 from pliant.measure.speed.latency_table import measure_latency
 from pliant.measure.speed.token_breakdown import token_time
 from pliant.runtime import dense as dense_layers
@@ -113,7 +113,7 @@ def test_evaluation_stays_where_the_model_is(tokenizer):
 @pytest.mark.parametrize("metric", ["perplexity", "kl"])
 def test_a_walk_stays_where_the_model_is(metric):
     def scores(model):
-        walk = Walk(model, anatomy_of(model), WINDOWS, metric=metric)
+        walk = PrefixScorer(model, anatomy_of(model), WINDOWS, metric=metric)
         walk.rebase(Subnet().without("layers.2.mlp"))
         found = [walk.score(Subnet().without("layers.2.mlp", name)) for name in ("layers.3.mlp", "layers.0.attention")]
         walk.close()
@@ -124,7 +124,7 @@ def test_a_walk_stays_where_the_model_is(metric):
 
 
 STEPS = {
-    "blockpruner": pliant.BlockPruner(ratio=0.2, **FEW, search="racing"),
+    "blockpruner": pliant.BlockPruner(ratio=0.2, **FEW, search="exact"),
     "multipruner": pliant.MultiPruner(ratio=0.2, **FEW, width_samples=2, mlp_group=8, repair=2),
     "unified per bytes": pliant.UnifiedPruner(ratio=0.2, **FEW, mlp_group=8, per="bytes", metric="kl"),
     "knapsack": pliant.KnapsackPruner(ratio=0.2, **FEW, group=8, swaps=2),
@@ -350,7 +350,7 @@ def test_scores_do_not_depend_on_the_batch(metric):
     subnets = [Subnet(), Subnet().without("layers.3.mlp"), Subnet().without("layers.1.attention", "layers.3.mlp")]
 
     def scores(model, **options):
-        walk = Walk(model, anatomy_of(model), WINDOWS, metric=metric, **options)
+        walk = PrefixScorer(model, anatomy_of(model), WINDOWS, metric=metric, **options)
         walk.rebase(subnets[1])
         return [walk.score(subnet) for subnet in subnets], walk
 

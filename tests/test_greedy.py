@@ -20,20 +20,17 @@ def block_moves(names):
 class Search:
     """One run, remembering what was looked at and what was committed."""
 
-    def __init__(self, greedy, moves, score, more=lambda _: True, start=Subnet()):
-        self.looked, self.units, self.losses, self.per_step = [], [], [], [0]
-
-        def counted(subnet):
-            self.looked.append(subnet)
-            self.per_step[-1] += 1
-            return score(subnet)
-
-        def committed(move, loss):
-            self.units.append(move.unit)
-            self.losses.append(loss)
-            self.per_step.append(0)
-
-        self.result = greedy.run(start, moves, counted, more, committed)
+    def __init__(self, how, moves, score, more=lambda _: True, start=Subnet()):
+        self.looked, self.per_step = [], [0]
+        greedy = Greedy(start, moves, more, **how)
+        while not greedy.done:
+            for subnet in greedy.ask():
+                self.looked.append(subnet)
+                self.per_step[-1] += 1
+                greedy.tell(subnet, [score(subnet)])
+            self.per_step += [0] * (1 + len(greedy.taken) - len(self.per_step))
+        self.units, self.losses = [move.unit for move, _ in greedy.taken], [loss for _, loss in greedy.taken]
+        self.result = greedy.subnet
 
 
 def removing(count):
@@ -44,40 +41,41 @@ def additive(damage):
     return lambda subnet: 1.0 + sum(damage[name] for name in subnet.skip)
 
 
-EXACT, NAIVE = Greedy("exact"), Greedy("naive")
+def lazy(slack=0.3, refresh=16):
+    return {"mode": "lazy", "slack": slack, "refresh": refresh}
+
+
+EXACT, NAIVE = {"mode": "exact"}, {"mode": "naive"}
 
 NAMES = [f"layers.{layer}.{kind}" for layer in range(20) for kind in ("attention", "mlp")]
 
 
 def test_on_additive_damage_lazy_removes_the_same_as_exact_with_far_fewer_scores():
     damage = {name: (i * 17 % 40 + 1) / 64 for i, name in enumerate(NAMES)}  # sums of these are exact
-    lazy, exact = (
-        Search(greedy, block_moves(NAMES), additive(damage), removing(15))
-        for greedy in (Greedy("lazy", refresh=0), EXACT)
-    )
-    assert lazy.units == exact.units == sorted(NAMES, key=damage.get)[:15]
-    assert lazy.losses == exact.losses
-    assert lazy.result == exact.result
+    quick, exact = (Search(how, block_moves(NAMES), additive(damage), removing(15)) for how in (lazy(refresh=0), EXACT))
+    assert quick.units == exact.units == sorted(NAMES, key=damage.get)[:15]
+    assert quick.losses == exact.losses
+    assert quick.result == exact.result
     assert len(exact.looked) == 1 + sum(range(40, 25, -1))
     # everything once, then the neighbours, up to two, and what is within three tenths of the next best
-    assert lazy.per_step == [1 + 40, 2, 4, 4, 5, 5, 6, 6, 6, 7, 7, 8, 8, 9, 9, 0]
+    assert quick.per_step == [1 + 40, 2, 4, 4, 5, 5, 6, 6, 6, 7, 7, 8, 8, 9, 9, 0]
 
 
 @given(damage=st.lists(st.integers(-8, 8), min_size=1, max_size=8), refresh=st.integers(0, 3))
 def test_on_any_additive_damage_lazy_equals_exact_ties_and_gains_included(damage, refresh):
     by_name = dict(zip(NAMES, damage, strict=False))
     names = list(by_name)
-    lazy = Search(Greedy("lazy", refresh=refresh), block_moves(names), additive(by_name))
+    quick = Search(lazy(refresh=refresh), block_moves(names), additive(by_name))
     exact = Search(EXACT, block_moves(names), additive(by_name))
-    assert lazy.units == exact.units
-    assert lazy.losses == exact.losses
+    assert quick.units == exact.units
+    assert quick.losses == exact.losses
 
 
 @pytest.mark.parametrize("mode", ["lazy", "exact", "naive"])
 def test_of_equal_scores_the_earliest_offered_goes(mode):
     names = ["c", "a", "b", "d"]
     damage = {"c": 2, "a": 1, "b": 1, "d": 1}
-    search = Search(Greedy(mode), block_moves(names), additive(damage))
+    search = Search({"mode": mode}, block_moves(names), additive(damage))
     assert search.units == ["a", "b", "d", "c"]
 
 
@@ -90,14 +88,15 @@ numbers = st.floats(0, 100, allow_nan=False)
 anything = st.one_of(numbers, st.sampled_from([math.nan, math.inf, -math.inf]))
 
 
-def outcome(greedy, moves, score):
+def outcome(how, moves, score):
     """What was committed and what came of it, an error included."""
-    committed = []
+    greedy = Greedy(Subnet(), moves, lambda _: True, **how)
+    error = None
     try:
-        greedy.run(Subnet(), moves, score, lambda _: True, lambda move, loss: committed.append((move.unit, loss)))
-    except WeightError as error:
-        return committed, str(error)
-    return committed, None
+        greedy.run(lambda subnet: [score(subnet)])
+    except WeightError as raised:
+        error = str(raised)
+    return [(move.unit, loss) for move, loss in greedy.taken], error
 
 
 @given(values=st.lists(numbers, min_size=2, max_size=40), size=st.integers(1, 12))
@@ -107,13 +106,13 @@ def test_with_all_the_slack_lazy_equals_exact_where_every_removal_hurts(values, 
     def growing(subnet):  # by 1 to 201 with every unit that goes
         return score(subnet) + 101 * len(subnet.skip)
 
-    assert outcome(Greedy("lazy", 1.0, refresh=0), moves, growing) == outcome(EXACT, moves, growing)
+    assert outcome(lazy(1.0, 0), moves, growing) == outcome(EXACT, moves, growing)
 
 
 @given(values=st.lists(anything, min_size=2, max_size=40), size=st.integers(1, 6))
 def test_refreshing_at_every_step_equals_exact_whatever_the_scores(values, size):
     moves = block_moves(NAMES[:size])
-    assert outcome(Greedy("lazy", 0.0, 1), moves, tabled(values)) == outcome(EXACT, moves, tabled(values))
+    assert outcome(lazy(0.0, 1), moves, tabled(values)) == outcome(EXACT, moves, tabled(values))
 
 
 @given(values=st.lists(anything, min_size=2, max_size=40), size=st.integers(1, 6))
@@ -122,9 +121,9 @@ def test_naive_and_exact_look_at_the_same_and_decide_the_same(values, size):
     moves = block_moves(NAMES[:size])
     looked = {"naive": [], "exact": []}
     outcomes = []
-    for greedy in (NAIVE, EXACT):
+    for how in (NAIVE, EXACT):
         score = tabled(values)
-        outcomes.append(outcome(greedy, moves, lambda s, seen=looked[greedy.mode], f=score: seen.append(s) or f(s)))
+        outcomes.append(outcome(how, moves, lambda s, seen=looked[how["mode"]], f=score: seen.append(s) or f(s)))
     assert outcomes[0] == outcomes[1]
     assert looked["naive"] == looked["exact"]
 
@@ -141,13 +140,13 @@ def shrinking(subnet):
 def test_slack_widens_what_is_looked_at_to_units_that_hurt_less_than_before():
     moves = block_moves("acdbef")
     assert Search(EXACT, moves, shrinking, removing(2)).units == ["a", "b"]
-    strict = Search(Greedy("lazy", slack=0), moves, shrinking, removing(2))
+    strict = Search(lazy(0), moves, shrinking, removing(2))
     assert strict.units == ["a", "c"]
     assert strict.per_step == [7, 1, 0]
-    loose = Search(Greedy("lazy", slack=0.75), moves, shrinking, removing(2))
+    loose = Search(lazy(0.75), moves, shrinking, removing(2))
     assert loose.units == ["a", "b"]
     assert loose.per_step == [7, 5, 0]
-    assert Search(Greedy("lazy", slack=0.74), moves, shrinking, removing(2)).units == ["a", "c"]
+    assert Search(lazy(0.74), moves, shrinking, removing(2)).units == ["a", "c"]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +154,7 @@ def test_slack_widens_what_is_looked_at_to_units_that_hurt_less_than_before():
     [("abcdef", "b"), ("cbadef", "b"), ("bacdef", "b"), ("fedcba", "b"), ("acbdef", "c"), ("bcadef", "c")],
 )
 def test_what_stands_next_to_a_unit_that_is_gone_is_looked_at_without_slack(names, found):
-    search = Search(Greedy("lazy", slack=0), block_moves(names), shrinking, removing(2))
+    search = Search(lazy(0), block_moves(names), shrinking, removing(2))
     assert search.units == ["a", found]
 
 
@@ -166,22 +165,22 @@ def test_a_unit_without_a_finite_score_waits_until_what_is_near_it_goes(slack):
     def score(subnet):
         return math.inf if "h" in subnet.skip and len(subnet.skip) == 1 else additive(damage)(subnet)
 
-    search = Search(Greedy("lazy", slack=slack, refresh=0), block_moves("abcdefgh"), score)
+    search = Search(lazy(slack, 0), block_moves("abcdefgh"), score)
     assert search.units == list("abcdefgh")
     assert Subnet().without(*"ah") not in search.looked
 
 
 def test_refresh_scores_everything_again_at_that_step_only():
     damage = {name: float(i) for i, name in enumerate(NAMES[:12])}
-    search = Search(Greedy("lazy", 0, refresh=4), block_moves(NAMES[:12]), additive(damage), removing(10))
+    search = Search(lazy(0, 4), block_moves(NAMES[:12]), additive(damage), removing(10))
     assert search.per_step == [1 + 12, 1, 1, 1, 8, 1, 1, 1, 4, 1, 0]
-    search = Search(Greedy("lazy", 0, refresh=0), block_moves(NAMES[:12]), additive(damage), removing(10))
+    search = Search(lazy(0, 0), block_moves(NAMES[:12]), additive(damage), removing(10))
     assert search.per_step == [1 + 12, *[1] * 9, 0]
 
 
 def test_refresh_finds_what_lazy_lost_sight_of():
     moves = block_moves("acdbef")
-    assert Search(Greedy("lazy", refresh=1), moves, shrinking, removing(2)).units == ["a", "b"]
+    assert Search(lazy(refresh=1), moves, shrinking, removing(2)).units == ["a", "b"]
 
 
 @pytest.mark.parametrize("mode", ["lazy", "exact", "naive"])
@@ -192,7 +191,7 @@ def test_a_score_that_is_no_number_never_wins(mode, bad):
     def score(subnet):
         return bad if "c" in subnet.skip and len(subnet.skip) < 3 else additive(damage)(subnet)
 
-    assert Search(Greedy(mode), block_moves("cab"), score).units == ["b", "a", "c"]
+    assert Search({"mode": mode}, block_moves("cab"), score).units == ["b", "a", "c"]
 
 
 @pytest.mark.parametrize("mode", ["lazy", "exact", "naive"])
@@ -201,18 +200,16 @@ def test_without_any_finite_score_the_search_says_so(mode, bad):
     def score(subnet):
         return bad if len(subnet.skip) == 2 else 1.0
 
-    committed = []
-    with pytest.raises(WeightError, match="no removal leaves a finite loss"):
-        Greedy(mode).run(
-            Subnet(), block_moves("abc"), score, lambda _: True, lambda move, _: committed.append(move.unit)
-        )
-    assert committed == ["a"]
+    committed, error = outcome({"mode": mode}, block_moves("abc"), score)
+    assert error is not None
+    assert "no removal leaves a finite loss" in error
+    assert committed == [("a", 1.0)]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_start_without_a_finite_loss_is_refused(bad):
     with pytest.raises(WeightError, match=f"loss on the calibration text is {bad}"):
-        Search(Greedy(), block_moves("abc"), lambda _: bad)
+        Search({}, block_moves("abc"), lambda _: bad)
 
 
 def width_moves(size, group):
@@ -232,7 +229,7 @@ def test_a_unit_is_offered_again_for_its_next_group_and_looked_at_afresh(mode):
     def score(subnet):
         return sum(rising[axis][(12 - kept) // 4] for axis, kept in subnet.keep) if subnet.keep else 0.0
 
-    search = Search(Greedy(mode), width_moves(12, 4), score)
+    search = Search({"mode": mode}, width_moves(12, 4), score)
     first, second = rising
     assert search.units == [first, first, second, second]
     assert search.losses == [1, 2, 6, 7]
@@ -249,7 +246,7 @@ def test_what_stands_next_to_a_unit_that_is_narrower_is_looked_at_again():
     def score(subnet):
         return sum(rising[axis][(12 - kept) // 4] for axis, kept in subnet.keep) if subnet.keep else 0.0
 
-    search = Search(Greedy("lazy", slack=0), moves, score, lambda subnet: dict(subnet.keep).get("a", 12) == 12)
+    search = Search(lazy(0), moves, score, lambda subnet: dict(subnet.keep).get("a", 12) == 12)
     assert search.units == ["b", "b", "a"]
     # all; b, and a and c beside it; b has no group left to give, a and c are as they were
     assert search.per_step == [1 + 6, 3, 2, 0]
@@ -261,50 +258,22 @@ def test_weighing_by_parameters_prefers_what_saves_more():
     def moves(subnet):
         return [Move(n, subnet.without(n)) for n in ("small", "large") if n not in subnet.skip]
 
-    taken = []
-    Greedy("exact").run(
+    greedy = Greedy(
         Subnet(),
         moves,
-        lambda subnet: float(len(subnet.skip)),
         lambda subnet: not subnet.skip,
-        lambda move, _loss: taken.append(move.unit),
-        gain=lambda _subnet, move: {"small": 1.0, "large": 2.0}[move.unit],
+        lambda _subnet, move: {"small": 1.0, "large": 2.0}[move.unit],
+        mode="exact",
     )
-    assert taken == ["large"]
-
-
-def test_racing_scores_a_quarter_in_full_and_finds_what_exact_finds_on_additive_damage():
-    names = [f"b{i}" for i in range(64)]
-    damage = {name: (i * 7 % 64 + 1) / 64 for i, name in enumerate(names)}
-
-    def search(mode):
-        full, taken = [], []
-
-        def score(subnet):
-            full.append(subnet)
-            return sum(damage[name] for name in subnet.skip)
-
-        Greedy(mode, refresh=0).run(
-            Subnet(),
-            lambda s: [Move(n, s.without(n)) for n in names if n not in s.skip],
-            score,
-            lambda s: len(s.skip) < 5,
-            lambda move, _loss: taken.append(move.unit),
-            rough=lambda s: sum(damage[name] for name in s.skip) * 1.1,
-        )
-        return taken, len(full)
-
-    (racing, scored), (exact, _) = search("racing"), search("exact")
-    assert racing == exact
-    # all, a quarter of them in full; then, over four steps, neighbours and what is near to the best
-    assert scored == 1 + 64 // 4 + 15
+    greedy.run(lambda subnet: [float(len(subnet.skip))])
+    assert [move.unit for move, _loss in greedy.taken] == ["large"]
 
 
 def test_the_search_stops_when_nothing_is_offered():
-    search = Search(Greedy(), block_moves("ab"), additive({"a": 1, "b": 2}))
+    search = Search({}, block_moves("ab"), additive({"a": 1, "b": 2}))
     assert search.units == ["a", "b"]
     assert search.result.skip == {"a", "b"}
-    assert Search(Greedy(), lambda _: [], lambda _: 1.0).result == Subnet()
+    assert Search({}, lambda _: [], lambda _: 1.0).result == Subnet()
 
 
 def test_the_search_stops_when_no_more_is_wanted_and_looks_at_nothing_else():
@@ -320,14 +289,14 @@ def test_the_search_stops_when_no_more_is_wanted_and_looks_at_nothing_else():
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"mode": "random"}, "no search mode 'random'; there are lazy, racing, exact, naive"),
-        ({"mode": None}, "no search mode None"),
-        ({"slack": -0.1}, "slack is from 0 to 1"),
-        ({"slack": 1.1}, "slack is from 0 to 1"),
-        ({"slack": math.nan}, "slack is from 0 to 1"),
-        ({"refresh": -1}, "refresh not negative"),
+        ({"mode": "random"}, "mode must be one of lazy, exact, naive; not 'random'"),
+        ({"mode": None}, "mode must be one of .*; not None"),
+        ({"slack": -0.1}, "slack must be a number from 0 to 1"),
+        ({"slack": 1.1}, "slack must be a number from 0 to 1"),
+        ({"slack": math.nan}, "slack must be a number from 0 to 1"),
+        ({"refresh": -1}, "refresh must be at least 0; not -1"),
     ],
 )
 def test_wrong_settings_are_refused(settings, told):
     with pytest.raises(ValueError, match=told):
-        Greedy(**settings)
+        Greedy(Subnet(), block_moves("ab"), lambda _: True, **settings)

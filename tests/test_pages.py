@@ -18,7 +18,7 @@ from pliant.anatomy import anatomy_of
 from pliant.elastic import Subnet
 from pliant.errors import ArtefactError, MemoryLimitError
 from pliant.formatting import parse_bytes
-from pliant.measure.prefix_scorer import Walk, footprint
+from pliant.measure.prefix_scorer import PrefixScorer, footprint
 from pliant.pages import Pages, in_file, within_limit
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how much memory a process has")
@@ -254,7 +254,7 @@ def test_scores_layer_by_layer_are_the_same(metric, stretch):
     cuts = [Subnet(), Subnet().without("layers.2.mlp"), Subnet().keeping("layers.0.mlp.channels", 16)]
 
     def scores(**settings):
-        walk = Walk(model, anatomy, WINDOWS, metric=metric, **settings)
+        walk = PrefixScorer(model, anatomy, WINDOWS, metric=metric, **settings)
         walk.rebase(cuts[1])
         try:
             return [walk.score(subnet) for subnet in cuts]

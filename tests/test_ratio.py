@@ -228,7 +228,7 @@ def test_cuts_are_passed_over_and_put_back_until_none_is_too_much():
 def test_a_knapsack_of_harmful_blocks_does_not_take_more_than_asked(monkeypatch):
     """Where removals lower the loss, as in random models, all of them together did so most."""
     model = pico("llama", num_hidden_layers=8)
-    monkeypatch.setattr("pliant.prune.session.Walk.score", lambda _, subnet, __=1.0: 5 - 0.1 * len(subnet.skip))
+    monkeypatch.setattr("pliant.prune.session.PrefixScorer.score", lambda _, subnet: 5 - 0.1 * len(subnet.skip))
     step = pliant.KnapsackPruner(ratio=0.2, group=8, **FEW)
     pliant.apply(model, step, TEXT, tokenizer=tokenizer(), progress=False)
     assert 0.2 <= model.pliant_history[0]["ratio"] < 0.21

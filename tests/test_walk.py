@@ -11,7 +11,7 @@ from pliant.anatomy import anatomy_of, layers_of
 from pliant.elastic import Subnet
 from pliant.errors import DataError
 from pliant.forward import windows as windowing
-from pliant.measure.prefix_scorer import Walk, store_bytes
+from pliant.measure.prefix_scorer import PrefixScorer, store_bytes
 
 WINDOWS = torch.randint(3, 259, (5, 8), generator=torch.Generator().manual_seed(7))
 
@@ -96,8 +96,8 @@ def test_scores_are_the_plain_losses_whatever_is_scored_and_rebased_in_whatever_
     plain = pico(name)
     metric = data.draw(st.sampled_from(["perplexity", "kl"]))
     memory = data.draw(st.sampled_from([None, 0, store_bytes(model, anatomy, WINDOWS.numel()) // 2]))
-    reusing = Walk(model, anatomy, WINDOWS, metric=metric, memory=memory)
-    repeating = Walk(pico(name), anatomy, WINDOWS, metric=metric, reuse=False)
+    reusing = PrefixScorer(model, anatomy, WINDOWS, metric=metric, memory=memory)
+    repeating = PrefixScorer(pico(name), anatomy, WINDOWS, metric=metric, reuse=False)
     pool = [Subnet(), *data.draw(st.lists(subnets(anatomy), min_size=2, max_size=3))]
     for _ in range(data.draw(st.integers(2, 6))):
         subnet = data.draw(st.sampled_from(pool))
@@ -116,7 +116,7 @@ def test_scores_are_the_plain_losses_whatever_is_scored_and_rebased_in_whatever_
 def test_reuse_changes_no_bit_of_a_score(name):
     model, other = pico(name), pico(name)
     anatomy = anatomy_of(model)
-    reusing, repeating = Walk(model, anatomy, WINDOWS), Walk(other, anatomy, WINDOWS, reuse=False)
+    reusing, repeating = PrefixScorer(model, anatomy, WINDOWS), PrefixScorer(other, anatomy, WINDOWS, reuse=False)
     base = Subnet()
     for block in ("layers.2.mlp", "layers.0.attention", "layers.3.mlp"):
         candidates = [base.without(b.name) for b in anatomy.blocks.values() if b.name not in base.skip and b.layer < 3]
@@ -135,8 +135,8 @@ def test_with_less_memory_the_scores_are_the_same_and_fewer_hidden_states_are_ke
     anatomy = anatomy_of(model)
     whole = store_bytes(model, anatomy, WINDOWS.numel())
     free, limited = (
-        Walk(pico(name), anatomy, WINDOWS),
-        Walk(model, anatomy, WINDOWS, memory=whole * kept // anatomy.depth),
+        PrefixScorer(pico(name), anatomy, WINDOWS),
+        PrefixScorer(model, anatomy, WINDOWS, memory=whole * kept // anatomy.depth),
     )
     base = Subnet().without("layers.1.mlp")
     for walk in (free, limited):
@@ -169,7 +169,7 @@ def test_block_forwards_counts_exactly_what_ran(name, metric, options):
     model = pico(name)
     anatomy = anatomy_of(model)
     runs = Runs(model, anatomy)
-    walk = Walk(model, anatomy, WINDOWS, metric=metric, **options)
+    walk = PrefixScorer(model, anatomy, WINDOWS, metric=metric, **options)
     batches = 3
     assert len(walk.batches) == batches
     assert walk.block_forwards * batches == runs.count
@@ -188,7 +188,7 @@ def test_block_forwards_counts_exactly_what_ran(name, metric, options):
 
 def test_the_divergence_of_the_dense_model_from_itself_is_0_and_of_any_other_positive(name):
     model = pico(name)
-    walk = Walk(model, anatomy_of(model), WINDOWS, metric="kl")
+    walk = PrefixScorer(model, anatomy_of(model), WINDOWS, metric="kl")
     assert walk.score(Subnet()) == 0
     cut = walk.score(mixture(name))
     assert cut > 1e-3
@@ -203,7 +203,7 @@ def test_after_closing_the_model_is_as_before_bit_for_bit(name, metric, reuse):
     model = pico(name)
     before = state(model)
     dense = log_probabilities(model, Subnet())
-    walk = Walk(model, anatomy_of(model), WINDOWS, metric=metric, reuse=reuse)
+    walk = PrefixScorer(model, anatomy_of(model), WINDOWS, metric=metric, reuse=reuse)
     walk.rebase(mixture(name))
     walk.score(mixture(name).without("layers.3.mlp"))
     assert not same(before, state(model))
@@ -218,7 +218,7 @@ def test_after_a_forward_that_raises_closing_puts_the_model_back_too(name, layer
     model = pico(name)
     anatomy = anatomy_of(model)
     before = state(model)
-    walk = Walk(model, anatomy, WINDOWS)
+    walk = PrefixScorer(model, anatomy, WINDOWS)
     walk.rebase(mixture(name))
     walk.score(mixture(name))
     candidate = fitted(mixture(name).without("layers.1.mlp").keeping("layers.0.mlp.channels", 5), anatomy)
@@ -242,7 +242,7 @@ def test_after_a_forward_that_raises_closing_puts_the_model_back_too(name, layer
 
 def test_gradients_still_flow_after_a_walk_is_closed(name):
     model = pico(name)
-    walk = Walk(model, anatomy_of(model), WINDOWS)
+    walk = PrefixScorer(model, anatomy_of(model), WINDOWS)
     walk.score(mixture(name))
     walk.close()
     model(input_ids=WINDOWS, labels=WINDOWS, use_cache=False).loss.backward()
@@ -255,7 +255,7 @@ def test_broken_weights_score_nan(name):
     with torch.no_grad():
         inside = anatomy.blocks["layers.3.mlp"].weights[0].path
         layers_of(model, anatomy.architecture)[3].get_parameter(inside).fill_(float("nan"))
-    walk = Walk(model, anatomy, WINDOWS)
+    walk = PrefixScorer(model, anatomy, WINDOWS)
     assert walk.score(Subnet()) != walk.score(Subnet())
     assert walk.score(Subnet().without("layers.3.mlp")) == pytest.approx(
         plain_loss(pico(name), Subnet().without("layers.3.mlp")), abs=1e-6
@@ -264,14 +264,14 @@ def test_broken_weights_score_nan(name):
 
 def test_an_unknown_metric_is_refused_and_the_known_ones_are_named():
     model = pico()
-    with pytest.raises(DataError, match="no metric 'accuracy'; there are perplexity, kl"):
-        Walk(model, anatomy_of(model), WINDOWS, metric="accuracy")
+    with pytest.raises(DataError, match="metric must be one of perplexity, kl, or a Score; not 'accuracy'"):
+        PrefixScorer(model, anatomy_of(model), WINDOWS, metric="accuracy")
 
 
 def test_every_window_weighs_the_same_also_in_a_smaller_last_batch():
     model = pico()
-    walk = Walk(model, anatomy_of(model), WINDOWS)
-    each = [Walk(model, anatomy_of(model), window[None]).score(Subnet()) for window in WINDOWS]
+    walk = PrefixScorer(model, anatomy_of(model), WINDOWS)
+    each = [PrefixScorer(model, anatomy_of(model), window[None]).score(Subnet()) for window in WINDOWS]
     assert walk.score(Subnet()) == pytest.approx(sum(each) / 5, abs=1e-6)
     assert max(each) - min(each) > 0.01
     assert int(WINDOWS.max()) < VOCABULARY

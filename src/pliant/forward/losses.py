@@ -67,6 +67,3 @@ def _by_window(
     pairs = zip(one, other, strict=True)
     stretches = (zip(a.split(TOKENS_AT_A_TIME), b.split(TOKENS_AT_A_TIME), strict=True) for a, b in pairs)
     return torch.stack([torch.stack([each(a, b) for a, b in window]).sum() for window in stretches])
-
-
-METRICS = ("perplexity", "kl")

@@ -1,13 +1,12 @@
 """Score sub-networks of one model on fixed text, re-using what they have in common.
 
-Sub-networks that agree on their first layers compute the same hidden states there. A ``Walk`` remembers the hidden state
+Sub-networks that agree on their first layers compute the same hidden states there. A ``PrefixScorer`` remembers the hidden state
 at every layer boundary of a base sub-network; a candidate starts from the boundary before the first layer in which it
 differs.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,27 +16,29 @@ import torch
 from pliant.anatomy import Anatomy, layers_of
 from pliant.device import free_memory
 from pliant.elastic import Elastic, Subnet
-from pliant.errors import DataError, MemoryLimitError
+from pliant.errors import MemoryLimitError
 from pliant.formatting import human_bytes
-from pliant.forward.losses import METRICS, TOKENS_AT_A_TIME, kl_sum, nll_sum
+from pliant.forward.losses import TOKENS_AT_A_TIME
 from pliant.forward.stream import Stream
 from pliant.forward.windows import batches_of, tokens_at_once, within_memory
+from pliant.measure.scores import Score, score_of
 from pliant.pages import NEAR, pages_of
 
 
-class Walk:
-    """Scores sub-networks on token windows.
+class PrefixScorer:
+    """Scores sub-networks on token windows, by any score of logits.
 
     Arguments:
         model: a causal language model; it is put into evaluation mode.
         windows: token ids, shape ``(windows, seqlen)``.
-        metric: ``perplexity`` (the score is the log of it) or ``kl`` (to the dense model).
+        metric: what is computed from the logits, or its name.
         reuse: False runs every layer for every score, as a reference.
         memory: bytes that hidden states may take; with less, every k-th boundary is kept and the rest recomputed.
         stretch: layers that all windows go through before the next ones are run; all of them when left out. With a model
             whose weights are in files, as many as memory holds, so that each is read once for all windows.
         tokens: in one forward pass; default: :func:`pliant.forward.windows.tokens_at_once`. When the device runs out of memory,
             this is halved for the rest of the search, and only every second boundary is kept.
+        elastic: that of another scorer of the same model, when the two are used in turn.
 
     Attributes:
         tokens: as above.
@@ -51,19 +52,18 @@ class Walk:
         anatomy: Anatomy,
         windows: torch.Tensor,
         *,
-        metric: str = "perplexity",
+        metric: str | Score = "perplexity",
         reuse: bool = True,
         memory: int | None = None,
         stretch: int | None = None,
         tokens: int | None = None,
+        elastic: Elastic | None = None,
     ):
-        if metric not in METRICS:
-            raise DataError(f"there is no metric {metric!r}; there are {', '.join(METRICS)}")
-        self.model, self.anatomy, self.metric, self.reuse = model.eval(), anatomy, metric, reuse
+        self.model, self.anatomy, self.metric, self.reuse = model.eval(), anatomy, score_of(metric), reuse
         self._windows = windows
         self.evaluations = 0
         self.block_forwards = 0.0
-        self.elastic = Elastic(model, anatomy)
+        self.elastic = elastic or Elastic(model, anatomy)
         self.stream = Stream(model, anatomy)
         self._base = Subnet()
         self._known = 0  # boundaries 1 … _known of the base are remembered
@@ -81,14 +81,14 @@ class Walk:
         self._forget_after(self._divergence(subnet))
         self._base = subnet
 
-    def score(self, subnet: Subnet, share: float = 1.0) -> float:
-        """Mean loss in nats per token of ``subnet`` on the first ``share`` of the windows; NaN where there is no number."""
+    def score(self, subnet: Subnet) -> float:
+        """The loss of ``subnet``: its mean score over the windows, of which less is better; NaN where it is not a number."""
 
         def scored(tokens: int) -> float:
             if tokens != self.tokens:
                 self._stride = min(self.anatomy.depth, 2 * self._stride)
                 self._split(tokens)
-            return self._score(subnet, share)
+            return self._score(subnet)
 
         return within_memory(self.model, scored, self.tokens)
 
@@ -101,8 +101,8 @@ class Walk:
         self._dense: list[torch.Tensor] = []
 
     @torch.inference_mode()
-    def _score(self, subnet: Subnet, share: float) -> float:
-        if self.metric == "kl" and not self._dense:
+    def _score(self, subnet: Subnet) -> float:
+        if self.metric.needs_reference and not self._dense:
             self._dense = self._dense_ends()
         start = 0
         if self.reuse:
@@ -110,23 +110,21 @@ class Walk:
             self._extend(start)
         self.elastic.activate(subnet)
         total, count = 0.0, 0
-        batches = self.batches[: math.ceil(share * len(self.batches))]
-        entered = [self._hidden[number].get(start) for number in range(len(batches))]
+        entered = [hidden.get(start) for hidden in self._hidden]
         first, depth = start, self.anatomy.depth
         while depth - first > self._stretch:
-            entered = self._through(batches, first, first + self._stretch, entered)
+            entered = self._through(self.batches, first, first + self._stretch, entered)
             first += self._stretch
-        for number, ids in enumerate(batches):
+        for number, ids in enumerate(self.batches):
             for where, logits in self.stream.parts(ids, self._parts, first, entered[number]):
-                if self.metric == "kl":
+                reference = None
+                if self.metric.needs_reference:
                     reference = self.stream.logits(ids[:, where], depth, self._dense[number][:, where])
-                    total += kl_sum(logits, reference).sum().item()
-                else:
-                    total += nll_sum(logits, ids[:, where.start + 1 : where.stop + 1]).sum().item()
-            count += ids.numel() if self.metric == "kl" else ids.numel() - len(ids)
-        self._count(subnet, start, depth, len(batches) / len(self.batches))
+                of_part, tokens = self.metric.batch(logits, ids[:, where.start + 1 : where.stop + 1], reference)
+                total, count = total + of_part, count + tokens
+        self._count(subnet, start, depth)
         self.evaluations += 1
-        return total / count
+        return self.metric.loss(total / count)
 
     def close(self) -> None:
         """Put the model back as it was and forget the hidden states."""
@@ -166,8 +164,8 @@ class Walk:
             for later in [b for b in hidden if b > self._known]:
                 del hidden[later]
 
-    def _count(self, subnet: Subnet, start: int, end: int, share: float = 1.0) -> None:
-        self.block_forwards += share * sum(
+    def _count(self, subnet: Subnet, start: int, end: int) -> None:
+        self.block_forwards += sum(
             start <= block.layer < end and block.name not in subnet.skip for block in self.anatomy.blocks.values()
         )
 
@@ -197,7 +195,7 @@ class Footprint:
         weights: all of them; of those in files what has to be there at a time: ``stretch`` layers and the largest other.
         hidden: hidden states that are remembered.
         logits: and what the loss makes of them.
-        stretch: as for :class:`Walk`.
+        stretch: as for :class:`PrefixScorer`.
     """
 
     weights: int
@@ -210,8 +208,8 @@ class Footprint:
         return self.weights + self.hidden + self.logits
 
 
-def footprint(model: Any, anatomy: Anatomy, windows: torch.Tensor, metric: str) -> Footprint:
-    """What a :class:`Walk` over ``windows`` will take, known before it begins.
+def footprint(model: Any, anatomy: Anatomy, windows: torch.Tensor, metric: str | Score) -> Footprint:
+    """What a :class:`PrefixScorer` over ``windows`` will take, known before it begins.
 
     Raises:
         MemoryLimitError: a model whose weights are in files has a limit, and it is too low for this.
@@ -222,7 +220,7 @@ def footprint(model: Any, anatomy: Anatomy, windows: torch.Tensor, metric: str) 
     seqlen, at_once = windows.shape[1], tokens_at_once(model)
     tokens = min(windows.numel(), max(seqlen, at_once // seqlen * seqlen) if pages is None else at_once)
     vocabulary, element = model.get_input_embeddings().num_embeddings, next(model.parameters()).element_size()
-    copies = (2 if metric == "kl" else 1) * (2 if tokens < seqlen else 1)  # in parts, the last ones are still there
+    copies = score_of(metric).logits_copies * (2 if tokens < seqlen else 1)  # in parts, the last ones are still there
     logits = copies * vocabulary * (tokens * element + min(tokens, TOKENS_AT_A_TIME) * 8)
     if pages is None:
         free = free_memory(next(model.parameters()).device)

@@ -49,7 +49,7 @@ class FisherPruner(OrderedPruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.metric != "perplexity":
+        if self.score.key != "perplexity":
             raise StepError(
                 "at the dense model the divergence from it has no gradient; metric can only be perplexity here"
             )

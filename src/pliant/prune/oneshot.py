@@ -45,9 +45,9 @@ class OneShot(Pruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.metric != PERPLEXITY and self.by != PERPLEXITY:
+        if self.score.key != PERPLEXITY and self.by != PERPLEXITY:
             raise StepError(
-                f"ranking by {self.by} does not score; metric can only be {self.metric!r} with by='perplexity'"
+                f"ranking by {self.by} does not score; metric can only be {self.score.name!r} with by='perplexity'"
             )
 
     def run(self, job: Job) -> None:
@@ -78,7 +78,7 @@ class OneShot(Pruner):
             def told(scorer: Scorer) -> None:
                 job.progress.step(scorer.seen / (len(free) + 1), f"{scorer.seen} of {len(free) + 1} scored")
 
-            with pruning.scoring(f"ranking by {self.metric}", windows, told=told) as score:
+            with pruning.scoring(f"ranking by {self.score.name}", windows, told=told) as score:
                 check_loss(dense := score(Subnet()))
                 ranks = {move.unit: score(move.subnet) - dense for move in free}
         else:

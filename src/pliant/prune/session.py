@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from pliant.anatomy import Anatomy
-from pliant.elastic import Subnet, described, macs, parameters, ratio
+from pliant.elastic import Elastic, Subnet, described, macs, parameters, ratio
 from pliant.errors import RatioError
 from pliant.formatting import duration, human_bytes
 from pliant.forward.windows import tokens_at_once
 from pliant.measure.cost import Cost, cost_of
-from pliant.measure.prefix_scorer import Footprint, Walk, footprint
+from pliant.measure.model_scorer import ModelScorer
+from pliant.measure.prefix_scorer import Footprint, PrefixScorer, footprint
+from pliant.measure.scores import Score
 from pliant.pages import pages_of
 from pliant.prune.known_subnet import cut_exactly
 from pliant.prune.moves import Moves
@@ -30,32 +32,30 @@ from pliant.step import Job
 
 ARCHIVE = "search.jsonl"
 PUT_BACK = "put back"  # the stage that takes back what was too much
-ROUGH = 0.25  # share of the windows that a rough score is taken on
 PER_REMOVAL = 5.0  # scores that a lazy search takes for one, as long as it has made none
 
 
 class Scorer:
-    """Losses of sub-networks on fixed windows: from the archive where they are known, measured and kept where not.
+    """Losses of sub-networks: from the archive where they are known, measured and kept where not.
 
     Attributes:
         seen: scores given so far.
         seconds: what the last measured one took.
     """
 
-    def __init__(self, archive: Archive, walk: Walk, pool: str, told: Callable[[Scorer], None]):
+    def __init__(self, archive: Archive, walk: PrefixScorer | ModelScorer, pool: str, told: Callable[[Scorer], None]):
         self.archive, self.walk, self.pool, self.told = archive, walk, pool, told
         self.seen = 0
         self.seconds = 0.0
 
-    def __call__(self, subnet: Subnet, share: float = 1.0) -> float:
-        """Nats per token, on the first ``share`` of the windows."""
-        pool = self.pool if share == 1 else f"{self.pool}:{share}"
-        known = self.archive.get(pool, subnet)
+    def __call__(self, subnet: Subnet) -> float:
+        """The loss, of which less is better."""
+        known = self.archive.get(self.pool, subnet)
         if known is None:
             tick = time.monotonic()
-            known = self.walk.score(subnet, share)
+            known = self.walk.score(subnet)
             self.seconds = time.monotonic() - tick
-            self.archive.put(pool, subnet, known, self.seconds, self.walk.tokens)
+            self.archive.put(self.pool, subnet, known, self.seconds, self.walk.tokens)
         self.seen += 1
         self.told(self)
         return known
@@ -67,12 +67,12 @@ class Pruning:
 
     Arguments:
         job: model, progress and where the archive lives.
-        metric: ``perplexity`` or ``kl``.
+        metric: what a removal must not hurt.
         belongs_to: what the scores depend on, for the archive.
     """
 
     job: Job
-    metric: str
+    metric: Score
     belongs_to: dict[str, Any]
     anatomy: Anatomy = field(init=False)
     subnet: Subnet = field(init=False, default_factory=Subnet)
@@ -91,19 +91,30 @@ class Pruning:
         windows: torch.Tensor,
         until: float,
         *,
-        greedy: Greedy,
+        mode: str,
+        slack: float,
+        refresh: int,
         per: str | None = None,
     ) -> None:
         """Remove units until ``ratio >= until`` or nothing is left to offer.
 
         Arguments:
-            greedy: how to look.
+            mode, slack, refresh: how to look, see :class:`pliant.searches.greedy.Greedy`.
             per: the cost by which damage is divided; None to remove what hurts least whatever its size.
         """
         cost = None if per is None else self.cost(per)
         start, offered = ratio(self.anatomy, self.subnet), moves(self.subnet)
         first = len(offered)
         typical = statistics.median([ratio(self.anatomy, move.subnet) - start for move in offered] or [1.0])
+        greedy = Greedy(
+            self.subnet,
+            moves,
+            lambda s: ratio(self.anatomy, s) < until - 1e-12,
+            lambda s, move: 1.0 if cost is None else max(1e-9, cost(s) - cost(move.subnet)),
+            mode,
+            slack,
+            refresh,
+        )
         made = 0
 
         def told(scorer: Scorer) -> None:
@@ -116,22 +127,14 @@ class Pruning:
         with self.scoring(name, windows, reuse=greedy.mode != "naive", told=told) as score:
             self.job.progress.note(f"  {first} candidates")
 
-            def committed(move: Move, loss: float) -> None:
-                nonlocal made
-                made += 1
-                before = self.archive.get(score.pool, self.subnet)
-                score.walk.rebase(move.subnet)
-                self.commit(name, move, loss, math.nan if before is None else loss - before)
-
-            greedy.run(
-                self.subnet,
-                moves,
-                score,
-                lambda s: ratio(self.anatomy, s) < until - 1e-12,
-                committed,
-                gain=lambda s, move: 1.0 if cost is None else max(1e-9, cost(s) - cost(move.subnet)),
-                rough=lambda s: score(s, ROUGH),
-            )
+            while not greedy.done:
+                for candidate in greedy.ask():
+                    greedy.tell(candidate, [score(candidate)])
+                for move, loss in greedy.taken[made:]:
+                    made += 1
+                    before = self.archive.get(score.pool, self.subnet)
+                    score.walk.rebase(move.subnet)
+                    self.commit(name, move, loss, math.nan if before is None else loss - before)
         self.counters[name]["steps"] = made
 
     @contextmanager
@@ -142,32 +145,27 @@ class Pruning:
         *,
         reuse: bool = True,
         told: Callable[[Scorer], None] = lambda _scorer: None,
+        metric: Score | None = None,
+        beside: Scorer | None = None,
     ) -> Iterator[Scorer]:
         """A stage of scoring sub-networks, the archive asked first; prefixes of the present sub-network are re-used.
 
         Arguments:
             told: called after every score.
+            metric: what is scored; default: what a removal must not hurt.
+            beside: a scorer that is used in turn with this one, for a search with several objectives.
         """
+        metric, elastic = metric or self.metric, None if beside is None else beside.walk.elastic
         began = time.monotonic()
-        needs = footprint(self.job.model, self.anatomy, windows, self.metric)
-        tokens = tokens_at_once(self.job.model)
-        if (
-            self.archive.tokens is not None
-        ):  # a resumed search uses the same batch size, so sums round alike, if memory allows
-            tokens = min(tokens, self.archive.tokens)
-        walk = Walk(
-            self.job.model,
-            self.anatomy,
-            windows,
-            metric=self.metric,
-            reuse=reuse,
-            memory=needs.hidden,
-            stretch=needs.stretch,
-            tokens=tokens,
-        )
-        scorer = Scorer(self.archive, walk, f"{name}:{self.metric}", told)
+        model, anatomy = self.job.model, self.anatomy
+        if metric.on_windows:
+            walk = self._prefix_scorer(windows, metric, reuse, elastic)
+        else:
+            walk = ModelScorer(model, anatomy, metric, self.job.tokenizer, elastic)
+        scorer = Scorer(self.archive, walk, f"{name}:{metric.key}", told)
         with self.job.progress.stage(name):
-            self._tell_memory(windows, needs)
+            if isinstance(walk, PrefixScorer):
+                self._tell_memory(windows, footprint(model, anatomy, windows, metric))
             walk.rebase(self.subnet)
             try:
                 yield scorer
@@ -184,6 +182,26 @@ class Pruning:
             "tokens": walk.tokens,
         }
 
+    def _prefix_scorer(
+        self, windows: torch.Tensor, metric: Score, reuse: bool, elastic: Elastic | None
+    ) -> PrefixScorer:
+        needs = footprint(self.job.model, self.anatomy, windows, metric)
+        tokens = tokens_at_once(self.job.model)
+        if self.archive.tokens is not None:
+            # a resumed search uses the same batch size, so sums round alike, if memory allows
+            tokens = min(tokens, self.archive.tokens)
+        return PrefixScorer(
+            self.job.model,
+            self.anatomy,
+            windows,
+            metric=metric,
+            reuse=reuse,
+            memory=needs.hidden,
+            stretch=needs.stretch,
+            tokens=tokens,
+            elastic=elastic,
+        )
+
     def cost(self, per: str) -> Cost:
         """A cost by name, see :func:`pliant.measure.cost.cost_of`; what is measured for it is kept beside the archive."""
         return cost_of(per, self.job.model, self.anatomy, self.job.place(f"latency-{per}.json", "evaluations"))
@@ -192,7 +210,7 @@ class Pruning:
         """Take a move, and mark the point it leads to on the trade curve.
 
         Arguments:
-            loss: nats per token after it, None where it was not measured.
+            loss: of the sub-network after it, None where it was not measured.
             hurt: how much the removal hurt, in the method's own measure; NaN where that is unknown.
         """
         self.removals.append(Removal(move.unit, self.subnet, move.subnet, hurt))
@@ -230,13 +248,13 @@ class Pruning:
 
     def _mark(self, stage: str, move: Move, loss: float | None) -> None:
         self.subnet = move.subnet
-        perplexity = None if loss is None or self.metric != "perplexity" else math.exp(min(loss, 700))
         self.points.append(
             {
                 "stage": stage,
                 "unit": move.unit,
                 "loss": loss,
-                "perplexity": perplexity,
+                "score": None if loss is None else self.metric.shown(loss),
+                "label": self.metric.label,
                 "ratio": ratio(self.anatomy, move.subnet),
                 "parameters": parameters(self.anatomy, move.subnet),
                 "macs": macs(self.anatomy, move.subnet),

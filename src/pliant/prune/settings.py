@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -12,17 +12,17 @@ from pliant.architecture import ROLES
 from pliant.checkpoint.fingerprint import check_finite, fingerprint
 from pliant.data import Text
 from pliant.elastic import described
-from pliant.errors import DataError, MemoryLimitError, RatioError
+from pliant.errors import DataError, MemoryLimitError, RatioError, StepError
 from pliant.formatting import human_bytes
-from pliant.forward.losses import METRICS
 from pliant.forward.windows import check_model, seqlen_of, windows_for
 from pliant.measure.cost import COSTS
+from pliant.measure.scores import Score, score_of
 from pliant.pages import pages_of
 from pliant.prune.moves import Moves, fitting, reach, unit_of
 from pliant.prune.repair import repair_bytes
 from pliant.prune.session import Pruning
 from pliant.prune.unit_order import ORDERS
-from pliant.searches.greedy import MODES, Greedy
+from pliant.searches.greedy import MODES
 from pliant.step import Job, Step, setting
 
 UNIT = "unit"
@@ -51,10 +51,10 @@ class Pruner(Step):
         at_least=2,
     )
 
-    metric: str = setting(
-        "What a removal must not hurt: perplexity, or kl (divergence from the dense model's predictions).",
+    metric: str | Score = setting(
+        "What a removal must not hurt: perplexity, or kl (divergence from the dense model's predictions). In Python also a"
+        " Score, such as ChoiceAccuracy(questions).",
         default="perplexity",
-        choices=METRICS,
     )
 
     seed: int = setting("Seed of the draw of calibration rows.", default=42, at_least=0, at_most=2**63 - 1)
@@ -72,6 +72,21 @@ class Pruner(Step):
         default=1.0,
         above=0,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            score_of(self.metric)
+        except DataError as error:
+            raise StepError(str(error)) from None
+
+    @property
+    def score(self) -> Score:
+        """What a removal must not hurt."""
+        return score_of(self.metric)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "metric": self.score.key}
 
     def begin(self, job: Job) -> Pruning:
         """Check the model and the data, and open the archive."""
@@ -98,7 +113,7 @@ class Pruner(Step):
             "tokens": job.data.token_digest(job.tokenizer()),
             "step": {key: value for key, value in settings.items() if key in _IN_SCORES},
         }
-        return Pruning(job, self.metric, belongs_to)
+        return Pruning(job, self.score, belongs_to)
 
     def windows(self, job: Job, samples: int, seed: int) -> torch.Tensor:
         """Calibration windows from ``samples`` rows."""
@@ -133,22 +148,20 @@ class GreedyPruner(Pruner):
     """Settings shared by every pruner that removes units greedily."""
 
     search: str = setting(
-        "lazy scores only what may be best; racing scores roughly first where lazy would score "
-        "everything; exact scores everything at every step; naive also recomputes every layer.",
+        "lazy scores only the units that may be best; exact scores every unit at every step; naive also recomputes every"
+        " layer.",
         default="lazy",
         choices=MODES,
     )
 
     slack: float = setting(
-        "lazy, racing: share by which a unit may hurt less than when last looked at and still be found.",
+        "lazy: share by which a unit may hurt less than when last scored and still be scored again.",
         default=0.3,
         at_least=0,
         at_most=1,
     )
 
-    refresh: int = setting(
-        "lazy, racing: look at everything again every so many steps; 0 never does.", default=16, at_least=0
-    )
+    refresh: int = setting("lazy: score every unit again every so many steps; 0 never does.", default=16, at_least=0)
 
     per: str = setting(
         "Remove what hurts least per: unit (whatever its size), parameters, macs, bytes (that decoding "
@@ -156,10 +169,6 @@ class GreedyPruner(Pruner):
         default=UNIT,
         choices=(UNIT, *COSTS),
     )
-
-    def greedy(self) -> Greedy:
-        """How to look, from the settings."""
-        return Greedy(self.search, self.slack, self.refresh)
 
     def stage(
         self,
@@ -176,7 +185,8 @@ class GreedyPruner(Pruner):
             units: all moves that later stages may make; default: ``moves``.
         """
         fit = fitting(pruning.anatomy, moves, self.ratio, units)
-        pruning.stage(name, fit, windows, until, greedy=self.greedy(), per=None if self.per == UNIT else self.per)
+        per = None if self.per == UNIT else self.per
+        pruning.stage(name, fit, windows, until, mode=self.search, slack=self.slack, refresh=self.refresh, per=per)
 
 
 class OrderedPruner(Pruner):

@@ -117,7 +117,7 @@ def _moves(points: list[dict[str, Any]]) -> str:
 
 def _value(point: dict[str, Any]) -> float | None:
     """What was scored after a removal; None when a ranking chose it and nothing was."""
-    return point["loss"] if point["perplexity"] is None else point["perplexity"]
+    return point["score"]
 
 
 def _told(point: dict[str, Any]) -> str:
@@ -126,7 +126,7 @@ def _told(point: dict[str, Any]) -> str:
 
 
 def _label(points: list[dict[str, Any]]) -> str:
-    return "KL to dense" if points[0]["perplexity"] is None else "calibration perplexity"
+    return points[0]["label"]
 
 
 def _curve(points: list[dict[str, Any]]) -> str:

@@ -1,6 +1,26 @@
 """Ways to look for a sub-network, and the archive of everything that they evaluated."""
 
+from pliant.searches.allocation import Allocation
 from pliant.searches.archive import Archive, ArchiveError
 from pliant.searches.greedy import MODES, Greedy, Move
+from pliant.searches.hill import HillClimb
+from pliant.searches.nsga2 import NSGA2, need_pymoo
+from pliant.searches.random_search import RandomSearch
+from pliant.searches.search import Limits, Search
+from pliant.searches.space import Space
 
-__all__ = ["MODES", "Archive", "ArchiveError", "Greedy", "Move"]
+__all__ = [
+    "MODES",
+    "NSGA2",
+    "Allocation",
+    "Archive",
+    "ArchiveError",
+    "Greedy",
+    "HillClimb",
+    "Limits",
+    "Move",
+    "RandomSearch",
+    "Search",
+    "Space",
+    "need_pymoo",
+]

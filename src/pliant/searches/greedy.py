@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pliant.elastic import Subnet
 from pliant.errors import WeightError
+from pliant.searches.search import Look, Search
 
-MODES = ("lazy", "racing", "exact", "naive")
+MODES = ("lazy", "exact", "naive")
 
 
 @dataclass(frozen=True)
@@ -25,81 +26,72 @@ class Move:
     subnet: Subnet
 
 
-@dataclass(frozen=True)
-class Greedy:
-    """How to look.
+@dataclass
+class Greedy(Search):
+    """Remove units from ``start`` while ``more(subnet)`` and there are moves.
+
+    The first value that is told of a candidate is its loss. NaN never wins.
+
+    Arguments:
+        start: the first candidate.
+        moves: what could go next, every kind in the order of the model; of equal scores the earliest wins.
+        more: whether one more unit should go.
+        gain: what a move saves, above 0; the move with the least damage per gain wins.
+        mode: ``naive`` and ``exact`` score every move at every step (they differ only in whether the scorer re-uses
+            prefixes); ``lazy`` trusts that a unit which hurt much a step ago still does: it scores only what may be best, and
+            the units on either side of what went last, whose damage changes most.
+        slack: lazy: by which share less than last time a unit may hurt now and still be scored.
+        refresh: lazy: every so many steps score everything again; 0 never does.
 
     Attributes:
-        mode: ``naive`` and ``exact`` score every move at every step (they differ only in whether the scorer re-uses
-            prefixes); ``lazy`` trusts that a unit which hurt much a step ago still does: it scores only what may be best, and the
-            units on either side of what went last, whose damage changes most; ``racing`` is lazy and, where lazy would
-            score everything, scores it roughly first and only the better quarter in full.
-        slack: lazy and racing: by which share less than last time a unit may hurt now and still be looked at.
-        refresh: lazy and racing: every so many steps look at everything again; 0 never does.
+        subnet: what is left so far.
+        taken: every move made, and the loss after it.
     """
 
+    start: Subnet
+    moves: Callable[[Subnet], Sequence[Move]]
+    more: Callable[[Subnet], bool]
+    gain: Callable[[Subnet, Move], float] = lambda _subnet, _move: 1.0
     mode: str = "lazy"
     slack: float = 0.3
     refresh: int = 16
+    taken: list[tuple[Move, float]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ValueError(f"there is no search mode {self.mode!r}; there are {', '.join(MODES)}")
-        if not (0 <= self.slack <= 1 and self.refresh >= 0):
-            raise ValueError(f"slack is from 0 to 1 and refresh not negative; they are {self.slack} and {self.refresh}")
+            raise ValueError(f"mode must be one of {', '.join(MODES)}; not {self.mode!r}")
+        if not 0 <= self.slack <= 1:
+            raise ValueError(f"slack must be a number from 0 to 1; not {self.slack}")
+        if self.refresh < 0:
+            raise ValueError(f"refresh must be at least 0; not {self.refresh}")
+        self.subnet = self.start
 
-    def run(
-        self,
-        start: Subnet,
-        moves: Callable[[Subnet], Sequence[Move]],
-        score: Callable[[Subnet], float],
-        more: Callable[[Subnet], bool],
-        committed: Callable[[Move, float], None],
-        *,
-        gain: Callable[[Subnet, Move], float] = lambda _subnet, _move: 1.0,
-        rough: Callable[[Subnet], float] | None = None,
-    ) -> Subnet:
-        """Remove units from ``start`` while ``more(subnet)`` and there are moves.
-
-        Arguments:
-            moves: what could go next, every kind in the order of the model; of equal scores the earliest wins.
-            score: loss of a sub-network. NaN never wins.
-            committed: called with every move made and its score.
-            gain: what a move saves, above 0; the move with the least damage per gain wins.
-            rough: a cheaper estimate of ``score``, for racing.
-
-        Raises:
-            WeightError: when no move has a finite score.
+    def look(self) -> Look:
+        """Raises:
+        WeightError: when no move has a finite score.
         """
-        current, loss = start, score(start)
+        yield [self.start]
+        loss = self.seen[self.start][0]
         check_loss(loss)
-        last: dict[str, float] = {}  # how much each unit hurt when it was last looked at
+        last: dict[str, float] = {}  # how much each unit hurt when it was last scored
         step = 0
-        while more(current):
-            offered = moves(current)
+        while self.more(self.subnet):
+            offered = self.moves(self.subnet)
             if not offered:
                 break
-            gains = [gain(current, move) for move in offered]
-            lazy = self.mode in ("lazy", "racing")
-            afresh = not lazy or step == 0 or (self.refresh > 0 and step % self.refresh == 0)
+            gains = [self.gain(self.subnet, move) for move in offered]
+            afresh = self.mode != "lazy" or step == 0 or (self.refresh > 0 and step % self.refresh == 0)
             known = {} if afresh else last
-            least = 0  # moves that are scored whatever is known of them
-            if afresh and self.mode == "racing" and rough is not None:
-                before = rough(current)
-                known = {move.unit: _damage(rough(move.subnet), before) for move in offered}
-                last |= known
-                least = -(-len(offered) // 4)
-
             # the least damage per gain that a move may turn out to have
             hopes = [
                 self._hope(known.get(move.unit, -math.inf)) / saved for move, saved in zip(offered, gains, strict=True)
             ]
-            ranked = sorted(range(len(offered)), key=hopes.__getitem__)
             best: tuple[float, int, float] = (math.inf, -1, math.inf)
-            for place, i in enumerate(ranked):
-                if place >= least and hopes[i] > best[0]:
+            for i in sorted(range(len(offered)), key=hopes.__getitem__):
+                if hopes[i] > best[0]:
                     break
-                value = score(offered[i].subnet)
+                yield [offered[i].subnet]
+                value = self.seen[offered[i].subnet][0]
                 last[offered[i].unit] = _damage(value, loss)
                 if math.isfinite(value):
                     best = min(best, ((value - loss) / gains[i], i, value))
@@ -109,10 +101,9 @@ class Greedy:
             for neighbour in offered[max(0, best[1] - 1) : best[1] + 2]:
                 if neighbour != move:
                     last.pop(neighbour.unit, None)  # no longer to be trusted
-            current, loss = move.subnet, best[2]
-            committed(move, loss)
+            self.subnet, loss = move.subnet, best[2]
+            self.taken.append((move, loss))
             step += 1
-        return current
 
     def _hope(self, damage: float) -> float:
         """The least that a unit which hurt so much may hurt by now."""

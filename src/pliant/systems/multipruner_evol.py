@@ -6,19 +6,18 @@ variant. The paper gives no population and no number of generations; the default
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from pliant.anatomy import Anatomy, Axis
+from pliant.anatomy import Anatomy
 from pliant.elastic import Subnet, ratio
-from pliant.errors import MissingExtraError, RatioError
+from pliant.errors import RatioError
 from pliant.prune import WidthPruner, block_moves, pooled, width_moves
 from pliant.prune.moves import settled
-from pliant.prune.session import Pruning, Scorer
+from pliant.prune.session import Scorer
 from pliant.prune.unit_order import ordered
-from pliant.searches.greedy import Move
+from pliant.searches import NSGA2, Move, Space, need_pymoo
 from pliant.step import Job, setting
 
 
@@ -41,109 +40,50 @@ class MultiPrunerEvol(WidthPruner):
     )
 
     def run(self, job: Job) -> None:
-        _pymoo()
+        need_pymoo()
         pruning = self.begin(job)
         anatomy = pruning.anatomy
         groups = {**self.mlp_groups(job, anatomy), **self.head_groups(job, anatomy)}
         self.check_reach(anatomy, [block_moves(anatomy), width_moves(anatomy, groups)])
         for_widths = self.windows(job, self.width_samples, self.seed)
         for_blocks = self.windows(job, self.samples, self.seed + 1)
+        total = self.population * self.generations
+
+        def told(scorer: Scorer) -> None:
+            job.progress.step(min(1.0, scorer.seen / total), f"{scorer.seen} of {total} sub-networks scored")
+
         with ordered(job, anatomy, self.order, for_widths):
             units = pooled(block_moves(anatomy), width_moves(anatomy, groups))
             self.stage(pruning, "blocks", block_moves(anatomy), for_blocks, self.ratio / 2, units)
-            with pruning.scoring("widths", for_widths) as score:
-                subnet = self._evolve(pruning, score, groups)
+            space = Space.of(anatomy, groups, base=pruning.subnet)
+            with pruning.scoring("widths", for_widths, told=told) as score:
+                search = NSGA2(space, self.population, self.generations, self._first(anatomy, space), seed=self.seed)
+                search.run(lambda subnet: [score(subnet), -ratio(anatomy, subnet)])
+                subnet = settled(anatomy, self._nearest(anatomy, search, groups), self.ratio, dict(space.axes))
                 loss = score(subnet)
             pruning.commit("widths", Move("all", subnet), loss)
             self.finish(pruning, job, units, for_widths)
 
-    def _evolve(self, pruning: Pruning, score: Scorer, groups: dict[str, int]) -> Subnet:
-        from pymoo.algorithms.moo.nsga2 import NSGA2
-        from pymoo.core.problem import ElementwiseProblem
-        from pymoo.operators.crossover.sbx import SBX
-        from pymoo.operators.mutation.pm import PM
-        from pymoo.operators.repair.rounding import RoundingRepair
-        from pymoo.optimize import minimize
+    def _first(self, anatomy: Anatomy, space: Space) -> list[Subnet]:
+        """The first generation: random steps of random axes taken until about the ratio is met."""
+        draw = np.random.default_rng(self.seed)
+        wanted = (self.ratio * draw.uniform(0.8, 1.2) for _ in range(self.population))  # drawn when it is its turn
+        return [space.shrunk(lambda subnet, least=least: ratio(anatomy, subnet) >= least, draw) for least in wanted]
 
-        base, anatomy = pruning.subnet, pruning.anatomy
-        axes = [
-            (axis, groups[axis.leader])
-            for block in anatomy.blocks.values()
-            for axis in block.leaders
-            if block.name not in base.skip and axis.leader in groups
-        ]
-        steps = [_steps(axis, group) for axis, group in axes]
-        total = self.population * self.generations
-        met: dict[Subnet, float] = {}
-
-        class Widths(ElementwiseProblem):
-            def _evaluate(self, x: np.ndarray, out: dict[str, Any], *_: Any, **__: Any) -> None:
-                subnet = base
-                for (axis, _group), allowed, place in zip(axes, steps, x, strict=True):
-                    if allowed[int(place)] != axis.size:
-                        subnet = subnet.keeping(axis.name, allowed[int(place)])
-                loss = score(subnet)
-                met[subnet] = loss
-                pruning.job.progress.step(len(met) / total, f"{len(met)} of {total} sub-networks, loss {loss:.4f}")
-                out["F"] = [loss if np.isfinite(loss) else 1e9, -ratio(anatomy, subnet)]
-
-        problem = Widths(
-            n_var=len(axes), n_obj=2, xl=0, xu=np.array([len(allowed) - 1 for allowed in steps]), vtype=int
-        )
-        first: Any = self._first(base, anatomy, axes, steps)  # pymoo takes an array, its signature does not say so
-        algorithm = NSGA2(
-            pop_size=self.population,
-            sampling=first,
-            crossover=SBX(prob=0.9, eta=10, repair=RoundingRepair()),
-            mutation=PM(prob=1.0, prob_var=1 / len(axes), eta=3, repair=RoundingRepair()),
-            eliminate_duplicates=True,
-        )
-        minimize(problem, algorithm, ("n_gen", self.generations), seed=self.seed, verbose=False)
+    def _nearest(self, anatomy: Anatomy, search: NSGA2, groups: dict[str, int]) -> Subnet:
+        """Of the sub-networks at the ratio the one with the lowest loss."""
+        base = search.space.base
         narrower = width_moves(anatomy, groups)(base)
         unit = min((ratio(anatomy, move.subnet) for move in narrower), default=0.0) - ratio(anatomy, base)
         near = {
             subnet: loss
-            for subnet, loss in met.items()
+            for subnet, (loss, _) in search.seen.items()
             if np.isfinite(loss) and 0 <= ratio(anatomy, subnet) - self.ratio < max(self.tolerance, unit)
         }
         if not near:
-            reached = sorted(ratio(anatomy, subnet) for subnet in met)
+            reached = sorted(ratio(anatomy, subnet) for subnet in search.seen)
             raise RatioError(
-                f"none of {len(met)} sub-networks came to ratio {self.ratio} within {self.tolerance} (they span {reached[0]:.3f} "
-                f"to {reached[-1]:.3f}); give more generations or a larger tolerance"
+                f"none of {len(reached)} sub-networks came to ratio {self.ratio} within {self.tolerance} (they span "
+                f"{reached[0]:.3f} to {reached[-1]:.3f}); give more generations or a larger tolerance"
             )
-        allowed = {axis.name: kept for (axis, _), kept in zip(axes, steps, strict=True)}
-        return settled(anatomy, min(near, key=near.__getitem__), self.ratio, allowed)
-
-    def _first(
-        self, base: Subnet, anatomy: Anatomy, axes: Sequence[tuple[Axis, int]], steps: Sequence[Sequence[int]]
-    ) -> np.ndarray:
-        """The first generation: random steps of random axes taken until about the ratio is met."""
-        draw = np.random.default_rng(self.seed)
-        rows = []
-        for _ in range(self.population):
-            places, subnet = np.zeros(len(axes), dtype=int), base
-            until = self.ratio * draw.uniform(0.8, 1.2)
-            while ratio(anatomy, subnet) < until and (
-                free := [i for i, p in enumerate(places) if p + 1 < len(steps[i])]
-            ):
-                chosen = int(draw.choice(free))
-                places[chosen] += 1
-                subnet = subnet.keeping(axes[chosen][0].name, steps[chosen][places[chosen]])
-            rows.append(places)
-        return np.array(rows)
-
-
-def _pymoo() -> None:
-    try:
-        import pymoo  # noqa: F401 - only to know it is there before anything is scored
-    except ImportError:
-        raise MissingExtraError("the evolutionary search needs pymoo: pip install 'pliant[search]'") from None
-
-
-def _steps(axis: Axis, group: int) -> list[int]:
-    """The numbers of units that can be kept, from all of them down."""
-    allowed = [axis.size]
-    while (left := axis.less(allowed[-1], group)) is not None:
-        allowed.append(left)
-    return allowed
+        return min(near, key=near.__getitem__)

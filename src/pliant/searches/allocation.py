@@ -1,0 +1,110 @@
+"""Allocation: measure every choice alone, then solve for the best mix of choices as an integer program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pliant.elastic import Subnet
+from pliant.searches.greedy import check_loss
+from pliant.searches.search import Look, Search
+
+
+@dataclass
+class Allocation(Search):
+    """Choose one item of every menu so that enough is saved and the loss rises least.
+
+    Loss increases, measured with one choice made at a time, are taken to add up.
+
+    Arguments:
+        menus: for every part of a model the sub-networks to choose from; the first of each is the dense model.
+        saved: what each of them saves, whole numbers as ``menus``.
+        target: what has to be saved.
+        slack: how much more may be saved; where no mix is within it, the mix that saves least is taken.
+        combined: the sub-network of a mix, from the place of the choice in each menu; it is the last candidate.
+
+    Attributes:
+        damage: how much each choice raises the loss, as ``menus``.
+        picked: place of the choice in each menu; None when no mix with finite losses saves enough.
+    """
+
+    menus: Sequence[Sequence[Subnet]]
+    saved: Sequence[Sequence[int]]
+    target: float
+    slack: float
+    combined: Callable[[Sequence[int]], Subnet]
+    damage: list[list[float]] = field(init=False, default_factory=list)
+    picked: list[int] | None = field(init=False, default=None)
+
+    def look(self) -> Look:
+        """Raises:
+        WeightError: the loss of the dense model is not finite.
+        """
+        yield [Subnet()]
+        check_loss(dense := self.seen[Subnet()][0])
+        yield [one for menu in self.menus for one in menu if one != Subnet()]
+        self.damage = [[self.seen[one][0] - dense for one in menu] for menu in self.menus]
+        self.picked = allocate(self.saved, self.damage, self.target, self.slack)
+        if self.picked is not None:
+            yield [self.combined(self.picked)]
+
+
+def allocate(
+    saved: Sequence[Sequence[int]], damage: Sequence[Sequence[float]], target: float, slack: float
+) -> list[int] | None:
+    """One choice of each menu with the least damage in all, among those that save ``target`` to ``target + slack``.
+
+    A multiple-choice knapsack, solved exactly (scipy's ``milp``).
+
+    Arguments:
+        saved: what the choices of each menu save, whole numbers.
+        damage: what each choice costs; one that is not finite is never made.
+        slack: where no mix is within it, the mix that saves least is taken.
+
+    Returns:
+        The place of the choice in each menu, or None when no mix saves enough.
+    """
+    sizes, places = np.array([n for menu in saved for n in menu], dtype=float), [len(menu) for menu in saved]
+    costs = np.array([d for menu in damage for d in menu], dtype=float)
+    unit = max(1, math.gcd(*(int(n) for n in sizes)))  # small numbers are solved with small errors
+    sizes, least, most = sizes / unit, math.ceil(target / unit), math.floor((target + slack) / unit)
+    allowed = np.isfinite(costs)
+    costs[~allowed] = 0.0
+    found = _solved(costs, sizes, allowed, places, least, most) if most >= least else None
+    return found or _solved(sizes, sizes, allowed, places, least, math.inf)
+
+
+def _solved(
+    costs: np.ndarray, sizes: np.ndarray, allowed: np.ndarray, places: Sequence[int], least: int, most: float
+) -> list[int] | None:
+    """The mix with the least costs whose sizes add up to something from ``least`` to ``most``."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    starts = np.cumsum([0, *places[:-1]])
+    upper: Any = allowed.astype(float)  # scipy takes arrays, its signature does not say so
+    one_of_each = np.zeros((len(places), len(sizes)))
+    for row, (start, count) in enumerate(zip(starts, places, strict=True)):
+        one_of_each[row, start : start + count] = 1
+    low: Any = float(least)
+    high: Any = most
+    while low <= high:
+        solution = milp(
+            costs,
+            integrality=np.ones(len(sizes)),
+            bounds=Bounds(0, upper),
+            constraints=[LinearConstraint(one_of_each, 1, 1), LinearConstraint(sizes[None], low, high)],
+            options={"mip_rel_gap": 0.0},
+        )
+        if solution.x is None:
+            return None
+        picked = [int(np.argmax(solution.x[a : a + n])) for a, n in zip(starts, places, strict=True)]
+        total = sum(sizes[a + place] for a, place in zip(starts, picked, strict=True))
+        if least <= total <= most:
+            return picked
+        # the solver allows small errors, which large numbers make visible
+        low, high = (low + least - total, high) if total < least else (low, high - (total - most))
+    return None
