@@ -18,6 +18,7 @@ from pliant.checkpoint.load import tokenizer_of
 from pliant.checkpoint.packed_config import is_packed
 from pliant.checkpoint.paged import save_paged
 from pliant.checkpoint.per_layer_config import write
+from pliant.compat.hub_revision import revision_of
 from pliant.errors import ArchitectureError, ArtefactError, MemoryLimitError, PliantError
 from pliant.formatting import parse_bytes
 from pliant.pages import pages_of
@@ -208,7 +209,7 @@ def _of_a_hub(model: Any) -> Path:
     """A local folder with the files of a model's hub repository, without its weights."""
     from huggingface_hub import snapshot_download
 
-    place = {"repo_id": model.name_or_path, "revision": getattr(model.config, "_commit_hash", None)}
+    place = {"repo_id": model.name_or_path, "revision": revision_of(model)}
     try:
         return Path(snapshot_download(**place, ignore_patterns=skipped_of_a_hub()))
     except (OSError, ValueError):  # the hub does not answer

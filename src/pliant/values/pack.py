@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pliant.checkpoint.packed_config import packed_bytes, record_packed
+from pliant.checkpoint.packed_config import packed_bytes
 from pliant.compat.native import run_natively
+from pliant.compat.packed_layers import record_packed
 from pliant.errors import PackedError, StepError
 from pliant.pages import pages_of
 from pliant.runtime.dense import is_linear, weight_of
