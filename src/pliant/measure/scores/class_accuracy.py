@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 
+from pliant.digest import digest
 from pliant.errors import DataError
 from pliant.measure.scores.score import Score
 
@@ -32,13 +32,14 @@ class ClassAccuracy(Score):
 
     @property
     def key(self) -> str:
-        digest = hashlib.blake2b(digest_size=16)
+        return f"{self.name}:{digest(self._parts())}"
+
+    def _parts(self) -> Iterator[str | bytes]:
         for inputs, labels in self.batches:
             named = inputs if isinstance(inputs, Mapping) else {"": inputs}
             for name, tensor in [*sorted(named.items()), ("labels", labels)]:
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return f"{self.name}:{digest.hexdigest()}"
+                yield f"{name} {tensor.dtype} {tuple(tensor.shape)};"
+                yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
     @torch.inference_mode()
     def measure(self, model: Any, tokenizer: Any = None) -> tuple[float, int]:
