@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 
 from pliant.errors import PliantError, StepError
 from pliant.progress import Progress
+from pliant.registry import STEPS
 
 _UNSET: Any = dataclasses.MISSING
 
@@ -124,7 +125,8 @@ class Step:
     """pruner, values or training: what kind of step it is."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What it cannot do without: ``text`` (calibration text), ``ratio`` (a ratio to reach)."""
+    """What it cannot do without: ``text`` (calibration text), ``examples`` (text or examples to train on), ``ratio`` (a ratio to
+    reach), ``trained`` (a model that an earlier step has prepared)."""
 
     trains: ClassVar[bool] = False
     """Whether it trains the model, for which all weights have to be in memory."""
@@ -165,6 +167,8 @@ class Step:
             StepError: the step was written by a newer pliant, or has a setting that is not known.
         """
         version = raw.get("version", 1)
+        if type(version) is not int:
+            raise StepError(f"the version of {cls.kind} must be a whole number; not {version!r}")
         if version > cls.version:
             raise StepError(
                 f"{cls.kind} of version {version} was written by a newer pliant; this one knows version {cls.version}"
@@ -179,6 +183,29 @@ class Step:
         if unknown := sorted(given.keys() - known.keys()):
             raise StepError(f"{cls.kind} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
         return cls(**given)
+
+
+def step_of(raw: Mapping[str, Any]) -> Step:
+    """The step that :meth:`Step.to_dict` wrote as plain data.
+
+    Raises:
+        StepError: the data name no step, a setting that the step does not have, or a value that is not allowed.
+    """
+    kind = raw.get("step") if isinstance(raw, Mapping) else None
+    if not isinstance(kind, str):
+        raise StepError(f"a step is written as {{'step': 'multipruner', 'ratio': 0.2}}; not {raw!r}")
+    return step_class(kind).from_dict(raw)
+
+
+def step_class(kind: str) -> type[Step]:
+    """The class of a step by its name on the command line and in recipes.
+
+    Raises:
+        StepError: no step has this name.
+    """
+    if kind not in STEPS:
+        raise StepError(f"there is no system {kind!r}; there are {', '.join(STEPS)}")
+    return STEPS[kind].load()
 
 
 class FormerNameWarning(UserWarning):

@@ -37,6 +37,7 @@ class Recover(Step):
 
     kind: ClassVar[str] = "recover"
     family: ClassVar[str] = "training"
+    needs: ClassVar[frozenset[str]] = frozenset({"examples"})
     trains: ClassVar[bool] = True
 
     method: str = setting(
