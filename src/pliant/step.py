@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 
 from pliant.errors import PliantError, StepError
 from pliant.progress import Progress
+from pliant.record import Section, to_dict
 from pliant.registry import STEPS
 
 _UNSET: Any = dataclasses.MISSING
@@ -268,7 +269,7 @@ class Job:
         data: calibration text, or None.
         work: folder where the step keeps what lets it resume, or None to keep nothing.
         progress: where it reports to.
-        record: what the step wants remembered in the report.
+        record: figures that the step wants kept in ``model.pliant_history`` and ``report.json``.
     """
 
     model: Any
@@ -278,6 +279,19 @@ class Job:
     work: Path | None
     progress: Progress
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def show(self, *sections: Section, done: str = "", tags: Iterable[str] = ()) -> None:
+        """Add to what the report, the card and the command line show of this step.
+
+        Arguments:
+            done: what was done to the model, in a few words for the headline.
+            tags: tags of the model card.
+        """
+        self.record.setdefault("sections", []).extend(map(to_dict, sections))
+        if done:
+            self.record["done"] = done
+        if tags:
+            self.record["tags"] = [*tags]
 
     def place(self, name: str, key: str) -> Path | None:
         """Where in the work folder a step keeps something. What is done to a model twice has a place each: ``search.jsonl``,

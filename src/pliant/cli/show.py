@@ -13,15 +13,16 @@ from pliant.formatting import human_bytes
 
 def show_report(report: dict[str, Any], out: Path) -> None:
     """The before/after table of a compression."""
-    from pliant.run.card import changed, on_values, table
+    from pliant.record import notes_of
+    from pliant.run.card import changed, table
 
     shown = Table("", "before", "after", title=f"{report['model']}, {changed(report)}", title_justify="left")
     for row in table(report):
         shown.add_row(*row)
     _print(shown)
     for step in report["steps"]:
-        if said := on_values(step):
-            _print(f"{said}.")
+        if said := notes_of(step):
+            _print(said)
     if report.get("replies"):
         answers = Table(
             Column("prompt", overflow="fold"), "before", "after", title="replies", title_justify="left", show_lines=True

@@ -23,6 +23,7 @@ from pliant.pages import pages_of
 from pliant.prune.known_subnet import cut_exactly
 from pliant.prune.moves import Moves
 from pliant.prune.put_back import Removal, put_backs
+from pliant.prune.removal_record import refits, removals
 from pliant.prune.repair import repair
 from pliant.searches.archive import Archive
 from pliant.searches.greedy import Greedy, Move, check_loss
@@ -261,7 +262,9 @@ class Pruning:
             with self.job.progress.stage("repair"):
                 fits = repair(self.job.model, self.anatomy, self.subnet, windows, ridge, self.job.progress)
                 self.job.record["repair"] = fits
+                self.job.show(*refits(fits))
         cut_exactly(self.job.model, self.anatomy, self.subnet)
+        self.job.show(*removals(self.points, self.counters))
         self.job.record.update(
             ratio=ratio(self.anatomy, self.subnet),
             subnet=self.subnet.to_dict(),

@@ -18,6 +18,7 @@ from pliant.elastic import described
 from pliant.errors import DataError, StepError
 from pliant.formatting import human_bytes
 from pliant.forward.windows import check_ids, seqlen_of
+from pliant.record import Curve, Note, Section
 from pliant.step import Job, Step, setting
 from pliant.train.loop import SCHEDULES, Plan, Training, memory_peak
 from pliant.train.loss import Distillation
@@ -30,6 +31,26 @@ from pliant.train.trunk_and_head import Halves
 STEPS = 200
 USUAL = 256  # default number of tokens in a sequence, if the model has as many positions
 RATES = {"lora": 3e-4, "full": 5e-5}
+
+
+def training_sections(recovery: Mapping[str, Any]) -> list[Section]:
+    """The held-out loss while the model was trained, and what that took."""
+    looks = [(row["step"], row["held_out"]) for row in recovery["curve"] if row["held_out"] is not None]
+    curve = Curve(
+        title="held-out loss against steps",
+        xs=[float(step) for step, _ in looks],
+        ys=[loss for _, loss in looks],
+        labels=[f"step {step:.0f}: {loss:.3f}" for step, loss in looks],
+        x_format=".0f",
+        caption="Held-out loss in nats per token against optimizer steps.",
+    )
+    return [
+        *([curve] if looks else []),
+        Note(
+            f"{recovery['steps']} steps, {recovery['tokens']:,} tokens at {recovery['tokens_per_second']:,.0f} tokens/s; the "
+            f"state of step {recovery['best_step']} was kept."
+        ),
+    ]
 
 
 class Recover(Step):
@@ -280,6 +301,7 @@ class Recover(Step):
             "memory_estimate": sum(needs.values()),
             "peak_memory": memory_peak(model.device),
         }
+        job.show(*training_sections(job.record["recovery"]))
 
     def _most_steps(self) -> float:
         return self.steps or (STEPS if self.minutes is None else math.inf)
