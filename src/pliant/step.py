@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
+import os
+import shutil
 import types
 import typing
 import warnings
@@ -30,6 +33,7 @@ class Setting:
         at_least, at_most: limits of a number, themselves allowed.
         above, below: limits that are not allowed.
         choices: all allowed values; empty for any.
+        path: the value names a file or a folder that the step reads.
         formerly: the name that this setting has in recipes of earlier versions.
         error: raised for a value that is not allowed.
     """
@@ -40,6 +44,7 @@ class Setting:
     above: float | None = None
     below: float | None = None
     choices: tuple[Any, ...] = ()
+    path: bool = False
     formerly: str = ""
     error: type[PliantError] = StepError
 
@@ -101,7 +106,7 @@ def setting(help: str, *, default: Any = _UNSET, factory: Any = _UNSET, **limits
         help: one or two sentences for ``pliant ls SYSTEM``.
         default: left out for a setting that must be given.
         factory: makes the default, for values that can change.
-        limits: ``at_least``, ``at_most``, ``above``, ``below``, ``choices``, ``formerly`` and ``error`` of :class:`Setting`.
+        limits: ``at_least``, ``at_most``, ``above``, ``below``, ``choices``, ``path``, ``formerly`` and ``error`` of :class:`Setting`.
     """
     metadata = {"setting": Setting(help, **limits)}
     return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
@@ -134,6 +139,9 @@ class Step:
 
     reshapes: ClassVar[bool] = True
     """Whether it changes what tensors a model has; if not, the model's config stays as it is."""
+
+    keeps: ClassVar[tuple[str, ...]] = ()
+    """Files in its folder that become part of the artefact, so that a run that overwrites it can start from them."""
 
     packs: ClassVar[bool] = False
     """Whether it packs the model, after which no other step can follow."""
@@ -267,7 +275,8 @@ class Job:
         tokenizer: gives the model's tokenizer; asked only by steps that read text.
         dense: gives the model as it was before anything was done to it; asked only by steps that learn from it.
         data: calibration text, or None.
-        work: folder where the step keeps what lets it resume, or None to keep nothing.
+        folder: the step's own folder, for what lets it resume; None to keep nothing. It may not exist yet.
+        earlier: the same folder of a run whose result is about to be overwritten; read by :meth:`file`.
         progress: where it reports to.
         record: figures that the step wants kept in ``model.pliant_history`` and ``report.json``.
     """
@@ -276,8 +285,9 @@ class Job:
     tokenizer: Callable[[], Any]
     dense: Callable[[], Any]
     data: Any
-    work: Path | None
+    folder: Path | None
     progress: Progress
+    earlier: Path | None = None
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def show(self, *sections: Section, done: str = "", tags: Iterable[str] = ()) -> None:
@@ -293,15 +303,23 @@ class Job:
         if tags:
             self.record["tags"] = [*tags]
 
-    def place(self, name: str, key: str) -> Path | None:
-        """Where in the work folder a step keeps something. What is done to a model twice has a place each: ``search.jsonl``,
-        then ``search-2.jsonl``.
+    def file(self, name: str, belongs: Callable[[Path], Any] = lambda _path: None) -> Path | None:
+        """Where the step keeps something in its folder, or None to keep nothing.
+
+        A file of that name of the run that is overwritten is copied there, if nothing is there yet and the file is of use.
 
         Arguments:
-            key: what the records of steps have that keep such a thing.
+            belongs: raises PliantError for a file that is of no use to this step.
         """
-        if self.work is None:
+        if self.folder is None:
             return None
-        before = sum(key in record for record in getattr(self.model, "pliant_history", []))
-        path = self.work / name
-        return path.with_stem(f"{path.stem}-{before + 1}") if before else path
+        path = self.folder / name
+        old = None if self.earlier is None else self.earlier / name
+        if old is not None and old.exists() and not path.exists():
+            with contextlib.suppress(PliantError):
+                belongs(old)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                aside = path.with_name(f"{path.name}.part")
+                shutil.copyfile(old, aside)
+                os.replace(aside, path)
+        return path

@@ -83,7 +83,8 @@ class Pruning:
 
     def __post_init__(self) -> None:
         self.anatomy = described(self.job.model)
-        self.archive = Archive(self.job.place(ARCHIVE, "evaluations"), self.belongs_to)
+        path = self.job.file(ARCHIVE, lambda earlier: Archive(earlier, self.belongs_to))
+        self.archive = Archive(path, self.belongs_to)
 
     def stage(
         self,
@@ -187,7 +188,7 @@ class Pruning:
 
     def cost(self, per: str) -> Cost:
         """A cost by name, see :func:`pliant.measure.cost.cost_of`; what is measured for it is kept beside the archive."""
-        return cost_of(per, self.job.model, self.anatomy, self.job.place(f"latency-{per}.json", "evaluations"))
+        return cost_of(per, self.job.model, self.anatomy, self.job.file(f"latency-{per}.json"))
 
     def commit(self, stage: str, move: Move, loss: float | None, hurt: float = math.nan) -> None:
         """Take a move, and mark the point it leads to on the trade curve.

@@ -19,7 +19,7 @@ from pliant.measure.cost import COSTS
 from pliant.pages import pages_of
 from pliant.prune.moves import Moves, fitting, head_axes, reach, unit_of
 from pliant.prune.repair import repair_bytes
-from pliant.prune.session import Pruning
+from pliant.prune.session import ARCHIVE, Pruning
 from pliant.prune.unit_order import ORDERS
 from pliant.searches.greedy import MODES, Greedy
 from pliant.step import Job, Step, setting
@@ -32,6 +32,7 @@ class Pruner(Step):
 
     family: ClassVar[str] = "pruner"
     needs: ClassVar[frozenset[str]] = frozenset({"text", "ratio"})
+    keeps: ClassVar[tuple[str, ...]] = (ARCHIVE,)
 
     ratio: float = setting(
         "Share of all parameters to remove, embeddings included: 0.2 makes the model a fifth smaller. The"

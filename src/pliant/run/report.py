@@ -86,7 +86,9 @@ def _predicted(report: dict[str, Any]) -> str:
 def _step(step: dict[str, Any]) -> str:
     settings = ", ".join(f"{k}={v}" for k, v in step["settings"].items() if k != "step")
     drawn = "".join(
-        f"<p>{escape(' '.join(note.text for note in run))}</p>" if kind is Note else "".join(map(_section, run))
+        f"<p>{escape(' '.join(section.text for section in run if isinstance(section, Note)))}</p>"
+        if kind is Note
+        else "".join(map(_section, run))
         for kind, run in groupby(sections_of(step), type)
     )
     return (

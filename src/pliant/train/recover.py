@@ -146,11 +146,13 @@ class Recover(Step):
     teacher: str | None = setting(
         "Folder or hub id of the dense model to learn from; when left out, where this model was loaded from.",
         default=None,
+        path=True,
     )
 
     data: str | None = setting(
         "Training data: a file, a folder or hub id as for pliant.examples; when left out, the data of the run.",
         default=None,
+        path=True,
     )
 
     held_out: int = setting(
@@ -216,8 +218,7 @@ class Recover(Step):
                 "the dense model has the same weights as the model to recover, so there is nothing to learn from it; name the "
                 "one from before the cut with teacher= (or pliant.apply(..., dense=model))"
             )
-        folder = job.place("recover", "recovery")
-        state = StateFile(None if folder is None else folder / "state.safetensors", belongs_to)
+        state = StateFile(job.file("state.safetensors"), belongs_to)
         state.read()  # one that belongs to something else is refused before any work
         job.progress.note(
             f"{given.source}: {len(train)} sequences of at most {seqlen} tokens, {train.tokens:,} in all; {len(held_out)} held out; "
