@@ -581,7 +581,7 @@ def test_every_verb_that_runs_a_model_takes_a_device_and_a_dtype(verb, entry, fo
 
 
 def test_every_verb_in_the_list_is_there_and_no_other_loads_a_model():
-    others = {"doctor", "ls", "demo"}
+    others = {"doctor", "ls", "demo", "run_", "plan"}
     assert {command.callback.__name__ for command in app.registered_commands} == {*RUNS, *others}
 
 

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from pliant.run.apply import apply as apply
     from pliant.run.export import export as export
     from pliant.run.formats import compare_formats as compare_formats
+    from pliant.run.recipe import plan as plan
+    from pliant.run.recipe import run_recipe as run_recipe
     from pliant.run.save import save as save
     from pliant.step import step_of as step_of
     from pliant.systems.blockpruner import BlockPruner as BlockPruner

@@ -163,6 +163,18 @@ class Step:
         """Change ``job.model`` in place."""
         raise NotImplementedError
 
+    def estimate(self, blocks: int, row: float) -> tuple[float, bool]:
+        """A rough guess of what the step takes, for ``pliant plan``.
+
+        Arguments:
+            blocks: number of blocks in the model.
+            row: tokens in a row of calibration text.
+
+        Returns:
+            Tokens that go through the model (a gradient counts as two more), and whether it holds gradients.
+        """
+        return 0.0, False
+
     def to_dict(self) -> dict[str, Any]:
         """The step as plain data, for recipes: its name, its version, and every setting."""
         settings = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
@@ -224,6 +236,12 @@ class FormerNameWarning(UserWarning):
 def settings_of(step: type[Step]) -> dict[str, Setting]:
     """Name -> setting, for every setting of a step in the order in which they are listed."""
     return {field.name: field.metadata.get("setting", Setting("")) for field in dataclasses.fields(step)}
+
+
+def paths_of(step: Step) -> list[str]:
+    """Files and folders that the settings of a step name."""
+    named = [getattr(step, name) for name, of in settings_of(type(step)).items() if of.path]
+    return [str(path) for path in named if path]
 
 
 @functools.cache

@@ -53,11 +53,11 @@ def _fail(message: str, code: int) -> None:
 
 
 def _say(message: str) -> None:
-    print(f"pliant: {message}", file=sys.stderr)  # noqa: T201
+    print(f"pliant: {message}", file=sys.stderr)
 
 
 def _print(text: str) -> None:
-    print(text)  # noqa: T201
+    print(text)
 
 
 def _version(wanted: bool) -> None:
@@ -229,6 +229,49 @@ def compress(
         progress=Events() if as_json else Console(),
     )
     _print(to_json(report)) if as_json else show_report(report, out)
+
+
+Recipe = Annotated[str, typer.Argument(help="A recipe.yaml, or the folder of an artefact that has one.")]
+Moved = Annotated[str | None, typer.Option("--model", help="The dense model, if it is not where the recipe says.")]
+MovedData = Annotated[
+    Path | None, typer.Option("--data", help="The calibration text, if it has moved or another is to be used.")
+]
+
+
+@app.command(name="run", epilog="Example: pliant run small/recipe.yaml --out again")
+def run_(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    model: Moved = None,
+    data: MovedData = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is in the folder.")] = False,
+    memory: Annotated[str | None, typer.Option(help="Most memory to take, such as 2GB.")] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Repeat the recipe of an artefact, with the same data.
+
+    Interrupted work is kept beside the output folder; the same command resumes it.
+    """
+    from pliant.cli.show import show_report
+    from pliant.progress import Console, Events
+    from pliant.run.recipe import run_recipe
+
+    shown = Events() if as_json else Console()
+    report = run_recipe(
+        recipe, out, model=model, data=data, overwrite=overwrite, device=device, memory=memory, progress=shown
+    )
+    _print(to_json(report)) if as_json else show_report(report, out)
+
+
+@app.command(epilog="Example: pliant plan small/recipe.yaml")
+def plan(recipe: Recipe, model: Moved = None, data: MovedData = None, as_json: Json = False) -> None:
+    """Show the stages of a recipe and about what each takes, before anything is done."""
+    from pliant.cli.show import show_plan
+    from pliant.run.recipe import plan as planned
+
+    found = planned(recipe, model=model, data=data)
+    _print(to_json(found)) if as_json else show_plan(found)
 
 
 @app.command(epilog="Example: pliant evaluate small --against ./smollm2 --tasks arc_easy.jsonl")

@@ -19,7 +19,7 @@ from pliant.measure.cost import COSTS
 from pliant.pages import pages_of
 from pliant.prune.moves import Moves, fitting, head_axes, reach, unit_of
 from pliant.prune.repair import repair_bytes
-from pliant.prune.session import ARCHIVE, Pruning
+from pliant.prune.session import ARCHIVE, PER_REMOVAL, Pruning
 from pliant.prune.unit_order import ORDERS
 from pliant.searches.greedy import MODES, Greedy
 from pliant.step import Job, Step, setting
@@ -72,6 +72,9 @@ class Pruner(Step):
         default=1.0,
         above=0,
     )
+
+    def estimate(self, blocks: int, row: float) -> tuple[float, bool]:
+        return self.samples * row * 3, False
 
     def begin(self, job: Job) -> Pruning:
         """Check the model and the data, and open the archive."""
@@ -157,6 +160,13 @@ class GreedyPruner(Pruner):
         choices=(UNIT, *COSTS),
     )
 
+    def estimate(self, blocks: int, row: float) -> tuple[float, bool]:
+        # all blocks once, then a few for each removal; a score takes the layers behind the block, about half of them
+        passes = blocks + PER_REMOVAL * self.ratio * blocks
+        if self.search in ("exact", "naive"):
+            passes = max(passes, self.ratio * blocks * blocks)
+        return 0.6 * self.samples * row * passes, False
+
     def greedy(self) -> Greedy:
         """How to look, from the settings."""
         return Greedy(self.search, self.slack, self.refresh)
@@ -200,6 +210,9 @@ class WidthPruner(OrderedPruner, GreedyPruner):
     head_group: int = setting(
         "Key-value groups removed in one move, each with all query heads that share it.", default=1, at_least=1
     )
+
+    def estimate(self, blocks: int, row: float) -> tuple[float, bool]:
+        return 4 * super().estimate(blocks, row)[0], False  # a block goes in about four parts
 
     def mlp_groups(self, job: Job) -> dict[str, int]:
         """Units of each axis of an MLP that go in one move."""

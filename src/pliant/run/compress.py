@@ -46,7 +46,7 @@ from pliant.run.stages import (
     path_digest,
 )
 from pliant.run.target import LOCK, check_target, files_in, work_folder
-from pliant.step import Step, recipe_of, settings_of
+from pliant.step import Step, paths_of, recipe_of
 
 _PROMPT = 256  # tokens of context in which speed is predicted and measured
 
@@ -114,6 +114,7 @@ def compress(
         "data": None if calibration is None else described_text(calibration),
         "measuring": described_measuring(measuring, held_out),
         "dtype": str(dtype).removeprefix("torch."),
+        "read": {path: path_digest(path) for one in steps for path in paths_of(one) if Path(path).is_file()},
     }
     if not held_out and calibration is not None:
         calibration, rest = calibration.split(0.1)
@@ -381,9 +382,8 @@ class Compression:
             text_ = (self.calibration.digest, self.calibration.token_digest(self.tokenizer))
         keys: list[str | None] = [key_of(fingerprint(self.model), text_, self._where())]
         for step in self.steps:
-            read = {name: getattr(step, name) for name, of in settings_of(type(step)).items() if of.path}
-            digests = {name: path_digest(path) for name, path in read.items() if path}
-            unknown = keys[-1] is None or None in digests.values()
+            digests = [path_digest(path) for path in paths_of(step)]
+            unknown = keys[-1] is None or None in digests
             keys.append(None if unknown else key_of(keys[-1], step.to_dict(), digests))
         return keys
 
