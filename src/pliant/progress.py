@@ -60,7 +60,7 @@ class Events(Progress):
 
     def __init__(self, write: Callable[[str], Any] | None = None):
         super().__init__()
-        self._write = write or (lambda line: print(line, file=sys.stderr, flush=True))
+        self._write = write or (lambda line: print(line, file=sys.stderr, flush=True))  # noqa: T201
 
     def emit(self, event: str, **fields: Any) -> None:
         self._write(json.dumps({"event": event, **fields}))

@@ -163,7 +163,7 @@ class Step:
         """Change ``job.model`` in place."""
         raise NotImplementedError
 
-    def estimate(self, blocks: int, row: float) -> tuple[float, bool]:
+    def estimate(self, blocks: int, row: float) -> tuple[float, bool]:  # noqa: ARG002
         """A rough guess of what the step takes, for ``pliant plan``.
 
         Arguments:

@@ -45,7 +45,7 @@ class Null(nn.Module):
                 owner = owner.get_submodule(holder)
             owner.register_buffer(name, torch.zeros(1))
 
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs):  # noqa: ARG002 - takes what any block takes
         if self.attention:
             for call in self.on_attention:
                 call()

@@ -199,7 +199,7 @@ def _stored(folder: Path) -> dict[str, _Stored]:
                 f"{str(folder)!r} has no safetensors weights; a memory limit needs them, so save the model as safetensors first"
             )
         with safe_open(path, "pt") as file:
-            stored |= {name: _Stored(path, name) for name in file.keys()}
+            stored |= {name: _Stored(path, name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     return stored
 
 

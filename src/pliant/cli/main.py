@@ -53,11 +53,11 @@ def _fail(message: str, code: int) -> None:
 
 
 def _say(message: str) -> None:
-    print(f"pliant: {message}", file=sys.stderr)
+    print(f"pliant: {message}", file=sys.stderr)  # noqa: T201
 
 
 def _print(text: str) -> None:
-    print(text)
+    print(text)  # noqa: T201
 
 
 def _version(wanted: bool) -> None:

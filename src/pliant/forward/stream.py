@@ -106,6 +106,6 @@ class _Enter(nn.Module):
         super().__init__()
         self.hidden, self.returns_tuple = hidden, returns_tuple
 
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> Any:
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> Any:  # noqa: ARG002 - takes what any layer takes
         out = hidden_states if self.hidden is None else self.hidden
         return (out, None) if self.returns_tuple else out

@@ -53,7 +53,7 @@ def _run(source: str, dtype: str, tokens: int) -> None:
     before = _resident("VmRSS")
     model = load(source, dtype=dtype)
     model.generate(ids, attention_mask=ids, **settings)
-    print(_resident("VmHWM") - before)
+    print(_resident("VmHWM") - before)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class Pruner(Step):
         above=0,
     )
 
-    def estimate(self, blocks: int, row: float) -> tuple[float, bool]:
+    def estimate(self, blocks: int, row: float) -> tuple[float, bool]:  # noqa: ARG002
         return self.samples * row * 3, False
 
     def begin(self, job: Job) -> Pruning:

@@ -80,7 +80,7 @@ def _fake(x: torch.Tensor, _: torch.Tensor, __: torch.Tensor | None, out_feature
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001  (named by torch)
     ctx.save_for_backward(inputs[1])
 
 

@@ -136,7 +136,7 @@ class MultiPrunerEvol(WidthPruner):
 
 def _pymoo() -> None:
     try:
-        import pymoo
+        import pymoo  # noqa: F401 - only to know it is there before anything is scored
     except ImportError:
         raise MissingExtraError("the evolutionary search needs pymoo: pip install 'pliant[search]'") from None
 

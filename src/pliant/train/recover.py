@@ -193,7 +193,7 @@ class Recover(Step):
         kept = {name: value for name, value in raw.items() if name != "memory"}
         return super().from_dict({**kept, "gradient_checkpointing": memory})
 
-    def estimate(self, blocks: int, row: float) -> tuple[float, bool]:
+    def estimate(self, blocks: int, row: float) -> tuple[float, bool]:  # noqa: ARG002
         steps = self.steps or STEPS
         passes = 3 + bool(self.distillation_weight)
         return float(passes * steps * self.batch_size * (self.seqlen or USUAL)), self.method == "full"

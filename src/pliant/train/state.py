@@ -41,7 +41,7 @@ class StateFile:
             with safe_open(self.path, "pt") as file:
                 told = file.metadata() or {}
                 header, plain = json.loads(told["header"]), json.loads(told["plain"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise ResumeError(f"{str(self.path)!r} is damaged ({error}); delete it to start anew") from error
         differing = sorted(key for key in {*header, *self._header} if header.get(key) != self._header.get(key))

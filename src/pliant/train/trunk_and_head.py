@@ -57,7 +57,7 @@ class _Given(nn.Module):
     """Stands for the trunk, or for any part of it that a head calls (``model.decoder``): hands on the hidden states that it
     is given as embeddings."""
 
-    def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> _Output:
+    def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> _Output:  # noqa: ARG002
         return _Output(inputs_embeds)
 
     def __getattr__(self, name: str) -> Any:
