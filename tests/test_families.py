@@ -1,6 +1,8 @@
 """Every other family that ships: its layout is proven, and cuts are exact activated, extracted, reloaded and cached."""
 
+import copy
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from pliant.anatomy import anatomy_of
 from pliant.checkpoint.per_layer_config import write
 from pliant.compat.cache_argument import cache_argument
 from pliant.elastic import Subnet, check, extract, parameters
+from pliant.prune import width_moves
 
 VARIANTS = {name: (name, {}) for name in FAMILIES} | {
     "qwen3_moe, a layer without experts": ("qwen3_moe", {"mlp_only_layers": [1]}),
@@ -91,3 +94,35 @@ def test_the_first_convolution_may_go_and_the_last_of_each_state_stays():
         assert torch.allclose(
             model(IDS[:, -1:], **cache_argument(model, cache), use_cache=True).logits[:, -1], whole, atol=1e-5
         )
+
+
+def test_an_axis_may_lose_all_its_units_where_the_file_allows_it(tmp_path):
+    model = pico("qwen2_moe")
+    raw = copy.deepcopy(dict(anatomy_of(model).architecture.raw))
+    raw["axes"]["shared"]["least"] = 0
+    model.config.pliant_architecture = raw
+    anatomy = anatomy_of(model)
+    check(model, anatomy)
+    subnet = Subnet().keeping("layers.2.mlp.shared", 0)
+    with pliant.activate(model, subnet):
+        activated = logits(model)
+    extract(model, anatomy, subnet)
+    assert model.model.layers[2].mlp.shared_expert.down_proj.weight.shape == (48, 0)
+    write(model)
+    model.save_pretrained(tmp_path)
+    again = head_of("qwen2_moe").from_pretrained(tmp_path).eval()
+    assert (logits(model) - activated).abs().max() < 5e-6
+    assert (logits(again) - activated).abs().max() < 5e-6
+    assert anatomy_of(again).axes["layers.2.mlp.shared"].size == 0
+
+
+def test_every_axis_of_a_layer_with_and_without_experts_is_narrowed():
+    model = pico("qwen2_moe")
+    anatomy, job = anatomy_of(model), SimpleNamespace(model=model)
+    groups = pliant.MultiPruner(ratio=0.4, mlp_group=8).mlp_groups(job, anatomy)
+    assert groups == {"channels": 8, "dense": 8, "experts": 1, "shared": 8}
+    assert {move.unit for move in width_moves(anatomy, groups)(Subnet())} >= {
+        "layers.1.mlp.dense",
+        "layers.2.mlp.shared",
+        "layers.2.mlp.experts",
+    }
