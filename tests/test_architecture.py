@@ -10,7 +10,7 @@ import yaml
 import pliant
 from pico import ARCHITECTURES, IDS, config, logits, pico
 from pliant.anatomy import anatomy_of, global_size
-from pliant.architecture import add_architecture, architecture_of, catalogue, families, parse, spec
+from pliant.architecture import add_architecture, architecture_of, catalogue, families, files, parse
 from pliant.checkpoint.per_layer_config import write
 from pliant.elastic import Subnet, check, extract
 from pliant.errors import ArchitectureError, SubnetError
@@ -184,7 +184,7 @@ def cohere():
 @pytest.fixture
 def added(tmp_path, monkeypatch):
     """The file of a family of our own, made known for one test."""
-    monkeypatch.setattr(spec, "_added", {})
+    monkeypatch.setattr(files, "_added", {})
     file = tmp_path / "ours.yaml"
     file.write_text(COHERE)
     return add_architecture(file)
@@ -221,12 +221,12 @@ def test_a_file_of_our_own_goes_before_one_that_ships(tmp_path):
     ("content", "told"), [(None, "cannot read"), ("models: [", "cannot read"), ("colour: red", "unknown key 'colour'")]
 )
 def test_a_file_that_is_no_architecture_is_refused_and_nothing_becomes_known(content, told, tmp_path, monkeypatch):
-    monkeypatch.setattr(spec, "_added", {})
+    monkeypatch.setattr(files, "_added", {})
     if content is not None:
         (tmp_path / "ours.yaml").write_text(content)
     with pytest.raises(ArchitectureError, match=told):
         add_architecture(tmp_path / "ours.yaml")
-    assert spec._added == {}
+    assert files._added == {}
 
 
 @pytest.mark.usefixtures("added")
@@ -302,16 +302,16 @@ def _lie(model, change):
     """The model's anatomy as a wrong architecture file would give it."""
     import copy
 
-    from pliant.anatomy import anatomy
+    from pliant.anatomy import read
 
     architecture = copy.deepcopy(catalogue()["llama"])
     change(architecture)
-    known = anatomy.architecture_of
-    anatomy.architecture_of = lambda _: architecture
+    known = read.architecture_of
+    read.architecture_of = lambda _: architecture
     try:
         return anatomy_of(model)
     finally:
-        anatomy.architecture_of = known
+        read.architecture_of = known
 
 
 def test_the_self_check_says_that_no_block_is_left():

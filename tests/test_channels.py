@@ -121,9 +121,9 @@ def test_a_shared_axis_matters_by_all_that_produces_it():
         ({"ratio": 1.0}, "between 0 and 1"),
         ({"macs_ratio": -0.1}, "between 0 and 1"),
         ({"ratio": True}, "between 0 and 1"),
-        ({"ratio": 0.2, "allocation": "local"}, "uniform, global"),
+        ({"ratio": 0.2, "allocation": "local"}, "allocation must be one of uniform, global; not 'local'"),
         ({"ratio": 0.2, "group": 0}, "at least 1"),
-        ({"ratio": 0.2, "minimum": 2}, "minimum is a share"),
+        ({"ratio": 0.2, "minimum": 2}, "minimum must be a number from 0 to 1; not 2"),
     ],
 )
 def test_an_impossible_setting_is_refused(settings, told):

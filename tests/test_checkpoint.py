@@ -99,6 +99,7 @@ def test_transformers_alone_refuses_every_cut_model(tmp_path):
     assert by_sizes == {name for name, kind in cases(CUTS) if kind in ("heads", "experts")}
 
 
+@pytest.mark.slow
 def test_pliant_may_be_imported_after_transformers_has_loaded_the_family(tmp_path):
     model = cut("llama", "all of it")
     model.save_pretrained(tmp_path / "cut")
@@ -310,6 +311,7 @@ def test_whole_layers_are_dropped_and_the_rest_renumbered(name):
     assert torch.allclose(logits(plain), logits(model), atol=5e-6)
 
 
+@pytest.mark.slow
 def test_transformers_alone_loads_what_is_left_of_a_model_without_some_of_its_layers(tmp_path):
     for name in ARCHITECTURES:
         plain = homogeneous(without_layers(name, 0, 3))

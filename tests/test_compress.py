@@ -78,6 +78,7 @@ def test_the_artefact_is_complete_and_reloads(folder, prose, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_identical_result(folder, prose, tmp_path):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     CliRunner().invoke(app, words(folder, prose, straight), catch_exceptions=False)
@@ -118,6 +119,7 @@ def test_ctrl_c_at_any_stage_leaves_nothing_half_written(folder, prose, tmp_path
     assert artefacts(tmp_path) == ["pico-llama", "small"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_the_command_line_is_130_with_a_word(folder, prose, tmp_path):
     process = subprocess.Popen([*PROGRAM, *words(folder, prose, tmp_path / "small")], stderr=subprocess.PIPE, text=True)
     archive = tmp_path / "small.work" / "search.jsonl"
@@ -315,6 +317,7 @@ def test_a_folder_that_is_in_use_or_a_file_is_refused_at_once(folder, prose, tmp
     assert (tmp_path / "full" / "precious.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(folder, tmp_path):
     # a limit on the size of a file fails in the same place as a disk without room
     code = f"""
@@ -333,6 +336,7 @@ except pliant.PliantError as error:
     assert artefacts(tmp_path) == ["pico-llama"]
 
 
+@pytest.mark.slow
 def test_a_failed_overwrite_keeps_what_was_there(folder, tmp_path):
     pliant.save(pliant.load(folder), tmp_path / "small")
     before = {path.name: path.read_bytes() for path in (tmp_path / "small").iterdir()}
@@ -367,6 +371,7 @@ def test_the_command_line_makes_shows_and_exports(folder, prose, tmp_path):
     assert (plain.exit_code == 0) == (len(removed) == 2 * len(whole))
 
 
+@pytest.mark.slow
 def test_python_and_command_line_make_the_same_model(folder, prose, tmp_path):
     subprocess.run([*PROGRAM, *words(folder, prose, tmp_path / "small")], check=True, capture_output=True)
     calibration, _ = pliant.text(prose).split(0.1)

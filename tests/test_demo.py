@@ -20,6 +20,7 @@ def parts(tmp_path, prose, tokenizer):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_second_demo_finds_the_work_of_the_first(parts):
     first = run(parts, Progress())
     weights = (parts / "small" / "model.safetensors").stat().st_mtime_ns

@@ -101,6 +101,7 @@ def outcome(request, tmp_path_factory):
     return {name: word for word, name in found}, listed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", range(len(USES)), ids=USES)
 def test_our_own_use_is_fatal_and_that_of_another_package_is_listed(outcome, at):
     words, listed = outcome

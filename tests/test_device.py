@@ -140,6 +140,7 @@ STEPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mps")
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_stays_where_the_model_is_and_does_the_same(name, tokenizer, monkeypatch):

@@ -38,6 +38,7 @@ def logits(model):
         return model.eval()(input_ids=IDS, use_cache=False).logits
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # some of these families warn about kernels that are not there
 def test_common_layouts_are_read_cut_saved_and_reloaded_in_a_fresh_process(tmp_path):
     expected = {}

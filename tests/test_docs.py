@@ -43,6 +43,7 @@ def test_the_stranger_is_refused_with_the_reason_that_the_page_shows(model):
     assert " ".join(shown.split()) in str(refusal.value)
 
 
+@pytest.mark.slow
 def test_one_data_file_adds_it(model, file, tmp_path):
     pliant.add_architecture(file)
     pliant.check(model)

@@ -557,6 +557,7 @@ def test_bench_times_two_models_in_turn(model):
         assert all(_ordered(row) for row in found[part].values())
 
 
+@pytest.mark.slow
 def test_the_speedup_is_that_of_the_model_over_the_other(model):
     found = pliant.bench(model, pico("llama", num_hidden_layers=16), prompt=4, tokens=2, repeats=9)
     assert found["speedup"]["prefill"]["median"] > 1.5
@@ -590,6 +591,7 @@ def test_parts_of_a_token_past_the_positions_are_refused(settings):
         token_time(pico("gpt2", n_positions=64), **{"prompt": 4, **settings})
 
 
+@pytest.mark.slow
 def test_formats_are_compared_of_a_model_with_few_positions():
     few = pico("gpt2", n_positions=64)
     found = pliant.compare_formats(few, repeats=1)

@@ -45,6 +45,7 @@ def test_replies_end_before_the_positions_do(model, tokenizer):
         tokenizer.chat_template = None
 
 
+@pytest.mark.slow
 def test_a_report_shows_replies_and_what_running_takes(folder, prose, tmp_path):
     report = compress(
         folder,

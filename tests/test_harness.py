@@ -102,6 +102,7 @@ def test_without_lm_eval_the_message_says_what_to_install(model, tokenizer, monk
         pliant.evaluate(model, harness=["arc_easy"], tokenizer=tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 @pytest.mark.filterwarnings("default")
 def test_lm_eval_itself_finds_what_we_find(model, tokenizer, tmp_path):

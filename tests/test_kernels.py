@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pliant.errors import PackedError, WeightError
-from pliant.runtime import library, reference
+from pliant.runtime import library, packed_header, reference
 from pliant.runtime.packed_linear import linear
 from pliant.runtime.packed_matrix import FORMATS, GROUPS, header, pack, room, unpack, verify
 
@@ -51,6 +51,27 @@ def read_as(x, format, isa):
     inverse = torch.full_like(largest, 127) / largest  # a number over a tensor is not one division in torch
     codes = torch.where(largest > 1e-30, (slices * inverse).round(), 0)
     return (codes.double() * (largest / 127).double()).flatten(1)[:, : x.shape[1]]
+
+
+@needs_kernels
+def test_python_and_the_kernels_declare_the_same_header():
+    """Every field is written where the native code says that it lies, and nowhere else."""
+    words = library.library().pliant_header().decode().split()
+    native = {name: (int(at), int(size)) for name, at, size in zip(*[iter(words)] * 3, strict=True)}
+    unused, unused_size = native.pop("unused")
+    assert [*native] == [*packed_header.RawHeader._fields]
+    assert unused + unused_size == packed_header.SIZE
+    empty = packed_header.RawHeader(b"", *[0] * 13)
+    for name, (at, size) in native.items():
+        value = b"\xff" * size
+        of_field = value if name == "magic" else int.from_bytes(value) if size == 4 or name == "checksum" else -1
+        written = empty._replace(**{name: of_field}).to_bytes()
+        assert written == bytes(at) + value + bytes(packed_header.SIZE - at - size), name
+        assert packed_header.RawHeader.read(written) == packed_header.RawHeader.read(empty.to_bytes())._replace(
+            **{name: of_field}
+        )
+    start = packed_header.RawHeader.read(bytes(pack(torch.ones(1, 1), "int8").tolist()))
+    assert (start.magic, start.version) == (packed_header.MAGIC, packed_header.VERSION)
 
 
 @pytest.mark.parametrize("sparsity", [None, 0.0, 0.5, 0.9, 1.0])

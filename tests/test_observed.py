@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pliant.runtime import library, reference
 from pliant.runtime.kv_blocks import Blocks, Keeping, per_token
-from pliant.runtime.observed import observed
 from pliant.runtime.packed_linear import Packed
 from pliant.runtime.packed_matrix import FORMATS, pack, unpack
 from pliant.runtime.sparse_break_even import _times
+from pliant.torch_private import observed
 
 needs_kernels = pytest.mark.skipif(library.library() is None, reason=library.state())
 

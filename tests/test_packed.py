@@ -179,20 +179,20 @@ def test_rules_choose_by_name():
 
 def test_settings_that_make_no_sense_are_refused():
     for settings, said in (
-        ({"format": "int3"}, "format is one of"),
-        ({"head": "int3"}, "head is one of"),
+        ({"format": "int3"}, "format must be one of"),
+        ({"head": "int3"}, "head must be one of"),
         ({"rules": {"(": "int8"}}, "not a valid regular expression"),
         ({"rules": "int8"}, "pattern=format"),
-        ({"group": 16}, "group is one of"),
-        ({"group": 32.0}, r"group is one of .*, not 32\.0"),
+        ({"group": 16}, "group must be one of"),
+        ({"group": 32.0}, r"group must be one of .*; not 32\.0"),
         ({"rules": None}, "rules map regular expressions to formats, .* not None"),
         ({"rules": {3: "int8"}}, "rules map regular expressions to formats"),
         ({"rules": ["down_proj"]}, "rules map regular expressions to formats"),
-        ({"format": None}, "format is one of"),
-        ({"key_sparsity": "0.3"}, "key_sparsity is a share from 0 to below 1, not '0.3'"),
-        ({"value_sparsity": None}, "value_sparsity is a share"),
-        ({"cache": None}, "a cache is kept as"),
-        ({"sparse": "yes"}, "auto, always or never"),
+        ({"format": None}, "format must be one of"),
+        ({"key_sparsity": "0.3"}, "key_sparsity must be a number of at least 0 and below 1; not '0.3'"),
+        ({"value_sparsity": None}, "value_sparsity must be a number"),
+        ({"cache": None}, "cache must be one of bf16, int8, float32; not None"),
+        ({"sparse": "yes"}, "sparse must be one of auto, always, never; not 'yes'"),
     ):
         with pytest.raises(StepError, match=said):
             pliant.PackedLinear(**settings)
@@ -268,9 +268,9 @@ def test_steps_on_values_reach_every_matrix():
     assert 0 < model.pliant_history[1]["relative_error"] < 0.5
     for step, said in (
         (lambda: pliant.Magnitude(sparsity=1.5), "from 0 to 1"),
-        (lambda: pliant.Magnitude(sparsity=0.5, within="model"), "matrix or row"),
+        (lambda: pliant.Magnitude(sparsity=0.5, within="model"), "within must be one of matrix, row; not 'model'"),
         (lambda: pliant.RTN(bits=9), "from 2 to 8"),
-        (lambda: pliant.RTN(group=0), "from 1, or none"),
+        (lambda: pliant.RTN(group=0), "group must be a whole number of at least 1, or none; not 0"),
     ):
         with pytest.raises(StepError, match=said):
             step()
@@ -293,9 +293,9 @@ def test_sparamx_packs_what_is_sparse(tmp_path):
         keys, values = kept.layers[0].read()
         assert float((keys[:, :, 64:128] == 0).float().mean()) == pytest.approx(0.3, abs=0.01)
         assert float((values[:, :, 64:128] == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
-    with pytest.raises(StepError, match="bf16 or int8"):
+    with pytest.raises(StepError, match="format must be one of bf16, int8; not 'int4'"):
         pliant.SparAMX(format="int4")
-    with pytest.raises(StepError, match="from 0 to below 1"):
+    with pytest.raises(StepError, match=r"key_sparsity must be a number of at least 0 and below 1; not 1\.0"):
         pliant.SparAMX(key_sparsity=1.0)
 
 

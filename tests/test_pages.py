@@ -19,7 +19,7 @@ from pliant.elastic import Subnet
 from pliant.errors import ArtefactError, MemoryLimitError
 from pliant.formatting import parse_bytes
 from pliant.measure.prefix_scorer import PrefixScorer, footprint
-from pliant.pages import Pages, in_file
+from pliant.pages import Pages, in_file, within_limit
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how much memory a process has")
 
@@ -212,6 +212,7 @@ def test_a_dtype_can_be_chosen(stored):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gemma2"])
 @pytest.mark.parametrize("settings", [{}, {"repair": 8}, {"metric": "kl"}, {"order": "activation"}], ids=str)
 def test_pruning_gives_the_same_model(name, settings, stored, tmp_path):
@@ -399,6 +400,7 @@ def test_repair_of_too_many_rows_is_refused_before_the_search(stored):
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_bad_memory_on_the_command_line_is_one_line(stored, tmp_path):
     (tmp_path / "text.txt").write_text("\n\n".join(TEXT.rows))
     command = ["compress", str(stored()), "--ratio", "0.1", "--data", str(tmp_path / "text.txt"), "--json"]
@@ -415,3 +417,20 @@ def test_bad_memory_on_the_command_line_is_one_line(stored, tmp_path):
 )
 def test_amounts_of_memory_are_read(text, count):
     assert parse_bytes(text) == count
+
+
+def test_pages_are_given_back_after_each_part_of_a_loop():
+    class Model:
+        pliant_pages = None
+
+    class Watched:
+        held = 0
+
+        def hold(self):
+            self.held += 1
+
+    assert [*within_limit(Model(), "abc")] == ["a", "b", "c"]
+    model = Model()
+    model.pliant_pages = pages = Watched()
+    assert [(part, pages.held) for part in within_limit(model, "abc")] == [("a", 0), ("b", 1), ("c", 2)]
+    assert pages.held == 3

@@ -81,6 +81,7 @@ def check_quiet(program, *words):
         assert word not in outcome.stderr, outcome.stderr
 
 
+@pytest.mark.slow
 def test_cut_models_are_loaded_used_and_saved_without_a_warning(tmp_path, prose):
     folders = [
         tmp_path / name for name in ("llama", "opt", "mixtral")
@@ -90,6 +91,7 @@ def test_cut_models_are_loaded_used_and_saved_without_a_warning(tmp_path, prose)
     check_quiet(AT_ONE, prose, *folders)
 
 
+@pytest.mark.slow
 def test_the_command_line_gives_no_warning_on_a_cut_model(tmp_path, prose):
     pliant.save(cut("opt"), tmp_path / "cut", tokenizer=tokenizer())
     check_quiet(BY_VERB, prose, tmp_path / "cut")

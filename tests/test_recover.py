@@ -87,7 +87,7 @@ def test_the_loss_falls_and_an_ordinary_model_of_the_same_shapes_comes_out(
 ):
     model = cut(family)
     before, kinds = weights(model), [type(module) for module in model.modules()]
-    record = recover(model, repeated, tokenizer, method=method, lr=2e-2 if method == "lora" else 5e-3)
+    record = recover(model, repeated, tokenizer, method=method, learning_rate=2e-2 if method == "lora" else 5e-3)
     held_out = [row["held_out"] for row in record["curve"]]
     assert held_out[-1] < held_out[0] - 0.2
     assert [type(module) for module in model.modules()] == kinds
@@ -124,7 +124,7 @@ def test_everything_about_the_model_is_as_it_was(method, repeated, tokenizer):
     model.lm_head.weight.requires_grad_(False)
     wanted = [parameter.requires_grad for parameter in model.parameters()]
     generator = torch.get_rng_state()
-    recover(model, repeated, tokenizer, method=method, memory="small")
+    recover(model, repeated, tokenizer, method=method, gradient_checkpointing=True)
     assert model.training
     assert [parameter.requires_grad for parameter in model.parameters()] == wanted
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
@@ -153,7 +153,7 @@ def test_half_precision_stays_and_is_trained_in_single(method, dtype, repeated, 
 def test_the_best_state_is_kept_not_the_last(repeated, tokenizer):
     model = cut()
     before = weights(model)
-    record = recover(model, repeated, tokenizer, method="full", lr=1.0, warmup=0, clip=1e9)
+    record = recover(model, repeated, tokenizer, method="full", learning_rate=1.0, warmup_ratio=0, max_grad_norm=1e9)
     assert record["best_step"] == 0
     assert record["curve"][-1]["held_out"] > record["curve"][0]["held_out"]
     assert same(model, before)
@@ -233,7 +233,7 @@ def test_distillation_brings_the_predictions_to_those_of_the_dense_model(repeate
     dense, model = pico.pico(), cut()
     before = pliant.evaluate(model, perplexity=repeated, reference=dense, seqlen=32, tokenizer=tokenizer)
     dense.train()
-    recover(model, repeated, tokenizer, dense=dense, distil=1.0, method="full", steps=20, temperature=2.0)
+    recover(model, repeated, tokenizer, dense=dense, distillation_weight=1.0, method="full", steps=20, temperature=2.0)
     after = pliant.evaluate(model, perplexity=repeated, reference=dense, seqlen=32, tokenizer=tokenizer)
     assert after["perplexity"]["a list"]["kl"] < 0.7 * before["perplexity"]["a list"]["kl"]
     assert dense.training
@@ -243,16 +243,16 @@ def test_distillation_brings_the_predictions_to_those_of_the_dense_model(repeate
 def test_the_dense_model_comes_from_where_the_model_was_loaded(folder, repeated, tokenizer, tmp_path):
     subnet = pliant.Subnet().without("layers.1.mlp")
     model, other = (pliant.apply(pliant.load(folder), pliant.Cut(subnet=subnet), progress=False) for _ in range(2))
-    recover(model, repeated, None, distil=0.5)
-    recover(other, repeated, tokenizer, distil=0.5, teacher=folder)
+    recover(model, repeated, None, distillation_weight=0.5)
+    recover(other, repeated, tokenizer, distillation_weight=0.5, teacher=folder)
     assert same(model, weights(other))
     model.save_pretrained(tmp_path / "small")
     with pytest.raises(StepError, match="same weights as the model to recover"):
-        recover(pliant.load(tmp_path / "small"), repeated, tokenizer, distil=0.5)
+        recover(pliant.load(tmp_path / "small"), repeated, tokenizer, distillation_weight=0.5)
     with pytest.raises(StepError, match="not loaded from anywhere; pass the dense one"):
-        recover(cut(), repeated, tokenizer, distil=0.5)
+        recover(cut(), repeated, tokenizer, distillation_weight=0.5)
     with pytest.raises(StepError, match="vocabulary of 310, this model one of 300"):
-        recover(cut(), repeated, tokenizer, distil=0.5, dense=pico.pico(vocab_size=310))
+        recover(cut(), repeated, tokenizer, distillation_weight=0.5, dense=pico.pico(vocab_size=310))
 
 
 # stopping and going on
@@ -315,7 +315,7 @@ def test_a_state_of_another_training_is_refused(repeated, tokenizer, tmp_path):
     for model, data, settings, told in [
         (cut(seed=1), repeated, {}, "model"),
         (cut(), pliant.text([SENTENCE] * 30), {}, "data"),
-        (cut(), repeated, {"lr": 1e-3}, "lr: 0.005 there, 0.001 now"),
+        (cut(), repeated, {"learning_rate": 1e-3}, "learning_rate: 0.005 there, 0.001 now"),
     ]:
         before = weights(model)
         with pytest.raises(ResumeError, match=rf"belongs to another training \(.*{told}.*Delete it"):
@@ -328,7 +328,7 @@ def test_a_state_of_another_training_is_refused(repeated, tokenizer, tmp_path):
 
 
 def test_a_time_budget_ends_at_the_first_step_past_it(repeated, tokenizer):
-    record = recover(cut(), repeated, tokenizer, steps=100_000, minutes=0.01, every=1000)
+    record = recover(cut(), repeated, tokenizer, steps=100_000, minutes=0.01, eval_steps=1000)
     assert record["ended_by"] == "minutes"
     assert 0.6 <= record["seconds"] < 5
     assert 1 <= record["steps"] < 100_000
@@ -336,7 +336,7 @@ def test_a_time_budget_ends_at_the_first_step_past_it(repeated, tokenizer):
 
 
 def test_minutes_alone_set_how_many_steps_there_are(repeated, tokenizer, capsys):
-    record = recover(cut(), repeated, tokenizer, steps=None, minutes=0.02, every=1000, progress=True)
+    record = recover(cut(), repeated, tokenizer, steps=None, minutes=0.02, eval_steps=1000, progress=True)
     assert record["ended_by"] == "minutes"
     assert record["steps"] > 6
     said = capsys.readouterr().err
@@ -420,16 +420,16 @@ def test_every_setting_has_a_help_text_and_can_be_written_down():
 
 def test_settings_that_cannot_be_are_refused():
     for settings, told in [
-        ({"method": "qlora"}, "no method 'qlora'; there are lora, full"),
-        ({"schedule": "step"}, "no schedule"),
-        ({"memory": "none"}, "no memory"),
-        ({"steps": 0}, "steps is a whole number of at least 1, not 0"),
-        ({"seqlen": 1}, "at least 2"),
-        ({"micro_batch": 2.5}, "micro_batch is a whole number"),
-        ({"lr": 0}, "lr is a number above 0"),
-        ({"minutes": math.nan}, "minutes is a number above 0"),
-        ({"distil": 1.5}, "distil is a number from 0 to 1"),
-        ({"warmup": 1}, "warmup is a number from 0 to 0.9"),
+        ({"method": "qlora"}, "method must be one of lora, full; not 'qlora'"),
+        ({"lr_scheduler_type": "step"}, "lr_scheduler_type must be one of linear, cosine; not 'step'"),
+        ({"gradient_checkpointing": "small"}, "gradient_checkpointing must be true or false; not 'small'"),
+        ({"steps": 0}, "steps must be a whole number of at least 1, or none; not 0"),
+        ({"seqlen": 1}, "seqlen must be a whole number of at least 2"),
+        ({"micro_batch_size": 2.5}, "micro_batch_size must be a whole number"),
+        ({"learning_rate": 0}, "learning_rate must be a number above 0"),
+        ({"minutes": math.nan}, "minutes must be a number above 0"),
+        ({"distillation_weight": 1.5}, "distillation_weight must be a number from 0 to 1"),
+        ({"warmup_ratio": 1}, "warmup_ratio must be a number from 0 to 0.9"),
     ]:
         with pytest.raises(StepError, match=told):
             pliant.Recover(**settings)
@@ -447,7 +447,13 @@ def test_what_cannot_be_trained_is_refused(repeated, tokenizer, model):
     refused(DataError, "one window needs 200", model, pliant.text(["short"]), seqlen=200)
     refused(DataError, "set held_out=0", model, pliant.text(["x" * 40]))
     refused(DataError, "tokenizer of another model", pico.pico(vocab_size=50), repeated)
-    refused(StepError, "no linear layer 'qkv'.*there are down_proj, gate_proj", model, repeated, targets="q_proj, qkv")
+    refused(
+        StepError,
+        "no linear layer 'qkv'.*there are down_proj, gate_proj",
+        model,
+        repeated,
+        target_modules="q_proj, qkv",
+    )
     refused(ArchitectureError, "predicts no next tokens", pico.pico("bert"), repeated)
     broken = pico.pico()
     with torch.no_grad():

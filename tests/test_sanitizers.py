@@ -30,6 +30,7 @@ def build(tmp_path_factory):
     return make
 
 
+@pytest.mark.slow
 def test_nothing_is_read_or_written_out_of_bounds(build):
     folder = build("sanitized", "-DPLIANT_SANITIZE=ON", "-DCMAKE_BUILD_TYPE=Release")
     runtimes = [
@@ -61,6 +62,7 @@ def test_nothing_is_read_or_written_out_of_bounds(build):
     assert "skipped" not in outcome.stdout
 
 
+@pytest.mark.slow
 def test_instructions_stay_in_their_files(build):
     """Code for one processor must not leak into what runs on all of them."""
     folder = build("plain", "-DCMAKE_BUILD_TYPE=Release")

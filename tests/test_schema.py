@@ -432,6 +432,7 @@ def test_a_cut_text_decoder_in_a_wrapper_reloads_with_the_same_logits(name, kind
         pliant.homogeneous(model)
 
 
+@pytest.mark.slow
 def test_transformers_alone_refuses_a_cut_wrapper(tmp_path):
     for name in ("qwen2_vl", "gemma3", "llava"):
         for kind, subnet in WRAPPED_CUTS.items():

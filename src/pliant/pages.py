@@ -2,7 +2,7 @@
 
 Every tensor of such a model is a view of a file that is mapped into memory. The system reads its pages when they are used, and
 they can be given back at any time without losing anything. A thread does so whenever what the process has taken comes near
-the limit. Nothing that works on the model has to know.
+the limit. What works on the model need not know, but for loops over all of its weights, which go through :func:`within_limit`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import tempfile
 import threading
 import time
 import weakref
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -31,6 +32,8 @@ _TRIM = 0.5  # seconds between two looks through the heap, which take a while
 _DONTNEED = 4  # of madvise, the same on every Linux
 _MMAP_THRESHOLD = -3  # of mallopt, where there is one
 _STATM = Path("/proc/self/statm")
+
+Part = TypeVar("Part")
 
 
 class Pages:
@@ -128,10 +131,16 @@ def in_file(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.untyped_storage().filename is not None
 
 
-def hold(model: Any) -> None:
-    """To be called between one stretch of weights and the next by what goes through all of them."""
-    if (pages := pages_of(model)) is not None:
-        pages.hold()
+def within_limit(model: Any, parts: Iterable[Part]) -> Iterator[Part]:
+    """Iterate over parts of a model, such as its tensors or layers; after each, give pages back if memory is short.
+
+    A loop that touches all weights needs this, because the thread that watches memory may come too late.
+    """
+    pages = pages_of(model)
+    for part in parts:
+        yield part
+        if pages is not None:
+            pages.hold()
 
 
 def _watch(pages: weakref.ref[Pages]) -> None:

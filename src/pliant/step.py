@@ -54,7 +54,7 @@ class Setting:
         if value is None and type(None) in kinds:
             return
         if self.choices:
-            if value not in self.choices or type(value) is bool:
+            if (type(value), value) not in ((type(choice), choice) for choice in self.choices):
                 listed = ", ".join(str(choice) for choice in self.choices)
                 raise self.error(f"{name} must be one of {listed}; not {value!r}")
             return
@@ -86,6 +86,8 @@ class Setting:
         number = "a number" if float in kinds else "a whole number"
         if self.at_least is not None and self.at_most is not None:
             return f"{number} from {self.at_least} to {self.at_most}"
+        if self.above is not None and self.below is not None:
+            return f"{number} between {self.above} and {self.below} (exclusive)"
         limits = {"of at least": self.at_least, "above": self.above, "of at most": self.at_most, "below": self.below}
         return " ".join(
             [number, " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)]
@@ -175,7 +177,7 @@ class Step:
         if old := sorted(given.keys() & former.keys()):
             renamed = ", ".join(f"{name} is now {former[name]}" for name in old)
             warnings.warn(f"{cls.kind}: {renamed}", FormerNameWarning, stacklevel=2)
-        given = {former.get(name, name): value for name, value in given.items()}
+        given = {former.get(name, name): tuple(v) if isinstance(v, list) else v for name, v in given.items()}
         if unknown := sorted(given.keys() - known.keys()):
             raise StepError(f"{cls.kind} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
         return cls(**given)

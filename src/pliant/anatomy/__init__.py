@@ -1,13 +1,6 @@
 """What a model is made of: blocks in order, and the axes that tie their tensors together."""
 
-from pliant.anatomy.anatomy import (
-    Anatomy,
-    anatomy_of,
-    blocks_of,
-    described_by,
-    holders_of,
-    layers_of,
-)
+from pliant.anatomy.anatomy import Anatomy, Traced, counted_once
 from pliant.anatomy.block import Attribute, Axis, Block, Weight
 from pliant.anatomy.config import (
     DENSE_LAYERS,
@@ -19,11 +12,13 @@ from pliant.anatomy.config import (
     is_guard,
     known_keys,
     layer_config,
+    layer_types_of,
     plain_config,
     text_config_of,
 )
 from pliant.anatomy.null import Null
 from pliant.anatomy.probe import agree, answer, evaluating, probe, rounding
+from pliant.anatomy.read import anatomy_of, blocks_of, described_by, holders_of, layers_of
 
 __all__ = [
     "DENSE_LAYERS",
@@ -32,11 +27,13 @@ __all__ = [
     "Axis",
     "Block",
     "Null",
+    "Traced",
     "Weight",
     "agree",
     "anatomy_of",
     "answer",
     "blocks_of",
+    "counted_once",
     "described_by",
     "entries_of",
     "evaluating",
@@ -48,6 +45,7 @@ __all__ = [
     "is_guard",
     "known_keys",
     "layer_config",
+    "layer_types_of",
     "layers_of",
     "plain_config",
     "probe",

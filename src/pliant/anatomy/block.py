@@ -28,6 +28,7 @@ class Axis:
         active: units that one token uses, so the fewest that can stay; None when a token uses all there are.
         multiple: units come and go in such numbers.
         normed: a norm is taken over all units together, so that to cut one is not to silence it.
+        least: the fewest units that can stay, where a token does not use more.
     """
 
     name: str
@@ -40,10 +41,16 @@ class Axis:
     active: int | None = None
     multiple: int = 1
     normed: bool = False
+    least: int = 1
+
+    @property
+    def fewest(self) -> int:
+        """The fewest units that can stay."""
+        return max(self.active or 0, self.least)
 
     def allows(self, units: int) -> bool:
         """Whether so many units can be kept."""
-        return units == self.size or ((self.active or 1) <= units < self.size and units % self.multiple == 0)
+        return units == self.size or (self.fewest <= units < self.size and units % self.multiple == 0)
 
     def less(self, units: int, group: int) -> int | None:
         """What is left of ``units`` kept units when at least ``group`` go; None when that cannot be."""
@@ -62,6 +69,7 @@ class Weight:
             A matrix costs one multiply-accumulate per element and token that uses it.
         uses: how often one token (or image) uses it: a convolution once at every place of its output.
         buffer: it is no parameter but a buffer, such as the running mean of a batch norm.
+        depthwise: it is the weight of a depthwise convolution: no matrix, but each element is multiplied once per token.
     """
 
     path: str
@@ -69,6 +77,12 @@ class Weight:
     reads: int | None = None
     uses: int = 1
     buffer: bool = False
+    depthwise: bool = False
+
+    def identity(self, layer: nn.Module) -> int:
+        """A number that two weights have in common if they are the same tensor."""
+        holder = layer.get_submodule(self.path.rpartition(".")[0])
+        return id(holder if isinstance(holder, Packed) else self.tensor(layer))
 
     def tensor(self, layer: nn.Module) -> torch.Tensor:
         """The parameter or buffer itself; of a packed layer, which has no such tensor, one of its shape without values."""
@@ -108,6 +122,7 @@ class Block:
         norm_parameters: parameters of those norms.
         removable: False for what a model cannot do without: a stem, a classifier.
         cached: heads that one token adds to the cache, where they are not those of its axis.
+        tied: the name of the first block whose tensors are the same, of several that share them; None if it shares none.
     """
 
     name: str
@@ -121,10 +136,16 @@ class Block:
     norm_parameters: int
     removable: bool = True
     cached: int | None = None
+    tied: str | None = None
 
     @property
     def kind(self) -> str:
         return self.spec.kind
+
+    @property
+    def role(self) -> str:
+        """What it is: attention, mlp, experts, conv, scan or other."""
+        return self.spec.role
 
     @property
     def leaders(self) -> tuple[Axis, ...]:

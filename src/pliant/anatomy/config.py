@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from pliant.architecture import Architecture, BlockSpec
-from pliant.architecture.spec import factors
+from pliant.architecture.format import factors
 from pliant.errors import ArchitectureError
 
 DENSE_LAYERS = "pliant_dense_layers"
@@ -66,6 +66,15 @@ def entries_of(config: Any) -> dict[int, dict[str, Any]]:
 def layer_config(plain: Any, index: int) -> Any:
     """The config of one layer of the dense model, from which every key can be read."""
     return plain.per_layer_config[index] if getattr(plain, "is_heterogeneous", False) else plain
+
+
+def layer_types_of(plain: Any, depth: int) -> tuple[str, ...]:
+    """The type of each layer; ``full_attention`` where the config has none.
+
+    Arguments:
+        plain: the dense model's config.
+    """
+    return tuple(getattr(plain, "layer_types", None) or ("full_attention",) * depth)
 
 
 def text_config_of(config: Any) -> Any:

@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 
 from pliant.anatomy.channel_groups import Dim, Dims, Groups, Stretch
 from pliant.errors import ArchitectureError
+from pliant.torch_private import operator_arguments, operator_name
 
 # operations without torch's pointwise tag that treat every element by itself all the same
 _POINTWISE = {
@@ -52,9 +53,7 @@ def operation(node: Node) -> str:
     """The plain name of what a node does: ``add`` for ``aten.add_.Tensor``."""
     if node.target is operator.getitem:
         return "getitem"
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return ""
-    return node.target._schema.name.partition("::")[2].rstrip("_")
+    return operator_name(node.target).rstrip("_")
 
 
 def pointwise(node: Node) -> bool:
@@ -83,9 +82,7 @@ def tensors(given: Any) -> list[Node]:
 
 def arguments(node: Node) -> list[Any]:
     """All arguments of an operation in the order of its schema, those left out with their defaults."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return list(node.args)
-    known = node.target._schema.arguments[len(node.args) :]
+    known = operator_arguments(node.target)[len(node.args) :]
     return [*node.args, *(node.kwargs.get(one.name, one.default_value) for one in known)]
 
 

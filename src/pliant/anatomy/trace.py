@@ -13,25 +13,28 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
-from pliant.anatomy.anatomy import Anatomy
+from pliant.anatomy.anatomy import Anatomy, Traced
 from pliant.anatomy.block import Attribute, Axis, Block, Weight
 from pliant.anatomy.channel_groups import Dim, Stretch
 from pliant.anatomy.flow import Flow
 from pliant.anatomy.probe import evaluating, probe, remember
 from pliant.anatomy.residual import residual_modules
-from pliant.architecture import Architecture, BlockSpec, Part
+from pliant.architecture import BlockSpec, Part
 from pliant.errors import ArchitectureError
+from pliant.runtime.dense import CONVOLUTIONS
 
 REST = "rest"
+CHANNEL_NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
 _read: WeakKeyDictionary[nn.Module, tuple[Any, Anatomy]] = WeakKeyDictionary()
 
 
 def traceable(model: Any) -> bool:
     """Whether a model has convolutions to trace."""
-    return isinstance(model, nn.Module) and any(isinstance(module, _ConvNd) for module in model.modules())
+    return isinstance(model, nn.Module) and any(isinstance(module, CONVOLUTIONS) for module in model.modules())
 
 
 def traced(model: nn.Module, example: Any = None) -> Anatomy:
@@ -85,9 +88,7 @@ def _trace(model: nn.Module, inputs: dict[str, Any]) -> Anatomy:
     blocks = reader.blocks(removable)
     total = sum(parameter.numel() for parameter in model.parameters())
     return Anatomy(
-        architecture=Architecture(
-            name=name, models=(), layers=".", fixed={}, axes={}, blocks=(), returns_tuple=False, raw={}
-        ),
+        source=Traced(name),
         blocks=blocks,
         depth=1,
         layer_types=("",),
@@ -188,15 +189,15 @@ class _Reader:
         owner = self.model.get_submodule(path)
         first = weight.dims[0] if weight.dims else ()
         found: dict[str, tuple[Part, ...]] = {}
-        if isinstance(owner, _ConvNd) and weight.path in self.flow.depthwise:
+        if isinstance(owner, CONVOLUTIONS) and weight.path in self.flow.depthwise:
             times = owner.out_channels // owner.in_channels
             read = tuple(Part(part.axis, max(1, part.factor // times)) for part in first)
             found = {"out_channels": first, "in_channels": read, "groups": read}
-        elif isinstance(owner, _ConvNd) and weight.reads is not None and owner.groups == 1:
+        elif isinstance(owner, CONVOLUTIONS) and weight.reads is not None and owner.groups == 1:
             found = {"out_channels": first, "in_channels": weight.dims[1]}
         elif isinstance(owner, nn.Linear) and weight.reads is not None:
             found = {"out_features": first, "in_features": weight.dims[1]}
-        elif isinstance(owner, _NormBase):
+        elif isinstance(owner, CHANNEL_NORMS):
             found = {"num_features": first}
         elif isinstance(owner, nn.LayerNorm):
             found = {"normalized_shape": first}

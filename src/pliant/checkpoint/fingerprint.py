@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
+from pliant.digest import digest
 from pliant.errors import WeightError
-from pliant.pages import hold
+from pliant.pages import within_limit
 
 SAMPLE = 4096  # elements looked at per tensor when a model is told from another
 
@@ -19,7 +19,7 @@ def check_finite(model: nn.Module) -> None:
     """Raises:
     WeightError: naming the first tensor that holds NaN or infinity.
     """
-    for name, parameter in _each(model, model.named_parameters()):
+    for name, parameter in within_limit(model, model.named_parameters()):
         if parameter.is_floating_point() and parameter.element_size() == 1:
             parameter = parameter.float()  # torch computes nothing in 8-bit floats
         if not torch.isfinite(parameter.sum()) and not torch.isfinite(parameter).all():
@@ -30,17 +30,12 @@ def check_finite(model: nn.Module) -> None:
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
     """A hash of every tensor's name, shape, dtype and up to 4096 evenly spaced elements."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in _each(model, model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+    return digest(_samples(model))
+
+
+def _samples(model: nn.Module) -> Iterator[str | bytes]:
+    for name, tensor in within_limit(model, model.state_dict().items()):
+        yield f"{name} {tuple(tensor.shape)} {tensor.dtype}"
         flat = tensor.reshape(-1)
         step = max(1, flat.numel() // SAMPLE)
-        digest.update(flat[::step].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _each(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors one after the other; those in files are given back when memory is short."""
-    for named in tensors:
-        yield named
-        hold(model)
+        yield flat[::step].float().cpu().numpy().tobytes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections.abc import Collection, Iterator
@@ -251,12 +250,3 @@ def tokenizer_of(model: Any, source: str | Path | None = None) -> Any:
         raise ArtefactError(
             f"there is no tokenizer with {where!r} ({str(error).splitlines()[0]}); pass tokenizer="
         ) from error
-
-
-def sync(path: Path) -> None:
-    """Push a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from pliant.checkpoint.folder import config_of, parts_of, weight_files
 from pliant.errors import ArtefactError, MemoryLimitError
 from pliant.formatting import human_bytes, parse_bytes
-from pliant.pages import NEAR, Pages, in_file
+from pliant.pages import NEAR, Pages, in_file, within_limit
 
 _SEQUENTIAL = "HF_DEACTIVATE_ASYNC_LOAD"  # environment variable of transformers
 _COPIES = 3  # in memory while a tensor is assembled from others: the parts, their stacks, and the whole
@@ -129,9 +129,8 @@ def save_paged(model: Any, pages: Pages, folder: Path, shard: int) -> None:
     tensors |= {name: buffer for name, buffer in model.state_dict().items() if name not in tied}
     tensors = _as_stored(model, tensors, pages)
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard)
-    for file, names in split.filename_to_tensors.items():
+    for file, names in within_limit(model, split.filename_to_tensors.items()):
         save_file({name: tensors[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
-        pages.hold()
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(
@@ -148,11 +147,10 @@ def _as_stored(model: Any, tensors: Mapping[str, torch.Tensor], pages: Pages) ->
         layer = re.match(r".*?\.\d+\.", name)
         layers.setdefault(layer.group() if layer else "", {})[name] = tensor.detach()
     found: dict[str, torch.Tensor] = {}
-    for layer in layers.values():
+    for layer in within_limit(model, layers.values()):
         held = {id(tensor) for tensor in layer.values()}
         for name, tensor in revert_weight_conversion(model, layer).items():
             found[name] = tensor if id(tensor) in held or in_file(tensor) else pages.copy(tensor)
-        pages.hold()
     return found
 
 

@@ -34,6 +34,7 @@ from pliant.anatomy import (
     is_guard,
     known_keys,
     layer_config,
+    layer_types_of,
     layers_of,
     plain_config,
     text_config_of,
@@ -54,7 +55,7 @@ def describe(anatomy: Anatomy, config: Any) -> dict[int, dict[str, Any]]:
     for layer in range(anatomy.depth):
         entry: dict[str, Any] = {}
         dense = layer_config(plain, layer)
-        for spec in anatomy.architecture.blocks:
+        for spec in anatomy.specs(layer):
             block = anatomy.blocks.get(f"layers.{layer}.{spec.kind}")
             if block is None:
                 entry.setdefault("skip", []).append(spec.kind)
@@ -190,8 +191,9 @@ def shape_model(model: nn.Module, config: Any) -> None:
     architecture = described_by(config)
     _check_entries(config, architecture)
     plain, entries = plain_config(config), list(config.per_layer_config)
+    types = layer_types_of(plain, len(entries))
     for index, layer in enumerate(layers_of(model, architecture, config)):
-        _shape_layer(layer, index, entries, architecture, plain)
+        _shape_layer(layer, index, entries, architecture, plain, types)
 
 
 def _check_entries(config: Any, architecture: Architecture) -> None:
@@ -200,7 +202,7 @@ def _check_entries(config: Any, architecture: Architecture) -> None:
     """
     plain = plain_config(config)
     dense = entries_of(plain)
-    kinds = [spec.kind for spec in architecture.blocks]
+    types = layer_types_of(plain, len(config.per_layer_config))
     for layer, entry in entries_of(config).items():
         of_layer = layer_config(plain, layer)
         known = known_keys(architecture, of_layer) | {"skip", *dense.get(layer, ())}
@@ -209,6 +211,7 @@ def _check_entries(config: Any, architecture: Architecture) -> None:
                 f"per_layer_config sets {unknown[0]!r} of layer {layer}, which has no effect in a {config.model_type} model; "
                 f"allowed are {', '.join(sorted(known))}"
             )
+        kinds = [spec.kind for spec in architecture.blocks_of(types[layer])]
         if unknown := sorted(set(entry.get("skip", ())) - {*kinds}):
             raise ArtefactError(
                 f"per_layer_config skips {unknown[0]!r} in layer {layer}; a layer of {architecture.name}.yaml has the blocks "
@@ -227,20 +230,27 @@ def _check_entries(config: Any, architecture: Architecture) -> None:
                 )
 
 
-def _shape_layer(layer: nn.Module, index: int, layers: list[Any], architecture: Architecture, plain: Any) -> None:
-    for block in blocks_of(layer, index, architecture, plain):
+def _shape_layer(
+    layer: nn.Module, index: int, layers: list[Any], architecture: Architecture, plain: Any, types: tuple[str, ...]
+) -> None:
+    for block in blocks_of(layer, index, architecture, plain, types[index]):
         if block.kind in layers[index].skip:
             remove(layer, block)
             continue
         kept = {axis.leader: global_size(layers[index], architecture.axes[axis.leader].size) for axis in block.leaders}
         for leader, units in kept.items():
-            if not 1 <= units <= block.axes[leader].size:
+            axis = block.axes[leader]
+            if not min(1, axis.least) <= units <= axis.size:
                 raise ArtefactError(
-                    f"per_layer_config gives {block.name} {units} {leader}; the dense model has {block.axes[leader].size}, so "
-                    f"it must be between 1 and {block.axes[leader].size}"
+                    f"per_layer_config gives {block.name} {units} {leader}; the dense model has {axis.size}, so "
+                    f"it must be between {min(1, axis.least)} and {axis.size}"
                 )
         shrink(layer, block, kept)
-        if block.spec.slot:
-            alive = [other for other, entry in enumerate(layers) if block.kind not in entry.skip]
-            types = getattr(plain, "layer_types", None) or ["full_attention"] * len(layers)
-            setattr(layer.get_submodule(block.spec.module), block.spec.slot, slot(index, alive, types))
+        if block.spec.state:
+            alive = [
+                other
+                for other, entry in enumerate(layers)
+                for spec in architecture.blocks_of(types[other])
+                if spec.state == block.spec.state and spec.kind not in entry.skip
+            ]
+            setattr(layer.get_submodule(block.spec.module), str(block.spec.slot), slot(index, alive, types))

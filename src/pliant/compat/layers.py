@@ -39,6 +39,7 @@ def _shaping(original: Callable[..., None]) -> Callable[..., None]:
         if not _may_be_cut(config):
             return original(self, config, *args, **kwargs)
         from pliant.checkpoint.per_layer_config import as_transformers_alone, cuts_in, shape_model, uncut
+        from pliant.elastic.ties import correct_ties
 
         if as_transformers_alone.get() or not (cuts := list(cuts_in(config))):
             return original(self, config, *args, **kwargs)
@@ -57,6 +58,7 @@ def _shaping(original: Callable[..., None]) -> Callable[..., None]:
                 module.config = owns[id(module.config)]
         for part in cuts:
             shape_model(self, part)
+        correct_ties(self)
         return None
 
     setattr(construct, _MARK, True)

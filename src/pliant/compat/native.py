@@ -26,9 +26,9 @@ from pliant.compat.watch import Watch
 from pliant.errors import ArchitectureError, PackedError
 from pliant.runtime.kv_blocks import Blocks, Keeping, per_token
 from pliant.runtime.library import library
-from pliant.runtime.observed import observed
 from pliant.runtime.packed_linear import Packed
 from pliant.runtime.threads import threads, torch_on_all, torch_on_one
+from pliant.torch_private import observed
 
 NUDGE = 1e-6  # relative input perturbation of the size of rounding, to measure how much 8-bit activations amplify it
 AGREEMENT = 1e-3  # allowed relative difference of hidden states, besides the amplified rounding

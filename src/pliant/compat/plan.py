@@ -165,7 +165,7 @@ class _Reader:
         """
         given: dict[str, Any] = {"packed": {}, "norms": {}}
         self.slots.append(None)
-        for spec in self.anatomy.architecture.blocks:
+        for spec in self.anatomy.specs(index):
             block = self.anatomy.blocks.get(f"layers.{index}.{spec.kind}")
             if block is None:
                 continue

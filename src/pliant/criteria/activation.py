@@ -35,7 +35,7 @@ def activation_orders(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> di
 
 
 def _orders(model: Any, anatomy: Anatomy, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    layers = layers_of(model, anatomy.architecture)
+    layers = layers_of(model, anatomy.source)
     sizes: dict[str, torch.Tensor] = {}
     squares: dict[tuple[str, str], torch.Tensor] = {}
     watched = readers(anatomy)

@@ -9,7 +9,7 @@ from torch import nn
 
 from pliant.anatomy import Anatomy, layers_of
 from pliant.device import total
-from pliant.pages import hold
+from pliant.pages import within_limit
 
 
 def l1_orders(model: nn.Module, anatomy: Anatomy) -> dict[str, torch.Tensor]:
@@ -37,9 +37,9 @@ def l1_norms(model: nn.Module, anatomy: Anatomy) -> dict[str, torch.Tensor]:
     Returns:
         axis name -> L1 norm of each unit, shape ``(units,)``.
     """
-    layers = layers_of(model, anatomy.architecture)
+    layers = layers_of(model, anatomy.source)
     norms = {name: torch.zeros(axis.size, dtype=torch.float64) for name, axis in anatomy.axes.items()}
-    for block in anatomy.blocks.values():
+    for block in within_limit(model, anatomy.blocks.values()):
         for weight in block.weights:
             for place, dim in enumerate(weight.dims):
                 if weight.reads in (None, place) or not any(part.axis in block.axes for part in dim):
@@ -56,5 +56,4 @@ def l1_norms(model: nn.Module, anatomy: Anatomy) -> dict[str, torch.Tensor]:
                         own = rows[start : start + width].view(leader.size, -1).sum(1)
                         norms[leader.name] += own * (shared // axis.ratio)
                     start += width
-        hold(model)
     return norms

@@ -13,7 +13,7 @@ from pliant.device import doubled
 from pliant.forward.losses import nll_sum
 from pliant.forward.stream import Stream
 from pliant.forward.windows import batches_of, within_memory
-from pliant.pages import hold
+from pliant.pages import within_limit
 from pliant.progress import Progress
 
 
@@ -37,7 +37,7 @@ def _damage(
 ) -> dict[str, torch.Tensor]:
     """:func:`damage_of_units` with ``tokens`` tokens in a forward pass."""
     stream, depth = Stream(model.eval(), anatomy), anatomy.depth
-    layers = layers_of(model, anatomy.architecture)
+    layers = layers_of(model, anatomy.source)
     watched: list[list[tuple[nn.Module, Block, Weight]]] = [[] for _ in range(depth)]
     for block, weight in readers(anatomy):
         module = layers[block.layer].get_submodule(weight.path.rpartition(".")[0])
@@ -49,14 +49,13 @@ def _damage(
         with torch.no_grad():
             entered = stream.run(ids, 0, depth)
         slope = _slope_of_loss(stream, ids, entered[depth], tokens)
-        for layer in reversed(range(first, depth)):
+        for layer in within_limit(model, reversed(range(first, depth))):
             modules = [module for module, _, _ in watched[layer]]
             products, slope = _back(stream, ids, layer, entered.get(layer), slope, modules)
             for place, product in products:
                 for axis, own in by_unit(*watched[layer][place][1:], doubled(product.flatten(0, -2))):
                     if axis.name in found:
                         found[axis.name] += own.square().sum(0).cpu() / (2 * windows.numel())
-            hold(model)
         progress.step(number / len(batches), f"batch {number} of {len(batches)}")
     return found
 

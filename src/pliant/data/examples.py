@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 from pliant.data.text import Text, check_unicode, json_objects, read, set_apart
 from pliant.data.tokenize_examples import Encoded, encode
+from pliant.digest import digest
 from pliant.errors import DataError
 
 _ALPACA = (
@@ -50,10 +50,7 @@ class Examples:
     @property
     def digest(self) -> str:
         """Hash of the rows, for recipes."""
-        digest = hashlib.blake2b(digest_size=16)
-        for row in self.rows:
-            digest.update(json.dumps([row.text, row.prompt, row.completion, row.messages]).encode())
-        return digest.hexdigest()
+        return digest(json.dumps([row.text, row.prompt, row.completion, row.messages]) for row in self.rows)
 
     def split(self, share: float) -> tuple[Examples, Examples]:
         """These rows and a share of them held out: every n-th row, so that both have the same mix.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import random
 import re
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from pliant.digest import digest, json_digest
 from pliant.errors import DataError
 
 Row = TypeVar("Row")
@@ -30,12 +30,12 @@ class Text:
     @property
     def digest(self) -> str:
         """Hash of the rows, for recipes."""
-        return hashlib.blake2b("\0".join(self.rows).encode(), digest_size=16).hexdigest()
+        return digest(["\0".join(self.rows)])
 
     def token_digest(self, tokenizer: Any) -> str:
         """Hash of the first rows as token ids: tells tokenizers apart where it matters."""
         ids = [list(tokenizer(row, verbose=False)["input_ids"]) for row in self.rows[:32]]
-        return hashlib.blake2b(json.dumps(ids).encode(), digest_size=16).hexdigest()
+        return json_digest(ids)
 
     def sample(self, count: int, seed: int) -> Text:
         """``count`` rows drawn without replacement, or all of them in a drawn order when there are fewer."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pliant.data.text import Text
+from pliant.digest import digest
 from pliant.errors import DataError
 
 if TYPE_CHECKING:
@@ -46,11 +46,7 @@ class Encoded:
     @property
     def digest(self) -> str:
         """Hash of all ids and labels."""
-        digest = hashlib.blake2b(digest_size=16)
-        for one in (*self.ids, *self.labels):
-            digest.update(one.numpy().tobytes())
-            digest.update(b"|")
-        return digest.hexdigest()
+        return digest(one.numpy().tobytes() + b"|" for one in (*self.ids, *self.labels))
 
     def take(self, which: Iterable[int]) -> Encoded:
         """Some of the sequences, in the given order."""

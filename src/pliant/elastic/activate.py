@@ -11,6 +11,7 @@ from torch import nn
 
 from pliant.anatomy import Anatomy, Block, Null, Weight, anatomy_of, layers_of, plain_config
 from pliant.elastic.subnet import Subnet, validate
+from pliant.torch_private import own_tensors
 
 
 class Follower:
@@ -83,16 +84,29 @@ def stand_in(block: Block, path: str) -> nn.Module:
 
 
 def slot(index: int, alive: Collection[int], layer_types: Sequence[str]) -> int:
-    """The slot in the key-value cache of the attention in layer ``index``.
+    """The cache slot of the block in layer ``index`` that keeps a state.
 
-    A model reads how many tokens it has seen from the first slot of each attention type, so the first surviving layer of
+    A model reads how many tokens it has seen from the first slot of each layer type, so the first surviving layer of
     a type takes the first slot of that type. All others keep their own.
 
     Arguments:
-        alive: the layers that still have their attention.
+        alive: the layers that still have their block with this state.
     """
     of_type = [other for other, kind in enumerate(layer_types) if kind == layer_types[index]]
     return of_type[0] if index == min(set(of_type) & set(alive)) else index
+
+
+def place_in_cache(layers: nn.ModuleList, anatomy: Anatomy, skip: Collection[str] = ()) -> None:
+    """Give every block that keeps a state its cache slot, see :func:`slot`.
+
+    Arguments:
+        skip: the blocks that are not there.
+    """
+    for holders in anatomy.holders(skip).values():
+        alive = [block.layer for block in holders]
+        for block in holders:
+            module = layers[block.layer].get_submodule(block.spec.module)
+            setattr(module, str(block.spec.slot), slot(block.layer, alive, anatomy.layer_types))
 
 
 class Elastic:
@@ -109,7 +123,7 @@ class Elastic:
     def __init__(self, model: nn.Module, anatomy: Anatomy | None = None):
         self.model = model
         self.anatomy = anatomy or anatomy_of(model)
-        self.layers = layers_of(model, self.anatomy.architecture)
+        self.layers = layers_of(model, self.anatomy.source)
         self.active = Subnet()
         self._full: dict[str, dict[str, torch.Tensor]] = {}
         self._modules: dict[str, dict[str, nn.Module]] = {}
@@ -129,19 +143,19 @@ class Elastic:
         if subnet == self.active:
             return
         validate(subnet, self.anatomy, stretch=stretch)
-        for block in self.anatomy.blocks.values():
-            was, now = block.name in self.active.skip, block.name in subnet.skip
-            if was != now:
-                self._set_skipped(block, now)
-            held = Subnet() if was else self.active  # what was put aside is full, whatever is kept of a shared axis
-            if not now and subnet.kept(block) != held.kept(block):
+        changed = [b for b in self.anatomy.blocks.values() if (b.name in subnet.skip) != (b.name in self.active.skip)]
+        for block in changed:
+            self._set_skipped(block, block.name in subnet.skip)
+        touched = {block.tied for block in changed} - {
+            None
+        }  # tied blocks may be one module: their state is not known now
+        for block in self.anatomy.alive(subnet.skip):
+            # what was put aside is full, whatever is kept of a shared axis
+            held = Subnet() if block.name in self.active.skip else self.active
+            if block.tied in touched or subnet.kept(block) != held.kept(block):
                 self._set_kept(block, subnet.kept(block))
-        slotted = {block.layer: block for block in self.anatomy.blocks.values() if block.spec.slot}
-        if any((block.name in subnet.skip) != (block.name in self.active.skip) for block in slotted.values()):
-            alive = {layer: block for layer, block in slotted.items() if block.name not in subnet.skip}
-            for layer, block in alive.items():
-                module = self._modules[block.name][block.spec.module]
-                setattr(module, str(block.spec.slot), slot(layer, alive, self.anatomy.layer_types))
+        if any(block.spec.state for block in changed):
+            place_in_cache(self.layers, self.anatomy, subnet.skip)
         self.active = subnet
 
     def _set_skipped(self, block: Block, skipped: bool) -> None:
@@ -156,11 +170,10 @@ class Elastic:
         for weight in block.weights:
             full = self._full[block.name][weight.path]
             path, _, name = weight.path.rpartition(".")
-            # nn.Module.__setattr__ takes only Parameters here; a view must stay attached to the tensor it looks at
-            owner: Any = layer.get_submodule(path)
+            own = own_tensors(layer.get_submodule(path), weight.buffer)
             if weight.buffer:
-                give_back(owner._buffers[name], full, block, weight, self.active.kept(block))
-            (owner._buffers if weight.buffer else owner._parameters)[name] = narrow(full, block, weight, kept)
+                give_back(own[name], full, block, weight, self.active.kept(block))
+            own[name] = narrow(full, block, weight, kept)
         follow(layer, block, kept)
 
 

@@ -46,7 +46,7 @@ def _output(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 
 def _source(anatomy: Anatomy) -> str:
     """What to blame."""
-    name = anatomy.architecture.name
+    name = anatomy.source.name
     return f"what was traced of {name}" if anatomy.traced else f"{name}.yaml"
 
 
@@ -68,7 +68,7 @@ def _check_reorder(
 def _check_skip(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any]) -> None:
     if anatomy.traced:  # what can be removed was found by its being the identity
         return
-    layers = layers_of(model, anatomy.architecture)
+    layers = layers_of(model, anatomy.source)
     blocks = [block for block in anatomy.blocks.values() if block.layer == _layer_to_skip(anatomy)]
     seen: dict[str, torch.Tensor] = {}
 
@@ -92,12 +92,10 @@ def _check_skip(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any]) -> N
 
 
 def _layer_to_skip(anatomy: Anatomy) -> int:
-    """The last layer whose attention is not the only one of its type."""
-    types = [anatomy.layer_types[block.layer] for block in anatomy.blocks.values() if block.spec.slot]
-    return max(
-        (b.layer for b in anatomy.blocks.values() if types.count(anatomy.layer_types[b.layer]) > 1),
-        default=max(b.layer for b in anatomy.blocks.values()),
-    )
+    """The last layer all of whose blocks may go: none is the only one of its layer type that keeps a state."""
+    only = {blocks[0].layer for blocks in anatomy.holders().values() if len(blocks) == 1}
+    layers = {block.layer for block in anatomy.blocks.values()}
+    return max(layers - only or layers)
 
 
 def _check_narrow(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any], generator: torch.Generator) -> None:
@@ -106,7 +104,7 @@ def _check_narrow(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any], ge
     Experts are left out: what a token would have sent to a dropped one goes to another. Where a norm is taken over units,
     too: silent ones count in it. There the model only has to run.
     """
-    layers = layers_of(model, anatomy.architecture)
+    layers = layers_of(model, anatomy.source)
     subnet = everything = Subnet()
     for block in anatomy.blocks.values():
         read = {part.axis for w in block.weights if w.reads is not None for part in w.dims[w.reads]}
@@ -132,7 +130,7 @@ def _check_narrow(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any], ge
     try:
         silenced = _output(model, inputs)
     finally:
-        for parameter, saved in touched:
+        for parameter, saved in reversed(touched):  # tied blocks share a parameter: what was saved first is whole
             parameter.copy_(saved)
     elastic = Elastic(model, anatomy)
     try:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from pliant.anatomy import Anatomy, Block
+from pliant.anatomy import Anatomy, counted_once
 from pliant.architecture import Part
 from pliant.elastic.subnet import Subnet
 
 
 def parameters(anatomy: Anatomy, subnet: Subnet = Subnet()) -> int:
     """Parameters of the model under ``subnet``, embeddings and head included, tied ones once."""
-    return anatomy.rest + sum(block.parameters(subnet.kept(block)) for block in _alive(anatomy, subnet))
+    return anatomy.rest + sum(
+        block.parameters(subnet.kept(block)) if own else block.norm_parameters
+        for block, own in counted_once(anatomy.alive(subnet.skip))
+    )
 
 
 def macs(anatomy: Anatomy, subnet: Subnet = Subnet(), *, tokens: int = 1, context: int | None = None) -> int:
@@ -21,9 +24,10 @@ def macs(anatomy: Anatomy, subnet: Subnet = Subnet(), *, tokens: int = 1, contex
     """
     context = tokens if context is None else context
     total = anatomy.head
-    for block in _alive(anatomy, subnet):
+    for block in anatomy.alive(subnet.skip):
         kept = subnet.kept(block)
-        total += sum(weight.uses * block.active(weight, kept) for weight in block.weights if weight.reads is not None)
+        multiplied = (weight for weight in block.weights if weight.reads is not None or weight.depthwise)
+        total += sum(weight.uses * block.active(weight, kept) for weight in multiplied)
         if block.spec.scores:
             total += 2 * context * block.width(Part(block.spec.scores), kept)
     return total * tokens
@@ -41,7 +45,7 @@ def streamed_bytes(anatomy: Anatomy, subnet: Subnet = Subnet(), *, element: int,
         context: tokens in the key-value cache.
     """
     total = anatomy.head
-    for block in _alive(anatomy, subnet):
+    for block in anatomy.alive(subnet.skip):
         kept = subnet.kept(block)
         total += block.norm_parameters + sum(
             block.active(weight, kept) for weight in block.weights if not weight.buffer
@@ -52,7 +56,7 @@ def streamed_bytes(anatomy: Anatomy, subnet: Subnet = Subnet(), *, element: int,
 def cache_bytes(anatomy: Anatomy, subnet: Subnet = Subnet(), *, element: int) -> int:
     """Bytes that one token adds to the key-value cache."""
     total = 0
-    for block in _alive(anatomy, subnet):
+    for block in anatomy.alive(subnet.skip):
         if block.spec.scores and block.spec.slot:
             leader = block.axes[block.axes[block.spec.scores].leader]
             kept = subnet.kept(block).get(leader.leader, leader.size)
@@ -64,7 +68,3 @@ def ratio(anatomy: Anatomy, subnet: Subnet) -> float:
     """Share of the parameters that ``subnet`` removes, 0 for the dense model."""
     dense = parameters(anatomy)
     return 1 - parameters(anatomy, subnet) / dense
-
-
-def _alive(anatomy: Anatomy, subnet: Subnet) -> list[Block]:
-    return [block for block in anatomy.blocks.values() if block.name not in subnet.skip]

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from pliant.anatomy import Anatomy, Block, anatomy_of, layers_of
-from pliant.elastic.activate import follow, narrow, slot, stand_in
+from pliant.elastic.activate import follow, narrow, place_in_cache, stand_in
 from pliant.elastic.subnet import Subnet, validate
-from pliant.pages import hold, in_file
+from pliant.elastic.ties import correct_ties
+from pliant.pages import in_file, within_limit
 
 
 @torch.no_grad()
@@ -21,19 +22,29 @@ def extract(model: nn.Module, anatomy: Anatomy, subnet: Subnet) -> Anatomy:
         The anatomy of what is left.
     """
     validate(subnet, anatomy)
-    layers = layers_of(model, anatomy.architecture)
-    for block in anatomy.blocks.values():
+    layers = layers_of(model, anatomy.source)
+    shared: dict[str, dict[str, torch.Tensor]] = {}
+    for block in within_limit(model, anatomy.blocks.values()):
         if block.name in subnet.skip:
             remove(layers[block.layer], block)
+        elif block.tied in shared:
+            _share(layers[block.layer], block, subnet.kept(block), shared[block.tied])
         else:
             shrink(layers[block.layer], block, subnet.kept(block))
-        hold(model)
+            if block.tied is not None:
+                shared[block.tied] = {weight.path: weight.tensor(layers[block.layer]) for weight in block.weights}
+    correct_ties(model)
     left = anatomy_of(model)
-    slotted = {block.layer: block for block in left.blocks.values() if block.spec.slot}
-    for index, block in slotted.items():
-        module = layers[index].get_submodule(block.spec.module)
-        setattr(module, str(block.spec.slot), slot(index, slotted, left.layer_types))
+    place_in_cache(layers, left)
     return left
+
+
+def _share(layer: nn.Module, block: Block, kept: Mapping[str, int], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give a block the tensors that a block tied to it was cut to."""
+    for path, tensor in tensors.items():
+        owner, _, name = path.rpartition(".")
+        setattr(layer.get_submodule(owner), name, tensor)
+    follow(layer, block, kept)
 
 
 def remove(layer: nn.Module, block: Block) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from pliant.anatomy import Anatomy, Block, layers_of
+from pliant.anatomy import Anatomy, Block, counted_once, layers_of
 from pliant.architecture import Part
 from pliant.errors import SubnetError
-from pliant.pages import hold
+from pliant.pages import within_limit
 
 
 @torch.no_grad()
@@ -23,24 +23,25 @@ def reorder(model: nn.Module, anatomy: Anatomy, orders: Mapping[str, torch.Tenso
     Raises:
         SubnetError: unknown axis, or not a permutation.
     """
-    layers = layers_of(model, anatomy.architecture)
+    layers = layers_of(model, anatomy.source)
     axes = anatomy.axes
     for name, order in orders.items():
         if name not in axes:
             raise SubnetError(f"the model has no axis {name!r} to reorder")
         if sorted(order.tolist()) != list(range(axes[name].size)):
             raise SubnetError(f"the order given for {name} is not a permutation of {axes[name].size} units")
-    for block in anatomy.blocks.values():
+    for block, own in counted_once(anatomy.blocks.values()):
+        if not own:  # a block tied to it has been reordered
+            continue
         chosen = {axis.leader: orders[axis.name] for axis in block.leaders if axis.name in orders}
         if not chosen:
             continue
-        for weight in block.weights:
+        for weight in within_limit(model, block.weights):
             parameter = weight.tensor(layers[block.layer])
             for position, dim in enumerate(weight.dims):
                 if any(part.axis in block.axes and block.axes[part.axis].leader in chosen for part in dim):
                     index = _elements(block, dim, chosen).to(parameter.device)
                     parameter.copy_(parameter.index_select(position, index))
-            hold(model)
 
 
 def _elements(block: Block, dim: tuple[Part, ...], chosen: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -51,7 +52,9 @@ def _elements(block: Block, dim: tuple[Part, ...], chosen: Mapping[str, torch.Te
         index = torch.arange(width)
         axis = block.axes.get(part.axis)
         if axis is not None and axis.leader in chosen:
-            index = index.view(block.axes[axis.leader].size, -1)[chosen[axis.leader].cpu()].flatten()
+            index = index.view(block.axes[axis.leader].size, width // max(1, block.axes[axis.leader].size))[
+                chosen[axis.leader].cpu()
+            ].flatten()
         pieces.append(index + start)
         start += width
     return torch.cat(pieces)

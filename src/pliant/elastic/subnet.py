@@ -74,7 +74,7 @@ def validate(subnet: Subnet, anatomy: Anatomy, *, stretch: bool = False) -> None
     if needed:
         raise SubnetError(f"{needed[0]} cannot be removed, only made narrower: the model needs it")
     axes = anatomy.axes
-    there = {axis.name for b in anatomy.blocks.values() if b.name not in subnet.skip for axis in b.leaders}
+    gone = tuple(f"{block}." for block in subnet.skip)
     for name, units in subnet.keep:
         if name not in axes:
             raise SubnetError(f"the model has no axis {name!r} to choose; its axes are {_some(axes)}")
@@ -82,19 +82,17 @@ def validate(subnet: Subnet, anatomy: Anatomy, *, stretch: bool = False) -> None
         if not axis.allows(units):
             some = f" in multiples of {axis.multiple}" if axis.multiple > 1 else ""
             raise SubnetError(
-                f"{name} can keep {axis.active or 1} to {axis.size} units{some}, not {units}; to keep none, skip the block"
+                f"{name} can keep {axis.fewest} to {axis.size} units{some}, not {units}; to keep none, skip the block"
             )
-        if name not in there:
+        if name.startswith(gone):
             raise SubnetError(f"{name} is kept at {units} but its block is skipped")
-    if not stretch and any(block.spec.slot for block in anatomy.blocks.values()):
-        alive = {
-            anatomy.layer_types[b.layer] for b in anatomy.blocks.values() if b.spec.slot and b.name not in subnet.skip
-        }
-        for kind in dict.fromkeys(anatomy.layer_types):
-            if kind not in alive:
+    if not stretch:
+        left = anatomy.holders(subnet.skip)
+        for key, blocks in anatomy.holders().items():
+            if key not in left:
                 raise SubnetError(
-                    f"every {kind} block would be gone; at least one must stay, because the model keeps count of the "
-                    "tokens it has seen in it"
+                    f"every {blocks[0].kind} block of the {key[1]} layers would be gone; at least one must stay, because the "
+                    "model keeps count of the tokens it has seen in it"
                 )
 
 

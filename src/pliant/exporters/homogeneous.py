@@ -57,7 +57,7 @@ def homogeneous(model: Any) -> Any:
             setattr(config, key, [getattr(config, key)[layer] for layer in layers])
     with torch.device("meta"):
         rebuilt = type(model)(config)
-    held = layers_of(model, anatomy.architecture)
+    held = layers_of(model, anatomy.source)
     prefix = next(path for path, module in model.named_modules() if module is held) + "."
 
     def renamed(name: str) -> str | None:
@@ -89,8 +89,10 @@ def homogeneous(model: Any) -> Any:
 
 
 def _whole_layers(anatomy: Anatomy) -> list[int]:
-    kinds = [spec.kind for spec in anatomy.architecture.blocks]
-    alive = {layer: [f"layers.{layer}.{kind}" in anatomy.blocks for kind in kinds] for layer in range(anatomy.depth)}
+    alive = {
+        layer: [f"layers.{layer}.{spec.kind}" in anatomy.blocks for spec in anatomy.specs(layer)]
+        for layer in range(anatomy.depth)
+    }
     half = [layer for layer, blocks in alive.items() if any(blocks) and not all(blocks)]
     if half:
         raise ArtefactError(

@@ -27,7 +27,7 @@ class Stream:
 
     def __init__(self, model: Any, anatomy: Anatomy):
         self.model = model
-        self.layers = layers_of(model, anatomy.architecture)
+        self.layers = layers_of(model, anatomy.source)
         self._tuples = anatomy.architecture.returns_tuple
 
     def logits(self, ids: torch.Tensor, start: int = 0, hidden: torch.Tensor | None = None) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from pliant.anatomy import Anatomy
 from pliant.checkpoint.fingerprint import fingerprint
 from pliant.elastic import Subnet, macs, parameters, streamed_bytes
+from pliant.files import write_json
 from pliant.machine import machine
 from pliant.measure.speed.latency_table import PHASES, Latency, measure_latency
 
@@ -44,10 +44,7 @@ def cost_of(name: str, model: Any, anatomy: Anatomy, path: Path | None = None) -
         if table is None:
             table = measure_latency(model, anatomy, name)
             if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                aside = path.with_suffix(".part")
-                aside.write_text(json.dumps({"of": of, **table.to_dict()}, indent=1) + "\n", "utf-8")
-                os.replace(aside, path)
+                write_json(path, {"of": of, **table.to_dict()}, indent=1)
         return lambda subnet: table.of(anatomy, subnet)
     element = next(model.parameters()).element_size()
     counted: dict[str, Cost] = {

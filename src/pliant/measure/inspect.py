@@ -53,12 +53,7 @@ def inspect(model: Any, *, self_check: bool = True, dtype: Any = None, device: A
                 },
             }
         )
-    removed = sorted(
-        f"layers.{layer}.{spec.kind}"
-        for layer in range(anatomy.depth)
-        for spec in anatomy.architecture.blocks
-        if f"layers.{layer}.{spec.kind}" not in anatomy.blocks
-    )
+    removed = sorted(anatomy.removed())
     if anatomy.traced:
         removed = [path for path, module in model.named_modules() if isinstance(module, Null)]
         costs: dict[str, int] = {"macs_per_image": macs(anatomy)}
@@ -71,7 +66,7 @@ def inspect(model: Any, *, self_check: bool = True, dtype: Any = None, device: A
     return {
         "model": getattr(model, "name_or_path", "") or type(model).__name__,
         "model_type": getattr(getattr(model, "config", None), "model_type", None),
-        "architecture": anatomy.architecture.name,
+        "architecture": anatomy.source.name,
         "self_check": "passed" if self_check else "not run",
         "depth": anatomy.depth,
         "parameters": whole,

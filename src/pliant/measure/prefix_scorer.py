@@ -227,7 +227,7 @@ def footprint(model: Any, anatomy: Anatomy, windows: torch.Tensor, metric: str |
         if free is not None:  # boundaries that do not fit are recomputed
             hidden = max(hidden // anatomy.depth, min(hidden, free // 2))
         return Footprint(whole, hidden, logits, anatomy.depth)
-    layers = layers_of(model, anatomy.architecture)
+    layers = layers_of(model, anatomy.source)
     each = max(sum(p.nbytes for p in layer.parameters()) for layer in layers)
     inside = {id(p) for p in layers.parameters()}
     largest = max((p.nbytes for p in model.parameters() if id(p) not in inside), default=0)

@@ -12,19 +12,13 @@ from pliant.searches.greedy import Move
 Moves = Callable[[Subnet], Sequence[Move]]
 
 
-def block_moves(anatomy: Anatomy, kinds: Sequence[str] = ("attention", "mlp")) -> Moves:
-    """Remove a whole block. The last attention of each type is never offered."""
+def block_moves(anatomy: Anatomy, roles: Collection[str] | None = None) -> Moves:
+    """Remove a whole block; the last holder of a state is never offered.
 
-    def moves(subnet: Subnet) -> list[Move]:
-        alive = [b for b in anatomy.blocks.values() if b.name not in subnet.skip]
-        left = [anatomy.layer_types[b.layer] for b in alive if b.spec.slot]
-        return [
-            Move(b.name, subnet.without(b.name))
-            for b in alive
-            if b.kind in kinds and b.removable and not (b.spec.slot and left.count(anatomy.layer_types[b.layer]) == 1)
-        ]
-
-    return moves
+    Arguments:
+        roles: only blocks of these roles; None for all.
+    """
+    return lambda subnet: [Move(b.name, subnet.without(b.name)) for b in anatomy.may_go(subnet.skip, roles)]
 
 
 def layer_moves(anatomy: Anatomy) -> Moves:
@@ -164,11 +158,6 @@ def settled(
         shares = [(kept.get(move.unit, steps[move.unit][0]) / steps[move.unit][0], move) for move in fit(subnet)]
         subnet = max(shares, key=lambda one: one[0])[1].subnet
     return put_back(subnet)
-
-
-def head_axes(anatomy: Anatomy) -> list[str]:
-    """Short names of the axes that attention heads are chosen by."""
-    return sorted({axis.leader for b in anatomy.blocks.values() if b.kind == "attention" for axis in b.leaders})
 
 
 def reach(anatomy: Anatomy, stages: Sequence[Moves]) -> float:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.pytorch_utils import Conv1D
 
 from pliant.anatomy import Anatomy, Block, Weight, layers_of
 from pliant.device import doubled
@@ -23,6 +22,7 @@ from pliant.forward.stream import Stream
 from pliant.forward.windows import batches_of, tokens_at_once, within_memory
 from pliant.pages import pages_of
 from pliant.progress import Progress
+from pliant.runtime.dense import weight_of
 
 EXACT = 1e-3  # how closely, as a share of it, a last matrix must explain what its block adds to the stream
 ROUNDS = 16  # of alternating least squares for a norm that follows it; gemma2, gemma3 and olmo2 take one to three
@@ -123,7 +123,7 @@ def repair_bytes(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> int:
     out of it, and the normal equations."""
     hidden = model.config.get_text_config(decoder=True).hidden_size
     last = (last_matrix(block) for block in anatomy.blocks.values())
-    layers = layers_of(model, anatomy.architecture)
+    layers = layers_of(model, anatomy.source)
     shapes = [
         w.tensor(layers[b.layer]).shape[w.reads or 0]
         for b, w in zip(anatomy.blocks.values(), last, strict=True)
@@ -242,7 +242,7 @@ def _refit(
     if owner.bias is not None:
         owner.bias.add_(_like(change[-1], owner.bias))
         matrix = change[:-1]
-    owner.weight.add_(_like(matrix if isinstance(owner, Conv1D) else matrix.T, owner.weight))
+    weight_of(owner).add_(_like(matrix.T, owner.weight))
     return change.float().to(owner.weight.device)
 
 

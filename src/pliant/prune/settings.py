@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 import torch
 
 from pliant.anatomy import Anatomy
+from pliant.architecture import ROLES
 from pliant.checkpoint.fingerprint import check_finite, fingerprint
 from pliant.data import Text
 from pliant.elastic import described
@@ -17,7 +18,7 @@ from pliant.forward.windows import check_model, seqlen_of, windows_for
 from pliant.measure.cost import COSTS
 from pliant.measure.scores import Score, score_of
 from pliant.pages import pages_of
-from pliant.prune.moves import Moves, fitting, head_axes, reach, unit_of
+from pliant.prune.moves import Moves, fitting, reach, unit_of
 from pliant.prune.repair import repair_bytes
 from pliant.prune.session import Pruning
 from pliant.prune.unit_order import ORDERS
@@ -210,14 +211,23 @@ class WidthPruner(OrderedPruner, GreedyPruner):
         "Key-value groups removed in one move, each with all query heads that share it.", default=1, at_least=1
     )
 
-    def mlp_groups(self, job: Job) -> dict[str, int]:
-        """Units of each axis of an MLP that go in one move."""
-        channels = self.mlp_group or max(1, job.model.config.get_text_config(decoder=True).hidden_size // 4)
-        return {"channels": channels, "experts": 1}
+    def mlp_groups(self, job: Job, anatomy: Anatomy) -> dict[str, int]:
+        """Units of each axis of the blocks other than attention that go in one move."""
+        return self._groups(job, anatomy, set(ROLES) - {"attention"})
 
-    def head_groups(self, anatomy: Anatomy) -> dict[str, int]:
+    def head_groups(self, job: Job, anatomy: Anatomy) -> dict[str, int]:
         """Units of each axis of an attention that go in one move."""
-        return dict.fromkeys(head_axes(anatomy), self.head_group)
+        return self._groups(job, anatomy, {"attention"})
+
+    def _groups(self, job: Job, anatomy: Anatomy, roles: Collection[str]) -> dict[str, int]:
+        """An expert at a time, heads in ``head_group``, and single channels in ``mlp_group``."""
+        channels = self.mlp_group or max(1, job.model.config.get_text_config(decoder=True).hidden_size // 4)
+        axes = {axis.leader: axis for axis in anatomy.axes.values()}
+        groups = {}
+        for name in anatomy.axes_of(roles):
+            single = axes[name].unit == 1  # channels, or one rank of a latent
+            groups[name] = 1 if axes[name].active is not None else channels if single else self.head_group
+        return groups
 
 
 # what the score of a sub-network depends on: a search that differs in other settings goes on with the same archive

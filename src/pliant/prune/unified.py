@@ -22,7 +22,7 @@ class UnifiedPruner(WidthPruner):
     def run(self, job: Job) -> None:
         pruning = self.begin(job)
         anatomy = pruning.anatomy
-        groups = {**self.mlp_groups(job), **self.head_groups(anatomy)}
+        groups = {**self.mlp_groups(job, anatomy), **self.head_groups(job, anatomy)}
         moves = pooled(block_moves(anatomy), width_moves(anatomy, groups))
         self.check_reach(anatomy, [moves])
         windows = self.windows(job, self.samples, self.seed)

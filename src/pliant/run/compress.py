@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,8 +20,10 @@ from pliant.checkpoint.packed_config import held_bytes, packed_bytes, unpacked_b
 from pliant.compat.native import cached_bytes
 from pliant.data import Text, text
 from pliant.device import called
+from pliant.digest import digest, json_digest
 from pliant.elastic import Subnet, cache_bytes, described, macs, parameters, streamed_bytes, weight_bytes
 from pliant.errors import BusyError, PliantError
+from pliant.files import write_json
 from pliant.forward.windows import check_model, longest_of, predicts
 from pliant.machine import machine
 from pliant.measure.memory import disk_bytes, run_memory
@@ -253,14 +253,10 @@ def _measure(
 
 def _key(model: Any, tokenizer: Any, held_out: list[Text], measuring: Measuring) -> str:
     """What a quality depends on, as a hash."""
-    digest = hashlib.blake2b(digest_size=16)
-    tasks = [
-        hashlib.blake2b(Path(task).read_bytes()).hexdigest() if Path(task).is_file() else "" for task in measuring.tasks
-    ]
+    tasks = [digest([Path(task).read_bytes()], size=64) if Path(task).is_file() else "" for task in measuring.tasks]
     settings = (measuring.seqlen, measuring.windows, measuring.limit, [str(task) for task in measuring.tasks], tasks)
     texts = [(source.source, source.digest, source.token_digest(tokenizer)) for source in held_out]
-    digest.update(json.dumps([fingerprint(model), texts, settings]).encode())
-    return digest.hexdigest()
+    return json_digest([fingerprint(model), texts, settings])
 
 
 def _job(
@@ -285,9 +281,7 @@ def _job(
         machine()["cpu"],
         versions(),
     ]
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([_key(model, tokenizer, held_out, measuring), settings]).encode())
-    return digest.hexdigest()
+    return json_digest([_key(model, tokenizer, held_out, measuring), settings])
 
 
 def _finished(out: Path, job: str | None) -> dict[str, Any] | None:
@@ -308,9 +302,7 @@ def _remembered(path: Path, key: str, measure: Callable[[], dict[str, Any]]) -> 
         known = {}
     if not isinstance(known, dict) or key not in known:
         known = {**(known if isinstance(known, dict) else {}), key: measure()}
-        aside = path.with_suffix(".part")
-        aside.write_text(json.dumps(known) + "\n", "utf-8")
-        os.replace(aside, path)
+        write_json(path, known)
     return known[key]
 
 

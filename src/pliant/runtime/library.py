@@ -14,11 +14,12 @@ import warnings
 from importlib import metadata
 from pathlib import Path
 
-ABI = 2
+ABI = 3
 _FILE = "native.so"
 _P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES = {
     "pliant_abi": (_I, []),
+    "pliant_header": (ctypes.c_char_p, []),
     "pliant_message": (ctypes.c_char_p, []),
     "pliant_available": (ctypes.c_char_p, [_I]),
     "pliant_isa": (ctypes.c_char_p, []),

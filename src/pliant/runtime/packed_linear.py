@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from pliant.errors import PackedError
 from pliant.runtime.dense import is_linear, sizes_of, weight_of, why_kept
 from pliant.runtime.library import library
-from pliant.runtime.observed import observed
 from pliant.runtime.packed_matrix import Header, check, header, pack, room, unpack, verify
 from pliant.runtime.packed_weight import PackedWeight, product
 from pliant.runtime.threads import threads
+from pliant.torch_private import observed, own_tensors, share_call_hooks
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -96,13 +96,6 @@ torch.library.register_fake("pliant::linear", _fake, lib=_ops)
 torch.library.register_autograd("pliant::linear", _backward, setup_context=_remember, lib=_ops)
 
 
-_HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
-)
-
-
 class Packed(nn.Module):
     """A linear layer whose weight is packed.
 
@@ -160,21 +153,20 @@ class Packed(nn.Module):
             packed = pack(weight_of(dense), format, sparse=sparse, group=group)
         rows, columns = sizes_of(dense)
         made = cls(columns, rows, packed, dense.bias, dense.weight.dtype)
-        for hooks in _HOOKS:  # the same dict objects, so that the handles of hooks still remove them
-            vars(made)[hooks] = vars(dense)[hooks]
+        share_call_hooks(dense, made)
         return made.train(dense.training)
 
     @property
     def packed(self) -> torch.Tensor:
         """The packed matrix, shape ``(bytes,)``, uint8."""
-        found = self._buffers["weight"]
+        found = own_tensors(self, buffers=True)["weight"]
         assert found is not None
         return found
 
     @property
     def weight(self) -> torch.Tensor:
         """The weight as a read-only tensor, shape ``(out_features, in_features)``; on the meta device, the buffer of its bytes."""
-        packed = self._buffers.get("weight")
+        packed = own_tensors(self, buffers=True).get("weight")
         if packed is None:
             raise AttributeError("weight")
         if packed.is_meta:
@@ -216,7 +208,7 @@ class Packed(nn.Module):
             PackedError: it is damaged, or of another size than the layer.
         """
         self._check(self.packed)
-        self._buffers["weight"] = room(self.packed.numel()).copy_(self.packed)
+        own_tensors(self, buffers=True)["weight"] = room(self.packed.numel()).copy_(self.packed)
 
     def _check(self, packed: torch.Tensor) -> None:
         """Check packed bytes for this layer.
@@ -243,7 +235,7 @@ class Packed(nn.Module):
                     "model before packing"
                 )
             self._check(given)
-            self._buffers["weight"] = room(given.numel())  # its size depends on the sparsity
+            own_tensors(self, buffers=True)["weight"] = room(given.numel())  # its size depends on the sparsity
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
         if local_metadata.get("assign_to_params_buffers"):
             self.settle()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import struct
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from pliant.errors import PackedError, WeightError
 from pliant.runtime import reference
 from pliant.runtime.library import library
+from pliant.runtime.packed_header import MAGIC, SIZE, RawHeader
 from pliant.runtime.threads import threads
 
 METHOD = "pliant"
@@ -24,9 +24,6 @@ METHOD = "pliant"
 FORMATS = ("bf16", "int8", "int4")
 GROUPS = (32, 64, 128)
 """Inputs that may share a scale in int4."""
-
-_HEADER = struct.Struct("<8s4I8qQ32x")
-_MAGIC = b"PLIANTW\n"
 
 
 @dataclass(frozen=True)
@@ -66,14 +63,12 @@ def header(packed: torch.Tensor) -> Header:
     Raises:
         PackedError: it is none.
     """
-    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() < _HEADER.size:
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() < SIZE:
         raise PackedError(f"a packed matrix is a tensor of bytes, not {tuple(packed.shape)} of {packed.dtype}")
-    magic, _, kind, sparse, group, rows, columns, stored, _, _, _, _, size, _ = _HEADER.unpack(
-        bytes(packed[: _HEADER.size].tolist())
-    )
-    if magic != _MAGIC or kind >= len(FORMATS):
-        raise PackedError("this tensor is no packed matrix: its first bytes are others")
-    return Header(FORMATS[kind], bool(sparse), group, rows, columns, stored, size)
+    raw = RawHeader.read(bytes(packed[:SIZE].tolist()))
+    if raw.magic != MAGIC or raw.format >= len(FORMATS):
+        raise PackedError("this tensor is not a packed matrix: its first bytes are different")
+    return Header(FORMATS[raw.format], bool(raw.sparse), raw.group, raw.rows, raw.columns, raw.stored, raw.size)
 
 
 def room(size: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from pliant.errors import PackedError
 from pliant.runtime.packed_matrix import unpack
+from pliant.torch_private import forward_differentiation
 
 _ABOUT = {  # attributes and methods that need no values
     *("dtype", "shape", "size", "dim", "ndim", "numel", "nelement", "element_size", "itemsize", "nbytes", "__len__"),
@@ -34,7 +35,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ou
     The op has no rule for tangents and would drop them. A tangent passes through the weights as they are, as a gradient does.
     """
     apply = torch.ops.pliant.linear
-    if forward_ad._current_level < 0:
+    if not forward_differentiation():
         return apply(x, weight, bias, out_features)
     x, tangent = forward_ad.unpack_dual(x)
     bias, shift = (None, None) if bias is None else forward_ad.unpack_dual(bias)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import struct
-
 import numpy as np
 import torch
 
+from pliant.runtime.packed_header import MAGIC, SIZE, VERSION, RawHeader
 from pliant.runtime.rounding_grid import codes_of, scales_of
 
 PANEL, STEP = 16, 64
 INPUTS = (2, 4, 8)  # of a step, in bf16, int8, int4
 MASK = (4, 8, 16)  # bytes of mask of a step
-HEADER = struct.Struct("<8s4I8qQ32x")
-MAGIC, VERSION, SLACK = b"PLIANTW\n", 1, 64
+SLACK = 64  # bytes behind the values that can be read
 BF16, INT8, INT4 = range(3)
 
 
@@ -41,7 +39,7 @@ def pack(weight: torch.Tensor, kind: int, sparse: bool, group: int, scales: torc
     masks, values, offsets, stored = b"", stream.tobytes(), b"", rows * columns
     if sparse:
         masks, values, offsets, stored = _sparse(stream, kind, panels)
-    places, at = [], HEADER.size
+    places, at = [], SIZE
     for part in (scale_bytes, offsets, masks, values):
         places.append(at)
         at = _aligned(at + len(part))
@@ -49,29 +47,31 @@ def pack(weight: torch.Tensor, kind: int, sparse: bool, group: int, scales: torc
     packed = np.zeros(size, np.uint8)
     for place, part in zip(places, (scale_bytes, offsets, masks, values), strict=True):
         packed[place : place + len(part)] = np.frombuffer(part, np.uint8)
-    fields = (MAGIC, VERSION, kind, int(sparse), group if kind == INT4 else 0, rows, columns, stored, *places, size)
-    packed[: HEADER.size] = np.frombuffer(HEADER.pack(*fields, 0), np.uint8)
-    packed[: HEADER.size] = np.frombuffer(HEADER.pack(*fields, checksum(packed)), np.uint8)
+    header = RawHeader(
+        *(MAGIC, VERSION, kind, int(sparse), group if kind == INT4 else 0, rows, columns, stored, *places, size),
+        checksum=0,
+    )
+    packed[:SIZE] = np.frombuffer(header.to_bytes(), np.uint8)
+    packed[:SIZE] = np.frombuffer(header._replace(checksum=checksum(packed)).to_bytes(), np.uint8)
     return torch.from_numpy(packed)
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:
     """Shape ``(bytes,)`` to shape ``(out, in)`` float32."""
     data = packed.numpy()
-    _, _, kind, sparse, group, rows, columns, _, at_scales, at_offsets, at_masks, at_values, _, _ = HEADER.unpack(
-        data[: HEADER.size].tobytes()
-    )
+    header = RawHeader.read(data[:SIZE].tobytes())
+    kind, group, rows, columns = header.format, header.group, header.rows, header.columns
     panels, steps, groups = -(-rows // PANEL), -(-columns // INPUTS[kind]), -(-columns // (group or columns))
-    if sparse:
-        there = _bits(data[at_masks : at_masks + panels * steps * MASK[kind]])
-        ends = np.frombuffer(data[at_offsets : at_offsets + 8 * (panels + 1)].tobytes(), "<i8")
-        values = data[at_values : at_values + int(ends[-1])]
+    if header.sparse:
+        there = _bits(data[header.masks :][: panels * steps * MASK[kind]])
+        ends = np.frombuffer(data[header.offsets :][: 8 * (panels + 1)].tobytes(), "<i8")
+        values = data[header.values :][: int(ends[-1])]
         stream = np.zeros(there.shape, "<i2" if kind == BF16 else np.uint8)
         stream[there] = values.view("<i2") if kind == BF16 else values if kind == INT8 else _nibbles(values)
         if kind == INT4:
             stream = stream[0::2] | stream[1::2] << 4
     else:
-        stream = data[at_values : at_values + panels * steps * STEP]
+        stream = data[header.values :][: panels * steps * STEP]
         stream = stream.view("<i2") if kind == BF16 else stream
     inputs = INPUTS[kind]
     if kind == INT4:
@@ -84,9 +84,9 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
     if kind == BF16:
         return elements.view(torch.bfloat16).float()
     if kind == INT8:
-        scales = data[at_scales : at_scales + panels * PANEL * 4].view("<f4")[:rows]
+        scales = data[header.scales :][: panels * PANEL * 4].view("<f4")[:rows]
         return elements.float() * torch.from_numpy(scales.copy())[:, None]
-    scales = data[at_scales : at_scales + panels * groups * PANEL * 2].view("<i2").reshape(panels, groups, PANEL)
+    scales = data[header.scales :][: panels * groups * PANEL * 2].view("<i2").reshape(panels, groups, PANEL)
     scales = torch.from_numpy(scales.transpose(0, 2, 1).reshape(panels * PANEL, groups)[:rows].copy())
     return elements.float() * scales.view(torch.bfloat16).float().repeat_interleave(group, 1)[:, :columns]
 
@@ -94,21 +94,21 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
 def verify(packed: torch.Tensor) -> str:
     """What is wrong with a packed matrix, or nothing."""
     data = packed.numpy()
-    fields = HEADER.unpack(data[: HEADER.size].tobytes())
-    _, version, kind, sparse, _, rows, columns, _, at_scales, at_offsets, at_masks, at_values, size, expected = fields
-    if version != VERSION:
-        return f"it has version {version}, known is {VERSION}"
-    if size != data.size or size % 8:
-        return f"it has {data.size} bytes, its header speaks of {size}"
-    if checksum(data) != expected:
-        return "its checksum is another: it was damaged"
-    panels, steps = -(-rows // PANEL), -(-columns // INPUTS[kind])
-    if not HEADER.size <= at_scales <= at_offsets <= at_masks <= at_values <= size:
+    header = RawHeader.read(data[:SIZE].tobytes())
+    kind = header.format
+    if header.version != VERSION:
+        return f"it has version {header.version}, known is {VERSION}"
+    if header.size != data.size or header.size % 8:
+        return f"it has {data.size} bytes, its header speaks of {header.size}"
+    if checksum(data) != header.checksum:
+        return "checksum mismatch: it was damaged"
+    panels, steps = -(-header.rows // PANEL), -(-header.columns // INPUTS[kind])
+    if not SIZE <= header.scales <= header.offsets <= header.masks <= header.values <= header.size:
         return "the parts that its header speaks of do not fit into it"
-    if not sparse:
-        return "" if at_values + panels * steps * STEP <= size else "its values do not fit into it"
-    counts = _bits(data[at_masks : at_masks + panels * steps * MASK[kind]]).reshape(panels, -1).sum(1)
-    ends = np.frombuffer(data[at_offsets : at_offsets + 8 * (panels + 1)].tobytes(), "<i8")
+    if not header.sparse:
+        return "" if header.values + panels * steps * STEP <= header.size else "its values do not fit into it"
+    counts = _bits(data[header.masks :][: panels * steps * MASK[kind]]).reshape(panels, -1).sum(1)
+    ends = np.frombuffer(data[header.offsets :][: 8 * (panels + 1)].tobytes(), "<i8")
     wanted = np.cumsum([0, *(counts * 2 if kind == BF16 else counts if kind == INT8 else counts // 2)])
     return "" if (ends == wanted).all() else "its masks and its values do not belong together"
 

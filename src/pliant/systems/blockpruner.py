@@ -21,9 +21,9 @@ class BlockPruner(GreedyPruner):
     )
 
     def run(self, job: Job) -> None:
-        kinds = ("attention", "mlp") if self.blocks == "mix" else (self.blocks,)
+        roles = {"mix": None, "attention": {"attention"}, "mlp": {"mlp", "experts"}}[self.blocks]
         pruning = self.begin(job)
-        moves = block_moves(pruning.anatomy, kinds)
+        moves = block_moves(pruning.anatomy, roles)
         self.check_reach(pruning.anatomy, [moves])
         windows = self.windows(job, self.samples, self.seed)
         self.stage(pruning, "blocks", moves, windows, self.ratio)

@@ -52,8 +52,8 @@ class MultiPruner(WidthPruner):
         blocks, channels, heads = self.shares()
         stages = [
             ("blocks", blocks, block_moves(anatomy)),
-            ("mlp channels", channels, width_moves(anatomy, self.mlp_groups(job))),
-            ("attention heads", heads, width_moves(anatomy, self.head_groups(anatomy))),
+            ("mlp channels", channels, width_moves(anatomy, self.mlp_groups(job, anatomy))),
+            ("attention heads", heads, width_moves(anatomy, self.head_groups(job, anatomy))),
         ]
         # a layout may forbid a kind altogether; the others then take its share
         possible = [(name, share, moves) for name, share, moves in stages if share > 0 and moves(Subnet())]

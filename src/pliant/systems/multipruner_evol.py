@@ -43,7 +43,7 @@ class MultiPrunerEvol(WidthPruner):
         need_pymoo()
         pruning = self.begin(job)
         anatomy = pruning.anatomy
-        groups = {**self.mlp_groups(job), **self.head_groups(anatomy)}
+        groups = {**self.mlp_groups(job, anatomy), **self.head_groups(job, anatomy)}
         self.check_reach(anatomy, [block_moves(anatomy), width_moves(anatomy, groups)])
         for_widths = self.windows(job, self.width_samples, self.seed)
         for_blocks = self.windows(job, self.samples, self.seed + 1)

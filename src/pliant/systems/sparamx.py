@@ -33,9 +33,9 @@ class SparAMX(ValueStep):
 
     format: str = setting("bf16 or int8.", default="bf16", choices=("bf16", "int8"))
 
-    key_sparsity: float = setting("Share of the keys in the cache that is zeroed.", default=0.3, at_least=0, at_most=1)
+    key_sparsity: float = setting("Share of the keys in the cache that is zeroed.", default=0.3, at_least=0, below=1)
 
-    value_sparsity: float = setting("The same of values.", default=0.5, at_least=0, at_most=1)
+    value_sparsity: float = setting("The same of values.", default=0.5, at_least=0, below=1)
 
     sparse: str = setting(
         "Whether zeros are left out of weights: always, never, or auto: where that is faster on this machine.",

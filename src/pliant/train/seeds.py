@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from pliant.digest import digest
+
 
 def seed_of(purpose: str, seed: int, number: int = 0) -> int:
     """A seed of its own for every purpose and number."""
-    digest = hashlib.blake2b(f"{purpose} {seed} {number}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return int.from_bytes(bytes.fromhex(digest([f"{purpose} {seed} {number}"], size=8)), "little") >> 1
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pliant.checkpoint.load import sync
 from pliant.errors import ArtefactError, ResumeError
+from pliant.files import replacing
 
 VERSION = 1  # raise it when a state comes to mean something else
 
@@ -62,17 +61,12 @@ class StateFile:
         """
         if self.path is None:
             return
-        aside = self.path.with_suffix(".part")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(
-                {key: tensor.detach().contiguous() for key, tensor in tensors.items()},
-                aside,
-                {"header": json.dumps(self._header), "plain": json.dumps(plain)},
-            )
-            sync(aside)
-            os.replace(aside, self.path)
-            sync(self.path.parent)
+            with replacing(self.path) as aside:
+                save_file(
+                    {key: tensor.detach().contiguous() for key, tensor in tensors.items()},
+                    aside,
+                    {"header": json.dumps(self._header), "plain": json.dumps(plain)},
+                )
         except (OSError, SafetensorError) as error:
-            aside.unlink(missing_ok=True)
             raise ArtefactError(f"cannot write the state of the training {str(self.path)!r}: {error}") from error

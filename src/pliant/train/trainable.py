@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from pliant.anatomy import Anatomy, layers_of
 from pliant.errors import MissingExtraError, StepError
+from pliant.runtime.dense import is_linear, stored_in_out
 from pliant.train.seeds import seeded
 
 HALF = (torch.float16, torch.bfloat16)
@@ -94,7 +94,7 @@ class Lora:
             lora_alpha=alpha,  # type: ignore[arg-type]  # any number will do
             lora_dropout=dropout,
             target_modules=list(self._linears),
-            fan_in_fan_out=any(isinstance(linear, Conv1D) for linear in self._linears.values()),
+            fan_in_fan_out=any(map(stored_in_out, self._linears.values())),
         )
         try:
             with seeded(model.device, seed):
@@ -135,14 +135,14 @@ def linear_layers(model: nn.Module, anatomy: Anatomy, targets: Sequence[str] = (
     Raises:
         StepError: a name that no linear layer has.
     """
-    layers = layers_of(model, anatomy.architecture)
+    layers = layers_of(model, anatomy.source)
     prefix = next(name for name, module in model.named_modules() if module is layers)
     found: dict[str, Any] = {}
     for block in anatomy.blocks.values():
         for weight in block.weights:
             path = weight.path.removesuffix(".weight")
             module = layers[block.layer].get_submodule(path) if path != weight.path else None
-            if isinstance(module, nn.Linear | Conv1D):
+            if is_linear(module):
                 found[f"{prefix}.{block.layer}.{path}"] = module
     names = sorted({path.rpartition(".")[2] for path in found})
     for target in targets:

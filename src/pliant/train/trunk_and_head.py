@@ -6,7 +6,6 @@ time, and only for tokens whose prediction counts.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 
 from pliant.errors import ArchitectureError
 from pliant.forward.windows import check_model
+from pliant.torch_private import copy_with_child
 
 
 class Halves:
@@ -29,8 +29,7 @@ class Halves:
     def __init__(self, model: Any):
         check_model(model)
         self._trunk = model.base_model
-        self._head = copy.copy(model)
-        self._head._modules = {**model._modules, model.base_model_prefix: _Given()}
+        self._head = copy_with_child(model, model.base_model_prefix, _Given())
         was = model.training
         model.eval()
         ids = torch.tensor([[1, 2]], device=model.device)

@@ -9,16 +9,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from pliant.anatomy import anatomy_of, layers_of
 from pliant.architecture import catalogue
 from pliant.checkpoint.fingerprint import check_finite
 from pliant.errors import ArchitectureError, StepError
-from pliant.pages import hold
-from pliant.runtime.dense import is_linear, own_parameter, weight_of, why_fixed, why_kept
+from pliant.pages import within_limit
+from pliant.runtime.dense import CONVOLUTIONS, is_linear, own_parameter, weight_of, why_fixed, why_kept
 from pliant.step import Step, setting
+from pliant.torch_private import is_compiled
 
 ALL = "all-linear"
 OUTSIDE = f"linear layers outside the blocks (target_modules={ALL!r} includes them)"
@@ -60,9 +60,7 @@ class Concern:
 
     def each(self, model: nn.Module) -> Iterator[Matrix]:
         """Iterate over the matrices; weights in files are released when memory is short."""
-        for matrix in self.matrices:
-            yield matrix
-            hold(model)
+        return within_limit(model, self.matrices)
 
 
 class ValueStep(Step):
@@ -242,7 +240,7 @@ def _blocks(model: Any) -> Iterator[Matrix]:
         anatomy = anatomy_of(model)
     except ArchitectureError:  # the layers differ from the file, for example by an adapter
         return
-    layers = layers_of(model, anatomy.architecture)
+    layers = layers_of(model, anatomy.source)
     names = {id(module): name for name, module in model.named_modules()}
     for block in anatomy.blocks.values():
         for weight in block.weights:
@@ -286,11 +284,11 @@ def _why_left(model: nn.Module, name: str, one: Matrix, replaces: bool) -> str:
         around: Any = model.get_submodule(path)
         if isinstance(around, torch.jit.ScriptModule):
             return "it belongs to a module that TorchScript has compiled"
-        if "_orig_mod" in around._modules or getattr(around, "_compiled_call_impl", None) is not None:
+        if is_compiled(around):
             return "it belongs to a module that torch.compile has compiled; compile it afterwards"
-        if "base_layer" in around._modules:
+        if "base_layer" in dict(around.named_children()):
             return f"an adapter ({type(around).__name__}) is wrapped around it; merge it first"
-    if "base_layer" in one.layer._modules:
+    if "base_layer" in dict(one.layer.named_children()):
         return f"an adapter ({type(one.layer).__name__}) is wrapped around it; merge it first"
     if not replaces:
         return why_fixed(one.layer)
@@ -311,7 +309,7 @@ def _kind(module: nn.Module, parameter: torch.Tensor) -> str:
         return "embeddings"
     if parameter.dim() <= 1:
         return "norms, biases and other vectors"
-    if isinstance(module, _ConvNd):
+    if isinstance(module, CONVOLUTIONS):
         return "convolutions"
     if parameter.dim() == 3:
         return "stacks of matrices outside linear layers, such as those of experts"

@@ -77,10 +77,10 @@ class PackedLinear(ValueStep):
         "Share of these keys, the smallest of every 64 tokens and head, that is zeroed.",
         default=0.0,
         at_least=0,
-        at_most=1,
+        below=1,
     )
 
-    value_sparsity: float = setting("The same of values.", default=0.0, at_least=0, at_most=1)
+    value_sparsity: float = setting("The same of values.", default=0.0, at_least=0, below=1)
 
     sparse: str = setting(
         "Whether zeros are left out: always, never, or auto: where a layer has so many that it is faster "

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+
+from pliant.digest import json_digest
 
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")  # the minus of 10-3 is no sign
 _LETTER = re.compile(r"\b[A-J]\b")
@@ -65,9 +65,9 @@ class Continuation:
     continuation: str
 
 
-def digest(items: Sequence[Question | OpenQuestion | Continuation]) -> str:
+def questions_digest(items: Sequence[Question | OpenQuestion | Continuation]) -> str:
     """Hash of the questions: two results can be compared when it is the same."""
-    return hashlib.blake2b(json.dumps([astuple(item) for item in items]).encode(), digest_size=16).hexdigest()
+    return json_digest([astuple(item) for item in items])
 
 
 def _value(number: str) -> float:

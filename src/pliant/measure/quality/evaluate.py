@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import sys
 from collections.abc import Container, Mapping, Sequence
@@ -15,8 +14,9 @@ import torch
 from pliant.anatomy import anatomy_of
 from pliant.checkpoint.load import loaded, tokenizer_of
 from pliant.data import Continuation, OpenQuestion, Question, Text, questions, text
-from pliant.data.question_files.kinds import digest
+from pliant.data.question_files.kinds import questions_digest
 from pliant.data.text import unpacked
+from pliant.digest import digest
 from pliant.errors import DataError, PliantError, WeightError
 from pliant.forward.losses import kl, nll, nll_sum
 from pliant.forward.stream import Stream
@@ -157,7 +157,7 @@ def _predict(model: Any, name: str, ids: torch.Tensor, reference: Any, keep: boo
         if not math.isfinite(result["kl"]):
             raise no_number(reference, f"the divergence on {name!r} from the reference is {result['kl']}")
     if keep:
-        windows = hashlib.blake2b(ids.numpy().tobytes(), digest_size=16).hexdigest()
+        windows = digest([ids.numpy().tobytes()])
         result["items"] = {"digest": f"{windows}, {ids.shape[1]} tokens each", "loss": loss.tolist()}
     return result
 
@@ -223,7 +223,7 @@ def _ask(
         # how long an answer may get decides what it matches
         settings = f", {max_new_tokens} new tokens" if "match" in right else ""
         figures = {metric: [int(one) for one in each] for metric, each in right.items()}
-        row["items"] = {"digest": digest(items) + settings, **figures}
+        row["items"] = {"digest": questions_digest(items) + settings, **figures}
     return row
 
 
@@ -248,5 +248,5 @@ def _continue(model: Any, tokenizer: Any, name: str, items: Sequence[Continuatio
         "questions": len(items),
     }
     if keep:
-        row["items"] = {"digest": digest(items), "acc": right, "loss": losses}
+        row["items"] = {"digest": questions_digest(items), "acc": right, "loss": losses}
     return row

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
+from pliant.digest import json_digest
 from pliant.errors import MissingExtraError, PliantError, WeightError
 
 _ROWS_AT_ONCE = 8
@@ -90,4 +89,4 @@ def _items(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
                     float(sample[metric])
                 )
     asked = [(sample["doc_id"], sample["doc_hash"], sample["prompt_hash"], sample["target_hash"]) for sample in samples]
-    return {"digest": hashlib.blake2b(json.dumps(asked).encode(), digest_size=16).hexdigest(), **values}
+    return {"digest": json_digest(asked), **values}

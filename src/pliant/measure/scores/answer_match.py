@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from pliant.data import OpenQuestion
-from pliant.data.question_files.kinds import digest
+from pliant.data.question_files.kinds import questions_digest
 from pliant.errors import DataError
 from pliant.measure.quality.generated_answers import answer
 from pliant.measure.scores.score import Score
@@ -33,7 +33,7 @@ class AnswerMatch(Score):
 
     @property
     def key(self) -> str:
-        return f"{self.name}:{self.max_new_tokens}:{digest(self.questions)}"
+        return f"{self.name}:{self.max_new_tokens}:{questions_digest(self.questions)}"
 
     def measure(self, model: Any, tokenizer: Any) -> tuple[float, int]:
         right = answer(model, tokenizer, self.name, self.questions, self.max_new_tokens)["match"]

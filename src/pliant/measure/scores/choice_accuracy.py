@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from pliant.data import Question
-from pliant.data.question_files.kinds import digest
+from pliant.data.question_files.kinds import questions_digest
 from pliant.errors import DataError
 from pliant.measure.quality.multiple_choice import choose
 from pliant.measure.scores.score import Score
@@ -32,7 +32,7 @@ class ChoiceAccuracy(Score):
 
     @property
     def key(self) -> str:
-        return f"{self.name}:{self.figure}:{digest(self.questions)}"
+        return f"{self.name}:{self.figure}:{questions_digest(self.questions)}"
 
     def measure(self, model: Any, tokenizer: Any) -> tuple[float, int]:
         right = choose(model, tokenizer, self.name, self.questions)[self.figure]

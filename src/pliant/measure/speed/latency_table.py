@@ -120,10 +120,8 @@ def measure_latency(model: Any, anatomy: Anatomy, phase: str = "prefill", *, rep
 
 
 def _without(anatomy: Anatomy, kind: str) -> Subnet:
-    """As many blocks of a kind gone as can go: the last attention of each type stays."""
-    of_kind = [block for block in anatomy.blocks.values() if block.kind == kind and block.removable]
-    stays = {anatomy.layer_types[block.layer]: block.name for block in of_kind if block.spec.slot}
-    return Subnet().without(*(block.name for block in of_kind if block.name not in stays.values()))
+    """As many blocks of a kind gone as can go."""
+    return Subnet().without(*(block.name for block in anatomy.may_all_go() if block.kind == kind))
 
 
 def _narrowed(anatomy: Anatomy, kind: str, leader: str, share: float) -> Subnet:

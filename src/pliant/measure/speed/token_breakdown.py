@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from pliant.anatomy import layers_of
 from pliant.compat.cache_argument import cache_argument
 from pliant.compat.native import Native, plan_of
+from pliant.elastic import described
+from pliant.errors import ArchitectureError
 from pliant.forward.windows import check_model, check_room
 from pliant.measure.speed.bench import new_cache
 from pliant.runtime.dense import is_linear
@@ -43,7 +46,7 @@ def token_time(model: Any, *, prompt: int = 64, tokens: int = 32, seed: int = 0)
     if decoder is not None:
         decoder.spent[0] = decoder.spent[1] = 0
     called = [model] if decoder is None else [m for m in model.children() if m is not base]
-    with _timed(called) as spent:
+    with _timed(called, attention_modules(model)) as spent:
         began = time.perf_counter()
         for at in range(prompt, prompt + tokens):
             model(input_ids=ids[:, at : at + 1], **cache, use_cache=True)
@@ -56,8 +59,18 @@ def token_time(model: Any, *, prompt: int = 64, tokens: int = 32, seed: int = 0)
     return {name: 1e3 * seconds / tokens for name, seconds in parts.items()}
 
 
+def attention_modules(model: Any) -> set[nn.Module]:
+    """The modules of a model's attention blocks; none where its layout is not known."""
+    try:
+        anatomy = described(model)
+    except ArchitectureError:
+        return set()
+    layers = layers_of(model, anatomy.source)
+    return {layers[b.layer].get_submodule(b.spec.module) for b in anatomy.blocks.values() if b.role == "attention"}
+
+
 @contextmanager
-def _timed(roots: list[nn.Module]) -> Iterator[dict[str, float]]:
+def _timed(roots: list[nn.Module], attention: set[nn.Module]) -> Iterator[dict[str, float]]:
     """Seconds spent in linear layers, in attention modules, and in linear layers within these. A native run falls back to calling
     modules one by one if it finds a hook, so ``roots`` must not contain the modules that it runs."""
     spent = {"linears": 0.0, "attention": 0.0, "within": 0.0}
@@ -78,12 +91,7 @@ def _timed(roots: list[nn.Module]) -> Iterator[dict[str, float]]:
         spent["linears"] += took
         spent["within"] += took if inside else 0.0
 
-    wanted = [
-        m
-        for root in roots
-        for n, m in root.named_modules()
-        if _is_linear(m) or n.rpartition(".")[2] in ("self_attn", "attn", "attention")
-    ]
+    wanted = [m for root in roots for m in root.modules() if _is_linear(m) or m in attention]
     handles = [module.register_forward_pre_hook(before) for module in wanted]
     handles += [module.register_forward_hook(after) for module in wanted]
     try:

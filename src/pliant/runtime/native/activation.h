@@ -11,8 +11,9 @@ enum class Activation : int32_t { none = 0, silu = 1, gelu = 2, gelu_tanh = 3, r
 
 namespace {
 
-// e^x within one unit in the last place for x from -87 to 88, and what lies beyond, NaN too, as its end. Without a branch, so that
-// it is vectorised; the ends by whole numbers, which are ordered as floats of one sign are: compilers make branches of floats.
+// e^x within one unit in the last place for x from -87 to 88, and what lies beyond, NaN too, as its end. Without a
+// branch, so that it is vectorised; the ends by whole numbers, which are ordered as floats of one sign are: compilers
+// make branches of floats.
 inline float exponential(float x) {
   int32_t bits;
   std::memcpy(&bits, &x, 4);

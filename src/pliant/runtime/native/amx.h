@@ -1,13 +1,13 @@
 // Kernels for AMX, over the operations `L` of lanes512.h and the tiles `T` of tiles.h.
 //
-// A step of the stream is a row of a tile of weights, in int4 it is two. What is dense is loaded from where it lies; what is
-// sparse, packed two in a byte or short of a whole tile is made ready first, chunk by chunk.
+// A step of the stream is a row of a tile of weights, in int4 it is two. What is dense is loaded from where it lies;
+// what is sparse, packed two in a byte or short of a whole tile is made ready first, chunk by chunk.
 //
-// int8 and int4: tiles multiply slices, whole numbers, which are then added in the order of the other sets, with the same
-// results. Few rows are left to AVX-512, which needs no tiles.
+// int8 and int4: tiles multiply slices, whole numbers, which are then added in the order of the other sets, with the
+// same results. Few rows are left to AVX-512, which needs no tiles.
 //
-// bf16: always tiles, with one row, too. They round x to bf16 and sum in an order of their own, so that a row's result would
-// otherwise depend on how many others there are. It differs from that of the other sets by the rounding of x.
+// bf16: always tiles, with one row, too. They round x to bf16 and sum in an order of their own, so that a row's result
+// would otherwise depend on how many others there are. It differs from that of the other sets by the rounding of x.
 #pragma once
 
 #include "avx512.h"
@@ -70,7 +70,8 @@ template <class L, class T>
 struct Amx {
   // Rows of x, N tiles of them, times P panels.
   template <int N, int P>
-  static void bf16(const Matrix& w, int64_t panel, const Input& x, int64_t row, int64_t rows, float* out, int64_t stride) {
+  static void bf16(const Matrix& w, int64_t panel, const Input& x, int64_t row, int64_t rows, float* out,
+                   int64_t stride) {
     constexpr int64_t tile_steps = 16, tile_bytes = tile_steps * kStepBytes, line = 2 * kChunk;
     alignas(64) uint8_t rounded[N * kTileRows][line];
     alignas(64) uint8_t buffer[P][Weights<L, Format::bf16>::room];
@@ -85,7 +86,8 @@ struct Amx {
       const int64_t tile_loads = ceil_div(steps, tile_steps);
       for (int64_t r = 0; r < rows; ++r) {
         const float* from = x.values + (row + r) * x.stride + chunk * kChunk;
-        for (int64_t k = 0; k < 32 * tile_loads; k += 16) L::store_flushed_bf16(rounded[r] + 2 * k, L::load_floats(from + k));
+        for (int64_t k = 0; k < 32 * tile_loads; k += 16)
+          L::store_flushed_bf16(rounded[r] + 2 * k, L::load_floats(from + k));
       }
       const uint8_t* at[P];
       for (int p = 0; p < P; ++p) at[p] = weights[p].next(steps, buffer[p]);
@@ -133,7 +135,8 @@ struct Amx {
   }
 
   template <Format F, int N, int P>
-  static void codes(const Matrix& w, int64_t panel, const Input& x, int64_t row, int64_t rows, float* out, int64_t stride) {
+  static void codes(const Matrix& w, int64_t panel, const Input& x, int64_t row, int64_t rows, float* out,
+                    int64_t stride) {
     using Floats = typename L::Floats;
     constexpr int64_t slice_rows = kSlice / 4, slice_steps = kSlice / step_inputs(F);
     const int slices = F == Format::int4 ? __builtin_ctzll(static_cast<uint64_t>(w.group / kSlice)) : 0;  // as in SumOf
@@ -194,7 +197,8 @@ struct Amx {
   }
 
   template <Format F, int N, int P>
-  static void tiles_of(const Matrix& w, int64_t panel, const Input& x, int64_t row, int64_t rows, float* out, int64_t stride) {
+  static void tiles_of(const Matrix& w, int64_t panel, const Input& x, int64_t row, int64_t rows, float* out,
+                       int64_t stride) {
     if constexpr (F == Format::bf16) {
       bf16<N, P>(w, panel, x, row, rows, out, stride);
     } else {

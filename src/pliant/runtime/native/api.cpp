@@ -1,5 +1,6 @@
 // What Python calls, as plain C: pointers and numbers, no types of Python's or torch's.
 #include <atomic>
+#include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -30,7 +31,21 @@ int failed(const std::string& what) {
 #define PLIANT_API extern "C" __attribute__((visibility("default")))
 
 // Raised whenever a signature below or the packed form changes.
-PLIANT_API int pliant_abi() { return 2; }
+PLIANT_API int pliant_abi() { return 3; }
+
+// The fields of the header of a packed matrix, "name offset size" each, with spaces between: Python declares them as
+// well.
+PLIANT_API const char* pliant_header() {
+#define PLIANT_FIELD(name) \
+  #name " " + std::to_string(offsetof(Header, name)) + " " + std::to_string(sizeof(Header::name)) + " "
+  static const std::string fields = std::string() + PLIANT_FIELD(magic) + PLIANT_FIELD(version) + PLIANT_FIELD(format) +
+                                    PLIANT_FIELD(sparse) + PLIANT_FIELD(group) + PLIANT_FIELD(rows) +
+                                    PLIANT_FIELD(columns) + PLIANT_FIELD(stored) + PLIANT_FIELD(scales) +
+                                    PLIANT_FIELD(offsets) + PLIANT_FIELD(masks) + PLIANT_FIELD(values) +
+                                    PLIANT_FIELD(size) + PLIANT_FIELD(checksum) + PLIANT_FIELD(unused);
+#undef PLIANT_FIELD
+  return fields.c_str();
+}
 
 // Why the last call of this thread failed.
 PLIANT_API const char* pliant_message() { return message.c_str(); }
@@ -44,8 +59,8 @@ PLIANT_API const char* pliant_isa() { return kernels().name; }
 
 PLIANT_API int pliant_choose(const char* name) { return choose(name) ? 0 : 1; }
 
-// Memory for packed matrices: in huge pages where the system has them, which a matrix that is read from end to end is read
-// faster from.
+// Memory for packed matrices: in huge pages where the system has them, which a matrix that is read from end to end is
+// read faster from.
 PLIANT_API void* pliant_allocate(int64_t size) {
   constexpr int64_t page = 2 << 20;
   const int64_t whole = size >= page ? ceil_div(size, page) * page : ceil_div(size, 64) * 64;
@@ -58,8 +73,8 @@ PLIANT_API void* pliant_allocate(int64_t size) {
 
 PLIANT_API void pliant_free(void* memory) { std::free(memory); }
 
-// Does nothing with memory but read it, on every thread in three places at once: what any kernel can hope for. `size` is a
-// multiple of 3 << 18 bytes.
+// Does nothing with memory but read it, on every thread in three places at once: what any kernel can hope for. `size`
+// is a multiple of 3 << 18 bytes.
 PLIANT_API uint64_t pliant_stream(const uint64_t* memory, int64_t size, int threads) {
   constexpr int64_t part = (1 << 18) / sizeof(uint64_t);
   std::atomic<uint64_t> all{0};
@@ -104,11 +119,11 @@ PLIANT_API int pliant_unpack(const uint8_t* data, int64_t size, float* out, int 
   return failed(wrong);
 }
 
-// y[rows][stride_y] = x[rows][stride_x] W^T + bias, of floats, bf16 or f16 (0, 1, 2); bias is of floats or null. `columns` and
-// `outputs` are what the caller has room for.
-PLIANT_API int pliant_linear(const uint8_t* data, int64_t size, int64_t columns, int64_t outputs, const void* x, int x_type,
-                             int64_t rows, int64_t x_stride, const float* bias, void* y, int y_type, int64_t y_stride,
-                             int threads) {
+// y[rows][stride_y] = x[rows][stride_x] W^T + bias, of floats, bf16 or f16 (0, 1, 2); bias is of floats or null.
+// `columns` and `outputs` are what the caller has room for.
+PLIANT_API int pliant_linear(const uint8_t* data, int64_t size, int64_t columns, int64_t outputs, const void* x,
+                             int x_type, int64_t rows, int64_t x_stride, const float* bias, void* y, int y_type,
+                             int64_t y_stride, int threads) {
   Matrix w;
   const std::string wrong = open(data, size, false, threads, &w);
   if (!wrong.empty()) return failed(wrong);
@@ -116,7 +131,7 @@ PLIANT_API int pliant_linear(const uint8_t* data, int64_t size, int64_t columns,
     return failed("it has " + std::to_string(w.rows) + " outputs of " + std::to_string(w.columns) + " inputs, not " +
                   std::to_string(outputs) + " of " + std::to_string(columns));
   }
-  thread_local Rows ready;
+  thread_local PreparedRows ready;
   ready.read(x, static_cast<Type>(x_type), rows, w.columns, x_stride, w.format != Format::bf16, threads);
   Task task;
   task.weight = &w;
@@ -144,7 +159,8 @@ PLIANT_API int64_t pliant_cache_bytes(const void* cache) { return static_cast<co
 
 PLIANT_API void pliant_cache_crop(void* cache, int64_t length) { static_cast<Cache*>(cache)->crop(length); }
 
-PLIANT_API void pliant_cache_append(void* cache, const float* keys, const float* values, int64_t tokens, int64_t stride) {
+PLIANT_API void pliant_cache_append(void* cache, const float* keys, const float* values, int64_t tokens,
+                                    int64_t stride) {
   static_cast<Cache*>(cache)->append(keys, values, tokens, stride);
 }
 
@@ -154,8 +170,8 @@ PLIANT_API void pliant_cache_read(const void* cache, float* keys, float* values)
   static_cast<const Cache*>(cache)->read(keys, values);
 }
 
-PLIANT_API void pliant_cache_attend(const void* cache, const float* q, int64_t tokens, int64_t query_heads, double scale,
-                                    int64_t window, float* out, int threads) {
+PLIANT_API void pliant_cache_attend(const void* cache, const float* q, int64_t tokens, int64_t query_heads,
+                                    double scale, int64_t window, float* out, int threads) {
   static_cast<const Cache*>(cache)->attend(q, tokens, query_heads, static_cast<float>(scale), window, out, threads);
 }
 
@@ -171,6 +187,6 @@ PLIANT_API int pliant_decoder_add(void* decoder, const LayerPlan* plan) {
 
 PLIANT_API int pliant_decoder_run(void* decoder, float* stream, int64_t tokens, const float* cosine, const float* sine,
                                   int64_t rotated, void* const* caches, int threads, int64_t* spent) {
-  return static_cast<Decoder*>(decoder)->run(stream, tokens, cosine, sine, rotated, reinterpret_cast<Cache* const*>(caches),
-                                             threads, spent);
+  return static_cast<Decoder*>(decoder)->run(stream, tokens, cosine, sine, rotated,
+                                             reinterpret_cast<Cache* const*>(caches), threads, spent);
 }

@@ -31,8 +31,8 @@ inline float fused(float a, float b, float c) {
 
 // R rows times columns that fill C registers of each.
 template <int R, int C>
-void products(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t n, float* out, int64_t out_stride,
-              bool add) {
+void products(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t n, float* out,
+              int64_t out_stride, bool add) {
   constexpr int64_t lanes = kLaneBytes / 4;
   Lanes sums[R][C] = {};
   if (add) {
@@ -57,8 +57,8 @@ void products(const float* a, int64_t a_stride, const float* b, int64_t b_stride
 }
 
 template <int R, int C>
-void columns_of(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t n, int64_t columns, float* out,
-                int64_t out_stride, bool add) {
+void columns_of(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t n, int64_t columns,
+                float* out, int64_t out_stride, bool add) {
   constexpr int64_t wide = C * kLaneBytes / 4;
   int64_t c = 0;
   for (; c + wide <= columns; c += wide) products<R, C>(a, a_stride, b + c, b_stride, n, out + c, out_stride, add);
@@ -76,8 +76,8 @@ void columns_of(const float* a, int64_t a_stride, const float* b, int64_t b_stri
 }
 
 template <int R>
-void rows_of_product(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t n, int64_t columns,
-                     float* out, int64_t out_stride, bool add) {
+void rows_of_product(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t n,
+                     int64_t columns, float* out, int64_t out_stride, bool add) {
   constexpr int C = R == 1 ? 8 : R == 4 ? 2 : 4;  // 8 or 12 registers of sums
   for (; rows >= R; rows -= R) {
     columns_of<R, C>(a, a_stride, b, b_stride, n, columns, out, out_stride, add);
@@ -88,8 +88,8 @@ void rows_of_product(const float* a, int64_t a_stride, int64_t rows, const float
 }
 
 // out[rows][columns] (+)= a[rows][n] b[n][columns]
-inline void product(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t n, int64_t columns,
-                    float* out, int64_t out_stride, bool add) {
+inline void product(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t n,
+                    int64_t columns, float* out, int64_t out_stride, bool add) {
   rows_of_product<4>(a, a_stride, rows, b, b_stride, n, columns, out, out_stride, add);
 }
 

@@ -1,13 +1,14 @@
 // AVX2 with FMA, F16C, BMI2 and POPCNT.
 //
-// There is no instruction here that spreads packed elements over the places that a mask names. 16-bit elements are moved by a
-// byte shuffle from a table of 256 patterns, and straight into the upper halves of floats where one row is multiplied; 8- and
-// 4-bit ones by PDEP, eight bytes at a time, into masks that vectors widen from bits. Both need more cycles than memory does
-// bytes on most cores: sparse int8 and int4 save memory here, seldom time.
+// There is no instruction here that spreads packed elements over the places that a mask names. 16-bit elements are
+// moved by a byte shuffle from a table of 256 patterns, and straight into the upper halves of floats where one row is
+// multiplied; 8- and 4-bit ones by PDEP, eight bytes at a time, into masks that vectors widen from bits. Both need more
+// cycles than memory does bytes on most cores: sparse int8 and int4 save memory here, seldom time.
 #include <immintrin.h>
 
 #include <cstring>
 
+#include "bf16.h"
 #include "multiply.h"
 
 namespace pliant {
@@ -16,9 +17,9 @@ namespace {
 __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
-// A line of a stream is fetched 1024 bytes before its use: what the processor fetches by itself does not keep memory busy, least
-// of all where a panel begins. Of two panels that are read at once, the next but one is next. Of a small matrix, the line of the
-// following matrix is fetched.
+// A line of a stream is fetched 1024 bytes before its use: what the processor fetches by itself does not keep memory
+// busy, least of all where a panel begins. Of two panels that are read at once, the next but one is next. Of a small
+// matrix, the line of the following matrix is fetched.
 template <int P>
 struct Ahead {
   int64_t last, bytes, in_last;
@@ -36,7 +37,8 @@ __m256 bf16_to_float(const uint8_t* p) {  // 8 of them
 
 // Where a byte shuffle takes each byte from, for every mask of 8 elements of 16 bits.
 struct Tables {
-  alignas(32) uint8_t upper[256][32];  // element i into the upper half of float i; the same 16 source bytes in both lanes
+  alignas(
+      32) uint8_t upper[256][32];  // element i into the upper half of float i; the same 16 source bytes in both lanes
   alignas(16) uint8_t pairs[256][16];  // element i into element i
   constexpr Tables() : upper(), pairs() {
     for (int mask = 0; mask < 256; ++mask) {
@@ -71,7 +73,9 @@ struct SumOf<Format::bf16, fused, R, P> {
         for (auto& sum : panels) sum = _mm256_setzero_ps();
   }
 
-  static __m256 pair(const float* at) { return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(at))); }
+  static __m256 pair(const float* at) {
+    return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(at)));
+  }
 
   // Of all steps the halves from `begin` to `end`; the first half fetches.
   template <int begin, int end>
@@ -118,7 +122,8 @@ struct SumOf<Format::bf16, fused, R, P> {
         const uint64_t mask = _pdep_u64(read<uint32_t>(m[p] + 4 * i), 0x1fe01fe01fe01fe0);
         const uint64_t at[4] = {mask & 0xffff, mask >> 16 & 0xffff, mask >> 32 & 0xffff, mask >> 48};
         const int64_t all = _mm_popcnt_u64(mask);
-        const int64_t before[4] = {0, _mm_popcnt_u64(at[0]), _mm_popcnt_u32(static_cast<uint32_t>(mask)), all - _mm_popcnt_u64(at[3])};
+        const int64_t before[4] = {0, _mm_popcnt_u64(at[0]), _mm_popcnt_u32(static_cast<uint32_t>(mask)),
+                                   all - _mm_popcnt_u64(at[3])};
 #pragma GCC unroll 4
         for (int q = 0; q < 4; ++q) {
           const __m256i there = _mm256_broadcastsi128_si256(load16(v[p] + 2 * before[q]));
@@ -226,7 +231,8 @@ struct SumOf<Format::int4, false, R, P> {
   const uint8_t* scales[P];
   __m256 sums[R][P][2];
 
-  SumOf(const Matrix& w, int64_t panel, const Input& input, int64_t row) : x(input, row), ahead(w), slices(__builtin_ctzll(static_cast<uint64_t>(w.group / kSlice))) {
+  SumOf(const Matrix& w, int64_t panel, const Input& input, int64_t row)
+      : x(input, row), ahead(w), slices(__builtin_ctzll(static_cast<uint64_t>(w.group / kSlice))) {
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p) scales[p] = w.scales + (panel + p) * w.groups * kPanel * 2;
     for (auto& rows : sums)
@@ -325,8 +331,10 @@ struct Avx2 {
       const __m256i bits = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(read<int32_t>(masks)), byte), bit);
       return _mm256_cmpeq_epi8(bits, bit);
     } else {  // two bits a byte: 0-1 or 2-3 of its half of a byte of masks, looked up
-      const __m256i halves = _mm256_srlv_epi64(_mm256_set1_epi64x(read<int64_t>(masks)), _mm256_setr_epi64x(0, 4, 0, 4));
-      const __m256i byte = _mm256_setr_epi32(0x08080000, 0x09090101, 0x0a0a0202, 0x0b0b0303, 0x0c0c0404, 0x0d0d0505, 0x0e0e0606, 0x0f0f0707);
+      const __m256i halves =
+          _mm256_srlv_epi64(_mm256_set1_epi64x(read<int64_t>(masks)), _mm256_setr_epi64x(0, 4, 0, 4));
+      const __m256i byte = _mm256_setr_epi32(0x08080000, 0x09090101, 0x0a0a0202, 0x0b0b0303, 0x0c0c0404, 0x0d0d0505,
+                                             0x0e0e0606, 0x0f0f0707);
       const __m256i bits = _mm256_and_si256(_mm256_shuffle_epi8(halves, byte), _mm256_set1_epi16(0x0c03));
       const __m128i nibbles = _mm_setr_epi8(0, 0x0f, -0x10, -1, 0x0f, 0, 0, 0, -0x10, 0, 0, 0, -1, 0, 0, 0);
       return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(nibbles), bits);
@@ -397,10 +405,7 @@ void widen(const void* x, Type type, int64_t n, float* out, int64_t padded) {
     case Type::bf16: {
       const auto* from = static_cast<const uint8_t*>(x);
       for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, bf16_to_float(from + 2 * i));
-      for (; i < n; ++i) {
-        const uint32_t bits = uint32_t{read<uint16_t>(from + 2 * i)} << 16;
-        std::memcpy(out + i, &bits, 4);
-      }
+      for (; i < n; ++i) out[i] = from_bf16(read<uint16_t>(from + 2 * i));
       break;
     }
     case Type::f16: {
@@ -421,11 +426,7 @@ void narrow(const float* x, int64_t n, Type type, void* out) {
       break;
     case Type::bf16: {
       auto* to = static_cast<uint16_t*>(out);
-      for (; i < n; ++i) {
-        const uint32_t bits = read<uint32_t>(x + i);
-        const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-        to[i] = static_cast<uint16_t>(nan ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-      }
+      for (; i < n; ++i) to[i] = to_bf16(x[i]);
       break;
     }
     case Type::f16: {
@@ -440,8 +441,10 @@ void quantise(const float* x, int64_t padded, int8_t* codes, float* scales, int3
   const __m256i unsigned_bits = _mm256_set1_epi32(0x7fffffff);
   for (int64_t first = 0, g = 0; first < padded; first += kSlice, ++g) {
     constexpr int64_t n = kSlice;
-    __m256i most = _mm256_setzero_si256();  // as integers, floats without their sign compare the same, and NaN is the largest
-    for (int64_t i = 0; i < n; i += 8) most = _mm256_max_epu32(_mm256_and_si256(load(x + first + i), unsigned_bits), most);
+    __m256i most =
+        _mm256_setzero_si256();  // as integers, floats without their sign compare the same, and NaN is the largest
+    for (int64_t i = 0; i < n; i += 8)
+      most = _mm256_max_epu32(_mm256_and_si256(load(x + first + i), unsigned_bits), most);
     uint32_t lanes[8], bits = 0;
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), most);
     for (const uint32_t lane : lanes) bits = lane > bits ? lane : bits;
@@ -467,8 +470,8 @@ void quantise(const float* x, int64_t padded, int8_t* codes, float* scales, int3
 }  // namespace
 
 const Kernels& avx2_kernels() {
-  static const Kernels kernels{"avx2",  multiply<Avx2>, expand<Avx2>, widen,     narrow,
-                               quantise, gate, product, largest_score, exponentials};
+  static const Kernels kernels{"avx2",   multiply<Avx2>, expand<Avx2>, widen,         narrow,
+                               quantise, gate,           product,      largest_score, exponentials};
   return kernels;
 }
 

@@ -1,11 +1,12 @@
 // Kernels for AVX-512 with VBMI2 and VNNI, in operations on 512 bits: `L` is one of the two kinds in lanes512.h.
 //
-// A step of the stream is a register. In a sparse one, VPEXPAND puts a step's values where its mask says, and the step is
-// multiplied at once, for up to four rows of x: nothing goes through memory. Dot products take unsigned bytes times signed
-// ones, so codes of W are shifted to 0 and up, and what that adds, a multiple of the sum of x, is taken away again.
+// A step of the stream is a register. In a sparse one, VPEXPAND puts a step's values where its mask says, and the step
+// is multiplied at once, for up to four rows of x: nothing goes through memory. Dot products take unsigned bytes times
+// signed ones, so codes of W are shifted to 0 and up, and what that adds, a multiple of the sum of x, is taken away
+// again.
 //
-// bf16 is summed as AVX2 does it, even and odd inputs apart. In int8 and int4 a slice is a whole number, and slices are added
-// in AVX2's order, too: all formats have the results of AVX2, to the bit.
+// bf16 is summed as AVX2 does it, even and odd inputs apart. In int8 and int4 a slice is a whole number, and slices are
+// added in AVX2's order, too: all formats have the results of AVX2, to the bit.
 #pragma once
 
 #include "lanes512.h"
@@ -241,8 +242,9 @@ struct Order {  // of 16 bytes: 0 4 1 5 2 6 3 7, and so for the next eight
 };
 constexpr Order mixed_order;
 
-// Codes from 0 to 15, 8 more than they are. Of a dense step, the first register holds inputs 0 to 3 of all outputs and the
-// second one 4 to 7; of a sparse one, the first holds all inputs of outputs 0 to 7, two sums for each. x is laid out to match.
+// Codes from 0 to 15, 8 more than they are. Of a dense step, the first register holds inputs 0 to 3 of all outputs and
+// the second one 4 to 7; of a sparse one, the first holds all inputs of outputs 0 to 7, two sums for each. x is laid
+// out to match.
 template <class L, int R, int P>
 struct SumOf<L, Format::int4, R, P> : Streams<SumOf<L, Format::int4, R, P>, L, Format::int4, P> {
   using Ints = typename L::Ints;
@@ -317,7 +319,8 @@ struct SumOf<L, Format::int4, R, P> : Streams<SumOf<L, Format::int4, R, P>, L, F
 #pragma GCC unroll 2
         for (int p = 0; p < P; ++p) {
           const Ints first = dots[r][p][0], second = dots[r][p][1];
-          const Ints dot = From::sparse ? L::add(L::evens(first, second), L::odds(first, second)) : L::add(first, second);
+          const Ints dot =
+              From::sparse ? L::add(L::evens(first, second), L::odds(first, second)) : L::add(first, second);
           of_group[r][p] = L::fma(L::to_floats(dot), scale, of_group[r][p]);
         }
       }

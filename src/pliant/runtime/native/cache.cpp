@@ -10,9 +10,8 @@
 namespace pliant {
 namespace {
 
-constexpr int64_t kSpan = 256;        // tokens that are summed up together: the same sums with any number of threads
-constexpr int64_t kRowsAtOnce = 32;   // query rows of a unit of work
-constexpr int64_t kWidest = 256;      // of a head
+constexpr int64_t kSpan = 256;  // tokens that are summed up together: the same sums with any number of threads
+constexpr int64_t kRowsAtOnce = kMostSharing;  // query rows of a unit of work
 
 // Zeroes the `share` smallest of n values with a stride, ties in order.
 void prune(float* values, int64_t n, float share) {
@@ -32,14 +31,19 @@ void prune(float* values, int64_t n, float share) {
 
 }  // namespace
 
-// What rows have summed up of some tokens: the largest score, the sum of e^(score - largest), and the values times these.
+// What rows have summed up of some tokens: the largest score, the sum of e^(score - largest), and the values times
+// these.
 struct Cache::Partial {
   float most, sum;
   alignas(64) float mixed[kWidest];
 };
 
 Cache::Cache(const Cache& other)
-    : heads_(other.heads_), width_(other.width_), length_(other.length_), settled_(other.settled_), keeping_(other.keeping_),
+    : heads_(other.heads_),
+      width_(other.width_),
+      length_(other.length_),
+      settled_(other.settled_),
+      keeping_(other.keeping_),
       blocks_(other.blocks_) {
   for (auto& of_head : blocks_)
     for (Block& block : of_head) block.look();
@@ -67,7 +71,8 @@ void Cache::append(const float* keys, const float* values, int64_t tokens, int64
       Block& block = blocks.back();
       const float* k = keys + t * stride + h * width_;
       for (int64_t d = 0; d < width_; ++d) block.keys[static_cast<size_t>(d * kBlock + place)] = k[d];
-      std::memcpy(block.values.data() + place * width_, values + t * stride + h * width_, static_cast<size_t>(width_) * 4);
+      std::memcpy(block.values.data() + place * width_, values + t * stride + h * width_,
+                  static_cast<size_t>(width_) * 4);
     }
   }
   length_ += tokens;
@@ -78,12 +83,14 @@ void Cache::pack_block(Block& block, int64_t begin) const {
   const int64_t whole = std::clamp<int64_t>(keeping_.first - begin, 0, kBlock);
   std::vector<float> keys(block.keys.size()), values(block.values.size());
   for (int64_t t = 0; t < kBlock; ++t)
-    for (int64_t d = 0; d < width_; ++d) keys[static_cast<size_t>(t * width_ + d)] = block.keys[static_cast<size_t>(d * kBlock + t)];
+    for (int64_t d = 0; d < width_; ++d)
+      keys[static_cast<size_t>(t * width_ + d)] = block.keys[static_cast<size_t>(d * kBlock + t)];
   prune(keys.data() + whole * width_, (kBlock - whole) * width_, keeping_.key_sparsity);
   std::vector<float> rows = block.values;
   prune(rows.data() + whole * width_, (kBlock - whole) * width_, keeping_.value_sparsity);
   for (int64_t t = 0; t < kBlock; ++t)
-    for (int64_t d = 0; d < width_; ++d) values[static_cast<size_t>(d * kBlock + t)] = rows[static_cast<size_t>(t * width_ + d)];
+    for (int64_t d = 0; d < width_; ++d)
+      values[static_cast<size_t>(d * kBlock + t)] = rows[static_cast<size_t>(t * width_ + d)];
   const auto format = static_cast<Format>(keeping_.format);
   const Packing k(keys.data(), kBlock, width_, format, keeping_.key_sparsity > 0, 0, nullptr, 1);
   const Packing v(values.data(), width_, kBlock, format, keeping_.value_sparsity > 0, 0, nullptr, 1);
@@ -156,16 +163,18 @@ void Cache::read(float* keys, float* values) const {
 int64_t Cache::bytes() const {
   size_t sum = 0;
   for (const auto& of_head : blocks_) {
-    for (const Block& b : of_head) sum += (b.keys.size() + b.values.size()) * 4 + b.packed_keys.size() + b.packed_values.size();
+    for (const Block& b : of_head)
+      sum += (b.keys.size() + b.values.size()) * 4 + b.packed_keys.size() + b.packed_values.size();
   }
   return static_cast<int64_t>(sum);
 }
 
-// Rows are query heads of one key-value head, `per_token` of a token; row r stands at position first_position + r / per_token.
-void Cache::attend_span(const float* q, int64_t rows, int64_t per_token, int64_t first_position, int64_t head, int64_t span,
-                        int64_t window, Partial* partials) const {
+// Rows are query heads of one key-value head, `per_token` of a token; row r stands at position first_position + r /
+// per_token.
+void Cache::attend_span(const float* q, int64_t rows, int64_t per_token, int64_t first_position, int64_t head,
+                        int64_t span, int64_t window, Partial* partials) const {
   const Kernels& k = kernels();
-  thread_local Rows of_q, of_p;
+  thread_local PreparedRows of_q, of_p;
   thread_local std::vector<uint8_t> scratch(kBlock * kWidest * 2);
   thread_local std::vector<float> scores(kRowsAtOnce * kSpan), mixed(kRowsAtOnce * kWidest);
   const int64_t begin = span * kSpan;
@@ -245,7 +254,8 @@ void Cache::attend(const float* q, int64_t tokens, int64_t query_heads, float sc
     thread_local std::vector<float> scaled;
     const int64_t first = window > 0 ? std::max<int64_t>(0, length_ - window) / kSpan : 0;
     const int64_t spans = ceil_div(length_, kSpan) - first;
-    if (partials.size() < static_cast<size_t>(query_heads * spans)) partials.resize(static_cast<size_t>(query_heads * spans));
+    if (partials.size() < static_cast<size_t>(query_heads * spans))
+      partials.resize(static_cast<size_t>(query_heads * spans));
     scaled.resize(static_cast<size_t>(query_heads * width_));
     for (size_t i = 0; i < scaled.size(); ++i) scaled[i] = q[i] * scale;
     Partial* all = partials.data();  // [heads][spans][rows]

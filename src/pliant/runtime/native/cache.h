@@ -8,13 +8,16 @@
 
 namespace pliant {
 
+constexpr int64_t kMostSharing = 32;  // query heads that share a key-value head
+constexpr int64_t kWidest = 256;      // elements of a head
+
 // How older tokens are kept.
 struct Keeping {
-  int32_t packed = 0;    // 0: floats, as they came; 1: blocks that are full and old enough are packed
-  int32_t format = 0;    // of packed blocks: Format
+  int32_t packed = 0;  // 0: floats, as they came; 1: blocks that are full and old enough are packed
+  int32_t format = 0;  // of packed blocks: Format
   float key_sparsity = 0, value_sparsity = 0;  // share of the smallest that is zeroed in a packed block
-  int64_t recent = 0;    // tokens at the end that stay floats
-  int64_t first = 0;     // tokens at the beginning of which nothing is zeroed
+  int64_t recent = 0;                          // tokens at the end that stay floats
+  int64_t first = 0;                           // tokens at the beginning of which nothing is zeroed
 };
 
 // Of one layer. Heads are key-value heads: query heads that share one are rows that are multiplied together.
@@ -24,8 +27,6 @@ class Cache {
   Cache(const Cache& other);  // deep copy
   Cache& operator=(const Cache&) = delete;
 
-  int64_t heads() const { return heads_; }
-  int64_t width() const { return width_; }
   int64_t length() const { return length_; }
   int64_t bytes() const;
 
@@ -41,14 +42,14 @@ class Cache {
   // [heads][length][width] each
   void read(float* keys, float* values) const;
 
-  // out[token][head * width] of the last `tokens` tokens, each to what stands before it and to itself; with a window, to the
-  // last `window` of these. q and out have `query_heads` heads a token.
+  // out[token][head * width] of the last `tokens` tokens, each to what stands before it and to itself; with a window,
+  // to the last `window` of these. q and out have `query_heads` heads a token.
   void attend(const float* q, int64_t tokens, int64_t query_heads, float scale, int64_t window, float* out,
               int threads) const;
 
  private:
   struct Block {
-    std::vector<float> keys, values;             // [width][64] and [64][width], or empty when packed
+    std::vector<float> keys, values;                  // [width][64] and [64][width], or empty when packed
     std::vector<uint8_t> packed_keys, packed_values;  // matrices of 64 x width and width x 64
     Matrix key_matrix, value_matrix;                  // views of packed_keys and packed_values
 

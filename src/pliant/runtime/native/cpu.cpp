@@ -43,9 +43,9 @@ uint64_t saved() {
 
 [[maybe_unused]] bool has_avx512() {
   const Registers seven = cpuid(7), more = cpuid(7, 1);
-  return has_avx2() && (saved() & 0xe6) == 0xe6                                                      //
-         && bit(seven.b, 16) && bit(seven.b, 17) && bit(seven.b, 30) && bit(seven.b, 31)             // F, DQ, BW, VL
-         && bit(seven.c, 1) && bit(seven.c, 6) && bit(seven.c, 11) && bit(more.a, 5);                // VBMI, VBMI2, VNNI, BF16
+  return has_avx2() && (saved() & 0xe6) == 0xe6                                           //
+         && bit(seven.b, 16) && bit(seven.b, 17) && bit(seven.b, 30) && bit(seven.b, 31)  // F, DQ, BW, VL
+         && bit(seven.c, 1) && bit(seven.c, 6) && bit(seven.c, 11) && bit(more.a, 5);     // VBMI, VBMI2, VNNI, BF16
 }
 
 [[maybe_unused]] bool has_amx() {

@@ -6,21 +6,16 @@
 #include <cstddef>
 #include <cstring>
 
+#include "buffer.h"
 #include "cpu.h"
 #include "pool.h"
 
 namespace pliant {
 namespace {
 
-constexpr int64_t kMostRows = 32, kWidest = 256;  // query heads of a key-value head, elements of a head: see cache.cpp
-
 int64_t now() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-float* room(std::vector<float>& buffer, int64_t size) {
-  if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(static_cast<size_t>(size));
-  return buffer.data();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
 }
 
 void norm(const float* x, const float* weight, int64_t n, double epsilon, float* out) {
@@ -51,8 +46,8 @@ std::string look(const Projection& part, const char* name, int64_t rows, int64_t
   const std::string wrong = open(part.data, part.size, false, 1, out);
   if (!wrong.empty()) return std::string(name) + ": " + wrong;
   if (out->rows != rows || out->columns != columns)
-    return std::string(name) + " is a matrix of " + std::to_string(out->rows) + " x " + std::to_string(out->columns) + ", not of " +
-           std::to_string(rows) + " x " + std::to_string(columns);
+    return std::string(name) + " is a matrix of " + std::to_string(out->rows) + " x " + std::to_string(out->columns) +
+           ", not of " + std::to_string(rows) + " x " + std::to_string(columns);
   return "";
 }
 
@@ -82,7 +77,7 @@ std::string Decoder::add(const LayerPlan& plan) {
   layer.mlp = plan.gate.data != nullptr;
   const int64_t hidden = plan_.hidden, width = plan_.width;
   if (layer.attention) {
-    if (plan.kv_heads < 1 || plan.heads % plan.kv_heads || plan.heads / plan.kv_heads > kMostRows || width > kWidest)
+    if (plan.kv_heads < 1 || plan.heads % plan.kv_heads || plan.heads / plan.kv_heads > kMostSharing || width > kWidest)
       return "these head counts are not supported";
     for (const std::string& wrong : {look(plan.q, "q", plan.heads * width, hidden, &layer.q),
                                      look(plan.k, "k", plan.kv_heads * width, hidden, &layer.k),
@@ -92,11 +87,12 @@ std::string Decoder::add(const LayerPlan& plan) {
     }
   }
   if (layer.mlp) {
-    if (std::string wrong = open(plan.gate.data, plan.gate.size, false, 1, &layer.gate); !wrong.empty()) return "gate: " + wrong;
+    if (std::string wrong = open(plan.gate.data, plan.gate.size, false, 1, &layer.gate); !wrong.empty())
+      return "gate: " + wrong;
     const int64_t channels = layer.gate.rows;
-    for (const std::string& wrong : {look(plan.gate, "gate", channels, hidden, &layer.gate),
-                                     look(plan.up, "up", channels, hidden, &layer.up),
-                                     look(plan.down, "down", hidden, channels, &layer.down)}) {
+    for (const std::string& wrong :
+         {look(plan.gate, "gate", channels, hidden, &layer.gate), look(plan.up, "up", channels, hidden, &layer.up),
+          look(plan.down, "down", hidden, channels, &layer.down)}) {
       if (!wrong.empty()) return wrong;
     }
   }
@@ -109,8 +105,8 @@ std::string Decoder::add(const LayerPlan& plan) {
   return "";
 }
 
-bool Decoder::run(float* stream, int64_t tokens, const float* cosine, const float* sine, int64_t rotated, Cache* const* caches,
-                  int threads, int64_t* spent) {
+bool Decoder::run(float* stream, int64_t tokens, const float* cosine, const float* sine, int64_t rotated,
+                  Cache* const* caches, int threads, int64_t* spent) {
   const std::lock_guard alone(running_);  // the buffers are this decoder's
   for (const Layer& layer : layers_)
     for (const auto& [data, header] : layer.headers)
@@ -124,9 +120,8 @@ bool Decoder::run(float* stream, int64_t tokens, const float* cosine, const floa
   };
   const auto normalise = [&](const Vector& of) {
     const float* weight = floats(of, hidden, widened_[0]);
-    parallel(tokens < 16 ? 1 : threads, tokens, [&](int64_t t) {
-      norm(stream + t * hidden, weight, hidden, plan_.epsilon, normed + t * hidden);
-    });
+    parallel(tokens < 16 ? 1 : threads, tokens,
+             [&](int64_t t) { norm(stream + t * hidden, weight, hidden, plan_.epsilon, normed + t * hidden); });
   };
   const auto add_to_stream = [&](const Matrix& w, const Projection& part) {
     Task task = task_of(w, part, widened_[0], stream);
@@ -156,9 +151,11 @@ bool Decoder::run(float* stream, int64_t tokens, const float* cosine, const floa
         float* own_q = q + t * q_size;
         float* own_k = k + t * kv_size;
         if (q_norm)
-          for (int64_t h = 0; h < plan.heads; ++h) norm(own_q + h * width, q_norm, width, plan_.epsilon, own_q + h * width);
+          for (int64_t h = 0; h < plan.heads; ++h)
+            norm(own_q + h * width, q_norm, width, plan_.epsilon, own_q + h * width);
         if (k_norm)
-          for (int64_t h = 0; h < plan.kv_heads; ++h) norm(own_k + h * width, k_norm, width, plan_.epsilon, own_k + h * width);
+          for (int64_t h = 0; h < plan.kv_heads; ++h)
+            norm(own_k + h * width, k_norm, width, plan_.epsilon, own_k + h * width);
         if (plan.rotary) {
           rotate(own_q, plan.heads, width, cosine + t * rotated, sine + t * rotated, rotated);
           rotate(own_k, plan.kv_heads, width, cosine + t * rotated, sine + t * rotated, rotated);

@@ -1,5 +1,5 @@
-// The layers of a Llama-like decoder: norm, attention with rotary positions, norm, gated MLP. Any block may be missing, and
-// every layer has sizes of its own.
+// The layers of a Llama-like decoder: norm, attention with rotary positions, norm, gated MLP. Any block may be missing,
+// and every layer has sizes of its own.
 #pragma once
 
 #include <mutex>
@@ -48,9 +48,9 @@ class Decoder {
   // What is wrong with a layer, or nothing.
   std::string add(const LayerPlan& plan);
 
-  // stream[tokens][hidden]: embeddings in, the normed hidden state out. cosine and sine are [tokens][rotated]. Nanoseconds
-  // spent in matrix products and in attention are added to `spent`. Returns false, and changes nothing, if the header of a
-  // packed matrix differs from the one at the time its layer was added.
+  // stream[tokens][hidden]: embeddings in, the normed hidden state out. cosine and sine are [tokens][rotated].
+  // Nanoseconds spent in matrix products and in attention are added to `spent`. Returns false, and changes nothing, if
+  // the header of a packed matrix differs from the one at the time its layer was added.
   bool run(float* stream, int64_t tokens, const float* cosine, const float* sine, int64_t rotated, Cache* const* caches,
            int threads, int64_t* spent);
 
@@ -64,7 +64,7 @@ class Decoder {
   std::mutex running_;
   DecoderPlan plan_;
   std::vector<Layer> layers_;
-  Rows rows_;
+  PreparedRows rows_;
   std::vector<float> normed_, q_, k_, v_, mixed_, inner_;
   std::vector<float> widened_[3];  // half-precision vectors as floats
 };

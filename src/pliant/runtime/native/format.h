@@ -1,18 +1,18 @@
 // The packed form of one weight matrix, as it lies in memory and on disk.
 //
-// W has `rows` outputs and `columns` inputs, y = x W^T. Sixteen outputs make a panel. Within a panel the weights lie step
-// after step along the inputs, in the order in which dot-product instructions eat them:
+// W has `rows` outputs and `columns` inputs, y = x W^T. Sixteen outputs make a panel. Within a panel the weights lie
+// step after step along the inputs, in the order in which dot-product instructions eat them:
 //
 //   bf16   a step is 2 inputs, 64 bytes:  element 2c + k  is weight (output c, input k)
 //   int8   a step is 4 inputs, 64 bytes:  byte    4c + k  is code (c, k)
 //   int4   a step is 8 inputs, 64 bytes:  byte    4c + k  is code (c, k) in its low nibble, (c, 4 + k) in its high one
 //
-// Codes are two's complement. The sparse forms leave out of that stream what is zero: a bit for every element, lowest first,
-// says which are there, and the values follow each other without gaps. int4 keeps an even number of every 16 nibbles, by
-// storing a zero where needed, so that each 16 begin at a byte.
+// Codes are two's complement. The sparse forms leave out of that stream what is zero: a bit for every element, lowest
+// first, says which are there, and the values follow each other without gaps. int4 keeps an even number of every 16
+// nibbles, by storing a zero where needed, so that each 16 begin at a byte.
 //
-// int4 has a bf16 scale for every output and group of 32, 64 or 128 inputs, int8 a float for every output. Nothing in the form
-// depends on the number of threads or on the processor.
+// int4 has a bf16 scale for every output and group of 32, 64 or 128 inputs, int8 a float for every output. Nothing in
+// the form depends on the number of threads or on the processor.
 #pragma once
 
 #include <cstddef>
@@ -24,11 +24,12 @@ enum class Format : uint32_t { bf16 = 0, int8 = 1, int4 = 2 };
 
 constexpr int64_t kPanel = 16;
 constexpr int64_t kChunk = 128;  // inputs that a kernel takes at once: whole groups and slices
-constexpr int64_t kSlice = 32;  // inputs of x that share a scale: fewer than of W, as x has single large values
+constexpr int64_t kSlice = 32;   // inputs of x that share a scale: fewer than of W, as x has single large values
 constexpr int64_t kStepBytes = 64;
 constexpr uint32_t kVersion = 1;
 constexpr char kMagic[8] = {'P', 'L', 'I', 'A', 'N', 'T', 'W', '\n'};
-constexpr int64_t kSlack = 64;  // readable bytes behind the values: a vector is loaded whole where one element is wanted
+constexpr int64_t kSlack =
+    64;  // readable bytes behind the values: a vector is loaded whole where one element is wanted
 
 // The first 128 bytes. Places are bytes from the beginning; little-endian throughout.
 struct Header {
@@ -73,7 +74,7 @@ struct Matrix {
   const uint8_t* offsets;         // int64[panels + 1]
   const uint8_t* masks;           // [panels][steps][mask_bytes]
   const uint8_t* values;          // dense: [panels][steps][64]
-  int64_t following = 0;          // bytes from `values` to those of a dense matrix that is read next; 0 where none is known
+  int64_t following = 0;  // bytes from `values` to those of a dense matrix that is read next; 0 where none is known
 
   const uint8_t* panel_values(int64_t p) const {
     if (!sparse) return values + p * steps * kStepBytes;
@@ -84,14 +85,15 @@ struct Matrix {
   const uint8_t* panel_masks(int64_t p) const { return masks + p * steps * mask_bytes(format); }
 };
 
-// What rows of x the kernels read. Values are fp32; int8 and int4 read codes: x = code * scale, a scale for every slice.
+// What rows of x the kernels read. Values are fp32; int8 and int4 read codes: x = code * scale, a scale for every
+// slice.
 struct Input {
   int64_t rows;
-  int64_t stride;           // elements from one row to the next, of values and of codes
-  const float* values;      // [rows][stride], zeros behind the last column
-  const int8_t* codes;      // [rows][stride], zeros behind the last column
-  const float* scales;      // [rows][slices]
-  const int32_t* sums;      // [rows][slices], of the codes
+  int64_t stride;       // elements from one row to the next, of values and of codes
+  const float* values;  // [rows][stride], zeros behind the last column
+  const int8_t* codes;  // [rows][stride], zeros behind the last column
+  const float* scales;  // [rows][slices]
+  const int32_t* sums;  // [rows][slices], of the codes
   int64_t slices;
 };
 

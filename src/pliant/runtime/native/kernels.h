@@ -13,8 +13,8 @@ enum class Type : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 struct Kernels {
   const char* name;
 
-  // out[r][c] = x W^T, all rows of x, the columns of `count` panels from `panel` on; rows of `out` are `stride` floats apart.
-  // `scratch` has room for one panel without gaps.
+  // out[r][c] = x W^T, all rows of x, the columns of `count` panels from `panel` on; rows of `out` are `stride` floats
+  // apart. `scratch` has room for one panel without gaps.
   void (*multiply)(const Matrix& w, int64_t panel, int64_t count, const Input& x, float* out, int64_t stride,
                    uint8_t* scratch);
 
@@ -32,16 +32,16 @@ struct Kernels {
   void (*gate)(const float* gate, const float* up, int64_t n, Activation kind, float* out);
 
   // What attention is made of: see attention.h.
-  void (*product)(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t n, int64_t columns,
-                  float* out, int64_t out_stride, bool add);
+  void (*product)(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t n,
+                  int64_t columns, float* out, int64_t out_stride, bool add);
   float (*largest)(const float* scores, int64_t n);
   float (*exponentials)(float* scores, int64_t n, float most);
 };
 
 namespace {
 
-// What the codes of a slice are worth, from the bits of its largest absolute value. One that is not finite makes every output
-// NaN; one too small to be divided by is none.
+// What the codes of a slice are worth, from the bits of its largest absolute value. One that is not finite makes every
+// output NaN; one too small to be divided by is none.
 struct Scale {
   float value, inverse;
   explicit Scale(uint32_t bits) {

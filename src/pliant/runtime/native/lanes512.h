@@ -1,11 +1,13 @@
-// The operations on 512 bits that the AVX-512 kernels are written in, twice: as the processor's instructions, and as plain C++
-// with which the same kernels are tested where the processor lacks them. Both give the same bits.
+// The operations on 512 bits that the AVX-512 kernels are written in, twice: as the processor's instructions, and as
+// plain C++ with which the same kernels are tested where the processor lacks them. Both give the same bits.
 //
 // `Ints` are 64 bytes, `Floats` 16 floats. A pointer needs no alignment.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#include "bf16.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VBMI__) && defined(__AVX512VBMI2__) && \
     defined(__AVX512VNNI__) && defined(__AVX512BF16__)
@@ -49,9 +51,9 @@ struct Intrinsics {
     return _mm512_set1_epi64(x);
   }
 
-  // Elements, one after the other, to the places that the mask names; `there` keeps the others. That costs a copy of `there`,
-  // which processors make for nothing. The form that zeroes the others waits on Zen 5 for the old value of the register that
-  // it writes, whichever a compiler chose. One that reads memory itself is slow on some processors.
+  // Elements, one after the other, to the places that the mask names; `there` keeps the others. That costs a copy of
+  // `there`, which processors make for nothing. The form that zeroes the others waits on Zen 5 for the old value of the
+  // register that it writes, whichever a compiler chose. One that reads memory itself is slow on some processors.
   static Ints expand16(Ints there, uint32_t mask, Ints v) {
     asm("" : "+v"(v));
     return _mm512_mask_expand_epi16(there, mask, v);
@@ -79,8 +81,8 @@ struct Intrinsics {
   static Ints both_xor(Ints a, Ints b, Ints c) { return _mm512_ternarylogic_epi32(a, b, c, 0x6a); }  // a & b ^ c
   static Ints either(Ints a, Ints b) { return _mm512_or_si512(a, b); }
   static Ints largest(Ints a, Ints b) { return _mm512_max_epu32(a, b); }
-  static Ints left16(Ints v) { return _mm512_slli_epi32(v, 16); }      // of 32 bits
-  static Ints right4(Ints v) { return _mm512_srli_epi16(v, 4); }       // of 16 bits
+  static Ints left16(Ints v) { return _mm512_slli_epi32(v, 16); }  // of 32 bits
+  static Ints right4(Ints v) { return _mm512_srli_epi16(v, 4); }   // of 16 bits
   static uint32_t most(Ints v) { return _mm512_reduce_max_epu32(v); }
   static int32_t total(Ints v) { return _mm512_reduce_add_epi32(v); }
 
@@ -171,13 +173,15 @@ struct Emulated {
   static Ints zeros() { return ints(0); }
 
   static Ints nibbles(const void* p) {
-    return each<uint8_t>([&](int i) { return copy<uint32_t>(static_cast<const uint8_t*>(p) + i / 8 * 4) >> i % 8 * 4; });
+    return each<uint8_t>(
+        [&](int i) { return copy<uint32_t>(static_cast<const uint8_t*>(p) + i / 8 * 4) >> i % 8 * 4; });
   }
 
   static Ints dot(const Ints& sum, const Ints& unsigned_bytes, const Ints& signed_bytes) {
     return each<uint32_t>([&](int i) {
       int32_t products = 0;
-      for (int k = 4 * i; k < 4 * i + 4; ++k) products += unsigned_bytes.bytes[k] * static_cast<int8_t>(signed_bytes.bytes[k]);
+      for (int k = 4 * i; k < 4 * i + 4; ++k)
+        products += unsigned_bytes.bytes[k] * static_cast<int8_t>(signed_bytes.bytes[k]);
       return at<uint32_t>(sum, i) + static_cast<uint32_t>(products);
     });
   }
@@ -258,7 +262,7 @@ struct Emulated {
   }
 
   static Floats load_bf16(const void* p) {
-    return each_float([&](int i) { return number(uint32_t{copy<uint16_t>(static_cast<const uint8_t*>(p) + 2 * i)} << 16); });
+    return each_float([&](int i) { return from_bf16(copy<uint16_t>(static_cast<const uint8_t*>(p) + 2 * i)); });
   }
   static Floats load_f16(const void* p) {
     return each_float([&](int i) {
@@ -270,7 +274,7 @@ struct Emulated {
     });
   }
   static void store_bf16(void* p, const Floats& v) {
-    for (int i = 0; i < 16; ++i) put(p, i, nearest(bits(v.lanes[i])));
+    for (int i = 0; i < 16; ++i) put(p, i, to_bf16(v.lanes[i]));
   }
   static void store_f16(void* p, const Floats& v) {
     for (int i = 0; i < 16; ++i) {
@@ -289,7 +293,7 @@ struct Emulated {
   static void store_flushed_bf16(void* p, const Floats& v) {
     for (int i = 0; i < 16; ++i) {
       const uint32_t all = bits(v.lanes[i]);
-      put(p, i, all & 0x7f800000 ? nearest(all) : all >> 16 & 0x8000);
+      put(p, i, all & 0x7f800000 ? to_bf16(v.lanes[i]) : all >> 16 & 0x8000);
     }
   }
 
@@ -305,10 +309,6 @@ struct Emulated {
   static void put(void* p, int i, uint32_t x) {
     const auto out = static_cast<uint16_t>(x);
     std::memcpy(static_cast<uint8_t*>(p) + 2 * i, &out, 2);
-  }
-  static uint32_t nearest(uint32_t bits) {  // bf16
-    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-    return nan ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   }
   template <class T>
   static T at(const Ints& v, int i) {

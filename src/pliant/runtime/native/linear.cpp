@@ -2,21 +2,16 @@
 
 #include <algorithm>
 
+#include "buffer.h"
 #include "cpu.h"
 #include "pool.h"
 
 namespace pliant {
 namespace {
 
-constexpr int64_t kPad = 64;            // x is padded to a multiple of it: every kernel finds zeros behind the last column
+constexpr int64_t kPad = 64;  // x is padded to a multiple of it: every kernel finds zeros behind the last column
 constexpr int64_t kRowsTogether = 32;   // rows that pass by a panel while it is in the cache
 constexpr int64_t kChunkBytes = 32768;  // of weights that a thread claims at once
-
-template <class T>
-T* room(std::vector<T>& buffer, int64_t size) {
-  if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(static_cast<size_t>(size));
-  return buffer.data();
-}
 
 int64_t panel_bytes(const Matrix& w) { return w.steps * kStepBytes; }
 
@@ -66,7 +61,8 @@ void panels(const Task& task, int64_t panel, int64_t count, const Input& x, cons
 
 }  // namespace
 
-void Rows::read(const void* x, Type type, int64_t rows, int64_t columns, int64_t stride, bool codes, int threads) {
+void PreparedRows::read(const void* x, Type type, int64_t rows, int64_t columns, int64_t stride, bool codes,
+                        int threads) {
   const int64_t padded = ceil_div(columns, kPad) * kPad;
   const int64_t slices = padded / kSlice;
   float* values = room(values_, rows * padded);

@@ -8,7 +8,7 @@
 namespace pliant {
 
 // Rows of x made ready: floats, and codes where a matrix wants them.
-class Rows {
+class PreparedRows {
  public:
   // `stride` is in elements.
   void read(const void* x, Type type, int64_t rows, int64_t columns, int64_t stride, bool codes, int threads);
@@ -30,7 +30,7 @@ struct Task {
   Activation activation = Activation::none;
   void* out = nullptr;
   Type type = Type::f32;
-  int64_t stride = 0;  // elements from one row of y to the next
+  int64_t stride = 0;       // elements from one row of y to the next
   bool accumulate = false;  // fp32 only: y += instead of y =
 };
 

@@ -1,20 +1,22 @@
-// Rows of x times panels of W, the loop that every instruction set shares. What a set brings along, as static members of `I`:
+// Rows of x times panels of W, the loop that every instruction set shares. What a set brings along, as static members
+// of `I`:
 //
 //   template <Format F> constexpr int paired          rows, at most, of which two panels are multiplied at once: 1 or 2
-//   template <Format F, int R> constexpr bool fused   whether a sparse stream is multiplied as it is, not made dense before
-//   template <Format F, bool fused, int R, int P> struct Sum      what R rows and P panels have summed up so far
+//   template <Format F, int R> constexpr bool fused   whether a sparse stream is multiplied as it is, not made dense
+//   before template <Format F, bool fused, int R, int P> struct Sum      what R rows and P panels have summed up so far
 //     Sum(const Matrix&, int64_t panel, const Input&, int64_t row)
-//     void add(const uint8_t* const (&w)[P], int64_t chunk, int64_t steps)                    the next steps of dense streams
-//     void add(const uint8_t* (&masks)[P], const uint8_t* (&values)[P], chunk, steps)         the same of sparse ones, if fused
-//     void store(float* out, int64_t stride)
-//   template <Format F> const uint8_t* expand(masks, values, steps, out)   makes a sparse stream dense; returns where its values
+//     void add(const uint8_t* const (&w)[P], int64_t chunk, int64_t steps)                    the next steps of dense
+//     streams void add(const uint8_t* (&masks)[P], const uint8_t* (&values)[P], chunk, steps)         the same of
+//     sparse ones, if fused void store(float* out, int64_t stride)
+//   template <Format F> const uint8_t* expand(masks, values, steps, out)   makes a sparse stream dense; returns where
+//   its values
 //                                                                          end
 //
-// Every output is summed in an order that depends on its own row and column alone. A token's result is the same, to the bit,
-// next to other tokens or alone, and with any number of threads.
+// Every output is summed in an order that depends on its own row and column alone. A token's result is the same, to the
+// bit, next to other tokens or alone, and with any number of threads.
 //
-// Loops over rows, panels and halves of a register are unrolled by pragma. GCC else leaves sums in memory, where it has kept them
-// by the time it unrolls such loops by itself, and stores each at every step.
+// Loops over rows, panels and halves of a register are unrolled by pragma. GCC else leaves sums in memory, where it has
+// kept them by the time it unrolls such loops by itself, and stores each at every step.
 #pragma once
 
 #include <cstring>
@@ -50,7 +52,8 @@ struct Rows {  // of x, those that a kernel works on
 };
 
 template <class I, Format F, bool S, int R, int P>
-void block(const Matrix& w, int64_t panel, const Input& x, int64_t row, float* out, int64_t stride, const uint8_t* expanded) {
+void block(const Matrix& w, int64_t panel, const Input& x, int64_t row, float* out, int64_t stride,
+           const uint8_t* expanded) {
   constexpr int64_t chunk_steps = kChunk / step_inputs(F);
   constexpr bool fused = S && I::template fused<F, R>;
   typename I::template Sum<F, fused, R, P> sum(w, panel, x, row);
@@ -83,13 +86,15 @@ void block(const Matrix& w, int64_t panel, const Input& x, int64_t row, float* o
 
 // R rows at once, and what is left of them at once, too.
 template <class I, Format F, bool S, int P, int R>
-void rows_of(const Matrix& w, int64_t panel, const Input& x, int64_t row, float* out, int64_t stride, const uint8_t* expanded) {
+void rows_of(const Matrix& w, int64_t panel, const Input& x, int64_t row, float* out, int64_t stride,
+             const uint8_t* expanded) {
   for (; row + R <= x.rows; row += R) block<I, F, S, R, P>(w, panel, x, row, out + row * stride, stride, expanded);
   if constexpr (R > 1) rows_of<I, F, S, P, R - 1>(w, panel, x, row, out, stride, expanded);
 }
 
 template <class I, Format F>
-void panels_of(const Matrix& w, int64_t panel, int64_t count, const Input& x, float* out, int64_t stride, uint8_t* scratch) {
+void panels_of(const Matrix& w, int64_t panel, int64_t count, const Input& x, float* out, int64_t stride,
+               uint8_t* scratch) {
   constexpr int paired = I::template paired<F>;
   if (w.sparse && x.rows > kRows) {  // make room once, for all rows
     for (int64_t p = 0; p < count; ++p) {
@@ -109,20 +114,30 @@ void panels_of(const Matrix& w, int64_t panel, int64_t count, const Input& x, fl
 }
 
 template <class I>
-void multiply(const Matrix& w, int64_t panel, int64_t count, const Input& x, float* out, int64_t stride, uint8_t* scratch) {
+void multiply(const Matrix& w, int64_t panel, int64_t count, const Input& x, float* out, int64_t stride,
+              uint8_t* scratch) {
   switch (w.format) {
-    case Format::bf16: return panels_of<I, Format::bf16>(w, panel, count, x, out, stride, scratch);
-    case Format::int8: return panels_of<I, Format::int8>(w, panel, count, x, out, stride, scratch);
-    case Format::int4: return panels_of<I, Format::int4>(w, panel, count, x, out, stride, scratch);
+    case Format::bf16:
+      return panels_of<I, Format::bf16>(w, panel, count, x, out, stride, scratch);
+    case Format::int8:
+      return panels_of<I, Format::int8>(w, panel, count, x, out, stride, scratch);
+    case Format::int4:
+      return panels_of<I, Format::int4>(w, panel, count, x, out, stride, scratch);
   }
 }
 
 template <class I>
 void expand(const Matrix& w, int64_t panel, uint8_t* out) {
   switch (w.format) {
-    case Format::bf16: I::template expand<Format::bf16>(w.panel_masks(panel), w.panel_values(panel), w.steps, out); break;
-    case Format::int8: I::template expand<Format::int8>(w.panel_masks(panel), w.panel_values(panel), w.steps, out); break;
-    case Format::int4: I::template expand<Format::int4>(w.panel_masks(panel), w.panel_values(panel), w.steps, out); break;
+    case Format::bf16:
+      I::template expand<Format::bf16>(w.panel_masks(panel), w.panel_values(panel), w.steps, out);
+      break;
+    case Format::int8:
+      I::template expand<Format::int8>(w.panel_masks(panel), w.panel_values(panel), w.steps, out);
+      break;
+    case Format::int4:
+      I::template expand<Format::int4>(w.panel_masks(panel), w.panel_values(panel), w.steps, out);
+      break;
   }
 }
 

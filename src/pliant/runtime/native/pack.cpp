@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "bf16.h"
 #include "cpu.h"
 #include "pool.h"
 
@@ -12,23 +13,10 @@ namespace pliant {
 namespace {
 
 constexpr int64_t kAlign = 64;
-constexpr int64_t kStepsTogether = 32;  // steps laid out together: rows are often a power of two apart and share few sets of a cache
+constexpr int64_t kStepsTogether =
+    32;  // steps laid out together: rows are often a power of two apart and share few sets of a cache
 
 int64_t aligned(int64_t size) { return ceil_div(size, kAlign) * kAlign; }
-
-uint16_t to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-float from_bf16(uint16_t bits) {
-  const uint32_t wide = uint32_t{bits} << 16;
-  float x;
-  std::memcpy(&x, &wide, 4);
-  return x;
-}
 
 float rounded(float x) { return (x + 12582912.0f) - 12582912.0f; }  // to the nearest integer, of |x| < 2^22
 
@@ -53,8 +41,8 @@ float error_of(const float* w, int64_t n, float scale) {
   return sum;
 }
 
-// The scale of a group of int4 weights that leaves the least squared error. What was rounded to such a grid before finds its
-// scale again, as the largest weight is 7 or 8 steps of it.
+// The scale of a group of int4 weights that leaves the least squared error. What was rounded to such a grid before
+// finds its scale again, as the largest weight is 7 or 8 steps of it.
 float scale_of_group(const float* w, int64_t n) {
   float low = 0, high = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -225,7 +213,8 @@ Packing::Packing(const float* weight, int64_t rows, int64_t columns, Format form
       const float scale = scales ? scales[r * groups_ + g] : scale_of_group(w + begin, n);
       bf16_[r * groups_ + g] = to_bf16(scale);
       const float inverse = scale != 0 ? 1 / scale : 0;
-      for (int64_t k = begin; k < begin + n; ++k) codes[k] = static_cast<int8_t>(clamped(rounded(w[k] * inverse), -8, 7));
+      for (int64_t k = begin; k < begin + n; ++k)
+        codes[k] = static_cast<int8_t>(clamped(rounded(w[k] * inverse), -8, 7));
     }
   });
 
@@ -308,7 +297,8 @@ void Packing::write(uint8_t* out, int threads) const {
   }
   if (header_.sparse) std::memcpy(out + header_.offsets, offsets_.data(), offsets_.size() * 8);
   parallel(threads, panels_, [&](int64_t p) {
-    uint8_t* values = out + header_.values + (header_.sparse ? offsets_[static_cast<size_t>(p)] : p * steps_ * kStepBytes);
+    uint8_t* values =
+        out + header_.values + (header_.sparse ? offsets_[static_cast<size_t>(p)] : p * steps_ * kStepBytes);
     uint8_t steps[kStepsTogether * kStepBytes];
     for (int64_t first = 0; first < steps_; first += kStepsTogether) {
       const int64_t together = std::min(kStepsTogether, steps_ - first);
@@ -336,12 +326,15 @@ std::string open(const uint8_t* data, int64_t size, bool full, int threads, Matr
   Header h;
   if (size < static_cast<int64_t>(sizeof h)) return "it has " + std::to_string(size) + " bytes, fewer than its header";
   std::memcpy(&h, data, sizeof h);
-  if (std::memcmp(h.magic, kMagic, sizeof kMagic) != 0) return "it is no packed matrix: its first bytes are others";
-  if (h.version != kVersion) return "it has version " + std::to_string(h.version) + ", known is " + std::to_string(kVersion);
+  if (std::memcmp(h.magic, kMagic, sizeof kMagic) != 0)
+    return "it is not a packed matrix: its first bytes are different";
+  if (h.version != kVersion)
+    return "it has version " + std::to_string(h.version) + ", known is " + std::to_string(kVersion);
   if (h.format > 2 || h.sparse > 1) return "its header names an unknown format";
   constexpr int64_t most = int64_t{1} << 31;
   if (h.rows < 1 || h.columns < 1 || h.rows > most || h.columns > most) return "its header gives impossible sizes";
-  if (h.size != size || size % 8) return "it has " + std::to_string(size) + " bytes, its header speaks of " + std::to_string(h.size);
+  if (h.size != size || size % 8)
+    return "it has " + std::to_string(size) + " bytes, its header speaks of " + std::to_string(h.size);
   Matrix& m = *out;
   m.format = static_cast<Format>(h.format);
   m.sparse = h.sparse;
@@ -351,12 +344,14 @@ std::string open(const uint8_t* data, int64_t size, bool full, int threads, Matr
   m.steps = ceil_div(h.columns, step_inputs(m.format));
   m.chunks = ceil_div(h.columns, kChunk);
   const bool grouped = m.format == Format::int4;
-  if (grouped ? h.group != 32 && h.group != 64 && h.group != 128 : h.group != 0) return "its header gives an impossible group";
+  if (grouped ? h.group != 32 && h.group != 64 && h.group != 128 : h.group != 0)
+    return "its header gives an impossible group";
   m.group = grouped ? h.group : h.columns;
   m.groups = ceil_div(h.columns, m.group);
   const int64_t offset_bytes = h.sparse ? 8 * (m.panels + 1) : 0;
   const int64_t masks = h.sparse ? m.panels * m.steps * mask_bytes(m.format) : 0;
-  const bool fits = h.scales == static_cast<int64_t>(sizeof h) && h.offsets >= h.scales + scale_bytes(m.format, m.panels, m.groups) &&
+  const bool fits = h.scales == static_cast<int64_t>(sizeof h) &&
+                    h.offsets >= h.scales + scale_bytes(m.format, m.panels, m.groups) &&
                     h.masks >= h.offsets + offset_bytes && h.values >= h.masks + masks && h.offsets <= size &&
                     h.masks <= size && h.values <= size;
   if (!fits) return "the parts that its header speaks of do not fit into it";
@@ -367,14 +362,15 @@ std::string open(const uint8_t* data, int64_t size, bool full, int threads, Matr
   const int64_t room = size - kSlack - h.values;
   if (!h.sparse && m.panels * m.steps * kStepBytes > room) return "its values do not fit into it";
   if (!full) return "";
-  if (checksum(data, size, threads) != h.checksum) return "its checksum is another: it was damaged";
+  if (checksum(data, size, threads) != h.checksum) return "checksum mismatch: it was damaged";
   if (!h.sparse) return "";
   std::atomic<bool> good{true};
   const auto offset = [&](int64_t p) { return m.panel_values(p) - m.values; };
   parallel(threads, m.panels, [&](int64_t p) {
     const int64_t bytes = m.steps * mask_bytes(m.format);
     const uint8_t* mask = m.panel_masks(p);
-    bool right = offset(p) >= 0 && offset(p + 1) <= room && offset(p + 1) - offset(p) == bytes_of(m.format, count(mask, bytes));
+    bool right =
+        offset(p) >= 0 && offset(p + 1) <= room && offset(p + 1) - offset(p) == bytes_of(m.format, count(mask, bytes));
     if (m.format == Format::int4) {
       for (int64_t i = 0; i < bytes; i += 2) right = right && __builtin_popcount(mask[i] | mask[i + 1] << 8) % 2 == 0;
     }

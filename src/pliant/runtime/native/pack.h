@@ -31,8 +31,8 @@ class Packing {
   std::vector<int64_t> offsets_;
 };
 
-// Looks at a packed matrix without touching its values; `full` also counts masks and compares the checksum. Returns what is
-// wrong with it, or nothing.
+// Looks at a packed matrix without touching its values; `full` also counts masks and compares the checksum. Returns
+// what is wrong with it, or nothing.
 std::string open(const uint8_t* data, int64_t size, bool full, int threads, Matrix* out);
 
 // All weights as floats, [rows][columns].

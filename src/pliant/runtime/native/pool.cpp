@@ -46,7 +46,9 @@ class Pool {
     next_ = uint64_t{job} << 32;
     job_ = job;
     if (asleep_ > 0) {
-      { const std::lock_guard lock(sleep_); }
+      {
+        const std::lock_guard lock(sleep_);
+      }
       wake_.notify_all();
     }
     while (take(job)) {
@@ -58,8 +60,8 @@ class Pool {
   }
 
  private:
-  // Does the next chunk of a job. Its number stands above that of the chunk in one word, so that nobody who comes late takes
-  // a chunk of a later job; and the job stays what it is until the chunk is done.
+  // Does the next chunk of a job. Its number stands above that of the chunk in one word, so that nobody who comes late
+  // takes a chunk of a later job; and the job stays what it is until the chunk is done.
   bool take(uint32_t job) {
     uint64_t next = next_.load(std::memory_order_acquire);
     do {

@@ -2,15 +2,11 @@
 #include <cmath>
 #include <cstring>
 
+#include "bf16.h"
 #include "multiply.h"
 
 namespace pliant {
 namespace {
-
-float bf16_to_float(uint16_t bits) {
-  const uint32_t wide = uint32_t{bits} << 16;
-  return read<float>(&wide);
-}
 
 int nibble(int byte, int place) { return (((byte >> 4 * place) & 15) ^ 8) - 8; }
 
@@ -22,7 +18,8 @@ struct SumOf {
   const int64_t row;
   float even[R][P][kPanel] = {}, odd[R][P][kPanel] = {};  // integers use the first alone
 
-  SumOf(const Matrix& matrix, int64_t at, const Input& input, int64_t first) : w(matrix), panel(at), x(input), row(first) {}
+  SumOf(const Matrix& matrix, int64_t at, const Input& input, int64_t first)
+      : w(matrix), panel(at), x(input), row(first) {}
 
   void add(const uint8_t* const (&values)[P], int64_t chunk, int64_t steps) {
     for (int r = 0; r < R; ++r) {
@@ -32,8 +29,8 @@ struct SumOf {
           for (int64_t i = 0; i < steps; ++i) {
             const uint8_t* step = values[p] + kStepBytes * i;
             for (int64_t c = 0; c < kPanel; ++c) {
-              even[r][p][c] += bf16_to_float(read<uint16_t>(step + 4 * c)) * x.values[begin + 2 * i];
-              odd[r][p][c] += bf16_to_float(read<uint16_t>(step + 4 * c + 2)) * x.values[begin + 2 * i + 1];
+              even[r][p][c] += from_bf16(read<uint16_t>(step + 4 * c)) * x.values[begin + 2 * i];
+              odd[r][p][c] += from_bf16(read<uint16_t>(step + 4 * c + 2)) * x.values[begin + 2 * i + 1];
             }
           }
         } else {
@@ -64,7 +61,7 @@ struct SumOf {
               if ((slice + 1) % slices && end != steps) continue;
               const uint8_t* scales = w.scales + ((panel + p) * w.groups + slice / slices) * kPanel * 2;
               for (int64_t c = 0; c < kPanel; ++c) {
-                even[r][p][c] += of_group[c] * bf16_to_float(read<uint16_t>(scales + 2 * c));
+                even[r][p][c] += of_group[c] * from_bf16(read<uint16_t>(scales + 2 * c));
                 of_group[c] = 0;
               }
             }
@@ -133,24 +130,19 @@ uint16_t float_to_half(float x) {
   if (std::isnan(x)) return static_cast<uint16_t>(sign | 0x7e00);
   if (size >= 65520.0f) return static_cast<uint16_t>(sign | 0x7c00);
   int exponent;
-  std::frexp(size, &exponent);  // size = f * 2^exponent, f in [0.5, 1)
+  std::frexp(size, &exponent);                              // size = f * 2^exponent, f in [0.5, 1)
   const int lowest = exponent < -13 ? -24 : exponent - 11;  // the place of the last bit of the result
-  const auto fraction = static_cast<int>(std::nearbyint(std::ldexp(size, -lowest)));  // up to 2048, which carries rightly
+  const auto fraction =
+      static_cast<int>(std::nearbyint(std::ldexp(size, -lowest)));  // up to 2048, which carries rightly
   const int field = exponent < -13 ? 0 : (exponent + 13) << 10;
   return static_cast<uint16_t>(sign | (size == 0 ? 0 : field + fraction));
-}
-
-uint16_t float_to_bf16(float x) {
-  const uint32_t bits = read<uint32_t>(&x);
-  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 void widen(const void* x, Type type, int64_t n, float* out, int64_t padded) {
   for (int64_t i = 0; i < n; ++i) {
     const auto bits = type == Type::f32 ? uint16_t{0} : read<uint16_t>(static_cast<const uint16_t*>(x) + i);
     out[i] = type == Type::f32    ? static_cast<const float*>(x)[i]
-             : type == Type::bf16 ? bf16_to_float(bits)
+             : type == Type::bf16 ? from_bf16(bits)
                                   : half_to_float(bits);
   }
   for (int64_t i = n; i < padded; ++i) out[i] = 0;
@@ -159,9 +151,15 @@ void widen(const void* x, Type type, int64_t n, float* out, int64_t padded) {
 void narrow(const float* x, int64_t n, Type type, void* out) {
   for (int64_t i = 0; i < n; ++i) {
     switch (type) {
-      case Type::f32: static_cast<float*>(out)[i] = x[i]; break;
-      case Type::bf16: static_cast<uint16_t*>(out)[i] = float_to_bf16(x[i]); break;
-      case Type::f16: static_cast<uint16_t*>(out)[i] = float_to_half(x[i]); break;
+      case Type::f32:
+        static_cast<float*>(out)[i] = x[i];
+        break;
+      case Type::bf16:
+        static_cast<uint16_t*>(out)[i] = to_bf16(x[i]);
+        break;
+      case Type::f16:
+        static_cast<uint16_t*>(out)[i] = float_to_half(x[i]);
+        break;
     }
   }
 }
@@ -188,8 +186,8 @@ void quantise(const float* x, int64_t padded, int8_t* codes, float* scales, int3
 }  // namespace
 
 const Kernels& scalar_kernels() {
-  static const Kernels kernels{"scalar",  multiply<Scalar>, expand<Scalar>, widen,     narrow,
-                               quantise, gate, product, largest_score, exponentials};
+  static const Kernels kernels{"scalar", multiply<Scalar>, expand<Scalar>, widen,       narrow, quantise,
+                               gate,     product,          largest_score,  exponentials};
   return kernels;
 }
 

@@ -1,11 +1,14 @@
-// The eight tiles of AMX, twice: those of the processor, and in plain C++ for tests where it has none. Both give the same bits.
+// The eight tiles of AMX, twice: those of the processor, and in plain C++ for tests where it has none. Both give the
+// same bits.
 //
-// All kernels use them in one way. 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 weights: 16 rows of x at most in tiles 0, 1 and
-// 4, as many again in 2, 3 and 5. Tiles belong to a thread; it has them for as long as the object lives.
+// All kernels use them in one way. 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 weights: 16 rows of x at most in tiles
+// 0, 1 and 4, as many again in 2, 3 and 5. Tiles belong to a thread; it has them for as long as the object lives.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#include "bf16.h"
 
 namespace pliant {
 namespace {
@@ -141,14 +144,12 @@ struct Software {
     const uint32_t all = bits(x), sign = all & 0x80000000;
     return all & 0x7f800000 ? x : read_as<float>(&sign);
   }
-  static float wide(const uint8_t* p) {
-    const uint32_t all = uint32_t{read_as<uint16_t>(p)} << 16;
-    return flushed(read_as<float>(&all));
-  }
+  static float wide(const uint8_t* p) { return flushed(from_bf16(read_as<uint16_t>(p))); }
   template <int sum, int x, int w, class F>
   void each(F f) {
     const int rows = shape.rows[sum], columns = shape.bytes[sum] / 4, depth = shape.bytes[x] / 4;
-    expect(rows != 0 && depth != 0 && shape.rows[x] == rows && shape.rows[w] == depth && shape.bytes[w] == shape.bytes[sum]);
+    expect(rows != 0 && depth != 0 && shape.rows[x] == rows && shape.rows[w] == depth &&
+           shape.bytes[w] == shape.bytes[sum]);
     for (int r = 0; r < rows; ++r) {
       for (int c = 0; c < columns; ++c) {
         const uint32_t out = f(data[x][r], data[w][0] + 4 * c, depth, data[sum][r] + 4 * c);

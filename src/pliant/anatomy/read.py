@@ -1,0 +1,387 @@
+"""Read the anatomy of a model from its tensors, with an architecture file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from pliant.anatomy.anatomy import Anatomy, Traced, counted_once
+from pliant.anatomy.block import Attribute, Axis, Block, Weight
+from pliant.anatomy.config import global_size, guards, layer_config, layer_types_of, plain_config, text_config_of
+from pliant.anatomy.null import Null
+from pliant.architecture import Architecture, BlockSpec, Part, architecture_of, catalogue, parse
+from pliant.errors import ArchitectureError
+from pliant.runtime.dense import is_linear, size_names, stored_in_out
+from pliant.runtime.packed_linear import Packed
+
+
+def layers_of(model: nn.Module, source: Architecture | Traced, config: Any = None) -> nn.ModuleList:
+    """The list of layers of a model, with or without a head on top of it, or of the text decoder inside a model. A traced model is
+    one layer, the model itself.
+
+    Arguments:
+        config: the part of the model's config that describes the layers; default: that of its text decoder.
+
+    Raises:
+        ArchitectureError: the model has no list of layers at the path in the architecture file.
+    """
+    if isinstance(source, Traced):
+        return nn.ModuleList([model])
+    whole = source.layers.split(" or ")
+    for holder in holders_of(model, config):
+        for path in whole:
+            names = path.split(".")
+            for start in range(len(names)):  # from inside the model the path is shorter
+                found = _find(holder, ".".join(names[start:]))
+                if isinstance(found, nn.ModuleList):
+                    return found
+    raise ArchitectureError(
+        f"{type(model).__name__} has no list of layers at {whole[0]!r}, where {source.name}.yaml says it is"
+    )
+
+
+def holders_of(model: nn.Module, config: Any = None) -> list[nn.Module]:
+    """The modules in which to look for the layers that a config describes: the whole model, or, in a multimodal model, the modules
+    built from that config, because other parts may have layers at the same path.
+
+    Arguments:
+        config: see :func:`layers_of`.
+    """
+    own: Any = getattr(model, "config", None)
+    if config is None and isinstance(own, PreTrainedConfig):
+        config = own.get_text_config(decoder=True)
+    if config is None or config is own or type(config) is type(own):
+        return [model]
+    readers: list[Any] = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    same = [module for module in readers if module.config is config]
+    return same or [module for module in readers if isinstance(module.config, type(config))]
+
+
+def anatomy_of(model: Any, *, example: Any = None) -> Anatomy:
+    """Read the anatomy of a model, dense or already pruned, and check it against the tensors.
+
+    A model with an architecture file is read with that. A convolutional network needs none: it is traced.
+
+    Arguments:
+        example: what a model that is traced runs on, if not one image of the size its config names (224 x 224 where it names
+            none): a tensor, a sequence of them, or a mapping from names to them. It is remembered for this model.
+
+    Raises:
+        ArchitectureError: unknown architecture, a tensor whose shape or presence the file does not explain, or a model that
+            cannot be traced.
+    """
+    from pliant.anatomy.trace import traceable, traced
+
+    config: Any = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    described = model_type in catalogue() or getattr(config, "pliant_architecture", None)
+    image = getattr(model, "main_input_name", "pixel_values") == "pixel_values"  # plain modules do not say
+    if not described and traceable(model) and (image or example is not None):
+        return traced(model, example)
+    if model_type is None:
+        raise ArchitectureError(
+            f"{type(model).__name__} is not a transformers model, it has no config with a model_type; nor has it convolutions "
+            "to trace"
+        )
+    architecture = described_by(config.get_text_config(decoder=True))
+    text_config = text_config_of(config)
+    plain = plain_config(text_config)
+    layers = layers_of(model, architecture)
+    for spec in architecture.blocks:
+        guards(spec, architecture, layer_config(plain, 0))  # raises now, before anything is cut
+    types = layer_types_of(plain, len(layers))
+    blocks = {b.name: b for i, layer in enumerate(layers) for b in blocks_of(layer, i, architecture, plain, types[i])}
+    blocks = _tie(blocks, layers)
+    total = sum(parameter.numel() for parameter in model.parameters())  # tied parameters come once
+    total += sum(module.parameters_held() for module in model.modules() if isinstance(module, Packed))
+    inside = sum(block.parameters({}) if own else block.norm_parameters for block, own in counted_once(blocks.values()))
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return Anatomy(
+        source=architecture,
+        blocks=blocks,
+        depth=len(layers),
+        layer_types=types,
+        rest=total - inside,
+        head=0 if head is None else Weight("weight", ()).tensor(head).numel(),
+    )
+
+
+def _tie(blocks: Mapping[str, Block], layers: nn.ModuleList) -> dict[str, Block]:
+    """The blocks, where those that share their tensors share their axes.
+
+    Raises:
+        ArchitectureError: blocks share tensors and the architecture file does not say so, or they share only some.
+    """
+    owners: dict[int, str] = {}
+    twins: dict[str, str] = {}
+    for block in blocks.values():
+        held = [weight.identity(layers[block.layer]) for weight in block.weights]
+        first = {owners.setdefault(tensor, block.name) for tensor in held} - {block.name}
+        if not first:
+            continue
+        if len(first) > 1 or not block.spec.tied or not all(owners[tensor] in first for tensor in held):
+            raise ArchitectureError(
+                f"{block.name} shares tensors with {', '.join(sorted(first))}; blocks that share all their tensors need "
+                "'tied: true' in the architecture file, and blocks that share only some cannot be cut"
+            )
+        twins[block.name] = twins[min(first)] = min(first)
+
+    def tied(block: Block) -> Block:
+        first = twins[block.name]
+        axes = {short: replace(axis, name=f"tied.{first}.{short}") for short, axis in block.axes.items()}
+        return replace(block, axes=axes, tied=first)
+
+    return {name: tied(block) if name in twins else block for name, block in blocks.items()}
+
+
+def described_by(config: Any) -> Architecture:
+    """The architecture of a model: the one its config carries, else the one known for its ``model_type``.
+
+    Raises:
+        ArchitectureError: when there is neither.
+    """
+    carried = getattr(config, "pliant_architecture", None)
+    return parse(config.model_type, carried) if carried else architecture_of(config.model_type)
+
+
+def blocks_of(layer: nn.Module, index: int, architecture: Architecture, plain: Any, layer_type: str) -> list[Block]:
+    """The blocks that one layer has.
+
+    Arguments:
+        plain: the dense model's config.
+    """
+    specs = architecture.blocks_of(layer_type)
+    listed = {n for spec in specs for layout in spec.layouts for n in (*layout.modules, *layout.norms)}
+    known = {module for names in listed for module in names.split(" or ")}
+    for path, _ in layer.named_parameters():
+        if not any(path.startswith(f"{module}.") for module in known):
+            raise ArchitectureError(f"layer {index} holds {path!r}, which is in no block of {architecture.name}.yaml")
+    own = layer_config(plain, index)
+    layouts = [_layout(layer, spec, architecture, index) for spec in specs]
+    norms = [_norms(layer, layout or spec.layouts[0]) for layout, spec in zip(layouts, specs, strict=True)]
+    return [
+        _read_block(layer, layout, architecture, own, index, [n for n in of_block if sum(n in o for o in norms) == 1])
+        for layout, of_block in zip(layouts, norms, strict=True)
+        if layout is not None
+    ]
+
+
+def _layout(layer: nn.Module, spec: BlockSpec, architecture: Architecture, index: int) -> BlockSpec | None:
+    """The layout that a block has in one layer, or None when the block was removed.
+
+    Raises:
+        ArchitectureError: it has none of those in the architecture file.
+    """
+    if any(isinstance(_find(layer, layout.module), Null) for layout in spec.layouts):
+        return None
+    for layout in spec.either:
+        needed = (layout.prefix + child for child in layout.weights if child not in layout.optional)
+        if all(_find(layer, path) is not None for path in (*layout.modules, *needed)):
+            return layout
+    file = f"{architecture.name}.yaml"
+    if spec.either:
+        raise ArchitectureError(f"layers.{index}.{spec.kind} has none of the layouts that {file} lists under 'either'")
+    for module in spec.modules:
+        if _find(layer, module) is None:
+            raise ArchitectureError(f"layer {index} has no {module!r}, which {file} lists")
+    return spec
+
+
+def _read_block(
+    layer: nn.Module, spec: BlockSpec, architecture: Architecture, plain: Any, index: int, norms: list[str]
+) -> Block:
+    """One block of one layer.
+
+    Arguments:
+        norms: those of its norms that no other block of the layer has.
+    """
+    name, file = f"layers.{index}.{spec.kind}", f"{architecture.name}.yaml"
+    used = {part.axis for dims in spec.weights.values() for dim in dims or () for part in dim}
+    fixed = {axis: global_size(plain, key) for axis, key in architecture.fixed.items() if axis in used}
+    weights, attributes = [], []
+    for child, dims in spec.weights.items():
+        path = spec.prefix + child
+        target = _find(layer, path)
+        if target is None and child in spec.optional:
+            continue
+        if target is None:
+            raise ArchitectureError(f"{name} has no {child!r}, which {file} lists")
+        matrix = target if isinstance(target, torch.Tensor) else Weight("weight", ()).tensor(target)
+        if dims is None:  # never cut: its dimensions are what they are
+            fixed |= {f"{child}.{place}": size for place, size in enumerate(matrix.shape)}
+            dims = tuple((Part(f"{child}.{place}"),) for place in range(matrix.dim()))
+        if isinstance(target, torch.Tensor):
+            weights.append(_tensor_weight(path, child, dims, target, spec))
+            continue
+        if is_linear(target) or isinstance(target, Packed):
+            if stored_in_out(target):
+                weights.append(Weight(f"{path}.weight", dims[::-1], reads=0))
+            else:
+                weights.append(Weight(f"{path}.weight", dims, reads=1))
+            attributes += [Attribute(path, size, dims[place]) for place, size in enumerate(size_names(target))]
+        elif isinstance(target, nn.Conv1d) and target.groups == target.in_channels == target.out_channels:
+            weights.append(Weight(f"{path}.weight", dims, depthwise=True))
+            attributes += [Attribute(path, size, dims[0]) for size in ("out_channels", "in_channels", "groups")]
+        else:
+            weights.append(Weight(f"{path}.weight", dims))
+        if getattr(target, "bias", None) is not None:
+            weights.append(Weight(f"{path}.bias", dims[:1]))
+    for key, value in (spec.attributes or {}).items():
+        axis = value.removesuffix(".width")
+        owner, _, attribute = key.rpartition(".") if not key.startswith("config.") else ("", "", key)
+        path = spec.prefix + owner if owner else spec.module
+        attributes.append(Attribute(path, attribute, (Part(axis),), in_units=axis == value))
+
+    axes = _read_axes(layer, spec, architecture, plain, name, weights, fixed)
+    attributes = [a for a in attributes if all(part.axis in axes or part.axis in fixed for part in a.parts)]
+    norm_parameters = sum(p.numel() for norm in norms for p in layer.get_submodule(norm).parameters())
+    removed = (*spec.modules[:-1], *norms)
+    cached = next((global_size(plain, n) for key, n in (spec.cached or {}).items() if getattr(plain, key, None)), None)
+    block = Block(
+        name, index, spec, axes, fixed, tuple(weights), tuple(attributes), removed, norm_parameters, cached=cached
+    )
+
+    listed = {weight.path: weight for weight in weights}
+    for module in spec.modules:
+        for path, parameter in layer.get_submodule(module).named_parameters(prefix=module):
+            if path not in listed:
+                raise ArchitectureError(f"{name} holds {path!r}, which {file} does not list")
+            expected = block.shape(listed[path], {})
+            if tuple(parameter.shape) != expected:
+                raise ArchitectureError(f"{name}: {path} has shape {tuple(parameter.shape)}, {file} gives {expected}")
+    return block
+
+
+def _tensor_weight(
+    path: str, child: str, dims: tuple[tuple[Part, ...], ...], target: torch.Tensor, spec: BlockSpec
+) -> Weight:
+    """A parameter or buffer that is not the weight of a known module."""
+    if not isinstance(target, nn.Parameter):
+        return Weight(path, dims, buffer=True)
+    if len(dims) < 2 or child in spec.elementwise:
+        return Weight(path, dims)
+    return Weight(path, dims, reads=len(dims) - (2 if child in spec.transposed else 1))
+
+
+def _norms(layer: nn.Module, spec: BlockSpec) -> list[str]:
+    """The norms of a block that this layer has: the first of each ``a or b``.
+
+    Raises:
+        ArchitectureError: when it has none of them.
+    """
+    found = []
+    for listed in spec.norms:
+        there = [norm for norm in listed.split(" or ") if _find(layer, norm) is not None]
+        if not there:
+            raise ArchitectureError(f"{type(layer).__name__} has no norm {listed!r}, which is listed for {spec.kind}")
+        found.append(there[0])
+    return found
+
+
+def _read_axes(
+    layer: nn.Module,
+    spec: BlockSpec,
+    architecture: Architecture,
+    plain: Any,
+    name: str,
+    weights: list[Weight],
+    fixed: Mapping[str, int],
+) -> dict[str, Axis]:
+    """Sizes of a block's axes, from the tensors themselves: a pruned model differs from layer to layer."""
+    axes: dict[str, Axis] = {}
+    used = {part.axis for weight in weights for dim in weight.dims for part in dim}
+    pending = [
+        leader
+        for leader in architecture.leaders(spec)
+        if leader in used
+        or any(architecture.axes[axis].follows == leader for axis in used if axis in architecture.axes)
+    ]
+    while pending:
+        # a dimension may be made of several axes: the size of one shows once the others are known
+        sized = None
+        for alone in (True, False):
+            for leader in pending:
+                known = {} if alone else {**axes, **fixed}
+                sized = sized or _read_family(layer, leader, architecture, plain, name, weights, known)
+        if sized is None:
+            raise ArchitectureError(f"{name}: no dimension of any weight shows the size of axis {pending[0]!r} alone")
+        axes |= sized
+        pending = [leader for leader in pending if leader not in axes]
+    overlap = set(axes) & set(fixed)
+    if overlap:
+        raise ArchitectureError(f"{name}: {sorted(overlap)} are declared both as axes and as fixed")
+    return axes
+
+
+def _read_family(
+    layer: nn.Module,
+    leader: str,
+    architecture: Architecture,
+    plain: Any,
+    name: str,
+    weights: list[Weight],
+    known: Mapping[str, Axis | int],
+) -> dict[str, Axis] | None:
+    """A leading axis and those that follow it, from the first dimension made of them and of ``known`` axes; None without one.
+
+    Arguments:
+        known: axes, and sizes of fixed dimensions.
+    """
+    family = [leader, *(n for n, a in architecture.axes.items() if a.follows == leader)]
+    sizes = {member: global_size(plain, architecture.axes[member].size) for member in family}
+    wide = {member: global_size(plain, architecture.axes[member].unit) for member in family}
+    ratios = {member: sizes[member] // sizes[leader] for member in family}
+    least = architecture.axes[leader].least
+
+    def width(part: Part) -> int:
+        axis = known[part.axis]
+        return part.factor * (axis if isinstance(axis, int) else axis.size * axis.unit)
+
+    for weight in weights:
+        for position, dim in enumerate(weight.dims):
+            others = [part for part in dim if part.axis not in family]
+            if len(others) == len(dim) or any(part.axis not in known for part in others):
+                continue
+            per_unit = sum(ratios[part.axis] * wide[part.axis] * part.factor for part in dim if part.axis in family)
+            length = weight.tensor(layer).shape[position] - sum(map(width, others))
+            size, left = divmod(length, per_unit)
+            if left or size < min(1, least):
+                raise ArchitectureError(
+                    f"{name}: dimension {position} of {weight.path} is not a multiple of {per_unit}, the width "
+                    f"of one unit of {leader!r}"
+                )
+            return {
+                member: Axis(
+                    name=f"{name}.{member}",
+                    size=ratios[member] * size,
+                    unit=wide[member],
+                    leader=leader,
+                    ratio=ratios[member],
+                    config_key=architecture.axes[member].config_key,
+                    cut=architecture.axes[leader].cut,
+                    active=_active(plain, architecture.axes[member].active),
+                    multiple=architecture.axes[leader].multiple,
+                    normed=architecture.axes[leader].normed,
+                    least=least,
+                )
+                for member in family
+            }
+    return None
+
+
+def _active(plain: Any, key: str | None) -> int | None:
+    return None if key is None else global_size(plain, key)
+
+
+def _find(layer: nn.Module, path: str) -> Any:
+    """The module or parameter at a path of a layer, None when there is none."""
+    owner, _, name = path.rpartition(".")
+    try:
+        return getattr(layer.get_submodule(owner), name, None)
+    except AttributeError:
+        return None

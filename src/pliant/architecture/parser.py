@@ -1,0 +1,284 @@
+"""The parser of architecture files; the format is described in ``format.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pliant.architecture.format import (
+    ROLES,
+    STATES,
+    WEIGHT_ROLES,
+    WHOLE,
+    Architecture,
+    AxisSpec,
+    BlockSpec,
+    NativeSpec,
+    Part,
+    factors,
+)
+from pliant.errors import ArchitectureError
+
+_NATIVE = tuple(NativeSpec.__dataclass_fields__)
+_LAYOUT = {"module", "norms", "output", "residual", "scores", "cached", "attributes", "weights"}
+_LAYOUT |= {"transposed", "elementwise", "roles"}
+_KEYS = {
+    "file": {"models", "layers", "output", "fixed", "axes", "blocks", "native"},
+    "native": set(_NATIVE),
+    "axis": {"size", "unit", "follows", "cut", "active", "multiple", "normed", "least"},
+    "block": {*_LAYOUT, "guard", "slot", "role", "state", "when", "either", "tied"},
+    "variant": _LAYOUT,
+}
+_LATER = {  # words that some families would need: a file that has one would be misread without it
+    "per": "an axis cannot exist once per group yet; leave it out and set cut: false for the axes of the groups",
+    "rescale": "a norm is not rescaled yet when its axis narrows; set normed: true or cut: false instead",
+    "own": "per-layer sizes of the family are not read yet; set cut: false for these axes",
+    "scale": "a parameter that multiplies the stream is not supported yet",
+    "stays": "parameters outside every block are not supported yet",
+    "parts": "models with several lists of layers are not supported yet",
+    "part": "only the config of the text decoder is read yet",
+    "record": "only traced models record shapes instead of per_layer_config yet",
+    "has": "list the layouts under 'either', or the layer types under 'when'",
+    "inside": "a block inside another block is not supported yet",
+    "removes": "list what goes along under 'norms'",
+    "count": "a removed block cannot write into the cache yet",
+    "buffers": "list a buffer under 'weights', like a parameter",
+}
+
+
+def parse(name: str, raw: Any) -> Architecture:
+    """Build an ``Architecture`` from the content of a YAML file; every fault is reported at once.
+
+    Raises:
+        ArchitectureError: with a numbered list of faults.
+    """
+    return _Parser().file(name, raw)
+
+
+class _Parser:
+    """Reads one file; what is wrong with it is collected in ``faults``."""
+
+    def __init__(self) -> None:
+        self.faults: list[str] = []
+        self.axes: dict[str, AxisSpec] = {}
+        self.fixed: dict[str, Any] = {}
+
+    def file(self, name: str, raw: Any) -> Architecture:
+        top = self.known("the file", raw, "file")
+        for key in sorted(_KEYS["file"] - {"fixed", "output", "native"} - set(top)):
+            self.faults.append(f"the key {key!r} is missing")
+        self.fixed = top.get("fixed") or {}
+        for dimension, given in self.fixed.items():
+            self.size(f"fixed {dimension!r}", given)
+        for axis, spec in (top.get("axes") or {}).items():
+            self.axes[axis] = self.axis(axis, spec)
+        for axis, spec in self.axes.items():
+            if spec.follows and (spec.follows not in self.axes or self.axes[spec.follows].follows):
+                self.faults.append(
+                    f"axis {axis!r} follows {spec.follows!r}, which is not an axis that stands on its own"
+                )
+        blocks = tuple(self.block(kind, spec) for kind, spec in (top.get("blocks") or {}).items())
+        native = self.native(top["native"]) if "native" in top else None
+        if top.get("output", "tensor") not in ("tensor", "tuple"):
+            self.faults.append(f"the output of a layer is 'tensor' or 'tuple', not {top['output']!r}")
+        if self.faults:
+            listed = "\n".join(f"  {i}. {fault}" for i, fault in enumerate(self.faults, 1))
+            raise ArchitectureError(f"architecture file {name!r} has {len(self.faults)} fault(s):\n{listed}")
+        return Architecture(
+            name=name,
+            models=tuple(top["models"]),
+            layers=str(top["layers"]),
+            fixed=self.fixed,
+            axes=self.axes,
+            blocks=blocks,
+            returns_tuple=top.get("output") == "tuple",
+            raw=raw,
+            native=native,
+        )
+
+    def known(self, where: str, given: Any, kind: str) -> dict[str, Any]:
+        if not isinstance(given, dict):
+            self.faults.append(f"{where} must be a mapping, not {type(given).__name__}")
+            return {}
+        for key in sorted(set(given) - _KEYS[kind], key=str):
+            if key in _LATER:
+                self.faults.append(f"{where} has the key {key!r}: {_LATER[key]}")
+                continue
+            self.faults.append(f"{where} has the unknown key {key!r}; known are {', '.join(sorted(_KEYS[kind]))}")
+        return given
+
+    def size(self, where: str, given: Any) -> None:
+        if isinstance(given, bool) or not isinstance(given, int | str):
+            self.faults.append(f"{where}: {given!r} is not a size; give a number or config keys")
+            return
+        for alternative in str(given).split(" or "):
+            try:
+                factors(alternative)
+            except ArchitectureError as error:
+                self.faults.append(f"{where}: {error}")
+
+    def axis(self, axis: str, given: Any) -> AxisSpec:
+        spec = self.known(f"axis {axis!r}", given, "axis")
+        if "size" not in spec:
+            self.faults.append(f"axis {axis!r} needs 'size': the config key that holds how many units there are")
+        for word in ("size", "unit"):
+            if word in spec:
+                self.size(f"{word} of axis {axis!r}", spec[word])
+        for word in ("cut", "normed"):
+            if not isinstance(spec.get(word, True), bool):
+                self.faults.append(f"axis {axis!r}: {word} is true or false, not {spec[word]!r}")
+        for word, lowest in (("multiple", 1), ("least", 0)):
+            number = spec.get(word, 1)
+            if isinstance(number, bool) or not isinstance(number, int) or number < lowest:
+                self.faults.append(f"axis {axis!r}: {word} is a whole number from {lowest}, not {number!r}")
+        if spec.get("active") is not None and not isinstance(spec["active"], str):
+            self.faults.append(f"axis {axis!r}: active is a config key, not {spec['active']!r}")
+        return AxisSpec(
+            size=str(spec.get("size")),
+            unit=spec.get("unit", 1),
+            follows=spec.get("follows"),
+            cut=spec.get("cut", True),
+            active=spec.get("active"),
+            multiple=spec.get("multiple", 1),
+            normed=spec.get("normed", False),
+            least=spec.get("least", 1),
+        )
+
+    def part(self, where: str, given: Any) -> Part:
+        axis, factor = next(iter(given.items())) if isinstance(given, dict) and len(given) == 1 else (given, 1)
+        if not isinstance(axis, str) or (axis not in self.axes and axis not in self.fixed):
+            self.faults.append(f"{where}: {given!r} is no axis; declared are {', '.join([*self.axes, *self.fixed])}")
+        return Part(str(axis), factor)
+
+    def block(self, kind: str, given: Any) -> BlockSpec:
+        where = f"block {kind!r}"
+        spec = self.known(where, given, "block")
+        whole = {key: spec[key] for key in ("guard", "slot") if key in spec}
+        if spec.get("guard") is not None and not isinstance(spec["guard"], str):
+            self.faults.append(f"{where}: guard is a config key, not {spec['guard']!r}")
+        if not isinstance(spec.get("tied", False), bool):
+            self.faults.append(f"{where}: tied is true or false, not {spec['tied']!r}")
+        whole |= {"tied": spec.get("tied", False), "when": self.words(where, spec, "when")}
+        role = spec.get("role", kind if kind in ROLES else "attention" if spec.get("scores") else "other")
+        if role not in ROLES:
+            self.faults.append(f"{where}: role must be one of {', '.join(ROLES)}; not {role!r}")
+        state = spec.get("state", "kv" if spec.get("slot") else [])
+        state = (state,) if isinstance(state, str) else tuple(state) if isinstance(state, list) else ("",)
+        if not set(state) <= set(STATES):
+            self.faults.append(
+                f"{where}: state must be one of {', '.join(STATES)}, or a list of these; not {spec['state']!r}"
+            )
+        if state and not spec.get("slot"):
+            self.faults.append(f"{where} has a state and needs 'slot': the attribute that names its cache slot")
+        whole |= {"role": role, "state": state}
+        if "either" not in spec:
+            return self.layout(kind, where, spec, whole)
+        variants = spec["either"]
+        if not isinstance(variants, list) or len(variants) < 2:
+            self.faults.append(f"{where}: either is a list of two or more variants, not {variants!r}")
+            variants = []
+        common = {key: value for key, value in spec.items() if key in _LAYOUT}
+        either = []
+        for place, one in enumerate(variants, 1):
+            own = self.known(f"variant {place} of {where}", one, "variant")
+            merged = {**common, **own}
+            for word in ("weights", "attributes"):  # those of the block are those of all variants
+                if isinstance(common.get(word), dict) and isinstance(own.get(word), dict):
+                    merged[word] = common[word] | own[word]
+            either.append(self.layout(kind, f"variant {place} of {where}", merged, whole))
+        first = either[0] if either else None
+        return BlockSpec(
+            kind=kind,
+            modules=first.modules if first else (kind,),
+            norms=first.norms if first else (),
+            weights={},
+            either=tuple(either),
+            **whole,
+        )
+
+    def layout(self, kind: str, where: str, spec: dict[str, Any], whole: dict[str, Any]) -> BlockSpec:
+        """A block, or one of its variants."""
+        self.faults += [f"{where} needs {key!r}" for key in ("module", "weights") if key not in spec]
+        weights, optional = self.weights(where, spec.get("weights") or {})
+        attributes = spec.get("attributes") or {}
+        for attribute, value in attributes.items():
+            self.part(f"attribute {attribute!r} of {where}", str(value).removesuffix(".width"))
+        if spec.get("output", "tensor") not in ("tensor", "tuple"):
+            self.faults.append(f"{where}: output is 'tensor' or 'tuple', not {spec['output']!r}")
+        residual = spec.get("residual")
+        if residual is not None and (isinstance(residual, bool) or not isinstance(residual, int) or residual < 0):
+            self.faults.append(f"{where}: residual is the place of an argument, counted from 0; not {residual!r}")
+        modules = spec.get("module")
+        if "module" in spec and not (isinstance(modules, str) or (isinstance(modules, list) and modules)):
+            self.faults.append(f"{where}: module is a name or a list of names, not {modules!r}")
+        if not isinstance(spec.get("cached", {}), dict):
+            self.faults.append(f"{where}: cached maps config keys to heads, it is {spec['cached']!r}")
+        else:
+            for key, given in (spec.get("cached") or {}).items():
+                self.size(f"cached {key!r} of {where}", given)
+        if spec.get("scores") is not None:
+            self.part(f"scores of {where}", spec["scores"])
+        roles = spec.get("roles") or {}
+        if (
+            not isinstance(roles, dict)
+            or not set(roles) <= set(WEIGHT_ROLES)
+            or not set(roles.values()) <= set(weights)
+        ):
+            self.faults.append(
+                f"{where}: roles must map {', '.join(WEIGHT_ROLES)} to weights of the block, not {roles!r}"
+            )
+        listed = {word: self.words(where, spec, word) or () for word in ("norms", "transposed", "elementwise")}
+        for word in ("transposed", "elementwise"):
+            for weight in sorted(set(listed[word]) - set(weights)):
+                self.faults.append(f"{where}: {word} names {weight!r}, which is not one of its weights")
+        return BlockSpec(
+            kind=kind,
+            modules=tuple(map(str, modules)) if isinstance(modules, list) and modules else (str(modules),),
+            norms=listed["norms"],
+            weights=weights,
+            optional=frozenset(optional),
+            returns_tuple=spec.get("output") == "tuple",
+            residual=residual,
+            scores=spec.get("scores"),
+            cached=spec.get("cached"),
+            attributes=attributes,
+            roles=roles,
+            transposed=frozenset(listed["transposed"]),
+            elementwise=frozenset(listed["elementwise"]),
+            **whole,
+        )
+
+    def weights(self, where: str, given: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
+        """Name -> axes of each dimension, and the names of those that only some models have."""
+        weights: dict[str, tuple[tuple[Part, ...], ...] | None] = {}
+        optional = set()
+        for listed, dims in given.items():
+            weight = listed.removesuffix("?")
+            here = f"weight {weight!r} of {where}"
+            if weight != listed:
+                optional.add(weight)
+            if dims == WHOLE:
+                weights[weight] = None
+            elif not isinstance(dims, list):
+                self.faults.append(f"{here}: a list of dimensions or {WHOLE!r} is expected, not {dims!r}")
+            else:
+                weights[weight] = tuple(
+                    tuple(self.part(here, one) for one in (dim if isinstance(dim, list) else [dim])) for dim in dims
+                )
+        return weights, optional
+
+    def words(self, where: str, spec: dict[str, Any], key: str) -> tuple[str, ...] | None:
+        """A list of names; None when the key is not there."""
+        given = spec.get(key, [])
+        if not isinstance(given, list):
+            self.faults.append(f"{where}: {key} is a list of names, not {given!r}")
+            return None
+        return tuple(map(str, given)) if key in spec else None
+
+    def native(self, given: Any) -> NativeSpec | None:
+        spec = self.known("native", given, "native")
+        self.faults += [f"native needs {key!r}" for key in _NATIVE if key not in spec]
+        models = spec.get("models")
+        words = models.values() if isinstance(models, dict) else [None]
+        if not all(isinstance(one, dict) and set(one) <= {"window", "rotates"} for one in words):
+            self.faults.append(f"native: models must map model types to window and rotates, or to {{}}; not {models!r}")
+        return None if self.faults else NativeSpec(**spec)

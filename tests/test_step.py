@@ -1,0 +1,96 @@
+"""Settings of a step: checked by their declaration, described, written down and read again."""
+
+import pytest
+
+import pliant
+from pliant.errors import RatioError, StepError
+from pliant.step import FormerNameWarning, Step, setting, settings_of
+
+
+class Scale(Step):
+    kind = "scale"
+
+    factor: float = setting("Multiplies every weight.", default=1.0, above=0, at_most=2)
+    times: int = setting("How often.", at_least=1, formerly="repeats")
+    mode: str = setting("Which weights.", default="all", choices=("all", "linear"))
+    name: str | None = setting("A label.", default=None)
+    exact: bool = setting("In float64.", default=False)
+    share: float = setting("Share of the weights.", default=0.5, above=0, below=1, error=RatioError)
+    others: tuple[str, ...] = setting("Anything.", factory=tuple)
+
+
+class Twice(Scale):
+    kind = "twice"
+
+    factor: float = 2.0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"factor": 0}, "factor must be a number above 0 and of at most 2; not 0"),
+        ({"factor": "1"}, "factor must be a number above 0 and of at most 2; not '1'"),
+        ({"factor": True}, "factor must be a number .*; not True"),
+        ({"factor": float("nan")}, "factor must be a number .*; not nan"),
+        ({"times": 0}, "times must be a whole number of at least 1; not 0"),
+        ({"times": 1.0}, r"times must be a whole number of at least 1; not 1\.0"),
+        ({"times": None}, "times must be a whole number of at least 1; not None"),
+        ({"mode": "none"}, "mode must be one of all, linear; not 'none'"),
+        ({"name": 3}, "name must be a text, or none; not 3"),
+        ({"exact": 1}, "exact must be true or false; not 1"),
+    ],
+)
+def test_a_value_outside_the_declaration_is_refused(given, message):
+    for step in (Scale, Twice):
+        with pytest.raises(StepError, match=message):
+            step(**{"times": 1} | given)
+
+
+def test_a_setting_may_raise_its_own_error():
+    for share in (0, 1, "half"):
+        with pytest.raises(RatioError, match=r"share must be a number between 0 and 1 \(exclusive\)"):
+            Scale(times=1, share=share)
+
+
+def test_a_setting_without_default_must_be_given():
+    with pytest.raises(TypeError, match="times"):
+        Scale()
+
+
+def test_a_step_is_frozen_and_compares_by_value():
+    step = Scale(times=2)
+    with pytest.raises(AttributeError):
+        step.times = 3
+    assert step == Scale(times=2) != Scale(times=3)
+
+
+def test_another_default_keeps_limits_and_help():
+    assert (Twice(times=1).factor, Scale(times=1).factor) == (2.0, 1.0)
+    assert settings_of(Twice) == settings_of(Scale)
+    assert list(settings_of(Scale)) == ["factor", "times", "mode", "name", "exact", "share", "others"]
+
+
+def test_a_step_is_written_down_and_read_again():
+    step = Scale(times=3, name="x")
+    assert step.to_dict()["version"] == 1
+    assert Scale.from_dict(step.to_dict()) == step
+
+
+def test_former_names_are_read_with_a_warning():
+    with pytest.warns(FormerNameWarning, match="scale: repeats is now times"):
+        assert Scale.from_dict({"step": "scale", "repeats": 4}) == Scale(times=4)
+
+
+def test_what_another_version_wrote_is_refused():
+    with pytest.raises(StepError, match="version 2 was written by a newer pliant"):
+        Scale.from_dict({"step": "scale", "version": 2, "times": 1})
+    with pytest.raises(StepError, match="scale has no setting colour; it has factor, times"):
+        Scale.from_dict({"step": "scale", "times": 1, "colour": "red"})
+
+
+def test_recipes_of_the_first_version_are_read():
+    old = {"step": "recover", "batch": 4, "lr": 1e-3, "every": 5, "clip": 0.5, "distil": 0.5, "memory": "small"}
+    with pytest.warns(FormerNameWarning, match="batch is now batch_size"):
+        step = pliant.Recover.from_dict(old)
+    expected = {"batch_size": 4, "learning_rate": 1e-3, "eval_steps": 5, "max_grad_norm": 0.5}
+    assert step == pliant.Recover(**expected, distillation_weight=0.5, gradient_checkpointing=True)
