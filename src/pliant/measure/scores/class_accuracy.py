@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 
+from pliant.digest import digest
 from pliant.errors import DataError
 from pliant.measure.scores.score import Score
 
@@ -32,13 +32,13 @@ class ClassAccuracy(Score):
 
     @property
     def key(self) -> str:
-        digest = hashlib.blake2b(digest_size=16)
+        parts: list[str | bytes] = []
         for inputs, labels in self.batches:
             named = inputs if isinstance(inputs, Mapping) else {"": inputs}
             for name, tensor in [*sorted(named.items()), ("labels", labels)]:
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return f"{self.name}:{digest.hexdigest()}"
+                parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)};")
+                parts.append(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return f"{self.name}:{digest(parts)}"
 
     @torch.inference_mode()
     def measure(self, model: Any, tokenizer: Any = None) -> tuple[float, int]:
