@@ -408,6 +408,8 @@ LEFT = (
         "search.jsonl",
         "report.json",
         "measured.json",
+        "stages.json",
+        "1-multipruner/search.jsonl",
         "model.safetensors.index.json",
     ),
     *("openvino_model.xml", "events.log"),

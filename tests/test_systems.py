@@ -1,5 +1,6 @@
 """BlockPruner and MultiPruner from end to end, on models of every architecture."""
 
+import dataclasses
 import math
 
 import pytest
@@ -409,9 +410,9 @@ def test_a_split_that_is_no_three_shares_is_refused(split):
         (multi, {"samples": 0}, "samples must be a whole number of at least 1"),
         (multi, {"seqlen": 1}, "seqlen must be a whole number of at least 2"),
         (multi, {"metric": "accuracy"}, "metric must be one of perplexity, kl, or a Score; not 'accuracy'"),
-        (multi, {"search": "random"}, "search must be one of lazy, exact, naive; not 'random'"),
-        (multi, {"slack": -1.0}, "slack must be a number from 0 to 1"),
-        (multi, {"refresh": -1}, "refresh must be a whole number of at least 0"),
+        (multi, {"search": "random"}, "search must be one of lazy, .*; not 'random'"),
+        (multi, {"slack": -1.0}, "slack must be a number from 0 to 1; not -1.0"),
+        (multi, {"refresh": -1}, "refresh must be a whole number of at least 0; not -1"),
         (blocks, {"blocks": "layers"}, "blocks must be one of mix, attention, mlp; not 'layers'"),
     ],
 )
@@ -431,7 +432,7 @@ def test_without_calibration_text_the_model_is_left_alone(step, model, tokenizer
 @pytest.mark.parametrize("step", [multi(), blocks()], ids=lambda step: step.kind)
 @pytest.mark.parametrize("text", [["too short"], ["a" * 80]])
 def test_text_shorter_than_a_window_is_refused_and_the_model_left_alone(step, text, model, tokenizer):
-    step = type(step).from_dict(step.to_dict() | {"seqlen": 100})
+    step = dataclasses.replace(step, seqlen=100)
     before = frozen(model)
     with pytest.raises(DataError, match="one window needs 100"):
         pliant.apply(model, step, pliant.text(text), tokenizer=tokenizer, progress=False)

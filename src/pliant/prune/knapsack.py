@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import ClassVar
 
-from pliant.anatomy import Anatomy, Block
+from pliant.anatomy import Anatomy, Axis
 from pliant.elastic import Subnet, parameters, ratio
 from pliant.errors import RatioError
 from pliant.prune.moves import Moves, block_moves, settled, step_moves, unit_of
@@ -68,15 +68,19 @@ class KnapsackPruner(OrderedPruner):
     def _menus(self, anatomy: Anatomy) -> Menus:
         """What can be done with each block, alone."""
         free = {block.name for block in anatomy.may_all_go()}
-        menus = {}
+        menus: dict[str, list[Subnet]] = {}
+        shared: set[str] = set()  # an axis of several blocks is offered once
         for block in anatomy.blocks.values():
+            axes = [axis for axis in block.leaders if axis.name not in shared]
+            shared.update(axis.name for axis in axes)
             menu = [Subnet()]
             for level in range(1, self.levels + 1):
-                narrower = _narrower(block, level / (self.levels + 1), self.group)
+                narrower = _narrower(axes, level / (self.levels + 1), self.group)
                 if parameters(anatomy, narrower) < parameters(anatomy, menu[-1]):
                     menu.append(narrower)
-            if block.name in free:
-                menu.append(Subnet().without(block.name))
+            gone = Subnet().without(block.name)
+            if block.name in free and parameters(anatomy, gone) < parameters(anatomy, menu[-1]):
+                menu.append(gone)  # one of several tied blocks saves nothing alone
             if len(menu) > 1:
                 menus[block.name] = menu
         return menus
@@ -140,9 +144,9 @@ def _mixed(menus: Menus, picked: Sequence[int]) -> Subnet:
     return Subnet(frozenset().union(*(one.skip for one in chosen)), tuple(sorted(keep.items())))
 
 
-def _narrower(block: Block, gone: float, group: int) -> Subnet:
-    """About a share of every axis of a block gone, as far as its units allow."""
-    left = {axis: widths(axis, group) for axis in block.leaders}
+def _narrower(axes: Sequence[Axis], gone: float, group: int) -> Subnet:
+    """About a share of every axis gone, as far as its units allow."""
+    left = {axis: widths(axis, group) for axis in axes}
     return narrowed(
         (axis.name, min(sizes, key=lambda units: abs(axis.size * (1 - gone) - units)))
         for axis, sizes in left.items()

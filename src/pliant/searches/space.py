@@ -40,19 +40,15 @@ class Space:
 
         Arguments:
             groups: short name of an axis (``channels``, ``kv``) -> units that come and go together; other axes are left alone.
-            blocks: blocks that may be gone. One block of each type that keeps a state stays.
+            blocks: blocks that may be gone. The last holder of each state stays.
             base: blocks that are gone already.
         """
-        alive = [block for block in anatomy.blocks.values() if block.name not in base.skip]
+        alive = anatomy.alive(base.skip)
         axes = {axis.name: axis for block in alive for axis in block.leaders if axis.leader in groups}
-        of_type: dict[str, set[str]] = {}
-        for block in alive:
-            if block.spec.slot:
-                of_type.setdefault(anatomy.layer_types[block.layer], set()).add(block.name)
         return cls(
             tuple(block.name for block in alive if block.name in set(blocks)),
             tuple((name, _sizes(axis, groups[axis.leader])) for name, axis in axes.items()),
-            tuple(frozenset(names) for names in of_type.values()),
+            tuple(frozenset(block.name for block in holders) for holders in anatomy.holders(base.skip).values()),
             base,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -32,14 +32,13 @@ class ClassAccuracy(Score):
 
     @property
     def key(self) -> str:
-        return f"{self.name}:{digest(self._parts())}"
-
-    def _parts(self) -> Iterator[str | bytes]:
+        parts: list[str | bytes] = []
         for inputs, labels in self.batches:
             named = inputs if isinstance(inputs, Mapping) else {"": inputs}
             for name, tensor in [*sorted(named.items()), ("labels", labels)]:
-                yield f"{name} {tensor.dtype} {tuple(tensor.shape)};"
-                yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+                parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)};")
+                parts.append(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return f"{self.name}:{digest(parts)}"
 
     @torch.inference_mode()
     def measure(self, model: Any, tokenizer: Any = None) -> tuple[float, int]:
