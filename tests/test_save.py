@@ -687,3 +687,9 @@ def test_the_commit_of_a_hub_is_known_where_transformers_keeps_it():
     keeps_it = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24)
     model = SimpleNamespace(config=transformers.LlamaConfig(_commit_hash="0123"))
     assert revision_of(model) == ("0123" if keeps_it else None)
+
+
+def test_a_module_that_is_no_model_of_transformers_is_refused(tmp_path):
+    with pytest.raises(ArtefactError, match=r"pliant\.save writes models of transformers, and a Sequential is none"):
+        pliant.save(torch.nn.Sequential(torch.nn.Linear(2, 2)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

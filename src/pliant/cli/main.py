@@ -15,6 +15,7 @@ from pliant.registry import EXPORTS
 from pliant.strict_json import to_json
 
 INTERRUPTED = 130
+RESUMED = {"compress", "demo", "run"}  # verbs that keep finished work
 
 app = typer.Typer(
     name="pliant",
@@ -39,7 +40,10 @@ def main() -> None:
         app()
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer turns Ctrl-C into this before it gets here
-            _say("interrupted; finished evaluations are saved, run the same command to resume")
+            resumes = RESUMED.intersection(sys.argv)
+            _say(
+                "interrupted" + ("; finished evaluations are saved, run the same command to resume" if resumes else "")
+            )
         raise
     except BusyError as error:
         _fail(str(error), 3)
@@ -403,11 +407,13 @@ def generate(
     """Continue a text with a model, dense or cut."""
     import torch
 
+    from pliant.checkpoint.fingerprint import check_finite
     from pliant.checkpoint.load import load, tokenizer_of
     from pliant.forward.windows import check_ids, check_model, check_room
 
     loaded = load(model, dtype=dtype, device=device)
     check_model(loaded)
+    check_finite(loaded)
     tokenizer = tokenizer_of(loaded)
     torch.manual_seed(seed)
     if chat and not tokenizer.chat_template:

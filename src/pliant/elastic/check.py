@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from pliant.anatomy import Anatomy, anatomy_of, answer, evaluating, layers_of, p
 from pliant.elastic.activate import Elastic
 from pliant.elastic.reorder import reorder
 from pliant.elastic.subnet import Subnet
-from pliant.errors import ArchitectureError
+from pliant.errors import ArchitectureError, WeightError
 
 TOLERANCE = 2e-4  # of the largest logit, in float32; sums are taken in another order, nothing else changes
 
@@ -25,6 +26,7 @@ def check(model: Any, anatomy: Anatomy | None = None, *, tokens: int = 8, seed: 
 
     Raises:
         ArchitectureError: a property fails, and the message names it and the block; or the model has no blocks left.
+        WeightError: the model's outputs are not finite.
     """
     anatomy = anatomy or anatomy_of(model)
     if not anatomy.blocks:
@@ -59,6 +61,8 @@ def _check_reorder(
         difference = (_output(model, inputs) - dense).abs().max().item()
     finally:
         reorder(model, anatomy, {name: torch.argsort(order) for name, order in orders.items()})
+    if not math.isfinite(difference):
+        raise WeightError("the model's outputs on a few tokens are not finite numbers; check its weights")
     if not difference <= TOLERANCE * rounding(dense, next(model.parameters()).dtype):
         raise ArchitectureError(
             f"{_source(anatomy)} is wrong for this model: reordering units moved the logits by {difference:.3g}"

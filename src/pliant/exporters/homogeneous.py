@@ -20,6 +20,7 @@ from pliant.anatomy import (
     probe,
     text_config_of,
 )
+from pliant.checkpoint.fingerprint import check_finite
 from pliant.checkpoint.packed_config import is_packed
 from pliant.errors import ArtefactError
 
@@ -40,6 +41,7 @@ def homogeneous(model: Any) -> Any:
             "this model is packed, and only pliant's kernels read packed layers; export the model it was packed from. The packed "
             "folder loads after 'import pliant'"
         )
+    check_finite(model)
     anatomy = anatomy_of(model)
     if anatomy.traced:
         raise ArtefactError(

@@ -56,6 +56,11 @@ def save(
         ArtefactError: the folder exists or cannot be written, the disk is full, or the model cannot be saved. Nothing is left
             behind.
     """
+    if not hasattr(model, "save_pretrained"):
+        raise ArtefactError(
+            f"pliant.save writes models of transformers, and a {type(model).__name__} is none of them; save its weights with "
+            "torch.save(module.state_dict(), path)"
+        )
     need = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     target = check_target(folder, overwrite, need, source=model.name_or_path)
     shard = _bytes(max_shard_size)
