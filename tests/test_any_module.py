@@ -16,7 +16,7 @@ from pico import IDS, inputs, logits, pico
 from pliant.checkpoint.packed_config import packed_bytes
 from pliant.compat.packed_layers import record_packed
 from pliant.errors import PackedError, StepError
-from pliant.run.card import on_values
+from pliant.record import notes_of
 from pliant.run.compress import _PROMPT, _costs
 from pliant.runtime.packed_linear import Packed
 
@@ -384,8 +384,8 @@ def test_experts_that_are_not_packed_are_said():
     assert "model.layers.0.mlp.experts.down_proj" in first["names"]
     assert record["left"]["parameters"] == sum(p.numel() for p in module.parameters())
     assert record["left"]["share"] == pytest.approx(record["left"]["parameters"] / total)
-    assert f"Not packed: {record['left']['share']:.1%} of the parameters" in on_values(record)
-    assert f"{experts / total:.1%} stacks of matrices outside linear layers" in on_values(record)
+    assert f"Not packed: {record['left']['share']:.1%} of the parameters" in notes_of(record)
+    assert f"{experts / total:.1%} stacks of matrices outside linear layers" in notes_of(record)
 
 
 def test_experts_that_are_not_packed_are_read_all_the_same():

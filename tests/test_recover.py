@@ -349,9 +349,7 @@ def test_minutes_alone_set_how_many_steps_there_are(repeated, tokenizer, capsys)
 
 def plan(**settings):
     given = {"batch": 4, "micro_batch": 4, "lr": 1.0, "weight_decay": 0.0, "clip": 1.0, "every": 5, "seed": 0}
-    return Plan(
-        **given | {"steps": 100, "warmup_ratio": 0.1, "lr_scheduler_type": "linear", "minutes": None} | settings
-    )
+    return Plan(**given | {"steps": 100, "warmup": 0.1, "schedule": "linear", "minutes": None} | settings)
 
 
 def test_the_rate_goes_up_and_down_over_steps_or_time():
@@ -475,7 +473,7 @@ def test_without_peft_full_works_and_lora_says_what_to_install(repeated, tokeniz
 def test_adapters_only_where_asked(repeated, tokenizer):
     model = cut()
     before = weights(model)
-    recover(model, repeated, tokenizer, targets="q_proj,v_proj")
+    recover(model, repeated, tokenizer, target_modules="q_proj,v_proj")
     changed = {name for name, tensor in weights(model).items() if not torch.equal(tensor, before[name])}
     assert {name.split(".")[-2] for name in changed} == {"q_proj", "v_proj"}
 

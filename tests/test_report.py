@@ -19,7 +19,7 @@ def _with_kl():
     report = copy.deepcopy(REPORT)
     report["steps"][0]["settings"]["metric"] = "kl"
     for point, loss in zip(report["steps"][0]["points"], (0.0111, 0.0222, 0.0333), strict=True):
-        point |= {"perplexity": None, "loss": loss}
+        point |= {"score": loss, "label": "KL to dense", "loss": loss}
     report["steps"] = [_shown({key: value for key, value in report["steps"][0].items() if key != "sections"})]
     return report
 
@@ -72,8 +72,7 @@ def test_every_removal_is_listed_with_its_ratio_and_score(form):
     points = report["steps"][0]["points"]
     for i, point in enumerate(points, 1):
         place = shown.cells.index(f"{i}. {point['unit']}")
-        value = point["loss"] if form == "kl" else point["perplexity"]
-        assert shown.cells[place + 1 : place + 3] == [f"{point['ratio']:.2%}", f"{value:.3f}"]
+        assert shown.cells[place + 1 : place + 3] == [f"{point['ratio']:.2%}", f"{point['score']:.3f}"]
     assert f"All {len(points)} removals" in shown.text
     assert sum(tag == "circle" for tag, _ in shown.tags) == len(points)
 

@@ -350,7 +350,7 @@ def test_an_interrupted_run_leaves_the_model_as_it_was_and_goes_on_with_it(after
 @pytest.mark.parametrize("step", [pliant.MultiPruner, pliant.BlockPruner])
 @pytest.mark.parametrize("wrong", [0, -0.1, 1, 1.5, math.nan, math.inf, True, "0.2", None])
 def test_a_ratio_that_means_nothing_is_refused(step, wrong):
-    with pytest.raises(RatioError, match=r"ratio must be a number above 0 and below 1; not"):
+    with pytest.raises(RatioError, match=r"ratio must be a number between 0 and 1 \(exclusive\); not"):
         step(ratio=wrong)
 
 
