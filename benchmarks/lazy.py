@@ -99,7 +99,7 @@ def main() -> None:
             rows.append(row)
             print(name, ratio, row["lazy_over_exact"], flush=True)
             save("lazy", {"rows": rows})
-    archive = Path(arguments.work) / "SmolLM2-135M" / "search.jsonl"
+    archive = next((Path(arguments.work) / "SmolLM2-135M").glob("1-*/search.jsonl"))
     save("lazy", {"rows": rows, "falls": falls(archive, rows[-1]["exact"]["path"])})
 
 

@@ -74,7 +74,8 @@ def run(line: str, ratio: float, form: str, arguments: argparse.Namespace, measu
     work = Path(arguments.work) / line.replace(",", "").replace(" ", "-")
     if recipe:
         pliant.apply(model, recipe, pliant.text(arguments.calibration), work=work)
-    (work / "recover" / "state.safetensors").unlink(missing_ok=True)  # belongs to this cell alone
+    for state in work.glob("*-recover/state.safetensors"):  # belongs to this cell alone
+        state.unlink()
     row: dict[str, Any] = {"line": line, "asked": ratio, "form": form, "ratio": 0.0}
     if line != "dense":
         cut = model.pliant_history[0]

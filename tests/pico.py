@@ -17,6 +17,11 @@ DECODERS = (
 )
 ENCODERS = ("bert", "roberta", "distilbert", "vit")
 ARCHITECTURES = (*DECODERS, *ENCODERS)
+FAMILIES = (  # each is one more use of words that are tried on the above: see test_families.py
+    *("glm4", "gptj", "gpt_neo", "persimmon", "xglm", "ctrl", "gpt_bigcode", "mpt", "diffllama", "bitnet", "lfm2"),
+    *("olmoe", "flex_olmo", "granitemoe", "granitemoeshared", "phimoe", "gpt_oss", "qwen2_moe", "mellum", "dots1"),
+    *("glm4_moe", "deepseek_v3", "minimax_m2", "hunyuan_v1_moe", "ernie4_5_moe", "xlm-roberta", "camembert"),
+)
 LAYOUTS = (  # where a run over every family would take too long: every trick that an architecture file can describe
     *("llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt2"),
     *("opt", "gpt_neox", "falcon", "mixtral", "gemma3_text"),
@@ -67,6 +72,45 @@ _OWN = {
     "vit": {**_OWN_HEADS, "image_size": 16, "patch_size": 4, "num_channels": 3},
 }
 _OWN_KEYS_ONLY = ("gpt2", "bloom", "falcon", "opt", "distilbert")
+_FOUR = {"num_experts": 4, "num_experts_per_tok": 2}
+_LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1}
+_ROUTED |= {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+_N = {"n_embd": 48, "n_layer": 4, "n_head": 6, "n_positions": 256}
+_OWN |= {
+    "glm4": {"hidden_size": 36, "partial_rotary_factor": 0.5},
+    "gptj": {**_N, "rotary_dim": 4, "n_inner": 40},
+    "gpt_neo": {"hidden_size": 48, "num_layers": 4, "num_heads": 6, "attention_types": [[["global", "local"], 2]]}
+    | {"window_size": 6, "max_position_embeddings": 256, "intermediate_size": 40},
+    "persimmon": {**_NO_HEAD_DIM, "qk_layernorm": True},
+    "xglm": {"d_model": 48, "ffn_dim": 40, "num_layers": 4, "attention_heads": 6, "max_position_embeddings": 256},
+    "ctrl": {**_N, "dff": 40},
+    "gpt_bigcode": {**_N, "n_inner": 40},
+    "mpt": {"d_model": 48, "n_heads": 6, "n_layers": 4, "max_seq_len": 256},
+    "diffllama": {**_NO_HEAD_DIM, "num_attention_heads": 12, "num_key_value_heads": 6},
+    "bitnet": {"hidden_size": 48},
+    "lfm2": {"hidden_size": 48, "layer_types": ["conv", "full_attention"] * 2},
+    "olmoe": {**_NO_HEAD_DIM, **_FOUR},
+    "flex_olmo": {**_NO_HEAD_DIM, **_FOUR},
+    "granitemoe": {**_NO_HEAD_DIM, **_LOCAL},
+    "granitemoeshared": {**_NO_HEAD_DIM, **_LOCAL, "shared_intermediate_size": 40},
+    "phimoe": {**_NO_HEAD_DIM, **_LOCAL},
+    "gpt_oss": {**_LOCAL, "sliding_window": 6},
+    "qwen2_moe": {**_NO_HEAD_DIM, **_FOUR, "moe_intermediate_size": 24, "mlp_only_layers": [1]}
+    | {"shared_expert_intermediate_size": 40},
+    "mellum": {**_FOUR, "moe_intermediate_size": 24},
+    "dots1": _ROUTED,
+    "glm4_moe": _ROUTED,
+    "deepseek_v3": {**_ROUTED, "head_dim": None, "num_key_value_heads": 6, "q_lora_rank": 20, "kv_lora_rank": 16}
+    | {"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    "minimax_m2": _LOCAL,
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "ernie4_5_moe": {**_NO_HEAD_DIM, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24}
+    | {"moe_num_shared_experts": 1, "moe_layer_start_index": 1},
+    "xlm-roberta": _OWN_HEADS,
+    "camembert": _OWN_HEADS,
+}
+_OWN_KEYS_ONLY += ("gptj", "gpt_neo", "xglm", "ctrl", "gpt_bigcode", "mpt")
 
 
 def config(name: str = "llama", **overrides):
@@ -94,7 +138,8 @@ def head_of(name: str):
     """The auto class of a family's models with a head."""
     if name == "vit":
         return transformers.AutoModelForImageClassification
-    return transformers.AutoModelForSequenceClassification if name in ENCODERS else transformers.AutoModelForCausalLM
+    encodes = name in (*ENCODERS, "xlm-roberta", "camembert")
+    return transformers.AutoModelForSequenceClassification if encodes else transformers.AutoModelForCausalLM
 
 
 def inputs(model, ids=IDS):

@@ -1,5 +1,26 @@
 """A made-up report in the form that `pliant compress` writes."""
 
+from types import SimpleNamespace
+
+from pliant.prune.removal_record import refits, removals
+from pliant.record import to_dict
+from pliant.step import Job
+from pliant.train.recover import training_sections
+from pliant.values.pack import show_packed
+
+
+def shown(step):
+    """A record with what its step shows of it, from its own figures."""
+    if "packed" in step:
+        job = SimpleNamespace(record={**step})
+        job.show = lambda *sections, **others: Job.show(job, *sections, **others)
+        show_packed(job)
+        return job.record
+    sections = removals(step.get("points", []), step.get("counters", {})) + refits(step.get("repair", []))
+    if "recovery" in step:
+        sections += training_sections(step["recovery"])
+    return {**step, "sections": [to_dict(section) for section in sections]}
+
 
 def removal(stage, unit, loss, ratio, perplexity=None):
     return {
@@ -43,42 +64,50 @@ def _counters(steps):
     }
 
 
-STEP = {
-    "settings": {"step": "multipruner", "ratio": 0.2, "split": "44:52:4", "mlp_group": None},
-    "data": {"source": "prose.txt", "rows": 200, "hash": "abc"},
-    "parameters_before": 2_000_000,
-    "parameters_after": 1_600_000,
-    "seconds": 95.2,
-    "peak_memory": 538060032,
-    "points": [
-        removal("blocks", "layers.2.attention", 2.6, 0.08, 13.463),
-        removal("blocks", "layers.1.mlp", 2.7, 0.15, 14.879),
-        removal("mlp channels", "layers.0.mlp.channels", 2.8, 0.2, 16.444),
-    ],
-    "counters": {"blocks": _counters(2), "mlp channels": _counters(1)},
-}
-
-PACKED = {
-    "settings": {"step": "packed", "format": "int4"},
-    "data": None,
-    "parameters_before": 1_600_000,
-    "parameters_after": 1_600_000,
-    "seconds": 0.4,
-    "peak_memory": 538060032,
-    "packed": {"lm_head": {"format": "int8"}, "layers.0.up": {"format": "int4"}, "layers.0.down": {"format": "int4"}},
-    "bits": 4.375,
-    "native": False,
-    "why_not_native": "its norm is Odd<Norm>",
-    "left": {
-        "parameters": 400_000,
-        "bytes": 1_600_000,
-        "share": 0.25,
-        "reasons": [
-            {"why": "embeddings", "parameters": 399_000, "bytes": 1_596_000, "names": ["embed"]},
-            {"why": "norms, biases and other vectors", "parameters": 1_000, "bytes": 4_000, "names": []},
+STEP = shown(
+    {
+        "settings": {"step": "multipruner", "ratio": 0.2, "split": "44:52:4", "mlp_group": None},
+        "data": {"source": "prose.txt", "rows": 200, "hash": "abc"},
+        "parameters_before": 2_000_000,
+        "parameters_after": 1_600_000,
+        "seconds": 95.2,
+        "peak_memory": 538060032,
+        "points": [
+            removal("blocks", "layers.2.attention", 2.6, 0.08, 13.463),
+            removal("blocks", "layers.1.mlp", 2.7, 0.15, 14.879),
+            removal("mlp channels", "layers.0.mlp.channels", 2.8, 0.2, 16.444),
         ],
-    },
-}
+        "counters": {"blocks": _counters(2), "mlp channels": _counters(1)},
+    }
+)
+
+PACKED = shown(
+    {
+        "settings": {"step": "packed", "format": "int4"},
+        "data": None,
+        "parameters_before": 1_600_000,
+        "parameters_after": 1_600_000,
+        "seconds": 0.4,
+        "peak_memory": 538060032,
+        "packed": {
+            "lm_head": {"format": "int8"},
+            "layers.0.up": {"format": "int4"},
+            "layers.0.down": {"format": "int4"},
+        },
+        "bits": 4.375,
+        "native": False,
+        "why_not_native": "its norm is Odd<Norm>",
+        "left": {
+            "parameters": 400_000,
+            "bytes": 1_600_000,
+            "share": 0.25,
+            "reasons": [
+                {"why": "embeddings", "parameters": 399_000, "bytes": 1_596_000, "names": ["embed"]},
+                {"why": "norms, biases and other vectors", "parameters": 1_000, "bytes": 4_000, "names": []},
+            ],
+        },
+    }
+)
 
 REPORT = {
     "schema": 1,

@@ -13,7 +13,8 @@ from torch.nn.utils import parametrizations, prune
 
 import pliant
 from pico import IDS, inputs, logits, pico
-from pliant.checkpoint.packed_config import packed_bytes, record_packed
+from pliant.checkpoint.packed_config import packed_bytes
+from pliant.compat.packed_layers import record_packed
 from pliant.errors import PackedError, StepError
 from pliant.run.card import on_values
 from pliant.run.compress import _PROMPT, _costs

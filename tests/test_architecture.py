@@ -1,3 +1,4 @@
+import copy
 import json
 import subprocess
 import sys
@@ -8,12 +9,13 @@ import torch
 import yaml
 
 import pliant
-from pico import ARCHITECTURES, IDS, config, logits, pico
+from pico import ARCHITECTURES, FAMILIES, IDS, config, logits, pico
 from pliant.anatomy import anatomy_of, global_size
 from pliant.architecture import add_architecture, architecture_of, catalogue, families, files, parse
 from pliant.checkpoint.per_layer_config import write
 from pliant.elastic import Subnet, check, extract
 from pliant.errors import ArchitectureError, SubnetError
+from pliant.prune import block_moves, layer_moves
 
 GOOD = """
 models: [toy]
@@ -29,7 +31,7 @@ blocks:
 
 
 def test_every_file_that_ships_is_valid_and_tested():
-    assert set(catalogue()) == set(ARCHITECTURES) == set(families())
+    assert set(catalogue()) == {*ARCHITECTURES, *FAMILIES} == set(families())
 
 
 @pytest.mark.parametrize(
@@ -47,6 +49,7 @@ def test_every_file_that_ships_is_valid_and_tested():
         ({"native": {"models": {"toy": {"windows": "w"}}}}, "models must map model types to window and rotates"),
         ({"native": {"colour": "red"}}, "native has the unknown key 'colour'"),
         ({"output": "list"}, "output of a layer is 'tensor' or 'tuple', not 'list'"),
+        ({"parts": []}, "the key 'parts': models with several lists of layers are not supported yet"),
     ],
 )
 def test_a_faulty_file_is_refused_with_the_fault(change, told):
@@ -80,6 +83,16 @@ def test_a_faulty_file_is_refused_with_the_fault(change, told):
         ("cached", {"multi_query": "n_head - 1"}, "cached 'multi_query' of block 'mlp': 'n_head - 1' is not a size"),
         ("attributes", {"width": "wide"}, "attribute 'width' of block 'mlp': 'wide' is no axis"),
         ("norm", ["norm"], "block 'mlp' has the unknown key 'norm'"),
+        ("role", "memory", "role must be one of attention, mlp, experts, conv, scan, other; not 'memory'"),
+        ("state", "kv", "block 'mlp' has a state and needs 'slot'"),
+        ("state", ["ring"], r"state must be one of kv, conv, scan, or a list of these; not \['ring'\]"),
+        ("when", "conv", "when is a list of names, not 'conv'"),
+        ("tied", "yes", "tied is true or false, not 'yes'"),
+        ("transposed", ["side"], "transposed names 'side', which is not one of its weights"),
+        ("elementwise", ["side"], "elementwise names 'side', which is not one of its weights"),
+        ("either", {}, "either is a list of two or more variants, not {}"),
+        ("either", [{"slot": "a"}, {}], "variant 1 of block 'mlp' has the unknown key 'slot'"),
+        ("rescale", True, "the key 'rescale': a norm is not rescaled yet"),
     ],
 )
 def test_a_faulty_word_about_a_block_is_refused_with_the_fault(key, value, told):
@@ -104,6 +117,9 @@ def test_a_faulty_word_about_a_block_is_refused_with_the_fault(key, value, told)
         ("size", ["a"], "size of axis 'channels'"),
         ("unit", "a / b", "unit of axis 'channels': 'a / b' is not a size.*'\\+', '\\*' and '//'"),
         ("unit", True, "unit of axis 'channels': True is not a size"),
+        ("normed", 1, "normed is true or false, not 1"),
+        ("least", -1, "least is a whole number from 0, not -1"),
+        ("per", "n_groups", "the key 'per': an axis cannot exist once per group yet"),
     ],
 )
 def test_a_faulty_word_about_an_axis_is_refused_with_the_fault(key, value, told):
@@ -144,6 +160,36 @@ def test_the_words_of_a_file_are_read():
     assert block.weights["odd"] is None
     assert block.optional == {"scale"}
     assert parse("toy", yaml.safe_load(GOOD)).blocks[0].prefix == "mlp."
+
+
+def test_what_a_block_is_has_defaults_and_can_be_said():
+    raw = yaml.safe_load(GOOD)
+    raw["blocks"] = {name: copy.deepcopy(raw["blocks"]["mlp"]) for name in ("mlp", "mixer", "looker", "conv")}
+    raw["blocks"]["looker"] |= {"scores": "channels", "slot": "layer_idx"}
+    raw["blocks"]["conv"] |= {"state": ["conv", "scan"], "slot": "index", "when": ["conv"], "tied": True}
+    read = {block.kind: block for block in parse("toy", raw).blocks}
+    assert {kind: (block.role, block.state, block.when) for kind, block in read.items()} == {
+        "mlp": ("mlp", (), None),
+        "mixer": ("other", (), None),
+        "looker": ("attention", ("kv",), None),
+        "conv": ("conv", ("conv", "scan"), ("conv",)),
+    }
+    assert read["conv"].tied
+    assert [block.kind for block in parse("toy", raw).blocks_of("full_attention")] == ["mlp", "mixer", "looker"]
+
+
+def test_a_renamed_block_is_offered_like_any_other():
+    model = pico("llama")
+    raw = copy.deepcopy(dict(anatomy_of(model).architecture.raw))
+    raw["blocks"]["looker"], raw["blocks"]["mixer"] = raw["blocks"].pop("attention"), raw["blocks"].pop("mlp")
+    dense = anatomy_of(model)
+    model.config.pliant_architecture = raw
+    renamed = anatomy_of(model)
+    assert {b.kind for b in renamed.blocks.values()} == {"looker", "mixer"}
+    for moves in (block_moves, layer_moves):
+        assert [move.unit.count("layers") for move in moves(renamed)(Subnet())] == [1] * len(moves(dense)(Subnet()))
+    assert len(renamed.may_go(roles={"attention"})) == 4
+    assert renamed.axes_of({"attention"}) == ["kv"]
 
 
 def test_all_faults_are_told_at_once():
@@ -274,7 +320,6 @@ def test_a_model_of_a_family_that_ships_carries_no_architecture():
         ("bert", {"add_cross_attention": True, "is_decoder": True}, r"layer 0 holds 'crossattention\."),
         ("roberta", {"add_cross_attention": True, "is_decoder": True}, r"layer 0 holds 'crossattention\."),
         ("stablelm", {"qk_layernorm": True}, "holds 'self_attn.q_layernorm.norms.0.weight', which stablelm.yaml"),
-        ("qwen3_moe", {"mlp_only_layers": [1]}, "layers.1.mlp has no 'gate.weight'"),
     ],
 )
 def test_a_model_with_more_than_its_file_describes_is_refused_and_what_it_is_is_named(name, overrides, told):

@@ -54,15 +54,15 @@ def test_the_artefact_is_complete_and_reloads(folder, prose, tmp_path):
     out = tmp_path / "small"
     report = compress(folder, pliant.MultiPruner(ratio=0.3, **FEW), prose, out, measuring=QUICK, progress=Progress())
     assert artefacts(out) == [
+        "1-multipruner",
         "README.md",
         "config.json",
         "generation_config.json",
-        "measured.json",
         "model.safetensors",
         "recipe.yaml",
         "report.html",
         "report.json",
-        "search.jsonl",
+        "stages.json",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
@@ -82,7 +82,7 @@ def test_the_artefact_is_complete_and_reloads(folder, prose, tmp_path):
 def test_a_killed_run_resumes_to_the_identical_result(folder, prose, tmp_path):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     CliRunner().invoke(app, words(folder, prose, straight), catch_exceptions=False)
-    archive = broken.with_name("broken.work") / "search.jsonl"
+    archive = broken.with_name("broken.work") / "1-multipruner" / "search.jsonl"
     process = subprocess.Popen([*PROGRAM, *words(folder, prose, broken)], stderr=subprocess.DEVNULL)
     while process.poll() is None and (not archive.exists() or archive.read_bytes().count(b"\n") < 12):
         time.sleep(0.01)
@@ -96,7 +96,7 @@ def test_a_killed_run_resumes_to_the_identical_result(folder, prose, tmp_path):
     assert (broken / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
     assert (broken / "config.json").read_bytes() == (straight / "config.json").read_bytes()
     assert artefacts(broken) == artefacts(straight)
-    assert not archive.parent.exists()
+    assert not archive.parent.parent.exists()
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_ctrl_c_at_any_stage_leaves_nothing_half_written(folder, prose, tmp_path
 @pytest.mark.slow
 def test_ctrl_c_on_the_command_line_is_130_with_a_word(folder, prose, tmp_path):
     process = subprocess.Popen([*PROGRAM, *words(folder, prose, tmp_path / "small")], stderr=subprocess.PIPE, text=True)
-    archive = tmp_path / "small.work" / "search.jsonl"
+    archive = tmp_path / "small.work" / "1-multipruner" / "search.jsonl"
     while process.poll() is None and not archive.exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -201,7 +201,7 @@ def test_overwriting_with_other_settings_starts_anew(folder, prose, tmp_path):
 
 def test_work_left_by_other_settings_is_not_mixed_in(folder, prose, tmp_path):
     process = subprocess.Popen([*PROGRAM, *words(folder, prose, tmp_path / "small")], stderr=subprocess.DEVNULL)
-    archive = tmp_path / "small.work" / "search.jsonl"
+    archive = tmp_path / "small.work" / "1-multipruner" / "search.jsonl"
     while process.poll() is None and not (
         archive.exists() and archive.read_bytes()
     ):  # it exists before it says anything
@@ -221,7 +221,7 @@ def test_work_left_by_other_settings_is_not_mixed_in(folder, prose, tmp_path):
 
 def test_two_runs_into_one_folder_do_not_mix(folder, prose, tmp_path):
     process = subprocess.Popen([*PROGRAM, *words(folder, prose, tmp_path / "small")], stderr=subprocess.DEVNULL)
-    lock = tmp_path / "small.work" / "search.jsonl"
+    lock = tmp_path / "small.work" / "1-multipruner" / "search.jsonl"
     while process.poll() is None and not lock.exists():
         time.sleep(0.01)
     try:
@@ -538,14 +538,14 @@ def test_an_interrupted_overwrite_with_other_settings_goes_on(folder, prose, tmp
 
     class Interrupting(Progress):
         def emit(self, event, **fields):
-            if event == "stage" and fields.get("name", "").startswith("measuring the dense"):
+            if event == "stage" and fields.get("name", "").startswith("blocks"):
                 raise KeyboardInterrupt
 
     other = pliant.BlockPruner(ratio=0.2, samples=9, seqlen=32)
     longer = Measuring(seqlen=32, windows=3, speed=False)
     with pytest.raises(KeyboardInterrupt):
         compress(folder, other, prose, out, measuring=longer, progress=Interrupting(), overwrite=True)
-    assert (tmp_path / "small.work" / "search.jsonl").exists()
+    assert (tmp_path / "small.work" / "1-blockpruner" / "search.jsonl").exists()
     report = compress(folder, other, prose, out, measuring=longer, progress=Progress(), overwrite=True)
     assert report["steps"][0]["settings"]["samples"] == 9
 

@@ -56,7 +56,7 @@ def test_measured_milliseconds_are_kept_for_a_search_that_goes_on(tmp_path):
 
     step = pliant.UnifiedPruner(ratio=0.15, samples=4, seqlen=64, mlp_group=8, per="decode")
     first = pruned(step, tmp_path)
-    assert (tmp_path / "latency-decode.json").exists()
+    assert (tmp_path / "1-unified" / "latency-decode.json").exists()
     again = pruned(step, tmp_path)
     assert again["subnet"] == first["subnet"]
     assert all(counters["evaluations"] == 0 for counters in again["counters"].values())

@@ -407,11 +407,11 @@ def test_a_search_that_goes_on_takes_as_many_tokens_as_before(tmp_path, tokenize
 
     monkeypatch.setattr(windowing, "TOKENS_AT_ONCE", 64)
     assert run(0.1) == 64
-    lines = [json.loads(line) for line in (tmp_path / "search.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "1-blockpruner" / "search.jsonl").read_text().splitlines()]
     assert {line["tokens"] for line in lines[1:]} == {64}
     monkeypatch.setattr(windowing, "TOKENS_AT_ONCE", 512)
     assert run(0.3) == 64
-    (tmp_path / "search.jsonl").write_text(
+    (tmp_path / "1-blockpruner" / "search.jsonl").write_text(
         "".join(
             json.dumps({k: v for k, v in line.items() if k != "tokens" or line is lines[0]}) + "\n" for line in lines
         )

@@ -339,27 +339,27 @@ def test_evolution_leaves_blocks_alone_that_are_too_much():
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda: pliant.OneShot(ratio=0.1, by="taste"), "by must be one of influence, .*, random; not 'taste'"),
+        (lambda: pliant.OneShot(ratio=0.1, by="taste"), "by must be one of .*; not 'taste'"),
         (
             lambda: pliant.OneShot(ratio=0.1, granularity="model"),
             "granularity must be one of block, layer; not 'model'",
         ),
-        (lambda: pliant.UnifiedPruner(ratio=0.1, per="euro"), "per must be one of unit, parameters, .*; not 'euro'"),
-        (
-            lambda: pliant.UnifiedPruner(ratio=0.1, order="random"),
-            "order must be one of l1, activation, stored; not 'random'",
-        ),
+        (lambda: pliant.UnifiedPruner(ratio=0.1, per="euro"), "per must be one of .*; not 'euro'"),
+        (lambda: pliant.UnifiedPruner(ratio=0.1, order="random"), "order must be one of .*; not 'random'"),
         (
             lambda: pliant.UnifiedPruner(ratio=0.1, search="racing"),
             "search must be one of lazy, exact, naive; not 'racing'",
         ),
-        (lambda: pliant.FisherPruner(ratio=0.1, per="unit"), "per must be one of parameters, .*; not 'unit'"),
+        (lambda: pliant.FisherPruner(ratio=0.1, per="unit"), "per must be one of .*; not 'unit'"),
         (lambda: pliant.FisherPruner(ratio=0.1, metric="kl"), "has no gradient"),
         (lambda: pliant.OneShot(ratio=0.1, metric="kl"), "ranking by influence does not score"),
-        (lambda: pliant.FisherPruner(ratio=0.1, group=0), "group must be a whole number of at least 1"),
-        (lambda: pliant.KnapsackPruner(ratio=0.1, swaps=-1), "swaps must be a whole number of at least 0"),
-        (lambda: pliant.MultiPrunerEvol(ratio=0.1, population=1), "population must be a whole number of at least 4"),
-        (lambda: pliant.BlockPruner(ratio=0.1, repair=-1), "repair must be a whole number of at least 0"),
+        (lambda: pliant.FisherPruner(ratio=0.1, group=0), "group must be a whole number of at least 1; not 0"),
+        (lambda: pliant.KnapsackPruner(ratio=0.1, swaps=-1), "swaps must be a whole number of at least 0; not -1"),
+        (
+            lambda: pliant.MultiPrunerEvol(ratio=0.1, population=1),
+            "population must be a whole number of at least 4; not 1",
+        ),
+        (lambda: pliant.BlockPruner(ratio=0.1, repair=-1), "repair must be a whole number of at least 0; not -1"),
         (lambda: pliant.BlockPruner(ratio=0.1, ridge=0), "ridge must be a number above 0; not 0"),
     ],
 )

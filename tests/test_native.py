@@ -442,6 +442,17 @@ def test_criteria_keep_what_they_remember_and_have_all_threads():
     assert seen == {2}
 
 
+def patched(owner, name, own):
+    """The method ``name``, with ``own`` called before it."""
+    stock = getattr(owner, name)
+
+    def called(*args, **kwargs):
+        own()
+        return stock(*args, **kwargs)
+
+    return called
+
+
 class Replaces:
     """A criterion, processor, streamer or hook that exchanges a layer of the model on its third call."""
 
@@ -477,6 +488,21 @@ CALLED = {
     "a streamer": lambda does: {"streamer": does},
     "allowed tokens": lambda does: {"prefix_allowed_tokens_fn": lambda *_: does.now() or list(range(3, 200))},
     "a hook of the head": lambda does: does.model.lm_head.register_forward_hook(does.hook) and {},
+    **{
+        f"{name} of the model": lambda does, name=name: (
+            setattr(does.model, name, patched(does.model, name, does.now)) or {}
+        )
+        for name in ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+    },
+    **{
+        f"the forward of {name}": lambda does, name=name: (
+            setattr(
+                does.model.get_submodule(name), "forward", patched(does.model.get_submodule(name), "forward", does.now)
+            )
+            or {}
+        )
+        for name in ("model.embed_tokens", "lm_head")
+    },
 }
 
 
@@ -491,6 +517,109 @@ def test_a_model_changed_while_it_generates(kind):
             found.append(model.generate(PROMPT, **given))
         assert isinstance(first(model).mlp, nn.Identity)
     assert torch.equal(*found)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_patched_class_is_not_trusted(monkeypatch):
+    found = []
+    stock = transformers.LlamaForCausalLM.forward
+    for own in (False, True):
+        model = packed(format="int8")
+        does = Replaces(model)
+
+        @functools.wraps(stock)
+        def forward(self, *args, does=does, **kwargs):
+            does.now()
+            return stock(self, *args, **kwargs)
+
+        forward.__module__ = __name__
+        monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
+        with by_transformers(model) if own else contextlib.nullcontext():
+            found.append(model.generate(PROMPT, max_new_tokens=9, min_new_tokens=9, do_sample=False))
+    assert torch.equal(*found)
+
+
+class Slotted:
+    __slots__ = ("limit",)
+
+    def __call__(self, ids, _, **__):
+        return torch.full((len(ids),), ids.shape[1] >= self.limit)
+
+
+class Named(transformers.LogitsProcessorList):
+    def __init__(self, name, processors):
+        super().__init__(processors)
+        self.name = name
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_criteria_and_processors_of_any_kind():
+    model = packed()
+    criterion = Slotted()
+    criterion.limit = 16
+    found = model.generate(PROMPT, max_new_tokens=30, do_sample=False, stopping_criteria=[criterion], eos_token_id=299)
+    assert found.shape[1] <= 16
+    processors = Named("roll", [lambda _, scores: scores.roll(1, -1)])
+    given = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    found = model.generate(PROMPT, logits_processor=processors, **given)
+    with by_transformers(model):
+        assert torch.equal(found, type(model).generate(model, PROMPT, logits_processor=processors, **given))
+
+
+def test_a_padding_row_of_zeros_does_not_stop_it():
+    packed(pad_token_id=0)
+
+
+def test_a_base_without_an_argument_for_the_cache_stays_as_it_is():
+    class Plain(transformers.LlamaModel):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model = pico("llama")
+    model.model.__class__ = Plain
+    pliant.apply(model, pliant.PackedLinear(format="bf16"), progress=False)
+    assert "names no argument for a cache" in model.pliant_history[-1]["why_not_native"]
+    assert torch.isfinite(uncached(model)).all()
+
+
+def test_torchs_attention_may_be_replaced(monkeypatch):
+    model = packed()
+    before = runs(model)
+    stock = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: 2 * stock(*a, **k))
+    found = uncached(model)
+    assert runs(model) in (0, before)
+    with by_transformers(model):
+        assert torch.equal(found, uncached(model))
+
+
+def test_layers_that_share_a_cache_entry_do_not_run_natively():
+    model = packed()
+    model.model.layers[1].self_attn.layer_idx = 0
+    assert plan_of(model.base_model) is None
+
+
+def test_the_config_is_watched():
+    for key, value in (("is_causal", False), ("rope_parameters", {"rope_type": "default", "strange": 1})):
+        model = packed()
+        setattr(model.config, key, value)
+        assert plan_of(model.base_model) is None, key
+    model = packed()
+    model.config.rope_parameters["strange"] = 3
+    assert plan_of(model.base_model) is None
+
+
+@torch.no_grad()
+def test_keys_and_values_refuse_to_be_changed_in_place():
+    model = packed()
+    cache = transformers.DynamicCache(config=model.config)
+    model(PROMPT, use_cache=True, **cache_argument(model, cache))
+    keys = cache.layers[0].keys
+    for change in (lambda: keys[:, :, 0].zero_(), lambda: keys.__setitem__(0, 0.0), lambda: keys.view(-1).add_(1)):
+        with pytest.raises(PackedError, match="cannot be changed in place"):
+            change()
+    assert type(keys + 1) is type(keys.clone()) is torch.Tensor
+    (keys.clone()).zero_()
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -11,8 +11,9 @@ import transformers
 
 import pliant
 from pico import DECODERS, IDS, inputs, logits, pico
-from pliant.checkpoint.packed_config import is_packed, settle
+from pliant.checkpoint.packed_config import is_packed
 from pliant.compat.cache_argument import cache_argument
+from pliant.compat.packed_layers import settle
 from pliant.errors import ArtefactError, DataError, PackedError, StepError
 from pliant.runtime import library
 from pliant.runtime import sparse_break_even as measured

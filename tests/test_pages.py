@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import inspect
 import json
+import re
 import subprocess
 import sys
 import time
@@ -11,10 +13,12 @@ import weakref
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import core_model_loading
 
 import pliant
 from pico import ARCHITECTURES, LAYOUTS, config, logits, pico, tokenizer
 from pliant.anatomy import anatomy_of
+from pliant.checkpoint.paged import _SEQUENTIAL
 from pliant.elastic import Subnet
 from pliant.errors import ArtefactError, MemoryLimitError
 from pliant.formatting import parse_bytes
@@ -434,3 +438,7 @@ def test_pages_are_given_back_after_each_part_of_a_loop():
     model.pliant_pages = pages = Watched()
     assert [(part, pages.held) for part in within_limit(model, "abc")] == [("a", 0), ("b", 1), ("c", 2)]
     assert pages.held == 3
+
+
+def test_transformers_reads_the_variable_by_which_it_loads_one_tensor_after_another():
+    assert re.search(rf"(is_env_variable_true|environ)\S*\(\W*{_SEQUENTIAL}", inspect.getsource(core_model_loading))

@@ -273,7 +273,7 @@ def test_a_stopped_training_goes_on_to_the_identical_result(family, method, erro
     with pytest.raises(error):
         recover(broken, repeated, tokenizer, dense=dense, work=tmp_path, progress=Stopping(3, error), **settings)
     assert same(broken, given)
-    assert [path.name for path in (tmp_path / "recover").iterdir()] == ["state.safetensors"]
+    assert [path.name for path in next(tmp_path.glob("*-recover")).iterdir()] == ["state.safetensors"]
     made = []
     counting = type("Counting", (Progress,), {"step": lambda *_: made.append(1)})()
     resumed = recover(broken, repeated, tokenizer, dense=dense, work=tmp_path, progress=counting, **settings)
@@ -307,7 +307,7 @@ def test_a_finished_training_is_not_done_again(repeated, tokenizer, tmp_path):
     recover(second, repeated, tokenizer, work=tmp_path, progress=Stopping(1))
     assert same(second, weights(first))
     recover(second, repeated, tokenizer, work=tmp_path)  # a recipe may recover again
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["recover", "recover-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2-recover", "3-recover"]
 
 
 def test_a_state_of_another_training_is_refused(repeated, tokenizer, tmp_path):
@@ -321,7 +321,7 @@ def test_a_state_of_another_training_is_refused(repeated, tokenizer, tmp_path):
         with pytest.raises(ResumeError, match=rf"belongs to another training \(.*{told}.*Delete it"):
             recover(model, data, tokenizer, work=tmp_path, **settings)
         assert same(model, before)
-    state = tmp_path / "recover" / "state.safetensors"
+    (state,) = tmp_path.glob("*-recover/state.safetensors")
     state.write_bytes(state.read_bytes()[:-10])
     with pytest.raises(ResumeError, match="damaged"):
         recover(cut(), repeated, tokenizer, work=tmp_path)
@@ -529,7 +529,7 @@ def test_compress_keeps_the_state_that_it_refuses_to_mix(folder, prose, tmp_path
     other = pliant.Recover(**QUICK | {"learning_rate": 1e-3}, method="full")
     with pytest.raises(ResumeError):
         compress(folder, other, prose, tmp_path / "small", measuring=measuring, progress=Progress())
-    assert (tmp_path / "small.work" / "recover" / "state.safetensors").exists()
+    assert (tmp_path / "small.work" / "1-recover" / "state.safetensors").exists()
     compress(folder, step, prose, tmp_path / "small", measuring=measuring, progress=Progress())
 
 
@@ -550,7 +550,7 @@ model.save_pretrained(OUT)
         exec(program, {"WORK": str(tmp_path / work), "OUT": str(tmp_path / out)})
 
     run("w1", "straight")
-    state = tmp_path / "w2" / "recover" / "state.safetensors"
+    state = tmp_path / "w2" / "2-recover" / "state.safetensors"
     for _ in range(2):
         names = f"WORK, OUT = {str(tmp_path / 'w2')!r}, {str(tmp_path / 'broken')!r}"
         process = subprocess.Popen([sys.executable, "-c", names + program], stderr=subprocess.DEVNULL)

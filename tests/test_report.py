@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 from pliant.run.card import table
 from pliant.run.report import page
 from reported import PACKED, REPORT, STEP, removal, with_speed
+from reported import shown as _shown
 
 
 def _with_kl():
     report = copy.deepcopy(REPORT)
     report["steps"][0]["settings"]["metric"] = "kl"
     for point, loss in zip(report["steps"][0]["points"], (0.0111, 0.0222, 0.0333), strict=True):
-        point |= {"label": "KL to dense", "score": loss, "loss": loss}
+        point |= {"perplexity": None, "loss": loss}
+    report["steps"] = [_shown({key: value for key, value in report["steps"][0].items() if key != "sections"})]
     return report
 
 
@@ -70,7 +72,7 @@ def test_every_removal_is_listed_with_its_ratio_and_score(form):
     points = report["steps"][0]["points"]
     for i, point in enumerate(points, 1):
         place = shown.cells.index(f"{i}. {point['unit']}")
-        value = point["score"]
+        value = point["loss"] if form == "kl" else point["perplexity"]
         assert shown.cells[place + 1 : place + 3] == [f"{point['ratio']:.2%}", f"{value:.3f}"]
     assert f"All {len(points)} removals" in shown.text
     assert sum(tag == "circle" for tag, _ in shown.tags) == len(points)
@@ -124,12 +126,12 @@ def _refitted(before, after):
 
 def test_repair_is_told_and_what_it_left_alone():
     fits = [_refitted(0.5, 0.25), {"block": "layers.1.mlp", "distance": None}, _refitted(0.125, 0.0625)]
-    shown = Page(page(REPORT | {"steps": [STEP | {"repair": fits}]})).text
+    shown = Page(page(REPORT | {"steps": [_shown(STEP | {"repair": fits})]})).text
     assert "Repair: 2 blocks refitted" in shown
     assert "0.125 before it was refitted, 0.0625 after" in shown
     assert "1 block(s), which something else than a matrix ends" in shown
     assert "Repair" not in Page(page(REPORT)).text
-    nothing = Page(page(REPORT | {"steps": [STEP | {"repair": fits[1:2]}]})).text
+    nothing = Page(page(REPORT | {"steps": [_shown(STEP | {"repair": fits[1:2]})]})).text
     assert "Repair: 1 block(s)" in nothing
 
 
@@ -141,7 +143,7 @@ def test_recovery_is_drawn(held_out):
     ]
     recovery = {"curve": curve, "steps": 20, "best_step": 10, "tokens": 40960, "tokens_per_second": 140.4}
     step = {key: value for key, value in STEP.items() if key not in ("points", "counters")} | {"recovery": recovery}
-    shown = Page(page(REPORT | {"steps": [step]}))
+    shown = Page(page(REPORT | {"steps": [_shown(step)]}))
     assert "20 steps, 40,960 tokens at 140 tokens/s; the state of step 10 was kept." in shown.text
     lowest = [a for tag, a in shown.tags if tag == "circle"]
     assert len(lowest) == (3 if held_out[0] else 0)
@@ -150,7 +152,7 @@ def test_recovery_is_drawn(held_out):
 
 def test_a_step_that_recorded_no_removals_has_no_curve():
     step = {key: value for key, value in STEP.items() if key not in ("points", "counters")}
-    shown = Page(page(REPORT | {"steps": [step]}))
+    shown = Page(page(REPORT | {"steps": [_shown(step)]}))
     assert "removals" not in shown.text
     assert not any(tag == "circle" for tag, _ in shown.tags)
 
@@ -158,7 +160,7 @@ def test_a_step_that_recorded_no_removals_has_no_curve():
 def test_every_step_of_a_recipe_has_its_part():
     second = copy.deepcopy(STEP)
     second["settings"] = {"step": "blockpruner", "ratio": 0.1}
-    second["points"] = [removal("blocks", "layers.3.mlp", 3.0, 0.25, 20.0)]
+    second = _shown(second | {"points": [removal("blocks", "layers.3.mlp", 3.0, 0.25, 20.0)]})
     shown = Page(page(REPORT | {"steps": [STEP, second]}))
     assert "1. layers.3.mlp" in shown.cells
     assert "All 3 removals" in shown.text
@@ -191,7 +193,7 @@ def test_any_model_name_leaves_a_whole_page(name):
 @given(st.lists(st.tuples(st.floats(0.001, 1), st.floats(0, 700)), min_size=1, max_size=12))
 def test_every_point_lies_inside_the_picture(pairs):
     points = [removal("blocks", f"layers.{i}.mlp", loss, ratio) for i, (ratio, loss) in enumerate(pairs)]
-    shown = Page(page(REPORT | {"steps": [STEP | {"points": points}]}))
+    shown = Page(page(REPORT | {"steps": [_shown(STEP | {"points": points})]}))
     dots = [a for tag, a in shown.tags if tag == "circle"]
     assert len(dots) == (len(points) if len(points) > 1 else 0)
     assert all(0 <= float(dot["cx"]) <= 640 and 0 <= float(dot["cy"]) <= 260 for dot in dots)
@@ -205,6 +207,8 @@ def test_the_page_says_what_was_packed_and_how_it_runs():
         "Packed layers at 4.38 bits per weight, run one by one: its norm is Odd<Norm>. Not packed: 25.0% of the parameters (1.6 MB)"
         in shown
     )
-    both = Page(page(REPORT | {"steps": [STEP, PACKED | {"native": True, "why_not_native": ""}]})).text
+    both = Page(
+        page(REPORT | {"steps": [STEP, _shown(PACKED | {"native": True, "why_not_native": "", "sections": []})]})
+    ).text
     assert "20.0% of the parameters removed, linear layers (75.0% of the parameters) packed as int4 and int8." in both
     assert "all run in one native call." in both

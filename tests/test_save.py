@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import pliant
 from pico import config, logits, pico
 from pliant.checkpoint.folder import companions
 from pliant.cli import main
+from pliant.compat.hub_revision import revision_of
 from pliant.errors import ArtefactError
 from pliant.progress import Progress
 from pliant.run import compress as runs
@@ -406,6 +408,8 @@ LEFT = (
         "search.jsonl",
         "report.json",
         "measured.json",
+        "stages.json",
+        "1-multipruner/search.jsonl",
         "model.safetensors.index.json",
     ),
     *("openvino_model.xml", "events.log"),
@@ -676,3 +680,10 @@ def test_a_model_of_no_known_layout_that_was_not_cut_is_saved(name, tmp_path):
     pliant.save(model, tmp_path / "out")
     again = pliant.load(tmp_path / "out").state_dict()
     assert all(torch.equal(again[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def test_the_commit_of_a_hub_is_known_where_transformers_keeps_it():
+    """Where no supported transformers does, pliant.compat.hub_revision can go."""
+    keeps_it = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24)
+    model = SimpleNamespace(config=transformers.LlamaConfig(_commit_hash="0123"))
+    assert revision_of(model) == ("0123" if keeps_it else None)

@@ -1,6 +1,5 @@
 """BlockPruner and MultiPruner from end to end, on models of every architecture."""
 
-import dataclasses
 import math
 
 import pytest
@@ -386,7 +385,7 @@ def test_where_the_last_stage_runs_dry_what_is_left_of_the_others_goes(prune, mo
 def test_a_recipe_may_search_twice_and_goes_on_with_both(prune, tmp_path):
     recipe = [blocks(0.1), multi(0.2)]
     first, again = (prune(pico(), recipe, work=tmp_path) for _ in range(2))
-    assert {path.name for path in tmp_path.iterdir()} == {"search.jsonl", "search-2.jsonl"}
+    assert {path.parent.name[:2] for path in tmp_path.glob("*/search.jsonl")} == {"1-", "2-"}
     assert identical(first, again)
     made = [counters["evaluations"] for step in again.pliant_history for counters in step["counters"].values()]
     assert made
@@ -410,9 +409,9 @@ def test_a_split_that_is_no_three_shares_is_refused(split):
         (multi, {"samples": 0}, "samples must be a whole number of at least 1"),
         (multi, {"seqlen": 1}, "seqlen must be a whole number of at least 2"),
         (multi, {"metric": "accuracy"}, "metric must be one of perplexity, kl, or a Score; not 'accuracy'"),
-        (multi, {"search": "random"}, "search must be one of lazy, .*; not 'random'"),
-        (multi, {"slack": -1.0}, "slack must be a number from 0 to 1; not -1.0"),
-        (multi, {"refresh": -1}, "refresh must be a whole number of at least 0; not -1"),
+        (multi, {"search": "random"}, "search must be one of lazy, exact, naive; not 'random'"),
+        (multi, {"slack": -1.0}, "slack must be a number from 0 to 1"),
+        (multi, {"refresh": -1}, "refresh must be a whole number of at least 0"),
         (blocks, {"blocks": "layers"}, "blocks must be one of mix, attention, mlp; not 'layers'"),
     ],
 )
@@ -432,7 +431,7 @@ def test_without_calibration_text_the_model_is_left_alone(step, model, tokenizer
 @pytest.mark.parametrize("step", [multi(), blocks()], ids=lambda step: step.kind)
 @pytest.mark.parametrize("text", [["too short"], ["a" * 80]])
 def test_text_shorter_than_a_window_is_refused_and_the_model_left_alone(step, text, model, tokenizer):
-    step = dataclasses.replace(step, seqlen=100)
+    step = type(step).from_dict(step.to_dict() | {"seqlen": 100})
     before = frozen(model)
     with pytest.raises(DataError, match="one window needs 100"):
         pliant.apply(model, step, pliant.text(text), tokenizer=tokenizer, progress=False)

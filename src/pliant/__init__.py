@@ -10,12 +10,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from pliant.compat.hook import install as _install
+from pliant.registry import public as _public
 
 if TYPE_CHECKING:
     from pliant.anatomy import anatomy_of as anatomy_of
     from pliant.architecture import add_architecture as add_architecture
     from pliant.checkpoint.load import load as load
     from pliant.compat.block_cache import BlockCache as BlockCache
+    from pliant.criteria.importance import importance as importance
     from pliant.data import examples as examples
     from pliant.data import questions as questions
     from pliant.data import text as text
@@ -37,56 +39,24 @@ if TYPE_CHECKING:
     from pliant.prune.oneshot import OneShot as OneShot
     from pliant.prune.unified import UnifiedPruner as UnifiedPruner
     from pliant.run.apply import apply as apply
+    from pliant.run.export import export as export
     from pliant.run.formats import compare_formats as compare_formats
+    from pliant.run.recipe import plan as plan
+    from pliant.run.recipe import run_recipe as run_recipe
     from pliant.run.save import save as save
+    from pliant.step import step_of as step_of
     from pliant.systems.blockpruner import BlockPruner as BlockPruner
     from pliant.systems.multipruner import MultiPruner as MultiPruner
     from pliant.systems.multipruner_evol import MultiPrunerEvol as MultiPrunerEvol
     from pliant.systems.sparamx import SparAMX as SparAMX
-    from pliant.train import Recover as Recover
+    from pliant.train.recover import Recover as Recover
     from pliant.values.magnitude import Magnitude as Magnitude
     from pliant.values.pack import PackedLinear as PackedLinear
     from pliant.values.rtn import RTN as RTN
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "Cut": "pliant.prune.known_subnet",
-    "Magnitude": "pliant.values.magnitude",
-    "PackedLinear": "pliant.values.pack",
-    "RTN": "pliant.values.rtn",
-    "BlockPruner": "pliant.systems.blockpruner",
-    "ChannelPruner": "pliant.prune.channels",
-    "FisherPruner": "pliant.prune.fisher",
-    "KnapsackPruner": "pliant.prune.knapsack",
-    "MultiPruner": "pliant.systems.multipruner",
-    "MultiPrunerEvol": "pliant.systems.multipruner_evol",
-    "OneShot": "pliant.prune.oneshot",
-    "SparAMX": "pliant.systems.sparamx",
-    "UnifiedPruner": "pliant.prune.unified",
-    "PliantError": "pliant.errors",
-    "Recover": "pliant.train",
-    "Subnet": "pliant.elastic",
-    "activate": "pliant.elastic",
-    "add_architecture": "pliant.architecture",
-    "anatomy_of": "pliant.anatomy",
-    "apply": "pliant.run.apply",
-    "BlockCache": "pliant.compat.block_cache",
-    "bench": "pliant.measure.speed.bench",
-    "compare_formats": "pliant.run.formats",
-    "check": "pliant.elastic",
-    "compare": "pliant.measure.quality.compare",
-    "examples": "pliant.data",
-    "discover": "pliant.elastic",
-    "evaluate": "pliant.measure.quality.evaluate",
-    "homogeneous": "pliant.exporters.homogeneous",
-    "inspect": "pliant.measure.inspect",
-    "load": "pliant.checkpoint.load",
-    "read_config": "pliant.prune.imported_configs",
-    "questions": "pliant.data",
-    "save": "pliant.run.save",
-    "text": "pliant.data",
-}
+_PUBLIC = _public()
 
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 

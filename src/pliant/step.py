@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
+import os
+import shutil
 import types
 import typing
 import warnings
@@ -15,6 +18,8 @@ from typing import Any, ClassVar, Self
 
 from pliant.errors import PliantError, StepError
 from pliant.progress import Progress
+from pliant.record import Section, to_dict
+from pliant.registry import STEPS
 
 _UNSET: Any = dataclasses.MISSING
 
@@ -28,6 +33,7 @@ class Setting:
         at_least, at_most: limits of a number, themselves allowed.
         above, below: limits that are not allowed.
         choices: all allowed values; empty for any.
+        path: the value names a file or a folder that the step reads.
         formerly: the name that this setting has in recipes of earlier versions.
         error: raised for a value that is not allowed.
     """
@@ -38,6 +44,7 @@ class Setting:
     above: float | None = None
     below: float | None = None
     choices: tuple[Any, ...] = ()
+    path: bool = False
     formerly: str = ""
     error: type[PliantError] = StepError
 
@@ -101,7 +108,7 @@ def setting(help: str, *, default: Any = _UNSET, factory: Any = _UNSET, **limits
         help: one or two sentences for ``pliant ls SYSTEM``.
         default: left out for a setting that must be given.
         factory: makes the default, for values that can change.
-        limits: ``at_least``, ``at_most``, ``above``, ``below``, ``choices``, ``formerly`` and ``error`` of :class:`Setting`.
+        limits: ``at_least``, ``at_most``, ``above``, ``below``, ``choices``, ``path``, ``formerly`` and ``error`` of :class:`Setting`.
     """
     metadata = {"setting": Setting(help, **limits)}
     return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
@@ -126,13 +133,17 @@ class Step:
     """pruner, values or training: what kind of step it is."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What it cannot do without: ``text`` (calibration text), ``ratio`` (a ratio to reach)."""
+    """What it cannot do without: ``text`` (calibration text), ``examples`` (text or examples to train on), ``ratio`` (a ratio to
+    reach), ``trained`` (a model that an earlier step has prepared)."""
 
     trains: ClassVar[bool] = False
     """Whether it trains the model, for which all weights have to be in memory."""
 
     reshapes: ClassVar[bool] = True
     """Whether it changes what tensors a model has; if not, the model's config stays as it is."""
+
+    keeps: ClassVar[tuple[str, ...]] = ()
+    """Files in its folder that become part of the artefact, so that a run that overwrites it can start from them."""
 
     packs: ClassVar[bool] = False
     """Whether it packs the model, after which no other step can follow."""
@@ -154,6 +165,18 @@ class Step:
         """Change ``job.model`` in place."""
         raise NotImplementedError
 
+    def estimate(self, blocks: int, row: float) -> tuple[float, bool]:  # noqa: ARG002
+        """A rough guess of what the step takes, for ``pliant plan``.
+
+        Arguments:
+            blocks: number of blocks in the model.
+            row: tokens in a row of calibration text.
+
+        Returns:
+            Tokens that go through the model (a gradient counts as two more), and whether it holds gradients.
+        """
+        return 0.0, False
+
     def to_dict(self) -> dict[str, Any]:
         """The step as plain data, for recipes: its name, its version, and every setting."""
         settings = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
@@ -167,6 +190,8 @@ class Step:
             StepError: the step was written by a newer pliant, or has a setting that is not known.
         """
         version = raw.get("version", 1)
+        if type(version) is not int:
+            raise StepError(f"the version of {cls.kind} must be a whole number; not {version!r}")
         if version > cls.version:
             raise StepError(
                 f"{cls.kind} of version {version} was written by a newer pliant; this one knows version {cls.version}"
@@ -183,6 +208,29 @@ class Step:
         return cls(**given)
 
 
+def step_of(raw: Mapping[str, Any]) -> Step:
+    """The step that :meth:`Step.to_dict` wrote as plain data.
+
+    Raises:
+        StepError: the data name no step, a setting that the step does not have, or a value that is not allowed.
+    """
+    kind = raw.get("step") if isinstance(raw, Mapping) else None
+    if not isinstance(kind, str):
+        raise StepError(f"a step is written as {{'step': 'multipruner', 'ratio': 0.2}}; not {raw!r}")
+    return step_class(kind).from_dict(raw)
+
+
+def step_class(kind: str) -> type[Step]:
+    """The class of a step by its name on the command line and in recipes.
+
+    Raises:
+        StepError: no step has this name.
+    """
+    if kind not in STEPS:
+        raise StepError(f"there is no system {kind!r}; there are {', '.join(STEPS)}")
+    return STEPS[kind].load()
+
+
 class FormerNameWarning(UserWarning):
     """A setting has the name that it had in an earlier version."""
 
@@ -190,6 +238,12 @@ class FormerNameWarning(UserWarning):
 def settings_of(step: type[Step]) -> dict[str, Setting]:
     """Name -> setting, for every setting of a step in the order in which they are listed."""
     return {field.name: field.metadata.get("setting", Setting("")) for field in dataclasses.fields(step)}
+
+
+def paths_of(step: Step) -> list[str]:
+    """Files and folders that the settings of a step name."""
+    named = [getattr(step, name) for name, of in settings_of(type(step)).items() if of.path]
+    return [str(path) for path in named if path]
 
 
 @functools.cache
@@ -241,28 +295,51 @@ class Job:
         tokenizer: gives the model's tokenizer; asked only by steps that read text.
         dense: gives the model as it was before anything was done to it; asked only by steps that learn from it.
         data: calibration text, or None.
-        work: folder where the step keeps what lets it resume, or None to keep nothing.
+        folder: the step's own folder, for what lets it resume; None to keep nothing. It may not exist yet.
+        earlier: the same folder of a run whose result is about to be overwritten; read by :meth:`file`.
         progress: where it reports to.
-        record: what the step wants remembered in the report.
+        record: figures that the step wants kept in ``model.pliant_history`` and ``report.json``.
     """
 
     model: Any
     tokenizer: Callable[[], Any]
     dense: Callable[[], Any]
     data: Any
-    work: Path | None
+    folder: Path | None
     progress: Progress
+    earlier: Path | None = None
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def place(self, name: str, key: str) -> Path | None:
-        """Where in the work folder a step keeps something. What is done to a model twice has a place each: ``search.jsonl``,
-        then ``search-2.jsonl``.
+    def show(self, *sections: Section, done: str = "", tags: Iterable[str] = ()) -> None:
+        """Add to what the report, the card and the command line show of this step.
 
         Arguments:
-            key: what the records of steps have that keep such a thing.
+            done: what was done to the model, in a few words for the headline.
+            tags: tags of the model card.
         """
-        if self.work is None:
+        self.record.setdefault("sections", []).extend(map(to_dict, sections))
+        if done:
+            self.record["done"] = done
+        if tags:
+            self.record["tags"] = [*tags]
+
+    def file(self, name: str, belongs: Callable[[Path], Any] = lambda _path: None) -> Path | None:
+        """Where the step keeps something in its folder, or None to keep nothing.
+
+        A file of that name of the run that is overwritten is copied there, if nothing is there yet and the file is of use.
+
+        Arguments:
+            belongs: raises PliantError for a file that is of no use to this step.
+        """
+        if self.folder is None:
             return None
-        before = sum(key in record for record in getattr(self.model, "pliant_history", []))
-        path = self.work / name
-        return path.with_stem(f"{path.stem}-{before + 1}") if before else path
+        path = self.folder / name
+        old = None if self.earlier is None else self.earlier / name
+        if old is not None and old.exists() and not path.exists():
+            with contextlib.suppress(PliantError):
+                belongs(old)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                aside = path.with_name(f"{path.name}.part")
+                shutil.copyfile(old, aside)
+                os.replace(aside, path)
+        return path

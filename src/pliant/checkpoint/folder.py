@@ -239,7 +239,7 @@ _SKIPPED = {  # reason -> patterns of files that are not copied from a model's f
     ),
     "an adapter": ("adapter_config.json",),
     "of a training": ("trainer_state.json", "*_results.json"),
-    "of an earlier result": ("README*", "recipe.yaml", "report.json", "report.html", "measured.json"),
+    "of an earlier result": ("README*", "recipe.yaml", "report.json", "report.html", "measured.json", "stages.json"),
     "data, pictures, archives": (
         *(
             "*.jsonl",

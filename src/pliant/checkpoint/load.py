@@ -105,11 +105,11 @@ def load(
         from pliant.checkpoint.paged import load_paged
 
         with _faults_named(source):
-            loaded: Any = load_paged(_auto_class(str(path), options), path, dtype, memory, scratch)
+            loaded: Any = load_paged(auto_class(str(path), options), path, dtype, memory, scratch)
     else:
         with _faults_named(source):
             place = str(path if path.is_dir() else source)
-            loaded = _auto_class(place, options).from_pretrained(
+            loaded = auto_class(place, options).from_pretrained(
                 place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     model, info = loaded
@@ -195,7 +195,7 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _auto_class(source: str, options: dict[str, Any]) -> Any:
+def auto_class(source: str, options: dict[str, Any]) -> Any:
     """The auto class for the classes in a config's ``architectures``; ``AutoModelForCausalLM`` if none is known.
 
     Raises:

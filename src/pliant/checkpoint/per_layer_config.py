@@ -85,6 +85,14 @@ def write(model: Any) -> None:
     overrides = describe(anatomy, config)
     config.per_layer_config = None
     vars(config).pop(DENSE_LAYERS, None)
+    if (
+        overrides
+    ):  # transformers reads a key of one layer only if the config has it, so a key of pliant's own must be there
+        plain = plain_config(config)
+        for axis in {short for block in anatomy.blocks.values() for short in block.axes}:
+            spec = anatomy.architecture.axes[axis]
+            if spec.config_key and not hasattr(plain, spec.config_key):
+                setattr(config, spec.config_key, global_size(plain, spec.size))
     if written := {layer: dense.get(layer, {}) | overrides.get(layer, {}) for layer in sorted({*dense, *overrides})}:
         config.per_layer_config = written
     if overrides:

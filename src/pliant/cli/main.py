@@ -11,6 +11,7 @@ import typer
 
 from pliant import __version__
 from pliant.errors import BusyError, PliantError
+from pliant.registry import EXPORTS
 from pliant.strict_json import to_json
 
 INTERRUPTED = 130
@@ -102,18 +103,19 @@ def ls(
 ) -> None:
     """List what there is: systems and their settings, model families."""
     from pliant.architecture import families
-    from pliant.systems import SYSTEMS
+    from pliant.registry import STEPS
 
     listed: dict[str, Any] = {
-        "systems": {name: text for name, (_, _, text) in SYSTEMS.items()},
+        "systems": {name: step.summary for name, step in STEPS.items()},
         "architectures": families(),
     }
-    if what in SYSTEMS:
-        from pliant.cli.step_options import help_of, step_class
+    if what in STEPS:
+        from pliant.cli.step_options import help_of
+        from pliant.step import step_class
 
         shown = {what: help_of(step_class(what))}
     elif what and what not in listed:
-        raise PliantError(f"there is no list of {what!r}; there are {', '.join([*listed, *SYSTEMS])}")
+        raise PliantError(f"there is no list of {what!r}; there are {', '.join([*listed, *STEPS])}")
     else:
         shown = {what: listed[what]} if what else listed
     if as_json:
@@ -198,7 +200,7 @@ def compress(
     from pliant.progress import Console, Events
     from pliant.run.compress import Measuring
     from pliant.run.compress import compress as run
-    from pliant.systems import SEARCHES
+    from pliant.step import step_class
 
     if data is None and column != "text":
         raise PliantError(f"--column {column} has no effect without --data; leave it out, or give the rows with --data")
@@ -208,7 +210,7 @@ def compress(
     systems = system or ["multipruner"]
     if subnet is not None:
         steps = known_subnet(subnet, systems, setting or [])
-    elif calibration is None and set(systems) & SEARCHES:
+    elif calibration is None and any("text" in step_class(name).needs for name in systems):
         raise PliantError(NEEDED)
     else:
         steps = recipe(systems, {} if ratio is None else {"ratio": str(ratio)}, setting or [])
@@ -227,6 +229,49 @@ def compress(
         progress=Events() if as_json else Console(),
     )
     _print(to_json(report)) if as_json else show_report(report, out)
+
+
+Recipe = Annotated[str, typer.Argument(help="A recipe.yaml, or the folder of an artefact that has one.")]
+Moved = Annotated[str | None, typer.Option("--model", help="The dense model, if it is not where the recipe says.")]
+MovedData = Annotated[
+    Path | None, typer.Option("--data", help="The calibration text, if it has moved or another is to be used.")
+]
+
+
+@app.command(name="run", epilog="Example: pliant run small/recipe.yaml --out again")
+def run_(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    model: Moved = None,
+    data: MovedData = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is in the folder.")] = False,
+    memory: Annotated[str | None, typer.Option(help="Most memory to take, such as 2GB.")] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Repeat the recipe of an artefact, with the same data.
+
+    Interrupted work is kept beside the output folder; the same command resumes it.
+    """
+    from pliant.cli.show import show_report
+    from pliant.progress import Console, Events
+    from pliant.run.recipe import run_recipe
+
+    shown = Events() if as_json else Console()
+    report = run_recipe(
+        recipe, out, model=model, data=data, overwrite=overwrite, device=device, memory=memory, progress=shown
+    )
+    _print(to_json(report)) if as_json else show_report(report, out)
+
+
+@app.command(epilog="Example: pliant plan small/recipe.yaml")
+def plan(recipe: Recipe, model: Moved = None, data: MovedData = None, as_json: Json = False) -> None:
+    """Show the stages of a recipe and about what each takes, before anything is done."""
+    from pliant.cli.show import show_plan
+    from pliant.run.recipe import plan as planned
+
+    found = planned(recipe, model=model, data=data)
+    _print(to_json(found)) if as_json else show_plan(found)
 
 
 @app.command(epilog="Example: pliant evaluate small --against ./smollm2 --tasks arc_easy.jsonl")
@@ -390,20 +435,16 @@ def export(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     to: Annotated[
-        str, typer.Option(help="homogeneous: whole removed layers dropped, so that stock transformers loads it.")
+        str, typer.Option(help="; ".join(f"{name}: {export.summary}" for name, export in EXPORTS.items()) + ".")
     ] = "homogeneous",
     overwrite: Annotated[bool, typer.Option(help="Replace what is in the folder.")] = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
 ) -> None:
     """Write a model for tools that do not have pliant."""
-    from pliant.checkpoint.load import load
-    from pliant.exporters.homogeneous import homogeneous
-    from pliant.run.save import save
+    from pliant.run.export import export
 
-    if to != "homogeneous":
-        raise PliantError(f"unknown export {to!r}; choose homogeneous")
-    _print(f"wrote {save(homogeneous(load(model, dtype=dtype, device=device)), out, overwrite=overwrite)}")
+    _print(f"wrote {export(model, out, to=to, overwrite=overwrite, dtype=dtype, device=device)}")
 
 
 @app.command(epilog="Example: pliant demo --out build/demo")

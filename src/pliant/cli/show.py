@@ -8,20 +8,21 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from pliant.formatting import human_bytes
+from pliant.formatting import duration, human_bytes
 
 
 def show_report(report: dict[str, Any], out: Path) -> None:
     """The before/after table of a compression."""
-    from pliant.run.card import changed, on_values, table
+    from pliant.record import notes_of
+    from pliant.run.card import changed, table
 
     shown = Table("", "before", "after", title=f"{report['model']}, {changed(report)}", title_justify="left")
     for row in table(report):
         shown.add_row(*row)
     _print(shown)
     for step in report["steps"]:
-        if said := on_values(step):
-            _print(f"{said}.")
+        if said := notes_of(step):
+            _print(said)
     if report.get("replies"):
         answers = Table(
             Column("prompt", overflow="fold"), "before", "after", title="replies", title_justify="left", show_lines=True
@@ -30,6 +31,15 @@ def show_report(report: dict[str, Any], out: Path) -> None:
             answers.add_row(reply["prompt"], reply["before"], reply["after"])
         _print(answers)
     _print(f"wrote {out} (report: {out / 'report.html'})")
+
+
+def show_plan(found: dict[str, Any]) -> None:
+    """The stages of a run and their estimates."""
+    shown = Table("stage", "time", "memory", "disk", title=f"{found['model']}, rough estimates", title_justify="left")
+    for row in [*found["stages"], {"stage": "in all", **found}]:
+        disk = human_bytes(row["disk"]) if row["disk"] else ""
+        shown.add_row(row["stage"], duration(row["seconds"]), human_bytes(row["memory"]), disk)
+    _print(shown)
 
 
 def show_inspection(found: dict[str, Any]) -> None:

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pliant.errors import StepError
-from pliant.step import Step, settings_of
-from pliant.systems import PRUNERS, SEARCHES, SYSTEMS
+from pliant.step import Step, settings_of, step_class
 
 NEEDED = "a search needs --ratio and --data; to cut without a search, give --subnet"
-
-
-def step_class(system: str) -> type[Step]:
-    """The step of a published system.
-
-    Raises:
-        StepError: when there is none of that name.
-    """
-    if system not in SYSTEMS:
-        raise StepError(f"there is no system {system!r}; there are {', '.join(SYSTEMS)}")
-    module, name, _ = SYSTEMS[system]
-    return getattr(importlib.import_module(module), name)
 
 
 def help_of(cls: type[Step]) -> dict[str, str]:
@@ -70,7 +57,7 @@ def recipe(systems: Sequence[str], given: dict[str, str], pairs: Sequence[str]) 
         if all(repr(values[system][name]) != repr(_convert(name, value, kind)) for system, kind in kinds.items()):
             other = values[next(iter(kinds))][name]
             raise StepError(f"--{name} {value} and --set {name}={other} contradict each other; give one of them")
-    if any("ratio" not in values[system] for system in SEARCHES & set(classes)):
+    if any("ratio" in cls.needs and "ratio" not in values[system] for system, cls in classes.items()):
         raise StepError(NEEDED)
     return [classes[system](**values[system]) for system in systems]
 
@@ -83,19 +70,19 @@ def known_subnet(path: Path, systems: Sequence[str], pairs: Sequence[str]) -> li
     Raises:
         StepError: as :func:`recipe`, or ``systems`` has several pruners.
     """
-    from pliant.prune import Cut
     from pliant.prune.imported_configs import config_in
 
-    pruners = [name for name in systems if name in PRUNERS]
+    cut, given = step_class("cut"), {name: step_class(name) for name in systems if name != "cut"}
+    pruners = [name for name in systems if name in given and given[name].family == "pruner"]
     if len(pruners) > 1:
         raise StepError(
             f"--subnet cuts the model once, without a search; {' and '.join(pruners)} are {len(pruners)} pruners. Give the one "
             "that found the sub-network"
         )
-    pruner = step_class(pruners[0]) if pruners else Cut
-    rows = getattr(pruner, "width_samples", getattr(pruner, "samples", Cut.samples))
-    others = [name for name in systems if name not in PRUNERS]
-    classes = {"cut": Cut, **{name: step_class(name) for name in others}}
+    pruner: Any = given[pruners[0]] if pruners else cut
+    rows = getattr(pruner, "width_samples", getattr(pruner, "samples", None)) or vars(cut)["samples"]
+    others = [name for name in systems if name in given and name not in pruners]
+    classes = {"cut": cut, **{name: given[name] for name in others}}
     values = _values(classes, {"order": getattr(pruner, "order", "l1"), "samples": str(rows)}, pairs)
     values["cut"]["subnet"] = config_in(path)
     return [classes[name](**values[name]) for name in ("cut", *others)]
@@ -133,12 +120,12 @@ def _values(
 
 
 def _convert(name: str, value: str, kind: typing.Any) -> object:
+    if any(typing.get_origin(one) is Mapping for one in (kind, *typing.get_args(kind))):
+        return value  # the step reads it
     if isinstance(kind, types.UnionType):
         if value.lower() in ("none", ""):
             return None
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    if typing.get_origin(kind) is Mapping:
-        return value  # the step reads it
     if kind is bool:
         if value.lower() not in ("true", "false"):
             raise StepError(f"{name} is true or false, not {value!r}")

@@ -9,11 +9,40 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from pliant.errors import PackedError
 from pliant.runtime.kv_blocks import Blocks, Keeping
+from pliant.runtime.packed_weight import writes
+
+
+class ReadOnly(torch.Tensor):
+    """A copy of keys or values. It and views of it refuse to be changed in place: the cache would not see the change."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Compute ``func`` as for a plain tensor.
+
+        Raises:
+            PackedError: ``func`` changes its first argument.
+        """
+        kwargs = kwargs or {}
+        if writes(func.__name__) and args and isinstance(args[0], cls):
+            raise PackedError(
+                "keys and values in blocks cannot be changed in place; pass a cache of another kind, or clone them first"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            own = {_memory(one) for one in tree_leaves((args, kwargs)) if isinstance(one, cls)}
+            result = func(*args, **kwargs)
+            return tree_map_only(
+                torch.Tensor, lambda one: one.as_subclass(cls if _memory(one) in own else torch.Tensor), result
+            )
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 class BlockLayer(CacheLayerMixin):
@@ -50,7 +79,7 @@ class BlockLayer(CacheLayerMixin):
     def _states(self, which: int) -> torch.Tensor | None:
         if self.blocks is None:
             return None
-        return self.read()[which].to(getattr(self, "dtype", torch.float32))
+        return self.read()[which].to(getattr(self, "dtype", torch.float32)).as_subclass(ReadOnly)
 
     def _refuse(self, value: Any) -> None:
         """Keys and values are added with :meth:`update`; the constructor of transformers sets both to None."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import sys
 from collections.abc import Callable
@@ -12,11 +13,11 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from pliant.compat import dequantized, layers, outputs, quantizer, quiet, remote
+from pliant.compat import dequantized, layers, outputs, quiet, remote
 
 _MODELS = "transformers.models."
 _SEEN_TO = {
-    quantizer.MODULE: quantizer.register,
+    "transformers.quantizers.auto": lambda _: importlib.import_module("pliant.compat.packed_quantizer"),
     outputs.MODULE: outputs.register,
     dequantized.MODULE: dequantized.forget_with_the_config,
     remote.MODULE: remote.wrap_remote_models,
@@ -33,7 +34,7 @@ def install() -> None:
             see_to(module)
 
 
-def _concern(name: str) -> Callable[[ModuleType], None] | None:
+def _concern(name: str) -> Callable[[ModuleType], Any] | None:
     """What is done with a module of that name, if anything."""
     if name.startswith(_MODELS) and name.rpartition(".")[2].startswith("modeling_"):
         return layers.wrap_models

@@ -16,13 +16,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.output_capturing import _active_collector
 
 from pliant.compat.block_cache import BlockLayer, may_be_blocks
 from pliant.compat.plan import NativePlan, UnlikeError, read_plan, watch_of
-from pliant.compat.watch import Watch
+from pliant.compat.watch import Watch, only_known_code, runs_own_code
 from pliant.errors import ArchitectureError, PackedError
 from pliant.runtime.kv_blocks import Blocks, Keeping, per_token
 from pliant.runtime.library import library
@@ -147,10 +147,13 @@ def _run(base: Any, given: Mapping[str, Any]) -> Any:
     positions = given.get("position_ids", here[None])
     if positions.dim() != 2 or positions.shape[1] != tokens or not bool((positions.diff() == 1).all()):
         return None  # several sequences in one row, which must not attend to each other
+    embedding, rotary = base.get_submodule(plan.words.embedding), base.get_submodule(plan.words.rotary)
     if embeds is None:
-        embeds = base.get_submodule(plan.words.embedding)(given["input_ids"])
+        embeds = embedding(given["input_ids"])
     stream = embeds.to(torch.float32, copy=True).contiguous()
-    angles = base.get_submodule(plan.words.rotary)(stream, position_ids=positions)
+    angles = rotary(stream, position_ids=positions)
+    if (runs_own_code(embedding) or runs_own_code(rotary)) and plan_of(base) is not plan:
+        return None  # their code has changed the model
     cosine, sine = (table.float().contiguous() for table in angles)
     for row in range(rows):
         own = min(row, cosine.shape[0] - 1)
@@ -237,6 +240,8 @@ def run_natively(model: nn.Module) -> str:
     if isinstance(base, Native):
         return "" if plan_of(base) is not None else "its layers are no longer those that were packed"
     own, was_training = type(base), base.training
+    if not set(CACHE) & set(inspect.signature(own.forward).parameters):
+        return "its forward names no argument for a cache"
     base.eval()
     agreed = False
     try:
@@ -278,7 +283,7 @@ def _starts(base: Any) -> list[int]:
 def _try(base: Any, start: int, factor: float = 1.0) -> torch.Tensor:
     """Hidden states of ``TRIED`` tokens from position ``start``, computed in float32; ``factor`` scales the embeddings."""
     embedding = base.get_input_embeddings()
-    ids = torch.arange(TRIED).view(1, -1) * 97 % embedding.weight.shape[0]
+    ids = torch.arange(1, TRIED + 1).view(1, -1) * 97 % embedding.weight.shape[0]
     positions = torch.arange(start, start + TRIED)[None]
     embeds = embedding(ids).float() * factor
     return base(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
@@ -305,7 +310,10 @@ def _compare(found: torch.Tensor, expected: torch.Tensor, nudged: torch.Tensor, 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
     """Relative distance of hidden states at the median token."""
-    return float(((a.float() - b.float()).norm(dim=-1) / b.float().norm(dim=-1)).median())
+    length = (
+        b.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    )  # the state of a padding token may be zero
+    return float(((a.float() - b.float()).norm(dim=-1) / length).median())
 
 
 @torch.inference_mode()
@@ -355,11 +363,14 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     others = {**given.arguments, **given.arguments.get("kwargs", {})}
     if any(others.get(name) is not None for name in BRING):
         return own(model, *args, **kwargs)
-    for name in CALLED:
-        if given.arguments.get(name):
-            given.arguments[name] = type(given.arguments[name])(map(_on_all, given.arguments[name]))
-    if given.arguments.get("prefix_allowed_tokens_fn"):
-        given.arguments["prefix_allowed_tokens_fn"] = _on_all(given.arguments["prefix_allowed_tokens_fn"])
+    try:
+        for name in CALLED:
+            if given.arguments.get(name):
+                given.arguments[name] = _all_on_all(given.arguments[name])
+        if given.arguments.get("prefix_allowed_tokens_fn"):
+            given.arguments["prefix_allowed_tokens_fn"] = _on_all(given.arguments["prefix_allowed_tokens_fn"])
+    except TypeError:  # one of them cannot be wrapped
+        return own(model, *args, **kwargs)
     with torch_on_one(), _checked_once(model, any(others.get(name) for name in CALLING)):
         return own(*given.args, **given.kwargs)
 
@@ -372,9 +383,7 @@ def _checked_once(model: Any, calling: bool) -> Iterator[None]:
     Arguments:
         calling: whether code of the caller runs.
     """
-    theirs = type(model).__module__.startswith("transformers.") and "forward" not in vars(model)
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    if theirs and not hooked and not calling and plan_of(model.base_model) is not None:
+    if not calling and only_known_code(model) and plan_of(model.base_model) is not None:
         _checked.known = model.base_model._pliant_native
     try:
         yield
@@ -382,8 +391,23 @@ def _checked_once(model: Any, calling: bool) -> Iterator[None]:
         _checked.known = None
 
 
+def _all_on_all(functions: Any) -> Any:
+    """The same list of functions, each running with all threads.
+
+    Raises:
+        TypeError: the list or one of the functions is of a kind that cannot be made anew.
+    """
+    if type(functions) not in (list, LogitsProcessorList, StoppingCriteriaList):
+        raise TypeError(f"a {type(functions).__name__} cannot be made anew")
+    return type(functions)(map(_on_all, functions))
+
+
 def _on_all(function: Any) -> Any:
-    """The same function or callable object, running with all threads."""
+    """The same function or callable object, running with all threads.
+
+    Raises:
+        TypeError: the object cannot be made anew.
+    """
     kind = type(function)
     if kind.__module__.startswith("transformers."):
         return function  # it is cheap, and generate checks its type
@@ -398,11 +422,10 @@ def _on_all(function: Any) -> Any:
 
     if inspect.isroutine(function):
         return with_all(function)
-    try:
-        twin = object.__new__(type(kind.__name__, (kind,), {"__call__": with_all(kind.__call__)}))
-        twin.__dict__ = function.__dict__  # shared, so that the caller's object sees its state change
-    except (TypeError, AttributeError):
-        return function
+    if any(vars(base).get("__slots__") for base in kind.__mro__) or not hasattr(function, "__dict__"):
+        raise TypeError(f"a {kind.__name__} keeps its state in slots")
+    twin = object.__new__(type(kind.__name__, (kind,), {"__call__": with_all(kind.__call__)}))
+    twin.__dict__ = function.__dict__  # shared, so that the caller's object sees its state change
     return twin
 
 

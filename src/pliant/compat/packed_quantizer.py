@@ -1,16 +1,42 @@
-"""The quantiser by which transformers loads a model with packed layers, in its registry of quantisation methods.
+"""Packed layers in transformers' registry of quantisation methods: the ``quantization_config``, and the quantiser that loads them.
 
-Imported right after that registry, while the rest of transformers may not be there yet.
+``import pliant`` is all it takes for transformers to know ``"quant_method": "pliant"``. This module is imported right after that
+registry, while the rest of transformers may not be there yet.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pliant.runtime.packed_matrix import METHOD
+
+VERSION = 1
+
+
+@register_quantization_config(METHOD)
+class PackedConfig(QuantizationConfigMixin):
+    """Which layers are packed, and how.
+
+    Attributes:
+        modules: name of a layer -> ``format``, ``sparse``, ``bytes``.
+        cache: settings of :class:`pliant.runtime.kv_blocks.Keeping` for the caches that the model makes itself.
+    """
+
+    def __init__(
+        self,
+        version: int = VERSION,
+        modules: dict[str, Any] | None = None,
+        cache: dict[str, Any] | None = None,
+        **_: Any,
+    ):
+        self.quant_method: Any = METHOD
+        self.version = version
+        self.modules = modules or {}
+        self.cache = cache or {}
 
 
 @register_quantizer(METHOD)
@@ -20,14 +46,14 @@ class PackedQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-        from pliant.checkpoint.packed_config import make_room
+        from pliant.compat.packed_layers import make_room
 
         make_room(model, self.quantization_config)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        from pliant.checkpoint.packed_config import settle
         from pliant.compat.native import run_natively
+        from pliant.compat.packed_layers import settle
 
         settle(model)
         run_natively(model)

@@ -89,7 +89,7 @@ def read_plan(base: Any, watch: Watch) -> NativePlan:
     anatomy = anatomy_of(base)
     words: Any = anatomy.architecture.native
     config = plain_config(base.config)
-    _refuse_config(config)
+    _refuse_config(config, watch)
     activation = watch.setting(words.activation)
     if activation not in ACTIVATIONS:
         raise UnlikeError(f"its activation is {activation}")
@@ -101,6 +101,9 @@ def read_plan(base: Any, watch: Watch) -> NativePlan:
     layers = [reader.layer(layer, index) for index, layer in enumerate(stack)]
     if reader.width is None:
         raise UnlikeError("it has no attention")
+    slots = [slot for slot in reader.slots if slot is not None]
+    if len(set(slots)) < len(slots):
+        raise UnlikeError("two of its layers share an entry of the cache")
     made = decoder(
         layers,
         hidden=config.hidden_size,
@@ -114,16 +117,19 @@ def read_plan(base: Any, watch: Watch) -> NativePlan:
     return NativePlan(made, reader.slots, words)
 
 
-def _refuse_config(config: Any) -> None:
+def _refuse_config(config: Any, watch: Watch) -> None:
     """Raise if a config key could change the computation and is not known."""
     common = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     for key in sorted({field.name for field in dataclasses.fields(config)} - common - CONFIG):
         value = getattr(config, key, None)
+        watch.setting(key)
         if value not in (None, False, getattr(type(config), key, None)):
             raise UnlikeError(f"its config has {key}={value!r}, which native runs do not support")
+    watch.setting("rope_parameters")
     rope = getattr(config, "rope_parameters", None) or {}
     if unknown := sorted(set(rope) - ROPE):
         raise UnlikeError(f"its rope_parameters have {unknown[0]!r}, which native runs do not support")
+    watch.setting("is_causal")
     if getattr(config, "is_causal", None) is False:
         raise UnlikeError("its attention is not causal")
 

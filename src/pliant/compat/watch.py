@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import sys
 from itertools import chain
 from operator import is_, itemgetter
@@ -9,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -21,7 +24,9 @@ FUNCTIONS = (  # of a modeling file, where a native run does their work
     *("apply_rotary_pos_emb", "rotate_half", "eager_attention_forward"),
     *("create_causal_mask", "create_sliding_window_causal_mask"),
 )
+PACKAGES = ("torch", "transformers", "pliant", "huggingface_hub", "typing", "abc", "builtins")
 CAPTURE = "transformers.utils.output_capturing"  # its hooks do nothing unless outputs of layers are asked for
+ATTENTION = functional.scaled_dot_product_attention
 
 _END = object()
 _training = itemgetter("training")
@@ -60,7 +65,7 @@ class Watch:
         self.tensors = [thing for thing in self.things if isinstance(thing, torch.Tensor)]
         self.places = [*map(torch.Tensor.data_ptr, self.tensors)]  # changes when a parameter gets other data
         values = map(dict.get, self.read_from, self.read_keys)
-        self.values = [list(value) if isinstance(value, list) else value for value in values]
+        self.values = [copy.deepcopy(value) if isinstance(value, list | dict) else value for value in values]
         self.classes = list(set(self.types))
         self.calls = [(kind.__call__, kind.forward) for kind in self.classes]
         self.interfaces = _interfaces(self.config)
@@ -115,13 +120,43 @@ class Watch:
             hooks = [*space["_forward_pre_hooks"].values(), *space["_forward_hooks"].values()]
             if any(getattr(hook, "__module__", "") != CAPTURE for hook in hooks):
                 return f"a {kind.__name__} has a hook"
-        name, *functions = _interfaces(self.config)
+        if functional.scaled_dot_product_attention is not ATTENTION:
+            return "torch's scaled_dot_product_attention was replaced"
+        name, *functions, _ = _interfaces(self.config)
         if any(function and not function.__module__.startswith("transformers.") for function in functions):
             return f"its attention is computed by {name!r}, which transformers does not ship"
         return ""
 
 
+def runs_own_code(module: nn.Module) -> bool:
+    """Whether a module has hooks, a forward of its own, or a class that is not of torch or transformers."""
+    space = vars(module)
+    hooked = space["_forward_pre_hooks"] or space["_forward_hooks"]
+    return bool(hooked) or "forward" in space or not _known(type(module))
+
+
+def only_known_code(model: nn.Module) -> bool:
+    """Whether every module of a model, and every function on it, is code of torch, transformers or pliant."""
+    modules = list(model.modules())
+    for module in modules:
+        space = vars(module)
+        if space["_forward_pre_hooks"] or space["_forward_hooks"]:
+            return False
+        own = (value for name, value in space.items() if name != "generate" and inspect.isroutine(value))
+        if not all(map(_known, own)):
+            return False
+    bases = {base for kind in {*map(type, modules)} for base in kind.__mro__}
+    return all(map(_known, bases)) and all(
+        _known(value) for base in bases for value in vars(base).values() if inspect.isroutine(value)
+    )
+
+
+def _known(code: Any) -> bool:
+    return (getattr(code, "__module__", None) or "builtins").partition(".")[0] in PACKAGES
+
+
 def _interfaces(config: Any) -> list[Any]:
-    """The attention implementation: its name, its attention function and its mask function."""
+    """The attention implementation: its name, its attention function and its mask function, and torch's own attention."""
     name = config._attn_implementation
-    return [name, ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name)]
+    own = functional.scaled_dot_product_attention
+    return [name, ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name), own]

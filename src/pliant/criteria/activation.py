@@ -15,7 +15,17 @@ from pliant.forward.windows import batches_of, tokens_at_once, within_memory
 
 @torch.inference_mode()
 def activation_orders(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Units of every axis by falling size of what they contribute.
+    """Old index of each new unit when the units of :func:`activation_sizes` that contribute most come first.
+
+    Returns:
+        axis name -> old index of each new unit, shape ``(units,)``; axes that no matrix reads (experts) are left out.
+    """
+    return by_falling(activation_sizes(model, anatomy, windows))
+
+
+@torch.inference_mode()
+def activation_sizes(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How much every unit of every axis contributes on calibration text.
 
     A unit is read by matrices (``down_proj`` reads channels, ``o_proj`` heads). Its size is the root mean square of each
     of its elements times the norm of the matrix column that reads it, over all its elements and readers. The score of
@@ -25,16 +35,16 @@ def activation_orders(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> di
         windows: token ids, shape ``(windows, seqlen)``.
 
     Returns:
-        axis name -> old index of each new unit, shape ``(units,)``; axes that no matrix reads (experts) are left out.
+        axis name -> size of each unit, shape ``(units,)``; axes that no matrix reads (experts) are left out.
     """
     return within_memory(
         model,
-        lambda tokens: _orders(model, anatomy, batches_of(model, windows, tokens)),
+        lambda tokens: _sizes(model, anatomy, batches_of(model, windows, tokens)),
         max(tokens_at_once(model), windows.shape[1]),
     )
 
 
-def _orders(model: Any, anatomy: Anatomy, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+def _sizes(model: Any, anatomy: Anatomy, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     layers = layers_of(model, anatomy.source)
     sizes: dict[str, torch.Tensor] = {}
     squares: dict[tuple[str, str], torch.Tensor] = {}
@@ -66,4 +76,4 @@ def _orders(model: Any, anatomy: Anatomy, batches: list[torch.Tensor]) -> dict[s
         contributed = (squares[block.name, weight.path] * columns).sqrt().cpu()
         for axis, own in by_unit(block, weight, contributed):
             sizes[axis.name] = sizes.get(axis.name, 0) + own
-    return by_falling({name: size for name, size in sizes.items() if name in anatomy.axes})
+    return {name: size for name, size in sizes.items() if name in anatomy.axes}

@@ -8,7 +8,7 @@ import random
 import re
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,10 +22,18 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Text:
-    """Rows of text and where they came from. Made by :func:`text`."""
+    """Rows of text and where they came from. Made by :func:`text`.
+
+    Attributes:
+        source: the name of the file, for people.
+        path: the file, None for a list.
+        column: the key of the text in JSON rows.
+    """
 
     rows: tuple[str, ...]
     source: str
+    path: str | None = field(default=None, compare=False)
+    column: str = field(default="text", compare=False)
 
     @property
     def digest(self) -> str:
@@ -90,10 +98,10 @@ def text(source: str | Path | Iterable[str], *, column: str = "text") -> Text:
         DataError: missing file, wrong form, or no text in it.
     """
     if not isinstance(source, str | Path):
-        rows, name = list(source), "a list"
+        rows, name, file = list(source), "a list", None
     else:
         path = Path(source)
-        name = path.name
+        name, file = path.name, str(path.resolve())
         raw = read(path)
         is_json = unpacked(path).suffix.lower() in (".json", ".jsonl")
         rows = _json_rows(raw, path, column) if is_json else re.split(r"\n\s*\n", raw)
@@ -105,7 +113,7 @@ def text(source: str | Path | Iterable[str], *, column: str = "text") -> Text:
     kept = tuple(row for row in rows if row)
     if not kept:
         raise DataError(f"{name} holds no text")
-    return Text(kept, name)
+    return Text(kept, name, file, column)
 
 
 def set_apart(rows: tuple[Row, ...], share: float, source: str) -> tuple[tuple[Row, ...], tuple[Row, ...]]:

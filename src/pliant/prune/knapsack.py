@@ -49,6 +49,9 @@ class KnapsackPruner(OrderedPruner):
 
     order: str = "activation"
 
+    def estimate(self, blocks: int, row: float) -> tuple[float, bool]:
+        return 0.6 * self.samples * row * (blocks * (self.levels + 1) + self.swaps), False
+
     def run(self, job: Job) -> None:
         pruning = self.begin(job)
         menus = self._menus(pruning.anatomy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -11,9 +12,9 @@ from pliant.anatomy import Anatomy, agree, answer, evaluating, probe
 from pliant.checkpoint.fingerprint import check_finite
 from pliant.data import Text
 from pliant.elastic import Elastic, Subnet, described, extract, ratio, validate
-from pliant.errors import DataError, SubnetError
+from pliant.errors import DataError, StepError, SubnetError
 from pliant.forward.windows import seqlen_of, windows_for
-from pliant.prune.imported_configs import parse_config
+from pliant.prune.imported_configs import config_in, parse_config
 from pliant.prune.unit_order import ORDERS, ordered
 from pliant.step import Job, Step, setting
 
@@ -25,7 +26,7 @@ class Cut(Step):
     family: ClassVar[str] = "pruner"
 
     subnet: Subnet | Mapping[str, Any] = setting(
-        "What to keep; or what a file of :func:`pliant.read_config` says, read for the model that is cut."
+        "What to keep: a sub-network, the contents of a file of pliant.read_config, or the path of such a file."
     )
 
     order: str = setting(
@@ -46,6 +47,13 @@ class Cut(Step):
     )
 
     seed: int = setting("activation: seed of the draw of calibration rows.", default=42, at_least=0, at_most=2**63 - 1)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.subnet, str | Path):
+            object.__setattr__(self, "subnet", config_in(self.subnet))
+        if not isinstance(self.subnet, Subnet | Mapping):
+            raise StepError(f"subnet must be a Subnet, a mapping or the path of a file; not {self.subnet!r}")
+        super().__post_init__()
 
     def run(self, job: Job) -> None:
         check_finite(job.model)

@@ -25,6 +25,7 @@ from pliant.pages import pages_of
 from pliant.prune.known_subnet import cut_exactly
 from pliant.prune.moves import Moves
 from pliant.prune.put_back import Removal, put_backs
+from pliant.prune.removal_record import refits, removals
 from pliant.prune.repair import repair
 from pliant.searches.archive import Archive
 from pliant.searches.greedy import Greedy, Move, check_loss
@@ -82,7 +83,8 @@ class Pruning:
 
     def __post_init__(self) -> None:
         self.anatomy = described(self.job.model)
-        self.archive = Archive(self.job.place(ARCHIVE, "evaluations"), self.belongs_to)
+        path = self.job.file(ARCHIVE, lambda earlier: Archive(earlier, self.belongs_to))
+        self.archive = Archive(path, self.belongs_to)
 
     def stage(
         self,
@@ -204,7 +206,7 @@ class Pruning:
 
     def cost(self, per: str) -> Cost:
         """A cost by name, see :func:`pliant.measure.cost.cost_of`; what is measured for it is kept beside the archive."""
-        return cost_of(per, self.job.model, self.anatomy, self.job.place(f"latency-{per}.json", "evaluations"))
+        return cost_of(per, self.job.model, self.anatomy, self.job.file(f"latency-{per}.json"))
 
     def commit(self, stage: str, move: Move, loss: float | None, hurt: float = math.nan) -> None:
         """Take a move, and mark the point it leads to on the trade curve.
@@ -279,7 +281,9 @@ class Pruning:
             with self.job.progress.stage("repair"):
                 fits = repair(self.job.model, self.anatomy, self.subnet, windows, ridge, self.job.progress)
                 self.job.record["repair"] = fits
+                self.job.show(*refits(fits))
         cut_exactly(self.job.model, self.anatomy, self.subnet)
+        self.job.show(*removals(self.points, self.counters))
         self.job.record.update(
             ratio=ratio(self.anatomy, self.subnet),
             subnet=self.subnet.to_dict(),

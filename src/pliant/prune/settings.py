@@ -20,7 +20,7 @@ from pliant.measure.scores import Score, score_of
 from pliant.pages import pages_of
 from pliant.prune.moves import Moves, fitting, reach, unit_of
 from pliant.prune.repair import repair_bytes
-from pliant.prune.session import Pruning
+from pliant.prune.session import ARCHIVE, PER_REMOVAL, Pruning
 from pliant.prune.unit_order import ORDERS
 from pliant.searches.greedy import MODES
 from pliant.step import Job, Step, setting
@@ -33,6 +33,7 @@ class Pruner(Step):
 
     family: ClassVar[str] = "pruner"
     needs: ClassVar[frozenset[str]] = frozenset({"text", "ratio"})
+    keeps: ClassVar[tuple[str, ...]] = (ARCHIVE,)
 
     ratio: float = setting(
         "Share of all parameters to remove, embeddings included: 0.2 makes the model a fifth smaller. The"
@@ -87,6 +88,9 @@ class Pruner(Step):
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "metric": self.score.key}
+
+    def estimate(self, blocks: int, row: float) -> tuple[float, bool]:  # noqa: ARG002
+        return self.samples * row * 3, False
 
     def begin(self, job: Job) -> Pruning:
         """Check the model and the data, and open the archive."""
@@ -170,6 +174,13 @@ class GreedyPruner(Pruner):
         choices=(UNIT, *COSTS),
     )
 
+    def estimate(self, blocks: int, row: float) -> tuple[float, bool]:
+        # all blocks once, then a few for each removal; a score takes the layers behind the block, about half of them
+        passes = blocks + PER_REMOVAL * self.ratio * blocks
+        if self.search in ("exact", "naive"):
+            passes = max(passes, self.ratio * blocks * blocks)
+        return 0.6 * self.samples * row * passes, False
+
     def stage(
         self,
         pruning: Pruning,
@@ -210,6 +221,9 @@ class WidthPruner(OrderedPruner, GreedyPruner):
     head_group: int = setting(
         "Key-value groups removed in one move, each with all query heads that share it.", default=1, at_least=1
     )
+
+    def estimate(self, blocks: int, row: float) -> tuple[float, bool]:
+        return 4 * super().estimate(blocks, row)[0], False  # a block goes in about four parts
 
     def mlp_groups(self, job: Job, anatomy: Anatomy) -> dict[str, int]:
         """Units of each axis of the blocks other than attention that go in one move."""

@@ -58,43 +58,70 @@ def apply(
     if data is not None and not isinstance(data, Text | Examples):
         raise DataError(f"data is pliant.text(path), pliant.examples(path) or a path, not {data!r}")
     shown = progress if isinstance(progress, Progress) else Console() if progress else Progress()
+    check_trainable(model, steps)
     for one in steps:
-        if one.trains and pages_of(model) is not None:
-            raise MemoryLimitError(
-                "training keeps all weights in memory; save the cut model and train it in a run without a memory limit"
-            )
-    for one in steps:
-        before = _parameters(model)
-        job = Job(
-            model=model,
-            tokenizer=lambda: tokenizer if tokenizer is not None else tokenizer_of(model),
-            dense=lambda: dense if dense is not None else _loaded_again(model),
-            data=data,
-            work=None if work is None else Path(work),
-            progress=shown,
-        )
-        began = time.monotonic()
-        was_training = model.training
-        try:
-            one.run(job)
-        finally:
-            model.train(was_training)
-        if one.reshapes:
-            write(model)
-        history = [*getattr(model, "pliant_history", [])]
-        history.append(
-            {
-                "settings": one.to_dict(),
-                "data": None if data is None else {"source": data.source, "rows": len(data.rows), "hash": data.digest},
-                "parameters_before": before,
-                "parameters_after": _parameters(model) if one.reshapes else before,
-                "seconds": time.monotonic() - began,
-                "peak_memory": peak_memory(),
-                **job.record,
-            }
-        )
-        model.pliant_history = history
+        folder = None if work is None else Path(work) / folder_name(model, one)
+        apply_step(model, one, data, tokenizer=tokenizer, dense=dense, folder=folder, progress=shown)
     return model
+
+
+def folder_name(model: Any, step: Step) -> str:
+    """Name of the folder of the next step that is applied to ``model``: ``2-recover``."""
+    return f"{len(getattr(model, 'pliant_history', [])) + 1}-{step.kind}"
+
+
+def apply_step(
+    model: Any,
+    step: Step,
+    data: Text | Examples | None,
+    *,
+    tokenizer: Any,
+    dense: Any,
+    folder: Path | None,
+    progress: Progress,
+    earlier: Path | None = None,
+) -> None:
+    """Apply one step to ``model`` in place, and add its record to ``model.pliant_history``."""
+    before = _parameters(model)
+    job = Job(
+        model=model,
+        tokenizer=lambda: tokenizer if tokenizer is not None else tokenizer_of(model),
+        dense=lambda: dense if dense is not None else _loaded_again(model),
+        data=data,
+        folder=folder,
+        progress=progress,
+        earlier=earlier,
+    )
+    began = time.monotonic()
+    was_training = model.training
+    try:
+        step.run(job)
+    finally:
+        model.train(was_training)
+    if step.reshapes:
+        write(model)
+    record = {
+        "settings": step.to_dict(),
+        "data": None if data is None else {"source": data.source, "rows": len(data.rows), "hash": data.digest},
+        "parameters_before": before,
+        "parameters_after": _parameters(model) if step.reshapes else before,
+        "seconds": time.monotonic() - began,
+        "peak_memory": peak_memory(),
+        **job.record,
+    }
+    model.pliant_history = [*getattr(model, "pliant_history", []), record]
+
+
+def check_trainable(model: Any, steps: Sequence[Step]) -> None:
+    """Refuse to train a model whose weights are in files.
+
+    Raises:
+        MemoryLimitError: one of the steps trains, and the model was loaded within a memory limit.
+    """
+    if any(step.trains for step in steps) and pages_of(model) is not None:
+        raise MemoryLimitError(
+            "training keeps all weights in memory; save the cut model and train it in a run without a memory limit"
+        )
 
 
 def _check_model(model: Any) -> None:

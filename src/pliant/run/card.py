@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from collections import Counter
 from importlib import metadata
 from typing import Any
 
@@ -13,11 +12,10 @@ import yaml
 
 from pliant.checkpoint.load import auto_name
 from pliant.measure.quality.evaluate import SHARES
+from pliant.record import notes_of
 
 READERS = {"pixel_values": ("processor", "AutoImageProcessor")}
 """What reads the input of a model, by the name of that input; a tokenizer for all others."""
-
-NAMED = 0.001  # kinds of skipped parameters below this share of the model are not named
 
 
 def versions() -> dict[str, Any]:
@@ -38,8 +36,7 @@ def card(model: Any, history: list[dict[str, Any]], report: dict[str, Any] | Non
     tags = ["pliant"]
     if any(step["parameters_after"] < step["parameters_before"] for step in history):
         tags.append("pruned")
-    if _formats(history):
-        tags.append("quantized")
+    tags += [tag for step in history for tag in step.get("tags", []) if tag not in tags]
     metadata = {"base_model": base, "library_name": "transformers", "tags": tags}
     lines = [
         "---",
@@ -54,7 +51,7 @@ def card(model: Any, history: list[dict[str, Any]], report: dict[str, Any] | Non
         lines.append(f"- {step['settings']['step']} ({settings})")
         lines.append(
             f"  {step['parameters_before']:,} to {step['parameters_after']:,} parameters in {step['seconds']:.0f} s"
-            + (f". {said}." if (said := on_values(step)) else "")
+            + (f". {said}" if (said := notes_of(step)) else "")
         )
     if report is not None:
         lines += ["", "| | before | after |", "|---|---|---|"]
@@ -81,9 +78,7 @@ def card(model: Any, history: list[dict[str, Any]], report: dict[str, Any] | Non
 def changed(report: dict[str, Any]) -> str:
     """What was done to a model, in a few words."""
     told = [f"{report['ratio']:.1%} of the parameters removed"] if report["ratio"] else []
-    if forms := _formats(report["steps"]):
-        share = 1 - next(step["left"]["share"] for step in report["steps"] if "packed" in step)
-        told.append(f"linear layers ({share:.1%} of the parameters) packed as {' and '.join(forms)}")
+    told += [step["done"] for step in report["steps"] if "done" in step]
     return ", ".join(told) or "no parameters removed"
 
 
@@ -91,28 +86,6 @@ def measured_on(report: dict[str, Any]) -> str:
     """The device of a report; for the CPU, its model and the number of threads."""
     where = report["machine"]
     return f"{where['cpu']}, {where['threads']} threads" if report["device"] == "cpu" else report["device"]
-
-
-def on_values(step: dict[str, Any]) -> str:
-    """How a packed model runs, and which parameters a step on values skipped; an empty string for other steps."""
-    told = []
-    if "packed" in step:
-        how = "all run in one native call" if step["native"] else f"run one by one: {step['why_not_native']}"
-        told.append(f"Packed layers at {step['bits']:.2f} bits per weight, {how}")
-    left = step.get("left", {"parameters": 0})
-    if left["parameters"]:
-        shares = [(kind["parameters"] * left["share"] / left["parameters"], kind["why"]) for kind in left["reasons"]]
-        kinds = [f"{share:.1%} {why}" for share, why in shares if share >= NAMED] or [shares[0][1]]
-        done = "packed" if "packed" in step else "changed"
-        size = _megabytes(left["bytes"])
-        told.append(f"Not {done}: {left['share']:.1%} of the parameters ({size}), of which {'; '.join(kinds)}")
-    return ". ".join(told)
-
-
-def _formats(history: list[dict[str, Any]]) -> list[str]:
-    """The packed formats of a model, those of most layers first."""
-    forms = Counter(layer["format"] for step in history for layer in step.get("packed", {}).values())
-    return [form for form, _ in forms.most_common()]
 
 
 def table(report: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from filecmp import cmp
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,8 @@ from pliant.checkpoint.packed_config import held_bytes, packed_bytes, unpacked_b
 from pliant.compat.native import cached_bytes
 from pliant.data import Text, text
 from pliant.device import called
-from pliant.digest import digest, json_digest
 from pliant.elastic import Subnet, cache_bytes, described, macs, parameters, streamed_bytes, weight_bytes
 from pliant.errors import BusyError, PliantError
-from pliant.files import write_json
 from pliant.forward.windows import check_model, longest_of, predicts
 from pliant.machine import machine
 from pliant.measure.memory import disk_bytes, run_memory
@@ -32,15 +31,23 @@ from pliant.measure.quality.replies import check_prompts, replies
 from pliant.measure.speed.bench import bench
 from pliant.pages import pages_of
 from pliant.progress import Console, Progress
-from pliant.run.apply import apply, check_unpacked
+from pliant.run.apply import apply_step, check_trainable, check_unpacked
 from pliant.run.card import versions
 from pliant.run.save import check_savable, save
-from pliant.run.target import LOCK, check_target, work_folder
-from pliant.searches import ArchiveError
-from pliant.step import Step, recipe_of
+from pliant.run.stages import (
+    RESULTS,
+    Results,
+    Stage,
+    forget_model,
+    has_model,
+    keep_model,
+    kept_model,
+    key_of,
+    path_digest,
+)
+from pliant.run.target import LOCK, check_target, files_in, work_folder
+from pliant.step import Step, paths_of, recipe_of
 
-ARCHIVES = "search*.jsonl"  # one for each step that searched
-MEASURED = "measured.json"
 _PROMPT = 256  # tokens of context in which speed is predicted and measured
 
 
@@ -80,9 +87,10 @@ def compress(
 ) -> dict[str, Any]:
     """Compress a model into the folder ``out`` and return the report.
 
-    While it runs, evaluations are kept in ``out`` + ``.work``: after a crash or Ctrl-C the same call resumes from them. Afterwards
-    the archive is part of the artefact: a run with ``overwrite`` that differs only in settings on which no score depends (such as
-    the ratio) starts from it, and an identical run finds its work done.
+    The run is a plan of stages (see :class:`Compression`). What they give is kept in ``out`` + ``.work``, each under a key of all
+    that it depends on: after a crash or Ctrl-C the same call skips what is there. Afterwards archives of searches are part of the
+    artefact: a run with ``overwrite`` that differs only in settings on which no score depends (such as the ratio) starts from
+    them, and an identical run finds its work done.
 
     Arguments:
         data: calibration text; None for a step that needs none.
@@ -102,6 +110,12 @@ def compress(
     out = check_target(out, overwrite, source=source)
     calibration = text(data) if isinstance(data, str | Path) else data
     held_out = [one if isinstance(one, Text) else text(one) for one in measuring.perplexity]
+    inputs = {
+        "data": None if calibration is None else described_text(calibration),
+        "measuring": described_measuring(measuring, held_out),
+        "dtype": str(dtype).removeprefix("torch."),
+        "read": {path: path_digest(path) for one in steps for path in paths_of(one) if Path(path).is_file()},
+    }
     if not held_out and calibration is not None:
         calibration, rest = calibration.split(0.1)
         held_out = [rest]
@@ -113,33 +127,25 @@ def compress(
         lock.acquire(timeout=0)
     except Timeout:
         raise BusyError(f"another run is writing to {str(out)!r}; wait for it, or name another folder") from None
-
-    def run() -> dict[str, Any]:
-        for made in [*(out.glob(ARCHIVES) if earlier else ()), out / MEASURED]:
-            if made.exists() and not (work / made.name).exists():
-                shutil.copyfile(made, work / made.name)
-        with progress.stage(f"loading {source}"):
-            model = load(source, dtype=dtype, device=device, memory=memory, scratch=work)
-        return _compress(source, model, steps, calibration, held_out, out, work, measuring, overwrite, dtype, progress)
-
     try:
-        # archives of what is about to be overwritten: a start, or of no use if they came from other settings
-        earlier = all((out / made.name).exists() and cmp(made, out / made.name) for made in work.glob(ARCHIVES))
-        try:
-            report = run()
-        except ArchiveError:
-            if not (earlier and any(work.glob(ARCHIVES))):
-                raise
-            report = None
-        if report is None:  # outside the handler, which would keep the first model in memory
-            earlier = False
-            for made in work.glob(ARCHIVES):
-                made.unlink()
-            report = run()
+        made = Compression(
+            source,
+            steps,
+            calibration,
+            held_out,
+            out,
+            work,
+            measuring,
+            overwrite,
+            dtype,
+            device,
+            memory,
+            progress,
+            inputs,
+        )
+        report = made.run()
     except BaseException as error:
-        refused = isinstance(error, PliantError)  # then there is nothing to go on from
-        trained = any(work.glob("*/state.safetensors"))
-        if not any(work.glob(ARCHIVES)) and not trained and (refused or not (work / MEASURED).exists()):
+        if not _worth_keeping(work, refused=isinstance(error, PliantError)):
             shutil.rmtree(work, ignore_errors=True)
         lock.release()
         raise
@@ -148,162 +154,267 @@ def compress(
     return report
 
 
-def _compress(
-    source: str | Path,
-    model: Any,
-    steps: list[Step],
-    calibration: Text | None,
-    held_out: list[Text],
-    out: Path,
-    work: Path,
-    measuring: Measuring,
-    overwrite: bool,
-    dtype: Any,
-    progress: Progress,
-) -> dict[str, Any]:
-    check_unpacked(model)
-    if measuring.prompts:
-        check_model(model)
-    reads = calibration is not None or held_out or measuring.tasks or measuring.prompts
-    tokenizer = tokenizer_of(model) if reads else None
-    if measuring.speed and not predicts(model):
-        progress.note("speed is measured of causal language models only")
-        measuring = replace(measuring, speed=False)
-    check_target(out, overwrite, sum(p.numel() * p.element_size() for p in model.parameters()), source)
-    check_savable(model)
-    job = _job(model, tokenizer, steps, calibration, held_out, measuring)
-    if (done := _finished(out, job)) is not None:
-        progress.note(f"{out} holds this result already; remove it to have it made anew")
-        return done
-
-    def quality(of: Any, name: str) -> dict[str, Any]:
-        if not held_out and not measuring.tasks:
-            return {"perplexity": {}, "tasks": {}}
-        return _remembered(
-            work / MEASURED,
-            _key(of, tokenizer, held_out, measuring),
-            lambda: _measure(of, name, held_out, tokenizer, measuring, progress),
-        )
-
-    def replied(name: str) -> list[str]:
-        with progress.stage(f"replies of the {name} model"):
-            return replies(model, tokenizer, measuring.prompts) if measuring.prompts else []
-
-    before = {**_costs(model), "quality": quality(model, "dense")}
-    replies_before = replied("dense")
-    dense = copy.deepcopy(model) if measuring.speed else None
-    apply(model, steps, calibration, tokenizer=tokenizer, dense=dense, work=work, progress=progress)
-    after = {**_costs(model), "quality": quality(model, "cut")}
-    report = {
-        "schema": 1,
-        "job": job,
-        "model": str(source),
-        "ratio": 1 - after["parameters"] / before["parameters"],
-        "before": before,
-        "after": after,
-        "layers": _shares(before.pop("units"), after.pop("units")),
-        "replies": [
-            {"prompt": prompt, "before": old, "after": new}
-            for prompt, old, new in zip(measuring.prompts, replies_before, replied("cut"), strict=True)
-        ],
-        "steps": model.pliant_history,
-        "machine": machine(),
-        "device": called(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        **versions(),
-    }
-    if dense is not None:
-        with progress.stage("timing both models in turn"):
-            report["speed"] = bench(model, dense, tokens=min(32, longest_of(model) // 4))
-        report["predicted"] = {
-            "prefill": before["macs_per_token"] / after["macs_per_token"],
-            "decode": before["streamed_bytes"] / after["streamed_bytes"],
-        }
-    if (pages := pages_of(model)) is not None:
-        report["memory"] = {"limit": pages.limit, "peak": pages.peak}
-
-    def weigh(written: Path) -> None:
-        """Measure bytes on disk and memory to run, of the source model and of the model just written."""
-        if measuring.speed:
-            with progress.stage("running both models in separate processes to measure their memory"):
-                for costs, where in ((before, source), (after, written)):
-                    costs["disk_bytes"] = disk_bytes(where)
-                    costs["run_memory"] = run_memory(where, dtype)
-
-    archive = {made.name: made for made in [*sorted(work.glob(ARCHIVES)), work / MEASURED] if made.exists()}
-    with progress.stage(f"writing {out}"):
-        save(model, out, report=report, extra=archive, overwrite=overwrite, weigh=weigh)
-    return report
+def _worth_keeping(work: Path, *, refused: bool) -> bool:
+    """Whether a run that ended early can go on from its work folder; a refused one only from what its steps have kept."""
+    of_steps = any(files_in(folder) for folder in work.iterdir() if folder.is_dir() and re.match(r"\d+-", folder.name))
+    return of_steps or (not refused and (work / RESULTS).exists())
 
 
-def _measure(
-    model: Any, name: str, held_out: list[Text], tokenizer: Any, measuring: Measuring, progress: Progress
-) -> dict[str, Any]:
-    with progress.stage(f"measuring the {name} model"):
-        return evaluate(
-            model,
-            perplexity=held_out,
-            tasks=measuring.tasks,
-            tokenizer=tokenizer,
-            seqlen=measuring.seqlen,
-            windows=measuring.windows,
-            limit=measuring.limit,
-        )
+def described_text(of: Text) -> dict[str, Any]:
+    """Where a text is and what it holds, for a recipe."""
+    column = {} if of.column == "text" else {"column": of.column}
+    return {"path": of.path, "source": of.source, **column, "rows": len(of.rows), "hash": of.digest}
 
 
-def _key(model: Any, tokenizer: Any, held_out: list[Text], measuring: Measuring) -> str:
-    """What a quality depends on, as a hash."""
-    tasks = [digest([Path(task).read_bytes()], size=64) if Path(task).is_file() else "" for task in measuring.tasks]
-    settings = (measuring.seqlen, measuring.windows, measuring.limit, [str(task) for task in measuring.tasks], tasks)
-    texts = [(source.source, source.digest, source.token_digest(tokenizer)) for source in held_out]
-    return json_digest([fingerprint(model), texts, settings])
-
-
-def _job(
-    model: Any,
-    tokenizer: Any,
-    steps: list[Step],
-    calibration: Text | None,
-    held_out: list[Text],
-    measuring: Measuring,
-) -> str | None:
-    """What a whole run depends on, as a hash; None where a step reads files of its own, which may have changed."""
-    if any(getattr(one, name, None) for one in steps for name in ("data", "teacher")):
-        return None
-    text_ = None if calibration is None else (calibration.digest, calibration.token_digest(tokenizer))
-    settings = [
-        [one.to_dict() for one in steps],
-        text_,
-        measuring.speed,
-        list(measuring.prompts),
-        str(model.dtype),
-        *([str(model.device)] if model.device.type != "cpu" else []),
-        machine()["cpu"],
-        versions(),
+def described_measuring(measuring: Measuring, held_out: Sequence[Text]) -> dict[str, Any]:
+    """What was measured and on what, for a recipe."""
+    tasks = [
+        {"path": str(Path(task).expanduser().resolve()), "hash": path_digest(str(task))} for task in measuring.tasks
     ]
-    return json_digest([_key(model, tokenizer, held_out, measuring), settings])
+    return {
+        "perplexity": [described_text(of) for of in held_out],
+        "tasks": tasks,
+        "seqlen": measuring.seqlen,
+        "windows": measuring.windows,
+        "limit": measuring.limit,
+        "speed": measuring.speed,
+        "prompts": list(measuring.prompts),
+    }
 
 
-def _finished(out: Path, job: str | None) -> dict[str, Any] | None:
-    """The report in ``out`` if it is that of this very run, and the model beside it is whole."""
-    try:
-        report = json.loads((out / "report.json").read_text("utf-8"))
-        check_folder(out)
-    except (OSError, ValueError):
-        return None
-    return report if job is not None and isinstance(report, dict) and report.get("job") == job else None
+@dataclass
+class Compression:
+    """One run, as a plan of stages. Each stage finds what it needs in what the stages before it have left here."""
 
+    source: str | Path
+    steps: list[Step]
+    calibration: Text | None
+    held_out: list[Text]
+    out: Path
+    work: Path
+    measuring: Measuring
+    overwrite: bool
+    dtype: Any
+    device: Any
+    memory: int | str | None
+    progress: Progress
+    inputs: dict[str, Any]
 
-def _remembered(path: Path, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What was measured under ``key`` before, or is measured now and kept in ``path``."""
-    try:
-        known = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    if not isinstance(known, dict) or key not in known:
-        known = {**(known if isinstance(known, dict) else {}), key: measure()}
-        write_json(path, known)
-    return known[key]
+    model: Any = field(init=False, default=None)
+    dense: Any = field(init=False, default=None)
+    tokenizer: Any = field(init=False, default=None)
+    keys: list[str | None] = field(init=False, default_factory=list)
+    job: str | None = field(init=False, default=None)
+    before: dict[str, Any] = field(init=False, default_factory=dict)
+    after: dict[str, Any] = field(init=False, default_factory=dict)
+    timed: dict[str, Any] = field(init=False, default_factory=dict)
+    report: dict[str, Any] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.results = Results(self.work, self.out)
+
+    def stages(self) -> list[Stage]:
+        """The plan, in order."""
+        return [
+            Stage("load", self.load),
+            Stage("measure before", lambda: self.measure("dense", self.before)),
+            *(Stage(folder, partial(self.step, number)) for number, folder in enumerate(self.folders())),
+            Stage("measure after", lambda: self.measure("cut", self.after)),
+            Stage("time", self.time),
+            Stage("write", self.write),
+        ]
+
+    def folders(self) -> list[str]:
+        """Name of the folder of every step."""
+        return [f"{number}-{step.kind}" for number, step in enumerate(self.steps, 1)]
+
+    def run(self) -> dict[str, Any]:
+        """Do every stage whose result is not there yet."""
+        for stage in self.stages():
+            stage.run()
+            if self.report is not None:
+                break
+        assert self.report is not None
+        return self.report
+
+    def load(self) -> None:
+        """Load the model and check that the run can be done and its result be saved; find out what earlier runs have left."""
+        with self.progress.stage(f"loading {self.source}"):
+            self.model = model = load(
+                self.source, dtype=self.dtype, device=self.device, memory=self.memory, scratch=self.work
+            )
+        check_unpacked(model)
+        check_trainable(model, self.steps)
+        if self.measuring.prompts:
+            check_model(model)
+        if self.calibration is not None or self.held_out or self.measuring.tasks or self.measuring.prompts:
+            self.tokenizer = tokenizer_of(model)
+        if self.measuring.speed and not predicts(model):
+            self.progress.note("speed is measured of causal language models only")
+            self.measuring = replace(self.measuring, speed=False)
+        check_target(
+            self.out, self.overwrite, sum(p.numel() * p.element_size() for p in model.parameters()), self.source
+        )
+        check_savable(model)
+        self.keys = self._keys()
+        self.job = (
+            None if self.keys[-1] is None else key_of(self.keys[-1], self._quality_key(), self.inputs, self._where())
+        )
+        if (done := self._written()) is not None:
+            self.progress.note(f"{self.out} holds this result already; remove it to have it made anew")
+            self.report = done
+
+    def measure(self, name: str, costs: dict[str, Any]) -> None:
+        """Count what the model costs, and measure its quality and its replies."""
+        costs.update(_costs(self.model), quality={"perplexity": {}, "tasks": {}})
+        if self.held_out or self.measuring.tasks:
+            costs["quality"] = self.results.of(self._quality_key(), lambda: self._quality(name))
+        replied: list[str] = []
+        if prompts := list(self.measuring.prompts):
+            with self.progress.stage(f"replies of the {name} model"):
+                key = key_of("replies", fingerprint(self.model), prompts, self._where())
+                replied = self.results.of(key, lambda: replies(self.model, self.tokenizer, prompts))
+        costs["replies"] = replied
+
+    def step(self, number: int) -> None:
+        """Do one step, or go on from the result that a later one or itself has left."""
+        name, key = self.folders()[number], self.keys[number + 1]
+        if number == 0 and self.measuring.speed:
+            self.dense = copy.deepcopy(self.model)
+        kept = [later for later in range(number, len(self.steps)) if self._kept(later)]
+        if len(getattr(self.model, "pliant_history", [])) > number:
+            return  # the model is that of a later step
+        if kept and (found := kept_model(self.work / self.folders()[kept[-1]], self.model)) is not None:
+            self.progress.note(f"going on from {self.folders()[kept[-1]]}, which an earlier run has finished")
+            self.model = found
+            return
+        apply_step(
+            self.model,
+            self.steps[number],
+            self.calibration,
+            tokenizer=self.tokenizer,
+            dense=self.dense,
+            folder=self.work / name,
+            progress=self.progress,
+            earlier=self.out / name,
+        )
+        seconds = self.model.pliant_history[-1]["seconds"]
+        if key is not None and keep_model(self.model, self.work / name, key, seconds):
+            for earlier in self.folders()[:number]:
+                forget_model(self.work / earlier)
+
+    def time(self) -> None:
+        """Time both models in turn."""
+        if not self.measuring.speed:
+            return
+        with self.progress.stage("timing both models in turn"):
+            self.timed = bench(self.model, self.dense, tokens=min(32, longest_of(self.model) // 4))
+
+    def write(self) -> None:
+        """Write the artefact."""
+        before, after, model = self.before, self.after, self.model
+        report = {
+            "schema": 2,
+            "job": self.job,
+            "model": str(self.source),
+            "ratio": 1 - after["parameters"] / before["parameters"],
+            "before": before,
+            "after": after,
+            "layers": _shares(before.pop("units"), after.pop("units")),
+            "replies": [
+                {"prompt": prompt, "before": old, "after": new}
+                for prompt, old, new in zip(
+                    self.measuring.prompts, before.pop("replies"), after.pop("replies"), strict=True
+                )
+            ],
+            "steps": model.pliant_history,
+            "machine": machine(),
+            "device": called(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            **versions(),
+        }
+        if self.timed:
+            report["speed"] = self.timed
+            report["predicted"] = {
+                "prefill": before["macs_per_token"] / after["macs_per_token"],
+                "decode": before["streamed_bytes"] / after["streamed_bytes"],
+            }
+        if (pages := pages_of(model)) is not None:
+            report["memory"] = {"limit": pages.limit, "peak": pages.peak}
+
+        def weigh(written: Path) -> None:
+            """Measure bytes on disk and memory to run, of the source model and of the model just written."""
+            if self.measuring.speed:
+                with self.progress.stage("running both models in separate processes to measure their memory"):
+                    for costs, where in ((before, self.source), (after, written)):
+                        costs["disk_bytes"] = disk_bytes(where)
+                        costs["run_memory"] = run_memory(where, self.dtype)
+
+        kept = [
+            Path(RESULTS),
+            *(Path(f, name) for f, s in zip(self.folders(), self.steps, strict=True) for name in s.keeps),
+        ]
+        extra = {str(name): self.work / name for name in kept if (self.work / name).exists()}
+        with self.progress.stage(f"writing {self.out}"):
+            save(
+                model,
+                self.out,
+                report=report,
+                inputs=self.inputs,
+                extra=extra,
+                overwrite=self.overwrite,
+                weigh=weigh,
+            )
+        self.report = report
+
+    def _kept(self, number: int) -> bool:
+        return has_model(self.work / self.folders()[number], self.keys[number + 1])
+
+    def _where(self) -> list[Any]:
+        """What results depend on besides their inputs."""
+        device = [str(self.model.device)] if self.model.device.type != "cpu" else []
+        return [str(self.model.dtype), *device, machine()["cpu"], versions()]
+
+    def _keys(self) -> list[str | None]:
+        """The key of the loaded model, and of what each step makes of it; None where a step reads what has no digest."""
+        text_ = None
+        if self.calibration is not None:
+            text_ = (self.calibration.digest, self.calibration.token_digest(self.tokenizer))
+        keys: list[str | None] = [key_of(fingerprint(self.model), text_, self._where())]
+        for step in self.steps:
+            digests = [path_digest(path) for path in paths_of(step)]
+            unknown = keys[-1] is None or None in digests
+            keys.append(None if unknown else key_of(keys[-1], step.to_dict(), digests))
+        return keys
+
+    def _quality_key(self) -> str:
+        """What the quality of the model depends on, as a hash."""
+        of = self.measuring
+        tasks = [(str(task), path_digest(str(task))) for task in of.tasks]
+        texts = [(source.source, source.digest, source.token_digest(self.tokenizer)) for source in self.held_out]
+        return key_of("quality", fingerprint(self.model), texts, of.seqlen, of.windows, of.limit, tasks)
+
+    def _quality(self, name: str) -> dict[str, Any]:
+        with self.progress.stage(f"measuring the {name} model"):
+            return evaluate(
+                self.model,
+                perplexity=self.held_out,
+                tasks=self.measuring.tasks,
+                tokenizer=self.tokenizer,
+                seqlen=self.measuring.seqlen,
+                windows=self.measuring.windows,
+                limit=self.measuring.limit,
+            )
+
+    def _written(self) -> dict[str, Any] | None:
+        """The report in ``out`` if it is that of this very run, and the model beside it is whole."""
+        try:
+            report = json.loads((self.out / "report.json").read_text("utf-8"))
+            check_folder(self.out)
+        except (OSError, ValueError):
+            return None
+        same = self.job is not None and isinstance(report, dict) and report.get("job") == self.job
+        return report if same else None
 
 
 def _costs(model: Any) -> dict[str, Any]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from html import escape
+from itertools import groupby
 from typing import Any
 
 from pliant.formatting import duration, human_bytes
-from pliant.run.card import changed, measured_on, on_values, table
+from pliant.record import Curve, Note, Section, Table, sections_of
+from pliant.run.card import changed, measured_on, table
 
 STYLE = """
 :root{--ink:#1c2024;--dim:#60646c;--line:#d9dce0;--paper:#fff;--fill:#2a7d6f;--gone:#e7e9ec;--mark:#c2502e}
 @media(prefers-color-scheme:dark){:root{--ink:#edeef0;--dim:#a0a5ad;--line:#3a3f46;--paper:#16181b;--fill:#4fb3a1;--gone:#2a2e33;
 --mark:#e88a68}}
 body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:54rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.5rem;margin-bottom:.2rem}h2{font-size:1.1rem;margin-top:2rem}p{color:var(--dim)}
+h1{font-size:1.5rem;margin-bottom:.2rem}h2{font-size:1.1rem;margin-top:2rem}h3{font-size:1rem}p{color:var(--dim)}
 table{border-collapse:collapse;width:100%}td,th{text-align:right;padding:.3rem .6rem;border-bottom:1px solid var(--line)}
 td:first-child,th:first-child{text-align:left}td{font-variant-numeric:tabular-nums}th{font-weight:600;color:var(--dim)}
 svg{width:100%;height:auto}svg text{fill:var(--dim);font:11px system-ui,sans-serif}
@@ -83,105 +85,35 @@ def _predicted(report: dict[str, Any]) -> str:
 
 def _step(step: dict[str, Any]) -> str:
     settings = ", ".join(f"{k}={v}" for k, v in step["settings"].items() if k != "step")
-    costs = "".join(
-        f"<tr><td>{escape(name)}</td><td>{c['steps']}</td><td>{c['evaluations']}</td><td>{c['replayed']}</td>"
-        f"<td>{c['block_forwards']:,.0f}</td><td>{duration(c['seconds'])}</td></tr>"
-        for name, c in step.get("counters", {}).items()
+    drawn = "".join(
+        f"<p>{escape(' '.join(section.text for section in run if isinstance(section, Note)))}</p>"
+        if kind is Note
+        else "".join(map(_section, run))
+        for kind, run in groupby(sections_of(step), type)
     )
-    counted = (
-        "<table><tr><th>stage</th><th>removals</th><th>evaluations</th><th>from the archive</th><th>block forwards</th>"
-        f"<th>time</th></tr>{costs}</table>"
-        if costs
-        else ""
-    )
-    packed = f"<p>{escape(said)}.</p>" if (said := on_values(step)) else ""
     return (
-        f"<h2>{escape(step['settings']['step'])}</h2><p><code>{escape(settings)}</code></p>{_curve(step.get('points', []))}"
-        f"{packed}{counted}{_repair(step.get('repair', []))}{_recovery(step.get('recovery'))}<p>{duration(step['seconds'])} in all, peak memory {human_bytes(step['peak_memory'])}.</p>"
-        f"{_moves(step.get('points', []))}"
+        f"<h2>{escape(step['settings']['step'])}</h2><p><code>{escape(settings)}</code></p>{drawn}"
+        f"<p>{duration(step['seconds'])} in all, peak memory {human_bytes(step['peak_memory'])}.</p>"
     )
 
 
-def _moves(points: list[dict[str, Any]]) -> str:
-    if not points:
+def _section(section: Section) -> str:
+    """A table or a curve."""
+    if isinstance(section, Table):
+        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in section.rows)
+        head = "".join(f"<th>{escape(name)}</th>" for name in section.columns)
+        drawn, title = f"<table><tr>{head}</tr>{rows}</table>", escape(section.title)
+        if section.folded:
+            return f"<details><summary>{title}</summary>{drawn}</details>"
+        return f"<h3>{title}</h3>{drawn}" if title else drawn
+    if isinstance(section, Note) or len(section.xs) < 2 or max(section.xs) <= 0:
         return ""
-    rows = "".join(
-        f"<tr><td>{i}. {escape(p['unit'])}</td><td>{p['ratio']:.2%}</td><td>{_told(p)}</td></tr>"
-        for i, p in enumerate(points, 1)
-    )
-    return (
-        f"<details><summary>All {len(points)} removals</summary><table><tr><th>removed</th><th>ratio</th><th>{_label(points)}</th>"
-        f"</tr>{rows}</table></details>"
-    )
+    return _plot(section) + (f"<p>{escape(section.caption)}</p>" if section.caption else "")
 
 
-def _value(point: dict[str, Any]) -> float | None:
-    """What was scored after a removal; None when a ranking chose it and nothing was."""
-    return point["score"]
-
-
-def _told(point: dict[str, Any]) -> str:
-    value = _value(point)
-    return "not scored" if value is None else f"{value:.3f}"
-
-
-def _label(points: list[dict[str, Any]]) -> str:
-    return points[0]["label"]
-
-
-def _curve(points: list[dict[str, Any]]) -> str:
-    """Score against ratio, a dot for every removal, marked where a stage begins."""
-    values = [value for point in points if (value := _value(point)) is not None]
-    if len(values) < 2 or len(values) < len(points):
-        return ""
-    xs = [point["ratio"] for point in points]
-    firsts = {i: p["stage"] for i, p in enumerate(points) if i == 0 or points[i - 1]["stage"] != p["stage"]}
-    titles = [f"{p['unit']}: {y:.2f} at {x:.2%}" for p, x, y in zip(points, xs, values, strict=True)]
-    drawn = _plot(xs, values, titles, firsts, ".1%", f"{_label(points)} against ratio removed")
-    return (
-        f"{drawn}<p>{_label(points)} against the share of parameters removed. Each stage scores on its own sample.</p>"
-    )
-
-
-def _repair(fits: list[dict[str, Any]]) -> str:
-    """What refitting the last matrices did."""
-    refitted = [fit["distance"] for fit in fits if fit["distance"] is not None]
-    if not fits:
-        return ""
-    left = len(fits) - len(refitted)
-    alone = f" {left} block(s), which something else than a matrix ends, were left alone." if left else ""
-    if not refitted:
-        return f"<p>Repair:{alone}</p>"
-    last = refitted[-1]
-    return (
-        f"<p>Repair: {len(refitted)} blocks refitted. Mean square distance of the residual stream from that of the dense model, "
-        f"as a share of the latter, after the last one: {last['before']:.3g} before it was refitted, {last['after']:.3g} after.{alone}</p>"
-    )
-
-
-def _recovery(told: dict[str, Any] | None) -> str:
-    """Held-out loss while the model was trained."""
-    if told is None:
-        return ""
-    looks = [(row["step"], row["held_out"]) for row in told["curve"] if row["held_out"] is not None]
-    xs, ys = [float(step) for step, _ in looks], [loss for _, loss in looks]
-    titles = [f"step {x:.0f}: {y:.3f}" for x, y in looks]
-    drawn = _plot(xs, ys, titles, {}, ".0f", "held-out loss against steps") if len(looks) > 1 and xs[-1] > 0 else ""
-    said = " Held-out loss in nats per token against optimizer steps." if drawn else ""
-    return (
-        f"{drawn}<p>{told['steps']} steps, {told['tokens']:,} tokens at {told['tokens_per_second']:,.0f} tokens/s; the state of step "
-        f"{told['best_step']} was kept.{said}</p>"
-    )
-
-
-def _plot(xs: list[float], ys: list[float], titles: list[str], marks: dict[int, str], form: str, label: str) -> str:
-    """A line with a dot for every point, from 0 on the left.
-
-    Arguments:
-        titles: what a dot says when it is pointed at.
-        marks: number of a point -> what is written beside it.
-        form: format of the values on the horizontal axis.
-    """
+def _plot(curve: Curve) -> str:
+    """A line with a dot for every point, from 0 on the left."""
+    xs, ys, marks = curve.xs, curve.ys, {int(number): word for number, word in curve.marks.items()}
     width, height, left, bottom = 640, 260, 48, 30
     top_x, low, high = max(xs), min(ys), max(ys)
     span = (high - low) or 1.0
@@ -194,18 +126,18 @@ def _plot(xs: list[float], ys: list[float], titles: list[str], marks: dict[int, 
     for i, (x, y) in enumerate(map(place, xs, ys)):
         dots.append(
             f'<circle class="{"first" if i in marks else "dot"}" cx="{x:.1f}" cy="{y:.1f}" r="{4 if i in marks else 2.5}">'
-            f"<title>{escape(titles[i])}</title></circle>"
+            f"<title>{escape(curve.labels[i])}</title></circle>"
         )
         if i in marks:
             dots.append(f'<text x="{x + 6:.1f}" y="{y + 14:.1f}">{escape(marks[i])}</text>')
     ticks = "".join(
-        f'<text x="{place(t * top_x, low)[0]:.0f}" text-anchor="{anchor}" y="{height - 8}">{t * top_x:{form}}</text>'
+        f'<text x="{place(t * top_x, low)[0]:.0f}" text-anchor="{anchor}" y="{height - 8}">{t * top_x:{curve.x_format}}</text>'
         for t, anchor in ((0, "middle"), (0.25, "middle"), (0.5, "middle"), (0.75, "middle"), (1, "end"))
     ) + "".join(
         f'<text x="4" y="{place(0, low + t * span)[1] + 4:.0f}">{low + t * span:.4g}</text>' for t in (0, 0.5, 1)
     )
     return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(curve.title)}">'
         f'<line class="axis" x1="{left}" y1="{height - bottom + 4}" x2="{width - 8}" y2="{height - bottom + 4}"/>'
         f'<path class="curve" d="{path}"/>{"".join(dots)}{ticks}</svg>'
     )

@@ -18,6 +18,7 @@ from pliant.checkpoint.load import tokenizer_of
 from pliant.checkpoint.packed_config import is_packed
 from pliant.checkpoint.paged import save_paged
 from pliant.checkpoint.per_layer_config import write
+from pliant.compat.hub_revision import revision_of
 from pliant.errors import ArchitectureError, ArtefactError, MemoryLimitError, PliantError
 from pliant.formatting import parse_bytes
 from pliant.pages import pages_of
@@ -33,6 +34,7 @@ def save(
     *,
     tokenizer: Any = None,
     report: dict[str, Any] | None = None,
+    inputs: dict[str, Any] | None = None,
     extra: dict[str, Path] | None = None,
     overwrite: bool = False,
     weigh: Callable[[Path], None] | None = None,
@@ -44,6 +46,7 @@ def save(
         folder: must not exist yet, unless ``overwrite``.
         tokenizer: written beside the model; by default the source folder's files besides the weights are copied unchanged.
         report: what ``pliant compress`` measured; written as ``report.json`` and ``report.html``.
+        inputs: data and measurements of the run, for the recipe.
         extra: files to put in, by name.
         weigh: called with the temporary folder of the written model and tokenizer, before the report is written.
         overwrite: replace an earlier result. A folder that holds anything else is refused.
@@ -61,7 +64,7 @@ def save(
         _describe(model)
     history = getattr(model, "pliant_history", [])
     with written_aside(target) as aside:
-        _save_model(model, aside, shard)
+        save_model(model, aside, shard)
         _save_beside(model, tokenizer, aside)
         if weigh is not None:
             weigh(aside)
@@ -70,11 +73,13 @@ def save(
             (aside / "report.json").write_text(to_json(report) + "\n", "utf-8")
             (aside / "report.html").write_text(page(report), "utf-8")
         for name, path in (extra or {}).items():
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, aside / name)
         recipe = {
-            "recipe": 1,
+            "recipe": 2,
             "base_model": model.name_or_path,
             "steps": [_short(step) for step in history],
+            **(inputs or {}),
             **versions(),
             "files": sorted({*files_in(aside), RECIPE}),
         }
@@ -134,7 +139,8 @@ def check_savable(model: Any, tokenizer: Any = None) -> None:
         raise ArtefactError(f"cannot save this model: {error}") from error
 
 
-def _save_model(model: Any, aside: Path, shard: int) -> None:
+def save_model(model: Any, aside: Path, shard: int) -> None:
+    """Write weights and settings of a model into a folder, in files of at most ``shard`` bytes."""
     if (pages := pages_of(model)) is None:
         with _generation_config_kept(model, aside), _refused():
             model.save_pretrained(aside, max_shard_size=shard)
@@ -208,7 +214,7 @@ def _of_a_hub(model: Any) -> Path:
     """A local folder with the files of a model's hub repository, without its weights."""
     from huggingface_hub import snapshot_download
 
-    place = {"repo_id": model.name_or_path, "revision": getattr(model.config, "_commit_hash", None)}
+    place = {"repo_id": model.name_or_path, "revision": revision_of(model)}
     try:
         return Path(snapshot_download(**place, ignore_patterns=skipped_of_a_hub()))
     except (OSError, ValueError):  # the hub does not answer

@@ -91,7 +91,7 @@ class PackedWeight(torch.Tensor):
                 raise PackedError(
                     f"a packed weight has no {name}, because its values are not in memory; use layer.dense().weight"
                 )
-            if _writes(name) and not (name == "requires_grad_" and not args[1:] and kwargs == {"requires_grad": False}):
+            if writes(name) and not (name == "requires_grad_" and not args[1:] and kwargs == {"requires_grad": False}):
                 raise PackedError(
                     f"a packed weight is read-only ({name} writes to it); change the model before packing"
                 )
@@ -105,7 +105,7 @@ class PackedWeight(torch.Tensor):
         return func(*_dense(args), **_dense(kwargs))
 
 
-def _writes(name: str) -> bool:
+def writes(name: str) -> bool:
     """Whether the tensor method ``name`` changes its tensor."""
     if name.startswith("__"):
         return name in ("__setitem__", "__set__", "__delete__") or (name.startswith("__i") and name not in _READS)

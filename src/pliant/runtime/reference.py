@@ -47,10 +47,8 @@ def pack(weight: torch.Tensor, kind: int, sparse: bool, group: int, scales: torc
     packed = np.zeros(size, np.uint8)
     for place, part in zip(places, (scale_bytes, offsets, masks, values), strict=True):
         packed[place : place + len(part)] = np.frombuffer(part, np.uint8)
-    header = RawHeader(
-        *(MAGIC, VERSION, kind, int(sparse), group if kind == INT4 else 0, rows, columns, stored, *places, size),
-        checksum=0,
-    )
+    fields = (MAGIC, VERSION, kind, int(sparse), group if kind == INT4 else 0, rows, columns, stored, *places, size, 0)
+    header = RawHeader._make(fields)
     packed[:SIZE] = np.frombuffer(header.to_bytes(), np.uint8)
     packed[:SIZE] = np.frombuffer(header._replace(checksum=checksum(packed)).to_bytes(), np.uint8)
     return torch.from_numpy(packed)

@@ -18,6 +18,7 @@ from pliant.elastic import described
 from pliant.errors import DataError, StepError
 from pliant.formatting import human_bytes
 from pliant.forward.windows import check_ids, seqlen_of
+from pliant.record import Curve, Note, Section
 from pliant.step import Job, Step, setting
 from pliant.train.loop import SCHEDULES, Plan, Training, memory_peak
 from pliant.train.loss import Distillation
@@ -32,11 +33,32 @@ USUAL = 256  # default number of tokens in a sequence, if the model has as many 
 RATES = {"lora": 3e-4, "full": 5e-5}
 
 
+def training_sections(recovery: Mapping[str, Any]) -> list[Section]:
+    """The held-out loss while the model was trained, and what that took."""
+    looks = [(row["step"], row["held_out"]) for row in recovery["curve"] if row["held_out"] is not None]
+    curve = Curve(
+        title="held-out loss against steps",
+        xs=[float(step) for step, _ in looks],
+        ys=[loss for _, loss in looks],
+        labels=[f"step {step:.0f}: {loss:.3f}" for step, loss in looks],
+        x_format=".0f",
+        caption="Held-out loss in nats per token against optimizer steps.",
+    )
+    return [
+        *([curve] if looks else []),
+        Note(
+            f"{recovery['steps']} steps, {recovery['tokens']:,} tokens at {recovery['tokens_per_second']:,.0f} tokens/s; the "
+            f"state of step {recovery['best_step']} was kept."
+        ),
+    ]
+
+
 class Recover(Step):
     """Train the model on text or examples; what comes out is an ordinary model of the same shapes and dtype."""
 
     kind: ClassVar[str] = "recover"
     family: ClassVar[str] = "training"
+    needs: ClassVar[frozenset[str]] = frozenset({"examples"})
     trains: ClassVar[bool] = True
 
     method: str = setting(
@@ -124,11 +146,13 @@ class Recover(Step):
     teacher: str | None = setting(
         "Folder or hub id of the dense model to learn from; when left out, where this model was loaded from.",
         default=None,
+        path=True,
     )
 
     data: str | None = setting(
         "Training data: a file, a folder or hub id as for pliant.examples; when left out, the data of the run.",
         default=None,
+        path=True,
     )
 
     held_out: int = setting(
@@ -169,6 +193,11 @@ class Recover(Step):
         kept = {name: value for name, value in raw.items() if name != "memory"}
         return super().from_dict({**kept, "gradient_checkpointing": memory})
 
+    def estimate(self, blocks: int, row: float) -> tuple[float, bool]:  # noqa: ARG002
+        steps = self.steps or STEPS
+        passes = 3 + bool(self.distillation_weight)
+        return float(passes * steps * self.batch_size * (self.seqlen or USUAL)), self.method == "full"
+
     def run(self, job: Job) -> None:
         model = job.model
         check_finite(model)
@@ -194,8 +223,7 @@ class Recover(Step):
                 "the dense model has the same weights as the model to recover, so there is nothing to learn from it; name the "
                 "one from before the cut with teacher= (or pliant.apply(..., dense=model))"
             )
-        folder = job.place("recover", "recovery")
-        state = StateFile(None if folder is None else folder / "state.safetensors", belongs_to)
+        state = StateFile(job.file("state.safetensors"), belongs_to)
         state.read()  # one that belongs to something else is refused before any work
         job.progress.note(
             f"{given.source}: {len(train)} sequences of at most {seqlen} tokens, {train.tokens:,} in all; {len(held_out)} held out; "
@@ -279,6 +307,7 @@ class Recover(Step):
             "memory_estimate": sum(needs.values()),
             "peak_memory": memory_peak(model.device),
         }
+        job.show(*training_sections(job.record["recovery"]))
 
     def _most_steps(self) -> float:
         return self.steps or (STEPS if self.minutes is None else math.inf)

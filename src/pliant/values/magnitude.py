@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from pliant.step import Job, setting
-from pliant.values.matrix import ValueStep, concerned, left_over
+from pliant.values.matrix import ValueStep, concerned, left_note, left_over
 
 
 class Magnitude(ValueStep):
@@ -35,7 +35,9 @@ class Magnitude(ValueStep):
                 zero_smallest(one, self.sparsity, within=self.within)
             zeros += int((matrix.weight == 0).sum())
             total += matrix.weight.numel()
-        job.record.update(sparsity=zeros / total, weights=total, left=left_over(job.model, found, total))
+        left = left_over(job.model, found, total)
+        job.record.update(sparsity=zeros / total, weights=total, left=left)
+        job.show(*left_note(left))
 
 
 def zero_smallest(weight: torch.Tensor, sparsity: float, *, within: str = "matrix") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from pliant.architecture import catalogue
 from pliant.checkpoint.fingerprint import check_finite
 from pliant.errors import ArchitectureError, StepError
 from pliant.pages import within_limit
+from pliant.record import Note, Section
 from pliant.runtime.dense import CONVOLUTIONS, is_linear, own_parameter, weight_of, why_fixed, why_kept
 from pliant.step import Step, setting
 from pliant.torch_private import is_compiled
@@ -24,6 +25,7 @@ ALL = "all-linear"
 OUTSIDE = f"linear layers outside the blocks (target_modules={ALL!r} includes them)"
 HEAD = "the output head (its name in target_modules includes it)"
 UNNAMED = "linear layers that target_modules does not match"
+NAMED = 0.001  # kinds of skipped parameters below this share of the model are not named
 EXCLUDED = "linear layers that exclude_modules matches"
 
 
@@ -195,6 +197,20 @@ def left_over(model: nn.Module, found: Concern, changed: int) -> dict[str, Any]:
         "share": count / (count + changed) if count + changed else 0.0,
         "reasons": sorted(kinds.values(), key=lambda kind: -kind["parameters"]),
     }
+
+
+def left_note(left: Mapping[str, Any], done: str = "changed") -> list[Section]:
+    """One sentence on the parameters that :func:`left_over` counts, if there are any.
+
+    Arguments:
+        done: what the step has done to the others.
+    """
+    if not left["parameters"]:
+        return []
+    shares = [(kind["parameters"] * left["share"] / left["parameters"], kind["why"]) for kind in left["reasons"]]
+    kinds = [f"{share:.1%} {why}" for share, why in shares if share >= NAMED] or [shares[0][1]]
+    size = f"{left['bytes'] / 1e6:,.1f} MB"
+    return [Note(f"Not {done}: {left['share']:.1%} of the parameters ({size}), of which {'; '.join(kinds)}.")]
 
 
 def _parameter(model: nn.Module, matrix: Matrix) -> torch.Tensor | None:

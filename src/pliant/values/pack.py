@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -10,10 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pliant.checkpoint.packed_config import packed_bytes, record_packed
+from pliant.checkpoint.packed_config import packed_bytes
 from pliant.compat.native import run_natively
+from pliant.compat.packed_layers import record_packed
 from pliant.errors import PackedError, StepError
 from pliant.pages import pages_of
+from pliant.record import Note
 from pliant.runtime.dense import is_linear, weight_of
 from pliant.runtime.kv_blocks import Keeping
 from pliant.runtime.packed_linear import Packed
@@ -21,7 +24,7 @@ from pliant.runtime.packed_matrix import FORMATS, GROUPS
 from pliant.runtime.rounding_grid import round_to_grid
 from pliant.runtime.sparse_break_even import pays
 from pliant.step import Job, setting
-from pliant.values.matrix import Matrix, ValueStep, concerned, head_of, left_over
+from pliant.values.matrix import Matrix, ValueStep, concerned, head_of, left_note, left_over
 
 CHOICES = ("auto", "dense", *FORMATS)
 CACHES = ("bf16", "int8", "float32")
@@ -166,6 +169,7 @@ class PackedLinear(ValueStep):
             why_not_native=why_not,
             left=left_over(model, found, sum(one.parameters_held() for one in weights)),
         )
+        show_packed(job)
 
     def _formats(self, layers: list[Matrix], head: tuple[str, nn.Module] | None) -> list[tuple[Matrix, str]]:
         """The layers to pack and what each becomes."""
@@ -184,6 +188,20 @@ class PackedLinear(ValueStep):
                 f"no linear layer's name has {unused[0]!r} in it; they are like {next(iter(choices), None)!r}"
             )
         return [(one, choices[one.name]) for one in layers if choices[one.name] != "dense"]
+
+
+def show_packed(job: Job) -> None:
+    """Show what was packed as what, and how the model runs."""
+    record = job.record
+    how = "all run in one native call" if record["native"] else f"run one by one: {record['why_not_native']}"
+    forms = Counter(layer["format"] for layer in record["packed"].values())
+    job.show(
+        Note(f"Packed layers at {record['bits']:.2f} bits per weight, {how}."),
+        *left_note(record["left"], "packed"),
+        done=f"linear layers ({1 - record['left']['share']:.1%} of the parameters) packed as "
+        + " and ".join(form for form, _ in forms.most_common()),
+        tags=["quantized"],
+    )
 
 
 def _lossless(weight: torch.Tensor) -> tuple[str, int]:

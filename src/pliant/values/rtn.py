@@ -8,7 +8,7 @@ import torch
 
 from pliant.runtime.rounding_grid import round_to_grid
 from pliant.step import Job, setting
-from pliant.values.matrix import ValueStep, concerned, left_over
+from pliant.values.matrix import ValueStep, concerned, left_note, left_over
 
 
 class RTN(ValueStep):
@@ -37,6 +37,6 @@ class RTN(ValueStep):
             size += float(flat.float().square().sum())
             matrix.weight.copy_(rounded.view(matrix.weight.shape))
         total = sum(matrix.weight.numel() for matrix in found.matrices)
-        job.record.update(
-            relative_error=(error / size) ** 0.5 if size else 0.0, left=left_over(job.model, found, total)
-        )
+        left = left_over(job.model, found, total)
+        job.record.update(relative_error=(error / size) ** 0.5 if size else 0.0, left=left)
+        job.show(*left_note(left))

@@ -1,0 +1,13 @@
+"""The commit of a hub repository that a model was loaded from.
+
+transformers up to 5.23 notes it in the config under a private name. Later versions note nothing; then it is unknown.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def revision_of(model: Any) -> str | None:
+    """The commit, or None if it is unknown, which stands for the newest."""
+    return getattr(model.config, "_commit_hash", None)

@@ -1,0 +1,138 @@
+"""What finished stages of a run gave, by key, in the work folder: a resumed run skips a stage whose key it finds there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from pliant.checkpoint.fingerprint import fingerprint
+from pliant.checkpoint.load import load
+from pliant.digest import digest
+from pliant.errors import PliantError
+from pliant.pages import pages_of
+from pliant.run.save import save_model
+
+RESULTS = "stages.json"
+MODEL = "result"
+"""Folder of the model that a step has given, in the folder of the step."""
+DISK = 200e6  # bytes a second: a model that is made faster than it is written is not kept
+SHARD = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of a run."""
+
+    name: str
+    run: Callable[[], None]
+
+
+def key_of(*parts: Any) -> str:
+    """A hash of everything that a result depends on; the parts are plain data."""
+    return digest([json.dumps(parts, default=str)])
+
+
+def path_digest(path: str) -> str | None:
+    """A hash of a file, or of the names, sizes and times of the files in a folder; None if it is neither."""
+    place = Path(path).expanduser()
+    if place.is_file():
+        with place.open("rb") as file:
+            return digest(iter(lambda: file.read(1 << 20), b""))
+    if place.is_dir():
+        files = [file for file in sorted(place.rglob("*")) if file.is_file()]
+        return key_of([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+    return None
+
+
+class Results:
+    """Plain results by key.
+
+    Arguments:
+        work: the work folder.
+        earlier: the folder of the result that is about to be overwritten; what its stages gave is known, too.
+    """
+
+    def __init__(self, work: Path, earlier: Path):
+        self.path = work / RESULTS
+        self._known = {**_read(earlier / RESULTS), **_read(self.path)}
+        self._used: dict[str, Any] = {}
+
+    def of(self, key: str, make: Callable[[], Any]) -> Any:
+        """The result with this key: the one of an earlier run, or a new one, which is on the disk when this returns."""
+        self._used[key] = self._known[key] = self._known[key] if key in self._known else make()
+        aside = self.path.with_suffix(".part")
+        aside.write_text(json.dumps(self._used) + "\n", "utf-8")
+        os.replace(aside, self.path)
+        return self._used[key]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def keep_model(model: Any, folder: Path, key: str, seconds: float) -> bool:
+    """Keep what a step gave in its folder, unless that takes longer than the step did or the disk has too little room.
+
+    Returns:
+        Whether it was kept.
+    """
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    folder.mkdir(parents=True, exist_ok=True)
+    room = shutil.disk_usage(folder).free > 2.5 * size  # the artefact is written while this is there
+    if pages_of(model) is not None or seconds < size / DISK or not room:
+        return False
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".result.", ignore_cleanup_errors=True) as aside:
+            place = Path(aside) / MODEL
+            place.mkdir()
+            save_model(model, place, SHARD)
+            made = {"key": key, "fingerprint": fingerprint(model), "history": model.pliant_history}
+            (place / RESULTS).write_text(json.dumps(made), "utf-8")
+            forget_model(folder)
+            os.replace(place, folder / MODEL)
+    except (OSError, SafetensorError):  # it only saves time; the artefact has its own errors
+        return False
+    return True
+
+
+def forget_model(folder: Path) -> None:
+    """Delete what :func:`keep_model` has kept."""
+    shutil.rmtree(folder / MODEL, ignore_errors=True)
+
+
+def has_model(folder: Path, key: str | None) -> bool:
+    """Whether the folder of a step holds its result, made under this key."""
+    return key is not None and _read(folder / MODEL / RESULTS).get("key") == key
+
+
+def kept_model(folder: Path, source: Any) -> Any:
+    """The model that :func:`keep_model` has kept, or None if it cannot be read as it was.
+
+    Arguments:
+        source: the model that it was made from, to take its name and device from.
+    """
+    made = _read(folder / MODEL / RESULTS)
+    try:
+        model = load(folder / MODEL, device=str(source.device))
+    except PliantError:
+        return None
+    if fingerprint(model) != made.get("fingerprint"):
+        return None
+    model.name_or_path = source.name_or_path
+    model.config.name_or_path = source.config.name_or_path
+    if hasattr(source.config, "_commit_hash"):
+        model.config._commit_hash = source.config._commit_hash
+    model.pliant_history = made["history"]
+    return model

@@ -1,0 +1,128 @@
+"""Every other family that ships: its layout is proven, and cuts are exact activated, extracted, reloaded and cached."""
+
+import copy
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import pliant
+from pico import FAMILIES, IDS, head_of, logits, pico
+from pliant.anatomy import anatomy_of
+from pliant.checkpoint.per_layer_config import write
+from pliant.compat.cache_argument import cache_argument
+from pliant.elastic import Subnet, check, extract, parameters
+from pliant.prune import width_moves
+
+VARIANTS = {name: (name, {}) for name in FAMILIES} | {
+    "qwen3_moe, a layer without experts": ("qwen3_moe", {"mlp_only_layers": [1]}),
+    "ernie4_5_moe, no shared expert": ("ernie4_5_moe", {"moe_num_shared_experts": 0}),
+}
+
+
+def narrower(anatomy):
+    """Every axis at some allowed number of units."""
+    draw, subnet = random.Random(0), Subnet()
+    for axis in anatomy.axes.values():
+        allowed = [units for units in range(axis.fewest, axis.size) if axis.allows(units)]
+        subnet = subnet.keeping(axis.name, draw.choice(allowed)) if allowed else subnet
+    return subnet
+
+
+def cuts(anatomy):
+    in_layer = {layer: [b.name for b in anatomy.blocks.values() if b.layer == layer] for layer in range(4)}
+    mlps = [b.name for b in anatomy.blocks.values() if b.layer == 2 and not b.spec.state]
+    first = in_layer[0][0]
+    return [
+        Subnet().without(first),
+        Subnet().without(*in_layer[3]),
+        narrower(anatomy),
+        narrower(anatomy).without(first, *mlps),
+    ]
+
+
+def generated(model, **options):
+    given = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    return model.generate(IDS, pad_token_id=0, **given, **options)
+
+
+@pytest.mark.filterwarnings("ignore")  # some of these families warn about kernels that are not there
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cuts_are_exact_in_every_family(variant, tmp_path):
+    name, overrides = VARIANTS[variant]
+    check(pico(name, **overrides))
+    for place, subnet in enumerate(cuts(anatomy_of(pico(name, **overrides)))):
+        model = pico(name, **overrides)
+        anatomy, dense = anatomy_of(model), logits(model)
+        with pliant.activate(model, subnet):
+            activated = logits(model)
+        assert torch.equal(logits(model), dense)
+        assert subnet == Subnet() or not torch.allclose(activated, dense, atol=1e-3)
+        extract(model, anatomy, subnet)
+        assert (logits(model) - activated).abs().max() < 5e-6
+        assert sum(p.numel() for p in model.parameters()) == parameters(anatomy, subnet)
+        write(model)
+        model.save_pretrained(tmp_path / str(place))
+        again, told = head_of(name).from_pretrained(tmp_path / str(place), output_loading_info=True)
+        assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert (logits(again.eval()) - activated).abs().max() < 5e-6
+        if again.can_generate():
+            assert generated(again).equal(generated(again, use_cache=False))
+
+
+def test_the_first_convolution_may_go_and_the_last_of_each_state_stays():
+    model = pico("lfm2")
+    anatomy = anatomy_of(model)
+    held = {key: [block.name for block in blocks] for key, blocks in anatomy.holders().items()}
+    assert held == {
+        (("conv",), "conv"): ["layers.0.conv", "layers.2.conv"],
+        (("kv",), "full_attention"): ["layers.1.attention", "layers.3.attention"],
+    }
+    assert {b.name for b in anatomy.may_go({"layers.0.conv"}) if b.spec.state} == {
+        "layers.1.attention",
+        "layers.3.attention",
+    }
+    extract(model, anatomy, Subnet().without("layers.0.conv", "layers.1.attention"))
+    assert model.model.layers[2].conv.layer_idx == 0
+    assert model.model.layers[3].self_attn.layer_idx == 1
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        whole = model(IDS, use_cache=False).logits[:, -1]
+        model(IDS[:, :-1], **cache_argument(model, cache), use_cache=True)
+        assert torch.allclose(
+            model(IDS[:, -1:], **cache_argument(model, cache), use_cache=True).logits[:, -1], whole, atol=1e-5
+        )
+
+
+def test_an_axis_may_lose_all_its_units_where_the_file_allows_it(tmp_path):
+    model = pico("qwen2_moe")
+    raw = copy.deepcopy(dict(anatomy_of(model).architecture.raw))
+    raw["axes"]["shared"]["least"] = 0
+    model.config.pliant_architecture = raw
+    anatomy = anatomy_of(model)
+    check(model, anatomy)
+    subnet = Subnet().keeping("layers.2.mlp.shared", 0)
+    with pliant.activate(model, subnet):
+        activated = logits(model)
+    extract(model, anatomy, subnet)
+    assert model.model.layers[2].mlp.shared_expert.down_proj.weight.shape == (48, 0)
+    write(model)
+    model.save_pretrained(tmp_path)
+    again = head_of("qwen2_moe").from_pretrained(tmp_path).eval()
+    assert (logits(model) - activated).abs().max() < 5e-6
+    assert (logits(again) - activated).abs().max() < 5e-6
+    assert anatomy_of(again).axes["layers.2.mlp.shared"].size == 0
+
+
+def test_every_axis_of_a_layer_with_and_without_experts_is_narrowed():
+    model = pico("qwen2_moe")
+    anatomy, job = anatomy_of(model), SimpleNamespace(model=model)
+    groups = pliant.MultiPruner(ratio=0.4, mlp_group=8).mlp_groups(job, anatomy)
+    assert groups == {"channels": 8, "dense": 8, "experts": 1, "shared": 8}
+    assert {move.unit for move in width_moves(anatomy, groups)(Subnet())} >= {
+        "layers.1.mlp.dense",
+        "layers.2.mlp.shared",
+        "layers.2.mlp.experts",
+    }
