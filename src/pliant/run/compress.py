@@ -257,9 +257,9 @@ class Compression:
         )
         check_savable(model)
         self.keys = self._keys()
-        self.job = (
-            None if self.keys[-1] is None else key_of(self.keys[-1], self._quality_key(), self.inputs, self._where())
-        )
+        if self.keys[-1] is not None:
+            asked = [self.measuring.speed, list(self.measuring.prompts)]
+            self.job = key_of(self.keys[-1], self._quality_key(), asked)
         if (done := self._written()) is not None:
             self.progress.note(f"{self.out} holds this result already; remove it to have it made anew")
             self.report = done
