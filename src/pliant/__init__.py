@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pliant.measure.inspect import inspect as inspect
     from pliant.measure.quality.compare import compare as compare
     from pliant.measure.quality.evaluate import evaluate as evaluate
+    from pliant.measure.scores import Score as Score
     from pliant.measure.speed.bench import bench as bench
     from pliant.prune.channels import ChannelPruner as ChannelPruner
     from pliant.prune.fisher import FisherPruner as FisherPruner
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from pliant.run.recipe import plan as plan
     from pliant.run.recipe import run_recipe as run_recipe
     from pliant.run.save import save as save
+    from pliant.step import Step as Step
+    from pliant.step import setting as setting
     from pliant.step import step_of as step_of
     from pliant.systems.blockpruner import BlockPruner as BlockPruner
     from pliant.systems.multipruner import MultiPruner as MultiPruner

@@ -66,6 +66,8 @@ EXPORTS = {
 FUNCTIONS = {
     "BlockCache": "pliant.compat.block_cache",
     "PliantError": "pliant.errors",
+    "Score": "pliant.measure.scores",
+    "Step": "pliant.step",
     "Subnet": "pliant.elastic",
     "activate": "pliant.elastic",
     "add_architecture": "pliant.architecture",
@@ -88,6 +90,7 @@ FUNCTIONS = {
     "read_config": "pliant.prune.imported_configs",
     "run_recipe": "pliant.run.recipe",
     "save": "pliant.run.save",
+    "setting": "pliant.step",
     "step_of": "pliant.step",
     "text": "pliant.data",
 }
