@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
 import shutil
 import types
 import typing
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pliant.errors import PliantError, StepError
+from pliant.files import replacing
 from pliant.progress import Progress
 from pliant.record import Section, to_dict
 from pliant.registry import STEPS
@@ -277,11 +277,6 @@ def recipe_of(step: Step | Iterable[Step]) -> list[Step]:
     return steps
 
 
-def is_number(value: object) -> bool:
-    """Whether a setting is a number; True and False, which Python counts among them, are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
@@ -338,8 +333,6 @@ class Job:
         if old is not None and old.exists() and not path.exists():
             with contextlib.suppress(PliantError):
                 belongs(old)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                aside = path.with_name(f"{path.name}.part")
-                shutil.copyfile(old, aside)
-                os.replace(aside, path)
+                with replacing(path) as aside:
+                    shutil.copyfile(old, aside)
         return path

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from pliant.checkpoint.fingerprint import fingerprint
 from pliant.checkpoint.load import load
 from pliant.digest import digest
 from pliant.errors import PliantError
+from pliant.files import replacing, write_json
 from pliant.pages import pages_of
 from pliant.run.save import save_model
 
@@ -68,9 +67,7 @@ class Results:
     def of(self, key: str, make: Callable[[], Any]) -> Any:
         """The result with this key: the one of an earlier run, or a new one, which is on the disk when this returns."""
         self._used[key] = self._known[key] = self._known[key] if key in self._known else make()
-        aside = self.path.with_suffix(".part")
-        aside.write_text(json.dumps(self._used) + "\n", "utf-8")
-        os.replace(aside, self.path)
+        write_json(self.path, self._used)
         return self._used[key]
 
 
@@ -94,14 +91,12 @@ def keep_model(model: Any, folder: Path, key: str, seconds: float) -> bool:
     if pages_of(model) is not None or seconds < size / DISK or not room:
         return False
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".result.", ignore_cleanup_errors=True) as aside:
-            place = Path(aside) / MODEL
+        with replacing(folder / MODEL) as place:
             place.mkdir()
             save_model(model, place, SHARD)
             made = {"key": key, "fingerprint": fingerprint(model), "history": model.pliant_history}
             (place / RESULTS).write_text(json.dumps(made), "utf-8")
             forget_model(folder)
-            os.replace(place, folder / MODEL)
     except (OSError, SafetensorError):  # it only saves time; the artefact has its own errors
         return False
     return True
