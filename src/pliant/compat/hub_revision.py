@@ -11,3 +11,9 @@ from typing import Any
 def revision_of(model: Any) -> str | None:
     """The commit, or None if it is unknown, which stands for the newest."""
     return getattr(model.config, "_commit_hash", None)
+
+
+def copy_revision(source: Any, target: Any) -> None:
+    """Note on ``target`` the commit that ``source`` was loaded from, if it is known."""
+    if hasattr(source.config, "_commit_hash"):
+        target.config._commit_hash = source.config._commit_hash

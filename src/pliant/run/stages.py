@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from pliant.checkpoint.fingerprint import fingerprint
 from pliant.checkpoint.load import load
+from pliant.compat.hub_revision import copy_revision
 from pliant.digest import digest
 from pliant.errors import PliantError
 from pliant.files import replacing, write_json
@@ -127,7 +128,6 @@ def kept_model(folder: Path, source: Any) -> Any:
         return None
     model.name_or_path = source.name_or_path
     model.config.name_or_path = source.config.name_or_path
-    if hasattr(source.config, "_commit_hash"):
-        model.config._commit_hash = source.config._commit_hash
+    copy_revision(source, model)
     model.pliant_history = made["history"]
     return model
