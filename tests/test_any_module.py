@@ -13,11 +13,12 @@ from torch.nn.utils import parametrizations, prune
 
 import pliant
 from pico import IDS, inputs, logits, pico
-from pliant.checkpoint.packed_config import packed_bytes
+from pliant.checkpoint.packed_bytes import packed_bytes
 from pliant.compat.packed_layers import record_packed
 from pliant.errors import PackedError, StepError
+from pliant.measure.speed.bench import PROMPT
 from pliant.record import notes_of
-from pliant.run.compress import _PROMPT, _costs
+from pliant.run.model_costs import model_costs
 from pliant.runtime.packed_linear import Packed
 
 
@@ -393,8 +394,9 @@ def test_experts_that_are_not_packed_are_read_all_the_same():
     dense, module = pico("mixtral"), pack(pico("mixtral"), format="int8")
     experts = sum(p.numel() for name, p in dense.named_parameters() if ".experts." in name)
     used = experts * dense.config.num_experts_per_tok // dense.config.num_local_experts
-    cached = _PROMPT * _costs(module)["cache_bytes_per_token"]
-    others = _costs(module)["streamed_bytes"] - cached - packed_bytes(module)
+    costs = model_costs(module)
+    cached = PROMPT * costs["cache_bytes_per_token"]
+    others = costs["streamed_bytes"] - cached - packed_bytes(module)
     assert 4 * used < others < 4.2 * used
 
 
@@ -595,7 +597,6 @@ def test_the_text_part_of_a_vision_language_model_reloads(tmp_path, whole):
     torch.save(run(module, input_ids=IDS % 299).logits, tmp_path / "logits.pt")
     program = f"""
 import pliant, torch, transformers
-from pliant.run.compress import _PROMPT, _costs
 from pliant.runtime.packed_linear import Packed
 torch.set_num_threads(1)
 expected = torch.load({str(tmp_path / "logits.pt")!r})

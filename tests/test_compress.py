@@ -21,7 +21,8 @@ from pliant.cli.main import app
 from pliant.errors import ArtefactError, BusyError, DataError, RatioError, StepError, WeightError
 from pliant.measure.quality.replies import replies
 from pliant.progress import Progress
-from pliant.run.compress import Measuring, compress
+from pliant.run.compress import compress
+from pliant.run.recipe import Measuring
 
 FEW = {"samples": 40, "width_samples": 40, "seqlen": 32}
 QUICK = Measuring(seqlen=32, windows=4, speed=False)

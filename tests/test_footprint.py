@@ -10,7 +10,8 @@ from pliant.errors import ArchitectureError, DataError
 from pliant.measure.memory import disk_bytes, run_memory
 from pliant.measure.quality.replies import replies
 from pliant.progress import Progress
-from pliant.run.compress import Measuring, compress
+from pliant.run.compress import compress
+from pliant.run.recipe import Measuring
 
 
 def test_bytes_on_the_disk_are_those_of_weight_files(folder):

@@ -11,7 +11,7 @@ import transformers
 
 import pliant
 from pico import DECODERS, IDS, inputs, logits, pico
-from pliant.checkpoint.packed_config import is_packed
+from pliant.checkpoint.packed_bytes import is_packed
 from pliant.compat.cache_argument import cache_argument
 from pliant.compat.packed_layers import settle
 from pliant.errors import ArtefactError, DataError, PackedError, StepError

@@ -1,5 +1,6 @@
 """`pliant run` and `pliant plan`: the recipe of an artefact, read, planned and repeated."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,8 +12,8 @@ import pliant
 from pliant.cli.main import app
 from pliant.errors import DataError, StepError
 from pliant.progress import Progress
-from pliant.run.compress import Measuring, compress
-from pliant.run.recipe import read_recipe
+from pliant.run.compress import compress, stages
+from pliant.run.recipe import Measuring, read_recipe
 
 QUICK = Measuring(seqlen=32, windows=4, speed=False)
 STEP = pliant.BlockPruner(ratio=0.2, samples=8, seqlen=32)
@@ -65,6 +66,20 @@ def test_a_plan_names_every_stage_and_does_nothing(made, tmp_path):
     assert "1-blockpruner" in CliRunner().invoke(app, ["plan", str(made)]).stdout
 
 
+def test_a_run_does_the_stages_of_its_plan(made, tmp_path, monkeypatch):
+    done = []
+
+    def watched(recipe):
+        return [
+            dataclasses.replace(stage, run=lambda run, stage=stage: (done.append(stage.name), stage.run(run)))
+            for stage in stages(recipe)
+        ]
+
+    monkeypatch.setattr("pliant.run.compress.stages", watched)
+    pliant.run_recipe(made, tmp_path / "again", progress=Progress())
+    assert done == [stage["stage"] for stage in pliant.plan(made)["stages"]]
+
+
 def test_a_recipe_by_hand_is_short(folder, prose, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(
@@ -81,7 +96,7 @@ def test_a_recipe_by_hand_is_short(folder, prose, tmp_path):
         ("[1, 2]", "is not a recipe"),
         ("{", "cannot read the recipe"),
         ("steps: [{step: wanda}]", "wanda"),
-        ("steps: [{step: rtn}]", "names no base_model"),
+        ("steps: [{step: rtn}]", "has no base_model; give the model"),
         ("{recipe: 9, steps: []}", "newer pliant"),
     ],
 )

@@ -18,7 +18,8 @@ import pliant
 from pliant.data.tokenize_examples import IGNORED
 from pliant.errors import ArchitectureError, DataError, PliantError, StepError, WeightError
 from pliant.progress import Progress
-from pliant.run.compress import Measuring, compress
+from pliant.run.compress import compress
+from pliant.run.recipe import Measuring
 from pliant.step import settings_of
 from pliant.train import DivergedError, ResumeError
 from pliant.train.loop import Plan, Training
@@ -348,8 +349,9 @@ def test_minutes_alone_set_how_many_steps_there_are(repeated, tokenizer, capsys)
 
 
 def plan(**settings):
-    given = {"batch": 4, "micro_batch": 4, "lr": 1.0, "weight_decay": 0.0, "clip": 1.0, "every": 5, "seed": 0}
-    return Plan(**given | {"steps": 100, "warmup": 0.1, "schedule": "linear", "minutes": None} | settings)
+    given = {"batch_size": 4, "micro_batch_size": 4, "learning_rate": 1.0, "weight_decay": 0.0, "max_grad_norm": 1.0}
+    schedule = {"steps": 100, "warmup_ratio": 0.1, "lr_scheduler_type": "linear", "minutes": None, "eval_steps": 5}
+    return Plan(**given | schedule | {"seed": 0} | settings)
 
 
 def test_the_rate_goes_up_and_down_over_steps_or_time():
@@ -357,11 +359,11 @@ def test_the_rate_goes_up_and_down_over_steps_or_time():
     assert rates[9] < max(rates) == rates[10] < 1
     assert rates[0] == pytest.approx(0.05)
     assert rates[-1] == pytest.approx(0.005 / 0.9)
-    assert plan(schedule="cosine").rate(0.55) == pytest.approx(0.5)
+    assert plan(lr_scheduler_type="cosine").rate(0.55) == pytest.approx(0.5)
     assert plan(minutes=1).share(0, 30.0) == 0.5
     assert plan(minutes=1).rate(plan(minutes=1).share(0, 60.0)) == 0
     assert plan(minutes=1).over(3, 61.0) == "minutes"
-    assert plan(warmup=0.0).rate(0.0) == 1
+    assert plan(warmup_ratio=0.0).rate(0.0) == 1
 
 
 def test_every_pass_takes_every_sequence_once_in_another_order(repeated, tokenizer):
@@ -385,7 +387,7 @@ def test_a_loss_that_is_no_number_is_an_error_and_the_model_stays(method, repeat
     model = cut()
     before, kinds = weights(model), [type(module) for module in model.modules()]
     monkeypatch.setattr("pliant.train.loop.backward", lambda *_: torch.tensor(math.nan))
-    with pytest.raises(DivergedError, match=r"step 1 is nan.*lower lr than 0.005"):
+    with pytest.raises(DivergedError, match=r"step 1 is nan.*learning_rate below 0\.005"):
         recover(model, repeated, tokenizer, method=method, work=tmp_path)
     assert same(model, before)
     assert [type(module) for module in model.modules()] == kinds
@@ -447,7 +449,7 @@ def test_what_cannot_be_trained_is_refused(repeated, tokenizer, model):
     refused(DataError, "tokenizer of another model", pico.pico(vocab_size=50), repeated)
     refused(
         StepError,
-        "no linear layer 'qkv'.*there are down_proj, gate_proj",
+        "unknown linear layer 'qkv'; choose from: down_proj, gate_proj",
         model,
         repeated,
         target_modules="q_proj, qkv",

@@ -24,8 +24,9 @@ from pliant.errors import ArtefactError
 from pliant.progress import Progress
 from pliant.run import compress as runs
 from pliant.run import target as targets
-from pliant.run.compress import Measuring, compress
+from pliant.run.compress import compress
 from pliant.run.demo import run as demo
+from pliant.run.recipe import Measuring
 from pliant.run.target import check_target, files_in
 
 HALF = pliant.ChannelPruner(ratio=0.1)

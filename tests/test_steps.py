@@ -13,7 +13,8 @@ from pliant.errors import PliantError
 from pliant.progress import Progress
 from pliant.registry import STEPS
 from pliant.run.card import card
-from pliant.run.compress import Measuring, compress
+from pliant.run.compress import compress
+from pliant.run.recipe import Measuring
 from pliant.step import settings_of, step_class
 
 TEXT = pliant.text([" ".join(f"word {i * j % 17}" for j in range(1, 30)) for i in range(1, 40)])

@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     from pliant.prune.oneshot import OneShot as OneShot
     from pliant.prune.unified import UnifiedPruner as UnifiedPruner
     from pliant.run.apply import apply as apply
+    from pliant.run.compress import run_recipe as run_recipe
     from pliant.run.export import export as export
     from pliant.run.formats import compare_formats as compare_formats
-    from pliant.run.recipe import plan as plan
-    from pliant.run.recipe import run_recipe as run_recipe
+    from pliant.run.plan import plan as plan
     from pliant.run.save import save as save
     from pliant.step import Step as Step
     from pliant.step import setting as setting

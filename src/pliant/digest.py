@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -17,5 +18,17 @@ def digest(parts: Iterable[str | bytes], size: int = 16) -> str:
 
 
 def json_digest(value: Any) -> str:
-    """The digest of plain data, by its JSON."""
-    return digest([json.dumps(value)])
+    """The digest of plain data, by its JSON; anything else in it counts by its text."""
+    return digest([json.dumps(value, default=str)])
+
+
+def path_digest(path: str) -> str | None:
+    """The digest of a file, or of the names, sizes and times of the files in a folder; None if the path is neither."""
+    place = Path(path).expanduser()
+    if place.is_file():
+        with place.open("rb") as file:
+            return digest(iter(lambda: file.read(1 << 20), b""))
+    if place.is_dir():
+        files = [file for file in sorted(place.rglob("*")) if file.is_file()]
+        return json_digest([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+    return None

@@ -202,8 +202,8 @@ def compress(
     from pliant.cli.step_options import NEEDED, known_subnet, recipe
     from pliant.data import text
     from pliant.progress import Console, Events
-    from pliant.run.compress import Measuring
     from pliant.run.compress import compress as run
+    from pliant.run.recipe import Measuring
     from pliant.step import step_class
 
     if data is None and column != "text":
@@ -259,7 +259,7 @@ def run_(
     """
     from pliant.cli.show import show_report
     from pliant.progress import Console, Events
-    from pliant.run.recipe import run_recipe
+    from pliant.run.compress import run_recipe
 
     shown = Events() if as_json else Console()
     report = run_recipe(
@@ -272,7 +272,7 @@ def run_(
 def plan(recipe: Recipe, model: Moved = None, data: MovedData = None, as_json: Json = False) -> None:
     """Show the stages of a recipe and about what each takes, before anything is done."""
     from pliant.cli.show import show_plan
-    from pliant.run.recipe import plan as planned
+    from pliant.run.plan import plan as planned
 
     found = planned(recipe, model=model, data=data)
     _print(to_json(found)) if as_json else show_plan(found)

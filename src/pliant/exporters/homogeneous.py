@@ -21,7 +21,7 @@ from pliant.anatomy import (
     text_config_of,
 )
 from pliant.checkpoint.fingerprint import check_finite
-from pliant.checkpoint.packed_config import is_packed
+from pliant.checkpoint.packed_bytes import is_packed
 from pliant.errors import ArtefactError
 
 _BY_LAYER = ("layer_types", "no_rope_layers")  # config keys that list one thing a layer

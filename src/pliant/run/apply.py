@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from pliant.checkpoint.load import load, tokenizer_of
-from pliant.checkpoint.packed_config import is_packed
+from pliant.checkpoint.packed_bytes import is_packed
 from pliant.checkpoint.per_layer_config import write
 from pliant.data import Examples, Text, text
 from pliant.errors import DataError, MemoryLimitError, StepError
@@ -60,14 +60,15 @@ def apply(
     shown = progress if isinstance(progress, Progress) else Console() if progress else Progress()
     check_trainable(model, steps)
     for one in steps:
-        folder = None if work is None else Path(work) / folder_name(model, one)
+        number = len(getattr(model, "pliant_history", [])) + 1
+        folder = None if work is None else Path(work) / folder_name(number, one)
         apply_step(model, one, data, tokenizer=tokenizer, dense=dense, folder=folder, progress=shown)
     return model
 
 
-def folder_name(model: Any, step: Step) -> str:
-    """Name of the folder of the next step that is applied to ``model``: ``2-recover``."""
-    return f"{len(getattr(model, 'pliant_history', [])) + 1}-{step.kind}"
+def folder_name(number: int, step: Step) -> str:
+    """Name of the folder of the step with this number, counted from 1: ``2-recover``."""
+    return f"{number}-{step.kind}"
 
 
 def apply_step(

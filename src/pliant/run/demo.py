@@ -81,7 +81,8 @@ def run(folder: Path, progress: Progress) -> dict[str, Any]:
     A second run finds the work of the first.
     """
     from pliant.prune.fisher import FisherPruner
-    from pliant.run.compress import Measuring, compress
+    from pliant.run.compress import compress
+    from pliant.run.recipe import Measuring
     from pliant.run.target import check_target
     from pliant.values.pack import PackedLinear
 

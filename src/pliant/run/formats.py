@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pliant.checkpoint.load import loaded, tokenizer_of
-from pliant.checkpoint.packed_config import is_packed, packed_bytes
+from pliant.checkpoint.packed_bytes import is_packed, packed_bytes
 from pliant.errors import PackedError
 from pliant.measure.quality.evaluate import evaluate
 from pliant.measure.speed.bench import bench, prompt_for

@@ -1,40 +1,122 @@
-"""Recipes: read one from a file or an artefact, say what it will take, and repeat it."""
+"""A recipe: what a run does and to what, as a value and as ``recipe.yaml``."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from transformers import AutoConfig
 
-from pliant.checkpoint.load import auto_class
 from pliant.data import Text, text
-from pliant.errors import DataError, PliantError, StepError
-from pliant.measure.memory import disk_bytes
-from pliant.progress import Progress
-from pliant.run.compress import Measuring, compress
-from pliant.run.stages import path_digest
-from pliant.run.target import RECIPE
-from pliant.step import Step, recipe_of, step_of
+from pliant.digest import path_digest
+from pliant.errors import DataError, StepError
+from pliant.measure.quality.replies import check_prompts
+from pliant.run.target import RECIPE, RECIPE_VERSION
+from pliant.step import Step, paths_of, recipe_of, step_of
 
-VERSION = 2
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_OTHER_TEXT = "give the text to use with --data (data=), or restore the file"
+_OTHER_FILE = "restore the file, or name another one in the recipe"
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What to measure before and after.
+
+    Attributes:
+        perplexity: held-out texts; when empty, rows of the calibration text that the steps do not see.
+        tasks: question files.
+        seqlen, windows, limit: as in :func:`pliant.evaluate`.
+        speed: time prefill and decode of both models, alternating, and measure their disk space and memory.
+        prompts: both models reply to these; the report shows the replies side by side.
+
+    Raises:
+        DataError: a prompt is empty.
+    """
+
+    perplexity: Sequence[str | Path | Text] = ()
+    tasks: Sequence[str | Path] = ()
+    seqlen: int = 512
+    windows: int | None = 32
+    limit: int | None = 200
+    speed: bool = True
+    prompts: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        check_prompts(self.prompts)
+
+    @cached_property
+    def texts(self) -> list[Text]:
+        """The held-out texts, read from their files."""
+        return [one if isinstance(one, Text) else text(one) for one in self.perplexity]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for ``recipe.yaml``, with a digest of every file."""
+        places = [Path(task).expanduser().resolve() for task in self.tasks]
+        return {
+            "perplexity": [_described(of) for of in self.texts],
+            "tasks": [{"path": str(place), "hash": path_digest(str(place))} for place in places],
+            "seqlen": self.seqlen,
+            "windows": self.windows,
+            "limit": self.limit,
+            "speed": self.speed,
+            "prompts": list(self.prompts),
+        }
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Measuring:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            DataError: a file is missing or has changed.
+        """
+        tasks = raw.get("tasks", [])
+        for task in tasks:
+            _check_same(task["path"], task.get("hash"), path_digest(task["path"]), _OTHER_FILE)
+        texts = [found for of in raw.get("perplexity", []) if (found := _text(of)) is not None]
+        plain = {key: raw[key] for key in ("seqlen", "windows", "limit", "speed", "prompts") if key in raw}
+        return cls(perplexity=texts, tasks=[task["path"] for task in tasks], **plain)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run does, and to what."""
+    """What a run does, and to what.
+
+    Attributes:
+        model: the dense model, as for :func:`pliant.load`.
+        steps: applied in this order.
+        data: calibration text; None for steps that need none.
+        measuring: what to measure before and after.
+        dtype: as in :func:`pliant.load`.
+    """
 
     model: str
     steps: list[Step]
     data: Text | None
-    measuring: Measuring
-    dtype: str
+    measuring: Measuring = Measuring()
+    dtype: str = "auto"
+
+    def texts(self) -> tuple[Text | None, list[Text]]:
+        """The text that the steps see, and the texts to measure on: a tenth of the calibration rows if no other text is given."""
+        if self.measuring.texts or self.data is None:
+            return self.data, self.measuring.texts
+        calibration, held_out = self.data.split(0.1)
+        return calibration, [held_out]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the model and the steps as plain data for ``recipe.yaml``, with a digest of every file.
+
+        :func:`pliant.run.save.save` adds model and steps, which a model that was not made by a run has, too.
+        """
+        paths = [path for step in self.steps for path in paths_of(step) if Path(path).expanduser().is_file()]
+        return {
+            "data": None if self.data is None else _described(self.data),
+            "measuring": self.measuring.to_dict(),
+            "dtype": self.dtype,
+            "read": {path: path_digest(path) for path in paths},
+        }
 
 
 def read_recipe(source: str | Path, *, model: str | Path | None = None, data: str | Path | None = None) -> Recipe:
@@ -44,8 +126,8 @@ def read_recipe(source: str | Path, *, model: str | Path | None = None, data: st
         model, data: where the dense model and the calibration text are now, if they are not where the recipe says.
 
     Raises:
-        StepError: the file is not a recipe, or has a step or setting that is not known.
-        DataError: a file is missing, or holds something else than when the recipe was written, and ``data`` is not given.
+        StepError: the file is not a recipe, or has an unknown step or setting.
+        DataError: a file is missing or has changed since the recipe was written, and ``data`` is not given.
     """
     path = Path(source).expanduser()
     path = path / RECIPE if path.is_dir() else path
@@ -54,152 +136,52 @@ def read_recipe(source: str | Path, *, model: str | Path | None = None, data: st
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise StepError(f"cannot read the recipe {str(path)!r}: {error}") from None
     if not isinstance(raw, Mapping) or not isinstance(raw.get("steps"), list):
-        raise StepError(f"{str(path)!r} is not a recipe: it must list steps")
-    if raw.get("recipe", VERSION) not in (1, VERSION):
-        raise StepError(f"{str(path)!r} was written by a newer pliant; this one reads recipes of version {VERSION}")
-    steps = [
-        step_of(one["settings"] if isinstance(one, Mapping) and "settings" in one else one) for one in raw["steps"]
-    ]
+        raise StepError(f"{str(path)!r} is not a recipe: it has no list of steps")
+    if raw.get("recipe", RECIPE_VERSION) not in range(1, RECIPE_VERSION + 1):
+        raise StepError(
+            f"{str(path)!r} was written by a newer pliant; this one reads recipes up to version {RECIPE_VERSION}"
+        )
+    steps = [step_of(of["settings"] if isinstance(of, Mapping) and "settings" in of else of) for of in raw["steps"]]
     named = model or raw.get("base_model")
     if not named:
-        raise StepError(f"{str(path)!r} names no base_model; give the model")
-    for name, digest in (raw.get("read") or {}).items():
-        _same(name, digest, path_digest(name))
-    measured = raw.get("measuring") or {}
-    for task in measured.get("tasks", []):
-        _same(task["path"], task.get("hash"), path_digest(task["path"]))
-    settings = {key: measured[key] for key in ("seqlen", "windows", "limit", "speed", "prompts") if key in measured}
-    measuring = Measuring(
-        perplexity=[found for one in measured.get("perplexity", []) if (found := _text(one)) is not None],
-        tasks=[task["path"] for task in measured.get("tasks", [])],
-        **settings,
-    )
+        raise StepError(f"{str(path)!r} has no base_model; give the model with --model (model=)")
+    for name, noted in (raw.get("read") or {}).items():
+        _check_same(name, noted, path_digest(name), _OTHER_FILE)
+    measuring = Measuring.from_dict(raw.get("measuring") or {})
     return Recipe(str(named), recipe_of(steps), _text(raw.get("data"), data), measuring, raw.get("dtype", "auto"))
 
 
+def _described(of: Text) -> dict[str, Any]:
+    """The place of a text and the digest of its rows."""
+    column = {} if of.column == "text" else {"column": of.column}
+    return {"path": of.path, "source": of.source, **column, "rows": len(of.rows), "hash": of.digest}
+
+
 def _text(of: Any, given: str | Path | None = None) -> Text | None:
-    """The text that a recipe describes, from where it was or from where it is now."""
-    said = {"path": of} if isinstance(of, str) else dict(of or {})
+    """The text that a recipe describes, from its file or from the file given instead."""
+    described = {"path": of} if isinstance(of, str) else dict(of or {})
+    column = described.get("column", "text")
     if given is not None:
-        return text(given, column=said.get("column", "text"))
-    if not said:
+        return text(given, column=column)
+    if not described:
         return None
-    if said.get("path") is None:
-        raise DataError(f"the recipe was made with text from {said.get('source', 'a list')}; give the text with --data")
-    found = text(said["path"], column=said.get("column", "text"))
-    _same(said["path"], said.get("hash"), found.digest)
+    path = described.get("path")
+    if path is None:
+        raise DataError(
+            f"the recipe was made with text from {described.get('source', 'a list')}, not from a file; give the text with "
+            "--data (data=)"
+        )
+    found = text(path, column=column)
+    _check_same(path, described.get("hash"), found.digest, _OTHER_TEXT)
     return found
 
 
-def _same(path: str, noted: str | None, found: str | None) -> None:
-    if noted is not None and noted != found:
-        raise DataError(
-            f"{path!r} has changed since the recipe was written: its digest is {found}, not {noted}. Give the text to use "
-            "with --data, or put the file back"
-        )
-
-
-def run_recipe(
-    recipe: str | Path,
-    out: str | Path,
-    *,
-    model: str | Path | None = None,
-    data: str | Path | None = None,
-    overwrite: bool = False,
-    device: Any = None,
-    memory: int | str | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Repeat a recipe into the folder ``out``, and return the report.
-
-    Arguments:
-        recipe: a ``recipe.yaml``, or the folder of an artefact.
-        model, data: as for :func:`read_recipe`.
-        overwrite, device, memory, progress: as for ``pliant compress``.
-    """
-    read = read_recipe(recipe, model=model, data=data)
-    return compress(
-        read.model,
-        read.steps,
-        read.data,
-        out,
-        measuring=read.measuring,
-        overwrite=overwrite,
-        dtype=read.dtype,
-        device=device,
-        memory=memory,
-        progress=progress,
+def _check_same(path: str, noted: str | None, found: str | None, remedy: str) -> None:
+    if noted is None or noted == found:
+        return
+    state = (
+        "does not exist"
+        if found is None
+        else f"has changed since the recipe was written: its digest is {found}, not {noted}"
     )
-
-
-def plan(
-    recipe: str | Path | Recipe, *, model: str | Path | None = None, data: str | Path | None = None
-) -> dict[str, Any]:
-    """The stages of a recipe with a rough estimate of what each takes, before anything is done. No weights are read.
-
-    Arguments:
-        recipe: a ``recipe.yaml``, or the folder of an artefact.
-        model, data: as for :func:`read_recipe`.
-
-    Returns:
-        ``model``, ``parameters``, ``weight_bytes``; ``stages``: for each its ``stage``, ``seconds``, ``memory`` and ``disk`` (bytes
-        in memory while it runs, bytes that it leaves on the disk); ``seconds``, ``memory`` (the largest) and ``disk`` of all.
-    """
-    read = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, model=model, data=data)
-    parameters, layers, element = _size(read)
-    weights = parameters * element
-    rate = _tokens_per_second(parameters)
-    rows = read.data.rows if read.data is not None else ()
-    each = sum(map(len, rows)) / 4 / len(rows) if rows else 0.0  # about four characters are a token
-
-    def stage(name: str, tokens: float, memory: float, disk: float = 0) -> dict[str, Any]:
-        seconds = tokens / rate + weights / 1e9  # and one look at the weights
-        return {"stage": name, "seconds": round(seconds, 1), "memory": round(memory), "disk": round(disk)}
-
-    measured = read.measuring
-    texts = len(measured.perplexity) or (read.data is not None)
-    quality = texts * (measured.windows or 1000) * measured.seqlen + len(measured.tasks) * (measured.limit or 1000) * 64
-    copies = 2 if measured.speed else 1
-    stages = [stage("load", 0, weights), stage("measure before", quality, weights)]
-    for number, step in enumerate(read.steps, 1):
-        tokens, beside = step.estimate(2 * layers, each)
-        memory = copies * weights + (4 * weights if beside else 0)
-        stages.append(stage(f"{number}-{step.kind}", tokens, memory, weights))
-    stages.append(stage("measure after", quality, copies * weights))
-    stages.append(stage("time", 12 * 300 if measured.speed else 0, copies * weights))
-    stages.append(stage("write", 0, copies * weights, weights))
-    return {
-        "model": read.model,
-        "parameters": parameters,
-        "weight_bytes": weights,
-        "stages": stages,
-        "seconds": round(sum(one["seconds"] for one in stages), 1),
-        "memory": max(one["memory"] for one in stages),
-        "disk": 2 * weights,  # the result of the last step and the artefact
-    }
-
-
-def _size(read: Recipe) -> tuple[int, int, int]:
-    """Parameters and layers of a model, and bytes of a weight, from its config."""
-    try:
-        config = AutoConfig.from_pretrained(read.model)
-        with torch.device("meta"):
-            model = auto_class(read.model, {}).from_config(config)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise PliantError(f"cannot read the config of {read.model!r}: {error}") from None
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None) or 1
-    stored = disk_bytes(read.model)
-    element = BYTES.get(read.dtype) or (max(1, round(stored / parameters)) if stored else 4)
-    return parameters, layers, element
-
-
-def _tokens_per_second(parameters: int) -> float:
-    """Tokens that this machine reads with a model of so many parameters, from one matrix product."""
-    a, b = torch.randn(256, 1024), torch.randn(1024, 1024)
-    torch.mm(a, b)
-    began = time.perf_counter()
-    for _ in range(4):
-        torch.mm(a, b)
-    per_token = (time.perf_counter() - began) / 4 / 256 / 1024**2  # for one weight
-    return 1 / (per_token * parameters * 1.5)  # attention, norms and small matrices take their share
+    raise DataError(f"{path!r} {state}; {remedy}")

@@ -15,7 +15,7 @@ import yaml
 
 from pliant.checkpoint.folder import companions, skipped_of_a_hub
 from pliant.checkpoint.load import tokenizer_of
-from pliant.checkpoint.packed_config import is_packed
+from pliant.checkpoint.packed_bytes import is_packed
 from pliant.checkpoint.paged import save_paged
 from pliant.checkpoint.per_layer_config import write
 from pliant.compat.hub_revision import revision_of
@@ -24,7 +24,7 @@ from pliant.formatting import parse_bytes
 from pliant.pages import pages_of
 from pliant.run.card import card, versions
 from pliant.run.report import page
-from pliant.run.target import RECIPE, check_target, files_in, written_aside
+from pliant.run.target import RECIPE, RECIPE_VERSION, check_target, files_in, written_aside
 from pliant.strict_json import to_json
 
 
@@ -81,7 +81,7 @@ def save(
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, aside / name)
         recipe = {
-            "recipe": 2,
+            "recipe": RECIPE_VERSION,
             "base_model": model.name_or_path,
             "steps": [_short(step) for step in history],
             **(inputs or {}),

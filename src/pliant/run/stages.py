@@ -1,4 +1,4 @@
-"""What finished stages of a run gave, by key, in the work folder: a resumed run skips a stage whose key it finds there."""
+"""The stages of a run, and what finished stages have given, by key: a resumed run skips a stage whose key it finds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from pliant.checkpoint.fingerprint import fingerprint
 from pliant.checkpoint.load import load
 from pliant.compat.hub_revision import copy_revision
-from pliant.digest import digest
 from pliant.errors import PliantError
 from pliant.files import replacing, write_json
 from pliant.pages import pages_of
@@ -28,28 +27,44 @@ SHARD = 5 * 10**9
 
 
 @dataclass(frozen=True)
+class Size:
+    """Sizes that an estimate depends on.
+
+    Attributes:
+        layers: of the model.
+        row: tokens in a row of calibration text.
+    """
+
+    layers: int
+    row: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A rough guess of what a stage takes.
+
+    Attributes:
+        tokens: that go through the model.
+        memory, disk: multiples of the bytes of the dense model's weights, in memory and left on the disk.
+    """
+
+    tokens: float = 0.0
+    memory: float = 1.0
+    disk: float = 0.0
+
+
+@dataclass(frozen=True)
 class Stage:
-    """One part of a run."""
+    """One part of a run.
+
+    Attributes:
+        run: does it, on the run that it is given.
+        estimate: what it takes, without doing it.
+    """
 
     name: str
-    run: Callable[[], None]
-
-
-def key_of(*parts: Any) -> str:
-    """A hash of everything that a result depends on; the parts are plain data."""
-    return digest([json.dumps(parts, default=str)])
-
-
-def path_digest(path: str) -> str | None:
-    """A hash of a file, or of the names, sizes and times of the files in a folder; None if it is neither."""
-    place = Path(path).expanduser()
-    if place.is_file():
-        with place.open("rb") as file:
-            return digest(iter(lambda: file.read(1 << 20), b""))
-    if place.is_dir():
-        files = [file for file in sorted(place.rglob("*")) if file.is_file()]
-        return key_of([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
-    return None
+    run: Callable[[Any], None]
+    estimate: Callable[[Size], Estimate]
 
 
 class Results:
@@ -57,7 +72,7 @@ class Results:
 
     Arguments:
         work: the work folder.
-        earlier: the folder of the result that is about to be overwritten; what its stages gave is known, too.
+        earlier: folder of the result that is about to be overwritten; the results of its stages are used, too.
     """
 
     def __init__(self, work: Path, earlier: Path):
@@ -66,7 +81,7 @@ class Results:
         self._used: dict[str, Any] = {}
 
     def of(self, key: str, make: Callable[[], Any]) -> Any:
-        """The result with this key: the one of an earlier run, or a new one, which is on the disk when this returns."""
+        """The result with this key: that of an earlier run, or a new one, which is on the disk when this returns."""
         self._used[key] = self._known[key] = self._known[key] if key in self._known else make()
         write_json(self.path, self._used)
         return self._used[key]
@@ -81,15 +96,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def keep_model(model: Any, folder: Path, key: str, seconds: float) -> bool:
-    """Keep what a step gave in its folder, unless that takes longer than the step did or the disk has too little room.
+    """Keep the result of a step in its folder, unless writing takes longer than the step did or the disk has too little space.
 
     Returns:
         Whether it was kept.
     """
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     folder.mkdir(parents=True, exist_ok=True)
-    room = shutil.disk_usage(folder).free > 2.5 * size  # the artefact is written while this is there
-    if pages_of(model) is not None or seconds < size / DISK or not room:
+    fits = shutil.disk_usage(folder).free > 2.5 * size  # the artefact is written while this is there
+    if pages_of(model) is not None or seconds < size / DISK or not fits:
         return False
     try:
         with replacing(folder / MODEL) as place:
@@ -109,12 +124,12 @@ def forget_model(folder: Path) -> None:
 
 
 def has_model(folder: Path, key: str | None) -> bool:
-    """Whether the folder of a step holds its result, made under this key."""
+    """Whether the folder of a step holds its result under this key."""
     return key is not None and _read(folder / MODEL / RESULTS).get("key") == key
 
 
 def kept_model(folder: Path, source: Any) -> Any:
-    """The model that :func:`keep_model` has kept, or None if it cannot be read as it was.
+    """The model that :func:`keep_model` has kept, or None if it cannot be read as it was written.
 
     Arguments:
         source: the model that it was made from, to take its name and device from.

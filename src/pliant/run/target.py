@@ -21,6 +21,7 @@ from pliant.errors import ArtefactError
 from pliant.files import settle, sync
 
 RECIPE = "recipe.yaml"
+RECIPE_VERSION = 2
 LOCK = "lock"
 _SHOWN = 5  # names in a message
 

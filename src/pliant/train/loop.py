@@ -1,5 +1,8 @@
-"""The training loop. Whatever is drawn in a step depends on the seed and the number of that step alone, so a training that
-was stopped and goes on computes the same as one that was not."""
+"""The training loop.
+
+Every random draw of an optimizer step depends on the seed and the number of that step alone, so a training that was interrupted
+and resumed computes the same as one that was not.
+"""
 
 from __future__ import annotations
 
@@ -25,61 +28,65 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1 - done,
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
 }
-"""Share of the learning rate by share done after the warm-up; both end at 0."""
+"""Share of the highest learning rate, by the share of the training done after the warm-up; both fall to 0."""
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train; the fields mean what the settings of the same names mean in :class:`pliant.train.recover.Recover`. With
-    infinitely many ``steps`` the ``minutes`` end it."""
+    """How to train.
+
+    The fields are those settings of :class:`pliant.train.recover.Recover`, with their defaults filled in. With infinitely many
+    ``steps`` the ``minutes`` end the training.
+    """
 
     steps: float
-    batch: int
-    micro_batch: int
-    lr: float
-    warmup: float
-    schedule: str
+    batch_size: int
+    micro_batch_size: int
+    learning_rate: float
+    warmup_ratio: float
+    lr_scheduler_type: str
     weight_decay: float
-    clip: float
-    every: int
+    max_grad_norm: float
+    eval_steps: int
     seed: int
     minutes: float | None
 
     def share(self, step: int, seconds: float) -> float:
-        """How much of the training is over in the middle of a step: of the steps or of the time, whichever is nearer its end."""
+        """The share of the training that is done in the middle of a step: of the steps or of the minutes, whichever is larger."""
         of_time = 0.0 if self.minutes is None else seconds / (60 * self.minutes)
         return min(1.0, max((step + 0.5) / self.steps, of_time))
 
     def rate(self, share: float) -> float:
-        """Learning rate at a share of the training: up in a line, then down by the schedule."""
-        if share < self.warmup:
-            return self.lr * share / self.warmup
-        return self.lr * SCHEDULES[self.schedule]((share - self.warmup) / (1 - self.warmup))
+        """The learning rate at a share of the training: it rises linearly, then falls by the schedule."""
+        if share < self.warmup_ratio:
+            return self.learning_rate * share / self.warmup_ratio
+        done = (share - self.warmup_ratio) / (1 - self.warmup_ratio)
+        return self.learning_rate * SCHEDULES[self.lr_scheduler_type](done)
 
     def over(self, step: int, seconds: float) -> str | None:
-        """Why no further step is made: ``steps``, ``minutes``, or None when one is."""
+        """The reason to stop before a step: ``steps`` or ``minutes``; None to go on."""
         if step >= self.steps:
             return "steps"
         return "minutes" if self.minutes is not None and seconds >= 60 * self.minutes else None
 
 
 class Training:
-    """Trains some parameters of a model on sequences; holds what an interrupted training needs to go on.
+    """Trains some parameters of a model on sequences, and resumes an interrupted training.
 
     Arguments:
-        halves: the model, in training mode.
-        parameters: what is trained, by name.
-        data: sequences to learn.
-        held_out: sequences to choose the best state by; may be empty, then the last state counts.
-        state: where the state is kept.
+        model: the model, in training mode.
+        parameters: the trained parameters, by name.
+        data: sequences to train on.
+        held_out: sequences to choose the best state by; if empty, the last state is taken.
+        state: the file in which the state is kept.
 
     Attributes:
-        step: optimizer steps made.
-        seconds: of training, those before an interruption included.
-        curve: one row for each look: ``step``, mean training ``loss`` since the look before, ``held_out`` loss (nats per token
-            both), ``seconds``.
+        step: number of optimizer steps done.
+        seconds: duration of the training, including the time before an interruption.
+        curve: one row for each evaluation: ``step``, mean training ``loss`` since the last evaluation, ``held_out`` loss (both in
+            nats per token), ``seconds``.
         best: the step whose parameters have the lowest held-out loss.
     """
 
@@ -103,39 +110,43 @@ class Training:
         self._data, self._distillation, self._state, self._progress = data, distillation, state, progress
         self._device = next(iter(parameters.values())).device
         self._held_out = [
-            self._on_device(held_out, rows) for rows in _by_length(held_out, range(len(held_out)), plan.micro_batch)
+            self._on_device(held_out, rows)
+            for rows in _by_length(held_out, range(len(held_out)), plan.micro_batch_size)
         ]
         self._order: tuple[int, list[int]] = (-1, [])
         self._best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        self._since = [0.0, 0]  # loss and learned tokens since the last look
-        self._whole = True  # False while what belongs together is only partly up to date
+        self._since = [0.0, 0]  # loss and learned tokens since the last evaluation
+        self._whole = True  # False while the state is only partly updated
         matrices = [parameter for parameter in parameters.values() if parameter.dim() > 1]
         others = [parameter for parameter in parameters.values() if parameter.dim() <= 1]
         groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
         self._optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=plan.lr, weight_decay=plan.weight_decay, fused=True
+            [group for group in groups if group["params"]],
+            lr=plan.learning_rate,
+            weight_decay=plan.weight_decay,
+            fused=True,
         )
 
     def run(self) -> str:
         """Train until the steps or the minutes are over, and leave the best state in the parameters.
 
         Returns:
-            What ended it: ``steps`` or ``minutes``.
+            The limit that was reached: ``steps`` or ``minutes``.
 
         Raises:
-            DivergedError: the loss or a gradient is not a number.
+            DivergedError: the loss or a gradient is not finite.
         """
         self._resume()
         begun, saved, start = time.monotonic() - self.seconds, self.step, self._share()
-        told = False
+        cost_shown = False
         try:
             while True:
                 self.seconds = time.monotonic() - begun
                 over = self.plan.over(self.step, self.seconds)
-                if (over or self.step % self.plan.every == 0) and (
+                if (over or self.step % self.plan.eval_steps == 0) and (
                     not self.curve or self.curve[-1]["step"] != self.step
                 ):
-                    self._look()
+                    self._evaluate()
                     self._save()
                     saved = self.step
                 if over:
@@ -143,9 +154,9 @@ class Training:
                 tick = time.monotonic()
                 loss = self._train()
                 self.training_seconds += time.monotonic() - tick
-                if not told:
-                    told = True
-                    self._tell_cost(time.monotonic() - tick)
+                if not cost_shown:
+                    cost_shown = True
+                    self._show_cost(time.monotonic() - tick)
                 self.seconds = time.monotonic() - begun
                 self._progress.step((self._share() - start) / max(1e-9, 1 - start), self._line(loss))
         except BaseException as error:
@@ -159,23 +170,23 @@ class Training:
         return over
 
     def _train(self) -> float:
-        """One optimizer step; returns its mean loss in nats per token."""
+        """Do one optimizer step and return its mean loss in nats per token."""
         rows = self._rows(self.step)
         learned = sum(int((self._data.labels[row][1:] != IGNORED).sum()) for row in rows)
         total = 0.0
         self._optimizer.zero_grad(set_to_none=True)
         with seeded(self._device, seed_of("step", self.plan.seed, self.step)):
-            for part in _by_length(self._data, rows, self.plan.micro_batch):
+            for part in _by_length(self._data, rows, self.plan.micro_batch_size):
                 total += backward(self._halves, self._on_device(self._data, part), self._distillation).item()
         loss = total / learned
         for parameter in self._parameters.values():
             if parameter.grad is not None:
                 parameter.grad.div_(learned)
-        norm = nn.utils.clip_grad_norm_(self._parameters.values(), self.plan.clip)
+        norm = nn.utils.clip_grad_norm_(self._parameters.values(), self.plan.max_grad_norm)
         if not math.isfinite(loss) or not torch.isfinite(norm):
             raise DivergedError(
-                f"the loss of step {self.step + 1} is {loss}, its gradient {norm.item()}: the training diverged. The model is as "
-                f"it was given; try a lower lr than {self.plan.lr}, or more warmup"
+                f"the training diverged: the loss of step {self.step + 1} is {loss}, the norm of its gradient {norm.item()}. The model is "
+                f"unchanged; try a learning_rate below {self.plan.learning_rate}, or a larger warmup_ratio"
             )
         for group in self._optimizer.param_groups:
             group["lr"] = self.plan.rate(self.plan.share(self.step, self.seconds))
@@ -188,8 +199,8 @@ class Training:
         self._whole = True
         return loss
 
-    def _look(self) -> None:
-        """Measure the held-out loss and keep the state when it is the best so far."""
+    def _evaluate(self) -> None:
+        """Measure the held-out loss, and keep the state if it is the best so far."""
         loss = None
         if self._held_out:
             self._model.eval()
@@ -208,9 +219,9 @@ class Training:
         self._whole = True
 
     def _rows(self, step: int) -> list[int]:
-        """The sequences of a step: every pass over the data has an order of its own."""
+        """The sequences of a step. Every pass over the data has its own order."""
         rows = []
-        for place in range(step * self.plan.batch, (step + 1) * self.plan.batch):
+        for place in range(step * self.plan.batch_size, (step + 1) * self.plan.batch_size):
             number, within = divmod(place, len(self._data))
             if self._order[0] != number:
                 generator = torch.Generator().manual_seed(seed_of("order", self.plan.seed, number))
@@ -231,15 +242,15 @@ class Training:
         of = "" if math.isinf(self.plan.steps) else f" of {self.plan.steps}"
         return f"step {self.step}{of}, loss {loss:.3f}{seen}"
 
-    def _tell_cost(self, seconds: float) -> None:
+    def _show_cost(self, seconds: float) -> None:
         steps = self.plan.steps - self.step + 1
         budget = math.inf if self.plan.minutes is None else 60 * self.plan.minutes - self.seconds
-        told = [f"  a step takes {duration(seconds)}"]
+        parts = [f"  a step takes {duration(seconds)}"]
         if math.isfinite(steps):
-            told.append(f"{steps} steps take about {duration(steps * seconds)}")
+            parts.append(f"{steps} steps take about {duration(steps * seconds)}")
         if steps * seconds > budget:
-            told.append(f"the time is enough for about {max(1, round(budget / seconds))} steps")
-        self._progress.note("; ".join([*told, f"peak memory so far {human_bytes(memory_peak(self._device))}"]))
+            parts.append(f"the time is enough for about {max(1, round(budget / seconds))} steps")
+        self._progress.note("; ".join([*parts, f"peak memory so far {human_bytes(memory_peak(self._device))}"]))
 
     def _save(self) -> None:
         tensors = {f"now.{name}": parameter for name, parameter in self._parameters.items()}
@@ -259,7 +270,7 @@ class Training:
         self._state.write(tensors, plain)
 
     def _resume(self) -> None:
-        """Go on from the state on disk, if there is one."""
+        """Resume from the state on disk, if there is one."""
         found = self._state.read()
         if found is None:
             return
@@ -275,17 +286,17 @@ class Training:
         self.step, self.best, self.curve = plain["step"], plain["best"], plain["curve"]
         self._since, self.tokens = plain["since"], plain["tokens"]
         self.seconds, self.training_seconds = plain["seconds"], plain["training_seconds"]
-        self._progress.note(f"  goes on after step {self.step}")
+        self._progress.note(f"  resuming after step {self.step}")
 
 
 def memory_peak(device: torch.device) -> int:
-    """Largest memory in use so far in bytes: of the device, or of this process where the device is the CPU."""
+    """Peak memory in bytes: of the device, or of this process if the device is the CPU."""
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()  # current memory: mps records no peak
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
 
 
 def _by_length(data: Encoded, rows: list[int] | range, count: int) -> list[list[int]]:
-    """Rows in batches of ``count``, of similar length, so that little is filled up."""
+    """Rows in batches of ``count`` of similar length, so that there is little padding."""
     ordered = sorted(rows, key=lambda row: (-len(data.ids[row]), row))
     return [ordered[start : start + count] for start in range(0, len(ordered), count)]

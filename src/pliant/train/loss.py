@@ -14,19 +14,21 @@ from pliant.train.trunk_and_head import Halves
 
 
 def tokens_at_once(device: torch.device) -> int:
-    """Tokens whose logits are in memory together: on a CPU so few that the allocator uses their memory again and again,
-    instead of asking the system for pages that must be cleared first."""
+    """The number of tokens whose logits are in memory at a time.
+
+    On a CPU they are so few that the allocator reuses their memory, instead of asking the system for pages that it clears first.
+    """
     return 64 if device.type == "cpu" else 1024
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """Learn next-token distributions from a teacher, beside the tokens of the text.
+    """Learn next-token distributions from a teacher, besides the tokens of the text.
 
     Attributes:
         teacher: the dense model.
         weight: 0 learns from the text alone, 1 from the teacher alone.
-        temperature: both distributions are flattened by it; gradients keep their size.
+        temperature: of both distributions; the gradients are scaled back to their usual size.
     """
 
     teacher: Halves
@@ -39,13 +41,13 @@ def backward(
     batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     distillation: Distillation | None = None,
 ) -> torch.Tensor:
-    """Add the gradients of the loss of a batch to the parameters.
+    """Compute the loss of a batch, and add its gradients to those of the parameters.
 
     The loss is the sum over predicted tokens, not their mean: it does not depend on how a step is split into batches, and its
     gradients are large enough for float16.
 
     Arguments:
-        batch: ids, labels and mask as :meth:`pliant.data.tokenize_examples.Encoded.batch` gives them.
+        batch: ids, labels and mask, from :meth:`pliant.data.tokenize_examples.Encoded.batch`.
 
     Returns:
         The loss in nats, summed over the learned tokens, a float64 tensor.
@@ -77,8 +79,8 @@ def _loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The summed loss of some tokens and its gradient with respect to their logits.
 
-    Both are written out, since the gradient of either part is a difference of probabilities: autograd would keep and walk
-    several more tensors of the size of the logits, the largest there are.
+    Both are written out, because the gradient of either part is a difference of probabilities: autograd would keep several more
+    tensors of the size of the logits, which are the largest.
 
     Arguments:
         logits: shape ``(tokens, vocabulary)``.

@@ -1,9 +1,9 @@
-"""Recovery: train a model that was cut for a short while, so that what is left makes up for what is gone."""
+"""Recovery: a short training after a cut, which makes up for the removed parts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -34,7 +34,7 @@ RATES = {"lora": 3e-4, "full": 5e-5}
 
 
 def training_sections(recovery: Mapping[str, Any]) -> list[Section]:
-    """The held-out loss while the model was trained, and what that took."""
+    """The held-out loss during the training, and its cost."""
     looks = [(row["step"], row["held_out"]) for row in recovery["curve"] if row["held_out"] is not None]
     curve = Curve(
         title="held-out loss against steps",
@@ -54,7 +54,7 @@ def training_sections(recovery: Mapping[str, Any]) -> list[Section]:
 
 
 class Recover(Step):
-    """Train the model on text or examples; what comes out is an ordinary model of the same shapes and dtype."""
+    """Train the model on text or examples. The result is an ordinary model of the same shapes and dtype."""
 
     kind: ClassVar[str] = "recover"
     family: ClassVar[str] = "training"
@@ -68,11 +68,11 @@ class Recover(Step):
     )
 
     steps: int | None = setting(
-        "Optimizer steps; when left out, 200, or with minutes as many as they are enough for.", default=None, at_least=1
+        "Optimizer steps. If none, 200; with minutes, as many as they are enough for.", default=None, at_least=1
     )
 
     minutes: float | None = setting(
-        "Stop at the first optimizer step past so many minutes, if the steps are not over before; the schedule knows.",
+        "Stop at the first optimizer step after this many minutes. The learning rate schedule ends with them.",
         default=None,
         above=0,
     )
@@ -80,25 +80,25 @@ class Recover(Step):
     batch_size: int = setting("Sequences in an optimizer step.", default=8, at_least=1, formerly="batch")
 
     micro_batch_size: int | None = setting(
-        "Sequences in memory at a time; when left out, what makes about 512 tokens on a CPU, 4096 on a GPU.",
+        "Sequences in memory at a time. If none, those of about 512 tokens on a CPU, 4096 on a GPU.",
         default=None,
         at_least=1,
         formerly="micro_batch",
     )
 
     seqlen: int | None = setting(
-        "Tokens in a sequence; longer examples are cut off, plain text is packed into windows of this "
-        "length. Default: the smaller of 256 and the model's positions.",
+        "Tokens in a sequence. Longer examples are truncated; plain text is packed into windows of this length. If none, the "
+        "smaller of 256 and the model's positions.",
         default=None,
         at_least=2,
     )
 
     learning_rate: float | None = setting(
-        "Highest learning rate; when left out, 3e-4 for lora and 5e-5 for full.", default=None, above=0, formerly="lr"
+        "Highest learning rate. If none, 3e-4 for lora and 5e-5 for full.", default=None, above=0, formerly="lr"
     )
 
     warmup_ratio: float = setting(
-        "Share of the training in which the learning rate goes up.",
+        "Share of the training in which the learning rate rises.",
         default=0.05,
         at_least=0,
         at_most=0.9,
@@ -106,74 +106,75 @@ class Recover(Step):
     )
 
     lr_scheduler_type: str = setting(
-        "How the learning rate goes down to 0 after that: cosine or linear.",
+        "How the learning rate falls to 0 after that: cosine or linear.",
         default="cosine",
         choices=tuple(SCHEDULES),
         formerly="schedule",
     )
 
-    weight_decay: float = setting("Decay of matrices in AdamW.", default=0.0, at_least=0, at_most=1)
+    weight_decay: float = setting("Weight decay of the matrices in AdamW.", default=0.0, at_least=0, at_most=1)
 
-    max_grad_norm: float = setting("Largest norm of the gradient.", default=1.0, above=0, formerly="clip")
+    max_grad_norm: float = setting("Gradients are clipped to this norm.", default=1.0, above=0, formerly="clip")
 
     rank: int = setting("lora: rank of the adapters.", default=16, at_least=1)
 
     alpha: float = setting("lora: adapters are scaled by alpha / rank.", default=32, above=0)
 
     dropout: float = setting(
-        "lora: share of an adapter's inputs that are dropped in training; 0.05 is usual, and makes a CPU slower.",
+        "lora: dropout of the inputs of the adapters. 0.05 is usual; any dropout slows down a CPU.",
         default=0.0,
         at_least=0,
         at_most=0.9,
     )
 
-    target_modules: str = setting(
-        "lora: names of linear layers with commas between, such as q_proj,v_proj; empty means all in the blocks.",
-        default="",
+    target_modules: str | Sequence[str] | None = setting(
+        "lora: names of the linear layers with adapters, such as q_proj,v_proj. If none, all linear layers in the blocks.",
+        default=None,
         formerly="targets",
     )
 
     distillation_weight: float = setting(
-        "Weight of learning the dense model's next-token distributions: 0 learns the text alone, 1 only the dense model.",
+        "Weight of the distillation from the dense model: 0 learns from the text alone, 1 from the dense model's next-token "
+        "distributions alone.",
         default=0.0,
         at_least=0,
         at_most=1,
         formerly="distil",
     )
 
-    temperature: float = setting("Both distributions of the distillation are flattened by it.", default=1.0, above=0)
+    temperature: float = setting("Temperature of both distributions in the distillation.", default=1.0, above=0)
 
     teacher: str | None = setting(
-        "Folder or hub id of the dense model to learn from; when left out, where this model was loaded from.",
+        "Folder or hub id of the dense model to learn from. If none, the one that this model was loaded from.",
         default=None,
         path=True,
     )
 
     data: str | None = setting(
-        "Training data: a file, a folder or hub id as for pliant.examples; when left out, the data of the run.",
+        "Training data: a file, a folder or a hub id, as for pliant.examples. If none, the data of the run.",
         default=None,
         path=True,
     )
 
     held_out: int = setting(
-        "Sequences kept out of training, a tenth of them at most, to choose the best state by; 0 takes the last state.",
+        "Sequences held out of the training, at most a tenth of all, to choose the best state by. 0 takes the last state.",
         default=32,
         at_least=0,
     )
 
     eval_steps: int = setting(
-        "Optimizer steps between two looks at the held-out loss; after each the state is written to the work folder.",
+        "Optimizer steps between two evaluations on the held-out sequences. The state is saved after each.",
         default=25,
         at_least=1,
         formerly="every",
     )
 
     gradient_checkpointing: bool = setting(
-        "Compute activations twice instead of keeping them, which is slower and takes less memory.", default=False
+        "Recompute activations instead of keeping them: slower, with less memory.", default=False
     )
 
     seed: int = setting(
-        "Seed of the order of the sequences, of dropout, and of the adapters' first values.",
+        "Seed of the order of the sequences, of dropout, and of the initial values of the adapters.",
         default=42,
         at_least=0,
         at_most=2**63 - 1,
@@ -184,6 +185,7 @@ class Recover(Step):
             if isinstance(getattr(self, name), Path):
                 object.__setattr__(self, name, str(getattr(self, name)))
         super().__post_init__()
+        object.__setattr__(self, "target_modules", _names(self.target_modules))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
@@ -201,7 +203,7 @@ class Recover(Step):
     def run(self, job: Job) -> None:
         model = job.model
         check_finite(model)
-        Halves(model)  # a model that predicts no next tokens is refused before any work
+        Halves(model)  # refuses a model that does not predict next tokens, before any work
         tokenizer = job.tokenizer()
         anatomy = described(model)
         given = self._examples(job)
@@ -220,14 +222,14 @@ class Recover(Step):
         }
         if teacher is not None and belongs_to["dense"] == belongs_to["model"]:
             raise StepError(
-                "the dense model has the same weights as the model to recover, so there is nothing to learn from it; name the "
-                "one from before the cut with teacher= (or pliant.apply(..., dense=model))"
+                "the dense model has the same weights as the model to recover, so there is nothing to learn from it; give the "
+                "model from before the cut with teacher= (or pliant.apply(..., dense=model))"
             )
         state = StateFile(job.file("state.safetensors"), belongs_to)
-        state.read()  # one that belongs to something else is refused before any work
+        state.read()  # refuses the state of another training, before any work
         job.progress.note(
             f"{given.source}: {len(train)} sequences of at most {seqlen} tokens, {train.tokens:,} in all; {len(held_out)} held out; "
-            f"{self._told(len(train))}"
+            f"{self._length(len(train))}"
         )
         was_training = teacher is not None and teacher.training
         try:
@@ -250,14 +252,14 @@ class Recover(Step):
         micro = self.micro_batch_size or max(1, (512 if model.device.type == "cpu" else 4096) // seqlen)
         plan = Plan(
             steps=self._most_steps(),
-            batch=self.batch_size,
-            micro_batch=min(micro, self.batch_size),
-            lr=self.learning_rate or RATES[self.method],
-            warmup=self.warmup_ratio,
-            schedule=self.lr_scheduler_type,
+            batch_size=self.batch_size,
+            micro_batch_size=min(micro, self.batch_size),
+            learning_rate=self.learning_rate or RATES[self.method],
+            warmup_ratio=self.warmup_ratio,
+            lr_scheduler_type=self.lr_scheduler_type,
             weight_decay=self.weight_decay,
-            clip=self.max_grad_norm,
-            every=self.eval_steps,
+            max_grad_norm=self.max_grad_norm,
+            eval_steps=self.eval_steps,
             seed=self.seed,
             minutes=self.minutes,
         )
@@ -274,13 +276,13 @@ class Recover(Step):
                     model,
                     linears,
                     trained.parameters,
-                    plan.micro_batch * seqlen,
+                    plan.micro_batch_size * seqlen,
                     copies=2 if self.method == "full" else 1,
                     teacher=teacher,
                     recompute=self.gradient_checkpointing,
                 )
-                told = ", ".join(f"{name} {human_bytes(count)}" for name, count in needs.items())
-                job.progress.note(f"  needs about {human_bytes(sum(needs.values()))} of memory: {told}")
+                parts = ", ".join(f"{name} {human_bytes(count)}" for name, count in needs.items())
+                job.progress.note(f"  needs about {human_bytes(sum(needs.values()))} of memory: {parts}")
                 training = Training(
                     model, Halves(model), trained.parameters, train, held_out, plan, distillation, state, job.progress
                 )
@@ -312,7 +314,8 @@ class Recover(Step):
     def _most_steps(self) -> float:
         return self.steps or (STEPS if self.minutes is None else math.inf)
 
-    def _told(self, sequences: int) -> str:
+    def _length(self, sequences: int) -> str:
+        """The length of the training, in words."""
         steps = self._most_steps()
         if math.isinf(steps):
             return f"steps of {self.batch_size}, {self.minutes:g} minutes"
@@ -327,7 +330,7 @@ class Recover(Step):
             rank=self.rank,
             alpha=self.alpha,
             dropout=self.dropout,
-            targets=[name.strip() for name in self.target_modules.split(",") if name.strip()],
+            targets=self.target_modules or (),
             seed=seed_of("adapters", self.seed),
         )
 
@@ -339,17 +342,17 @@ class Recover(Step):
         if isinstance(job.data, Examples):
             return job.data
         raise DataError(
-            "recover needs data to train on: pass data=pliant.examples('some.jsonl') or data=pliant.text(...)"
+            "recover needs data to train on; give data=pliant.examples('some.jsonl') or data=pliant.text('some.txt')"
         )
 
     def _sequences(self, given: Examples, model: Any, tokenizer: Any, seqlen: int) -> tuple[Encoded, Encoded]:
-        """What to train on and what to hold out."""
+        """The sequences to train on, and those held out."""
         encoded = given.encode(tokenizer, seqlen)
         check_ids(model, torch.cat(list(encoded.ids)))
         count = min(self.held_out, max(1, len(encoded) // 10))
         if count >= len(encoded):
             raise DataError(
-                f"{given.source} gives one sequence of {seqlen} tokens; to hold one out, too, give more data or a smaller "
+                f"{given.source} gives only one sequence of {seqlen} tokens, so none can be held out; give more data or a smaller "
                 "seqlen, or set held_out=0"
             )
         return encoded.split(count)
@@ -363,7 +366,15 @@ class Recover(Step):
         ours, theirs = (one.get_output_embeddings().weight.shape[0] for one in (job.model, dense))
         if ours != theirs:
             raise StepError(
-                f"the dense model has a vocabulary of {theirs}, this model one of {ours}; distributions can be learned only "
-                "from a model with the same vocabulary"
+                f"the dense model has a vocabulary of {theirs}, this model one of {ours}; distillation needs the same "
+                "vocabulary in both"
             )
         return dense
+
+
+def _names(given: Any) -> tuple[str, ...] | None:
+    """Names of layers, given as a list, or as text with commas between (on the command line, and in recipes of version 0.1)."""
+    names = [name.strip() for name in given.split(",")] if isinstance(given, str) else given
+    if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+        raise StepError(f"target_modules must be a list of names, such as ['q_proj', 'v_proj'], or none; not {given!r}")
+    return tuple(name for name in names or () if name) or None

@@ -1,4 +1,4 @@
-"""The state of a training on disk: one file that is whole or absent, and says what it belongs to."""
+"""The state of a training on disk: one file, complete or absent, that records which training it belongs to."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from safetensors.torch import save_file
 from pliant.errors import ArtefactError, ResumeError
 from pliant.files import replacing
 
-VERSION = 1  # raise it when a state comes to mean something else
+VERSION = 1  # to be raised when the meaning of a state changes
 
 
 class StateFile:
-    """Tensors and plain data of a training, replaced as a whole.
+    """The file with the tensors and plain data of a training, replaced as a whole.
 
     Arguments:
-        path: the file; None keeps nothing.
-        belongs_to: model, data and settings that the training depends on, JSON-ready.
+        path: the file; None to keep nothing.
+        belongs_to: model, data and settings that the training depends on, as plain data.
     """
 
     def __init__(self, path: Path | None, belongs_to: dict[str, Any]):
@@ -29,35 +29,37 @@ class StateFile:
         self._header = json.loads(json.dumps({"training": VERSION, **belongs_to}))
 
     def read(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """What :meth:`write` was given last, or None.
+        """The last state that :meth:`write` was given, or None.
 
         Raises:
-            ResumeError: it belongs to another training, or is damaged; the message names what differs.
+            ResumeError: the file belongs to another training, or is damaged; the message names the differences.
         """
         if self.path is None or not self.path.exists():
             return None
         try:
             with safe_open(self.path, "pt") as file:
-                told = file.metadata() or {}
-                header, plain = json.loads(told["header"]), json.loads(told["plain"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+                metadata = file.metadata() or {}
+                header, plain = json.loads(metadata["header"]), json.loads(metadata["plain"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise ResumeError(f"{str(self.path)!r} is damaged ({error}); delete it to start anew") from error
+            raise ResumeError(
+                f"{str(self.path)!r} is damaged ({error}); delete it to start the training again"
+            ) from error
         differing = sorted(key for key in {*header, *self._header} if header.get(key) != self._header.get(key))
         if differing:
-            told = "; ".join(
+            differences = "; ".join(
                 f"{key}: {header.get(key)!r} there, {self._header.get(key)!r} now" for key in differing[:4]
             )
             raise ResumeError(
-                f"{str(self.path)!r} belongs to another training ({told}). Delete it, or work in another folder"
+                f"{str(self.path)!r} belongs to another training ({differences}). Delete it, or use another work folder"
             )
         return tensors, plain
 
     def write(self, tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> None:
-        """Replace the file; when this returns it is on the disk.
+        """Replace the file. It is on the disk when this returns.
 
         Raises:
-            ArtefactError: it cannot be written. What was there stays.
+            ArtefactError: the file cannot be written. The old one stays.
         """
         if self.path is None:
             return

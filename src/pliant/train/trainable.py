@@ -1,6 +1,6 @@
-"""What is trained of a model, and how it becomes part of the model: every weight, or low-rank adapters on linear layers.
+"""The trained parameters of a model: all of its weights, or low-rank adapters on linear layers.
 
-Either keeps the given weights until the end, so that a training that fails or is stopped leaves the model as it was.
+Both keep the original weights until the end, so that a training that fails or is interrupted leaves the model unchanged.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Trained(Protocol):
-    """Parameters that are trained, by name; all are float32 where the model is in half precision."""
+    """Trained parameters by name. They are float32 if the model is in half precision."""
 
     parameters: dict[str, nn.Parameter]
 
     def finish(self) -> None:
-        """Make what the parameters now hold part of the model."""
+        """Write the trained values into the model."""
         ...
 
     def abandon(self) -> None:
-        """Put the model back as it was given."""
+        """Restore the model as it was given."""
         ...
 
 
 class Full:
-    """Every parameter of the model. Those in half precision are trained in float32 and rounded once, at the end."""
+    """All parameters of the model. Those in half precision are trained in float32 and rounded once, at the end."""
 
     def __init__(self, model: nn.Module):
         self.parameters = dict(model.named_parameters())
@@ -61,12 +61,12 @@ class Lora:
     """Low-rank adapters (Hu et al., 2021, arXiv 2106.09685) on linear layers of the blocks; the rest is frozen.
 
     Arguments:
-        targets: names of linear layers as in the architecture file (``q_proj``); empty means all.
-        seed: of the adapters' first values.
+        targets: names of linear layers, such as ``q_proj``; if empty, all.
+        seed: of the initial values of the adapters.
 
     Raises:
         MissingExtraError: peft is not installed.
-        StepError: a target that the model does not have, or on which there can be no adapter.
+        StepError: a target is not in the model, or cannot have an adapter.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Lora:
             self.abandon()
             if isinstance(error, ValueError):
                 raise StepError(
-                    f"there can be no adapters on this model: {error}; choose other targets or method full"
+                    f"peft cannot put adapters on this model: {error}; choose other target_modules, or method full"
                 ) from error
             raise
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -130,10 +130,10 @@ def linear_layers(model: nn.Module, anatomy: Anatomy, targets: Sequence[str] = (
     """The linear layers in the blocks of a model, by full path.
 
     Arguments:
-        targets: only those of these names; empty means all.
+        targets: names of the layers to take; if empty, all.
 
     Raises:
-        StepError: a name that no linear layer has.
+        StepError: no linear layer has one of the names.
     """
     layers = layers_of(model, anatomy.source)
     prefix = next(name for name, module in model.named_modules() if module is layers)
@@ -147,19 +147,16 @@ def linear_layers(model: nn.Module, anatomy: Anatomy, targets: Sequence[str] = (
     names = sorted({path.rpartition(".")[2] for path in found})
     for target in targets:
         if target not in names:
-            raise StepError(
-                f"there is no linear layer {target!r} in the blocks of this model; there are {', '.join(names)}"
-            )
+            raise StepError(f"target_modules: unknown linear layer {target!r}; choose from: {', '.join(names)}")
     return {path: module for path, module in found.items() if not targets or path.rpartition(".")[2] in targets}
 
 
 @contextmanager
 def training_mode(model: Any, *, recompute: bool) -> Iterator[None]:
-    """While inside, nothing of the model is trained but what the caller adds, and its modules are in training mode.
-    Afterwards every flag is as before.
+    """While inside, the model is in training mode and its parameters are frozen. Afterwards every flag is as before.
 
     Arguments:
-        recompute: keep only the hidden states between layers and compute the rest again for the gradients.
+        recompute: keep only the hidden states between layers, and recompute the rest for the gradients.
     """
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -182,5 +179,5 @@ def training_mode(model: Any, *, recompute: bool) -> Iterator[None]:
 
 
 def _checkpointing(model: Any, verb: str) -> Any:
-    """transformers renames these methods: the old name warns from 5.23 on, the new one is not in 5.14."""
+    """transformers renames these methods: the old name warns from 5.23 on, the new one does not exist in 5.14."""
     return getattr(model, f"activation_checkpointing_{verb}", None) or getattr(model, f"gradient_checkpointing_{verb}")

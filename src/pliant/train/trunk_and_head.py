@@ -1,7 +1,7 @@
-"""A causal language model taken apart: the trunk, from token ids to final hidden states, and the head, from there to logits.
+"""The two parts of a causal language model: the trunk, from token ids to final hidden states, and the head, from there to logits.
 
-Logits are by far the largest tensor of a training step. With the head by itself they can be computed for a few tokens at a
-time, and only for tokens whose prediction counts.
+Logits are by far the largest tensor of a training step. With a separate head they can be computed for a few tokens at a time,
+and only for tokens whose prediction counts.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pliant.torch_private import copy_with_child
 
 
 class Halves:
-    """``halves.trunk(ids, mask)`` gives hidden states, ``halves.head(hidden)`` the logits that the model makes of them.
+    """A model's trunk and head: ``halves.trunk(ids, mask)`` computes hidden states, ``halves.head(hidden)`` their logits.
 
-    The head is the model's own forward on top of a stand-in for the trunk, so what a family does to its logits (soft caps,
-    scales) is done. The model itself is not touched; both halves read its tensors.
+    The head is the model's own forward on top of a stand-in for the trunk, so it includes all that a family does to its logits
+    (soft caps, scales). The model itself is not changed; both halves read its tensors.
 
     Raises:
-        ArchitectureError: the model predicts no next tokens, or makes its logits of something else than its final hidden states.
+        ArchitectureError: the model does not predict next tokens, or its logits depend on more than its final hidden states.
     """
 
     def __init__(self, model: Any):
@@ -40,7 +40,7 @@ class Halves:
         model.train(was)
         if not torch.allclose(whole[0], parts, equal_nan=True):
             raise ArchitectureError(
-                f"the logits of {type(model).__name__} are not those of its head on its final hidden states; it cannot be trained"
+                f"the logits of {type(model).__name__} depend on more than its final hidden states, so it cannot be trained"
             )
 
     def trunk(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -53,8 +53,10 @@ class Halves:
 
 
 class _Given(nn.Module):
-    """Stands for the trunk, or for any part of it that a head calls (``model.decoder``): hands on the hidden states that it
-    is given as embeddings."""
+    """A stand-in for the trunk, or for any part of it that a head calls (``model.decoder``).
+
+    It returns the hidden states that it receives as embeddings.
+    """
 
     def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> _Output:  # noqa: ARG002
         return _Output(inputs_embeds)
@@ -64,7 +66,7 @@ class _Given(nn.Module):
 
 
 class _Output:
-    """What a trunk returns: the last hidden state, and None under every other name."""
+    """The output of a trunk: the last hidden state, and None under every other name."""
 
     def __init__(self, hidden: torch.Tensor):
         self.last_hidden_state = hidden

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pliant.checkpoint.packed_config import packed_bytes
+from pliant.checkpoint.packed_bytes import packed_bytes
 from pliant.compat.native import run_natively
 from pliant.compat.packed_layers import record_packed
 from pliant.errors import PackedError, StepError
