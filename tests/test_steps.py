@@ -1,6 +1,7 @@
 """Every registered step: bad settings, refusals, Ctrl-C, resume, what it shows, and its recipe."""
 
 import dataclasses
+import importlib
 import json
 
 import pytest
@@ -110,21 +111,61 @@ def test_a_refusal_leaves_the_model_as_it_was(kind):
     assert not hasattr(model, "pliant_history")
 
 
-WORKS = [kind for kind in STEPS if step_class(kind).family != "values"]
-"""Steps on values change one matrix after the other; what they have changed stays after Ctrl-C, and compress starts again."""
+IN_PLACE = ("magnitude", "rtn", "sparamx")
+"""Steps that change one weight after the other, without memory for the original ones; the exception says so."""
 
 
-@pytest.mark.parametrize("kind", WORKS)
+@pytest.mark.parametrize("kind", [kind for kind in STEPS if kind not in IN_PLACE])
 def test_ctrl_c_leaves_the_model_as_it_was(kind):
     model = pico("llama")
-    before = state(model)
+    before, kinds = state(model), [type(module) for module in model.modules()]
     try:
         apply(model, step_of(kind), progress=Interrupting())
     except KeyboardInterrupt:
         assert same(model, before)
+        assert [type(module) for module in model.modules()] == kinds
         assert not hasattr(model, "pliant_history")
     else:
         assert kind in ("cut", "channelpruner", "oneshot")  # over before there is anything to show
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_ctrl_c_in_a_change_in_place_says_what_has_changed(kind, monkeypatch):
+    module, name = ("rtn", "round_to_grid") if kind == "rtn" else ("magnitude", "zero_smallest")
+    change, calls = getattr(importlib.import_module(f"pliant.values.{module}"), name), []
+
+    def interrupted(*given, **settings):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return change(*given, **settings)
+
+    monkeypatch.setattr(f"pliant.values.{module}.{name}", interrupted)
+    model = pico("llama")
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        apply(model, step_of(kind))
+    assert stopped.value.__notes__ == ["3 of 28 weight matrices may have been changed; load the model again"]
+    assert not hasattr(model, "pliant_history")
+
+
+def test_ctrl_c_in_packing_after_a_change_in_place_says_so():
+    model = pico("llama")
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        apply(model, step_of("sparamx"), progress=Interrupting())
+    assert stopped.value.__notes__ == ["the smallest weights have been set to zero already; load the model again"]
+    before = state(model)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        apply(model, step_of("sparamx", sparsity=None), progress=Interrupting())
+    assert not hasattr(stopped.value, "__notes__")
+    assert same(model, before)
+
+
+def test_a_model_that_cannot_be_packed_is_refused_before_its_weights_are_changed():
+    layer = torch.nn.Linear(8, 8)
+    before = state(layer)
+    with pytest.raises(PliantError, match="cannot be replaced in place"):
+        apply(layer, step_of("sparamx"))
+    assert same(layer, before)
 
 
 @pytest.mark.parametrize("kind", STEPS)

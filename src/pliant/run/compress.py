@@ -33,7 +33,7 @@ from pliant.run.card import versions
 from pliant.run.model_costs import model_costs, shares_kept
 from pliant.run.recipe import Measuring, Recipe, read_recipe
 from pliant.run.save import check_savable, save
-from pliant.run.stages import RESULTS, Estimate, Results, Size, Stage, forget_model, has_model, keep_model, kept_model
+from pliant.run.stages import RESULTS, Estimate, Results, Stage, forget_model, has_model, keep_model, kept_model
 from pliant.run.target import LOCK, check_target, files_in, work_folder
 from pliant.step import Step, paths_of, recipe_of
 
@@ -111,20 +111,20 @@ def stages(recipe: Recipe) -> list[Stage]:
     )
     models = 2 if measuring.speed else 1  # in memory: the dense model is kept for the timing
 
-    def of_step(step: Step, size: Size) -> Estimate:
-        tokens, gradients = step.estimate(2 * size.layers, size.row)
+    def of_step(step: Step, blocks: int, row: float) -> Estimate:
+        tokens, gradients = step.estimate(blocks, row)
         return Estimate(tokens, models + (4 if gradients else 0), disk=1)
 
     return [
-        Stage("load", Run.load, lambda _: Estimate()),
-        Stage("measure before", Run.measure_before, lambda _: Estimate(quality)),
+        Stage("load", Run.load, lambda *_: Estimate()),
+        Stage("measure before", partial(Run.measure, name="dense"), lambda *_: Estimate(quality)),
         *(
             Stage(folder_name(number, step), partial(Run.step, number=number), partial(of_step, step))
             for number, step in enumerate(recipe.steps, 1)
         ),
-        Stage("measure after", Run.measure_after, lambda _: Estimate(quality, models)),
-        Stage("time", Run.time, lambda _: Estimate(TIMED if measuring.speed else 0, models)),
-        Stage("write", Run.write, lambda _: Estimate(0, models, disk=1)),
+        Stage("measure after", partial(Run.measure, name="cut"), lambda *_: Estimate(quality, models)),
+        Stage("time", Run.time, lambda *_: Estimate(TIMED if measuring.speed else 0, models)),
+        Stage("write", Run.write, lambda *_: Estimate(0, models, disk=1)),
     ]
 
 
@@ -158,8 +158,7 @@ class Run:
         self.tokenizer: Any = None
         self.keys: list[str | None] = []  # of the loaded model, and of the result of every step
         self.job: str | None = None
-        self.before: dict[str, Any] = {}
-        self.after: dict[str, Any] = {}
+        self.measured: dict[str, dict[str, Any]] = {}  # of the dense and of the cut model
         self.speed: dict[str, Any] | None = None
         self.report: dict[str, Any] = {}
 
@@ -177,23 +176,19 @@ class Run:
                 f"another run is writing to {str(self.out)!r}; wait until it is done, or give another folder"
             ) from None
         try:
-            report = self._do_stages()
+            self.results = Results(self.work, self.out)
+            for stage in stages(self.recipe):
+                stage.run(self)
+                if self.report:
+                    break
         except BaseException as error:
             if not self._resumes(refused=isinstance(error, PliantError)):
                 shutil.rmtree(self.work, ignore_errors=True)
             raise
         else:
             shutil.rmtree(self.work, ignore_errors=True)  # while it is locked: after the release another run may use it
-            return report
         finally:
             lock.release()
-
-    def _do_stages(self) -> dict[str, Any]:
-        self.results = Results(self.work, self.out)
-        for stage in stages(self.recipe):
-            stage.run(self)
-            if self.report:
-                break
         return self.report
 
     def _resumes(self, *, refused: bool) -> bool:
@@ -227,16 +222,8 @@ class Run:
         if self.report:
             progress.note(f"{self.out} holds this result already; to run again, remove it first")
 
-    def measure_before(self) -> None:
-        """Measure the dense model."""
-        self.before = self._measured("dense")
-
-    def measure_after(self) -> None:
-        """Measure the model that the steps have made."""
-        self.after = self._measured("cut")
-
-    def _measured(self, name: str) -> dict[str, Any]:
-        """Costs, quality and replies of the model."""
+    def measure(self, name: str) -> None:
+        """Measure costs, quality and replies of the dense model, or of the one that the steps have made of it."""
         quality: dict[str, Any] = {"perplexity": {}, "tasks": {}}
         if self.held_out or self.measuring.tasks:
             quality = self.results.of(self._quality_key(), lambda: self._quality(name))
@@ -245,7 +232,7 @@ class Run:
             with self.progress.stage(f"replies of the {name} model"):
                 key = json_digest(["replies", fingerprint(self.model), prompts, self._where()])
                 replied = self.results.of(key, lambda: replies(self.model, self.tokenizer, prompts))
-        return {**model_costs(self.model), "quality": quality, "replies": replied}
+        self.measured[name] = {**model_costs(self.model), "quality": quality, "replies": replied}
 
     def _quality(self, name: str) -> dict[str, Any]:
         with self.progress.stage(f"measuring the {name} model"):
@@ -309,7 +296,7 @@ class Run:
 
     def write(self) -> None:
         """Write the artefact."""
-        before, after = self.before, self.after
+        before, after = self.measured["dense"], self.measured["cut"]
         layers = shares_kept(before.pop("units"), after.pop("units"))
         replied = zip(self.measuring.prompts, before.pop("replies"), after.pop("replies"), strict=True)
         report = {
@@ -350,9 +337,11 @@ class Run:
     def _weigh(self, written: Path) -> None:
         """Measure bytes on disk and memory to run, of the dense model and of the model just written."""
         with self.progress.stage("running both models in separate processes to measure their memory"):
-            for costs, where in ((self.before, self.recipe.model), (self.after, written)):
-                costs["disk_bytes"] = disk_bytes(where)
-                costs["run_memory"] = run_memory(where, self.recipe.dtype)
+            for name, where in (("dense", self.recipe.model), ("cut", written)):
+                self.measured[name] |= {
+                    "disk_bytes": disk_bytes(where),
+                    "run_memory": run_memory(where, self.recipe.dtype),
+                }
 
     def _kept_files(self) -> dict[str, Path]:
         """Name in the artefact -> file in the work folder: results of stages, and the files that steps keep."""

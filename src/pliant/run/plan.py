@@ -14,7 +14,6 @@ from pliant.errors import PliantError
 from pliant.measure.memory import disk_bytes
 from pliant.run.compress import stages
 from pliant.run.recipe import Recipe, read_recipe
-from pliant.run.stages import Size
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 CHARACTERS = 4  # in a token, about
@@ -38,10 +37,10 @@ def plan(recipe: str | Path, *, model: str | Path | None = None, data: str | Pat
     weights = parameters * element
     rate = _tokens_per_second(parameters)
     rows = read.data.rows if read.data is not None else ()
-    size = Size(layers, sum(map(len, rows)) / CHARACTERS / len(rows) if rows else 0.0)
+    row = sum(map(len, rows)) / CHARACTERS / len(rows) if rows else 0.0
     estimates = []
     for stage in stages(read):
-        takes = stage.estimate(size)
+        takes = stage.estimate(2 * layers, row)
         estimates.append(
             {
                 "stage": stage.name,

@@ -27,19 +27,6 @@ SHARD = 5 * 10**9
 
 
 @dataclass(frozen=True)
-class Size:
-    """Sizes that an estimate depends on.
-
-    Attributes:
-        layers: of the model.
-        row: tokens in a row of calibration text.
-    """
-
-    layers: int
-    row: float
-
-
-@dataclass(frozen=True)
 class Estimate:
     """A rough guess of what a stage takes.
 
@@ -55,16 +42,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of a run.
-
-    Attributes:
-        run: does it, on the run that it is given.
-        estimate: what it takes, without doing it.
-    """
+    """One part of a run. ``estimate`` takes the number of blocks and the tokens in a row of text, as that of a step does."""
 
     name: str
     run: Callable[[Any], None]
-    estimate: Callable[[Size], Estimate]
+    estimate: Callable[[int, float], Estimate]
 
 
 class Results:

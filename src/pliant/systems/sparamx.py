@@ -47,7 +47,7 @@ class SparAMX(ValueStep):
         super().__post_init__()
         self._steps()
 
-    def _steps(self) -> list[Step]:
+    def _steps(self) -> tuple[list[Step], PackedLinear]:
         layers: dict[str, Any] = {"target_modules": self.target_modules, "exclude_modules": self.exclude_modules}
         packed = PackedLinear(
             **layers,
@@ -57,8 +57,16 @@ class SparAMX(ValueStep):
             key_sparsity=self.key_sparsity,
             value_sparsity=self.value_sparsity,
         )
-        return [packed] if self.sparsity is None else [Magnitude(**layers, sparsity=self.sparsity), packed]
+        return [] if self.sparsity is None else [Magnitude(**layers, sparsity=self.sparsity)], packed
 
     def run(self, job: Job) -> None:
-        for step in self._steps():
+        first, packed = self._steps()
+        packed.select(job.model)  # refuses a model that cannot be packed before its weights are changed
+        for step in first:
             step.run(job)
+        try:
+            packed.run(job)
+        except BaseException as error:
+            if first:
+                error.add_note("the smallest weights have been set to zero already; load the model again")
+            raise

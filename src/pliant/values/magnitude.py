@@ -13,7 +13,7 @@ from pliant.values.matrix import ValueStep, concerned, left_note, left_over
 class Magnitude(ValueStep):
     """Zero the smallest weights by absolute value in every matrix (Han et al. 2015). Needs no data.
 
-    The simplest sparsifier there is: without training afterwards, half of the weights is more than most models bear.
+    The simplest way to make a model sparse: most models do not bear a sparsity of a half without training afterwards.
     """
 
     kind: ClassVar[str] = "magnitude"
@@ -21,7 +21,7 @@ class Magnitude(ValueStep):
     sparsity: float = setting("Share of the weights to zero, from 0 to 1.", at_least=0, at_most=1)
 
     within: str = setting(
-        "What the share is taken of: matrix, or row (the weights of one output).",
+        "The weights that the share is taken of: matrix, or row (the weights of one output).",
         default="matrix",
         choices=("matrix", "row"),
     )
@@ -30,22 +30,23 @@ class Magnitude(ValueStep):
     def run(self, job: Job) -> None:
         found = concerned(job.model, self.target_modules, self.exclude_modules)
         zeros = total = 0
-        for matrix in found.each(job.model):
-            for one in matrix.weight if matrix.weight.dim() == 3 else (matrix.weight,):
-                zero_smallest(one, self.sparsity, within=self.within)
-            zeros += int((matrix.weight == 0).sum())
-            total += matrix.weight.numel()
+        with found.changing(job.model) as matrices:
+            for matrix in matrices:
+                for one in matrix.weight if matrix.weight.dim() == 3 else (matrix.weight,):
+                    zero_smallest(one, self.sparsity, within=self.within)
+                zeros += int((matrix.weight == 0).sum())
+                total += matrix.weight.numel()
         left = left_over(job.model, found, total)
         job.record.update(sparsity=zeros / total, weights=total, left=left)
         job.show(*left_note(left))
 
 
 def zero_smallest(weight: torch.Tensor, sparsity: float, *, within: str = "matrix") -> None:
-    """Set the ``round(sparsity * n)`` smallest weights to zero, in place; of equal ones those that come first.
+    """Set the ``round(sparsity * n)`` smallest weights to zero, in place; of equal ones the first.
 
     Arguments:
         weight: shape ``(out, in)``.
-        within: ``matrix`` or ``row``: what n counts.
+        within: ``matrix`` or ``row``: n is its number of weights.
     """
     sizes = weight.abs().float()
     sizes = sizes.reshape(1, -1) if within == "matrix" else sizes

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import length_hint
 from typing import Any, ClassVar
 
 import torch
@@ -60,9 +62,21 @@ class Concern:
     matrices: list[Matrix] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
 
-    def each(self, model: nn.Module) -> Iterator[Matrix]:
-        """Iterate over the matrices; weights in files are released when memory is short."""
-        return within_limit(model, self.matrices)
+    @contextmanager
+    def changing(self, model: nn.Module) -> Iterator[Iterator[Matrix]]:
+        """The matrices, to be changed in place one after the other: there may be no memory for a copy of the original weights.
+
+        After an error or Ctrl-C some of them are changed and others are not. A note on the exception says so.
+        """
+        rest = iter(self.matrices)
+        try:
+            yield within_limit(model, rest)
+        except BaseException as error:
+            begun = len(self.matrices) - length_hint(rest)
+            error.add_note(
+                f"{begun} of {len(self.matrices)} weight matrices may have been changed; load the model again"
+            )
+            raise
 
 
 class ValueStep(Step):

@@ -1,4 +1,4 @@
-"""Replace linear layers by packed ones."""
+"""Replace linear layers with packed ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pliant.runtime.packed_matrix import FORMATS, GROUPS
 from pliant.runtime.rounding_grid import round_to_grid
 from pliant.runtime.sparse_break_even import pays
 from pliant.step import Job, setting
-from pliant.values.matrix import Matrix, ValueStep, concerned, head_of, left_note, left_over
+from pliant.values.matrix import Concern, Matrix, ValueStep, concerned, head_of, left_note, left_over
 
 CHOICES = ("auto", "dense", *FORMATS)
 CACHES = ("bf16", "int8", "float32")
@@ -36,7 +36,7 @@ class PackedLinear(ValueStep):
 
     Any module with linear layers can be packed. Layers whose weight is read or wrapped by other code (an adapter, a parametrization)
     are skipped; the record lists them and their share of the model. Packing comes last: a packed model can be run, saved, loaded
-    and measured, but no longer cut or trained.
+    and measured, but no longer cut or trained. An error or Ctrl-C while layers are packed leaves the model unchanged.
     """
 
     kind: ClassVar[str] = "packed"
@@ -44,50 +44,48 @@ class PackedLinear(ValueStep):
     packs: ClassVar[bool] = True
 
     format: str = setting(
-        "What the layers become: bf16, int8, int4, or auto: what holds their weights as they are in the "
-        "fewest bits (int4 or int8 for weights that were rounded to such a grid, otherwise bf16).",
+        "Format of the layers: bf16, int8, int4, or auto: the smallest one that stores a layer without loss (int4 or int8 for "
+        "weights that were rounded to such a grid, otherwise bf16).",
         default="auto",
         choices=CHOICES,
     )
 
     group: int = setting(
-        "int4: inputs that share a scale: 128, 64 or 32. Fewer are more exact and take more room (4.125, "
-        "4.25, 4.5 bits).",
+        "int4: inputs that share a scale: 128, 64 or 32. Smaller groups are more accurate and larger (4.125, 4.25 or 4.5 bits "
+        "per weight).",
         default=128,
         choices=GROUPS,
     )
 
     head: str = setting(
-        "The same for the output head, or dense to leave it; auto for what the other layers become.",
+        "Format of the output head; dense leaves it as it is, auto takes the format of the other layers.",
         default="int8",
         choices=CHOICES,
     )
 
     rules: Mapping[str, str] = setting(
-        "Other formats for some layers: a regular expression that is looked for in the layer's name, and "
-        "a format, or dense to leave it. The first that matches counts. On the command line: "
-        "'down_proj=int8,layers.0.=bf16'.",
+        "Other formats for some layers: a regular expression that is searched for in the layer's name, and a format, or dense to "
+        "leave the layer as it is. The first match counts. On the command line: 'down_proj=int8,layers.0.=bf16'.",
         factory=dict,
     )
 
     cache: str = setting(
-        "What the keys and values of older tokens are kept as while the model generates: bf16, int8 or float32.",
+        "Format of the cached keys and values of older tokens during generation: bf16, int8 or float32.",
         default="bf16",
         choices=CACHES,
     )
 
     key_sparsity: float = setting(
-        "Share of these keys, the smallest of every 64 tokens and head, that is zeroed.",
+        "Share of these keys to zero: the smallest ones of every 64 tokens and head.",
         default=0.0,
         at_least=0,
         below=1,
     )
 
-    value_sparsity: float = setting("The same of values.", default=0.0, at_least=0, below=1)
+    value_sparsity: float = setting("The same for values.", default=0.0, at_least=0, below=1)
 
     sparse: str = setting(
-        "Whether zeros are left out: always, never, or auto: where a layer has so many that it is faster "
-        "on this machine.",
+        "Whether zeros are left out: always, never, or auto: in layers with so many zeros that it is faster on this machine.",
         default="auto",
         choices=SPARSE,
     )
@@ -116,25 +114,35 @@ class PackedLinear(ValueStep):
     def _cache(self) -> dict[str, Any]:
         return {"format": self.cache, "key_sparsity": self.key_sparsity, "value_sparsity": self.value_sparsity}
 
-    @torch.no_grad()
-    def run(self, job: Job) -> None:
-        model = job.model
+    def select(self, model: Any) -> tuple[Concern, list[tuple[Matrix, str]]]:
+        """The matrices that the step changes and those that it skips, and the format of each layer to pack.
+
+        Raises:
+            StepError: the model cannot be packed, or no layer is to be packed.
+        """
         if pages_of(model) is not None:
-            raise StepError("packing keeps the packed weights in memory; load the model without a memory limit")
+            raise StepError("packed weights have to be in memory; load the model without a memory limit")
         if is_linear(model):
             raise StepError(
-                f"a single {type(model).__name__} cannot be replaced in place; pack torch.nn.Sequential(layer)"
+                f"a single {type(model).__name__} cannot be replaced in place; pack torch.nn.Sequential(layer) instead"
             )
         if any(parameter.device.type not in ("cpu", "meta") for parameter in model.parameters()):
-            raise StepError("packed layers run on the CPU; load the model there")
+            raise StepError("packed layers run on the CPU; move the model to the CPU first")
         found = concerned(model, self.target_modules, self.exclude_modules, replaces=True, head=self.head != "dense")
         wanted = self._formats(found.matrices, head_of(model))
         dense = {one.name for one in found.matrices} - {one.name for one, _ in wanted}
         found.left |= dict.fromkeys(dense, "linear layers that format, head or rules leave dense")
         found.matrices = [one for one, _ in wanted]
         if not wanted:
-            raise StepError("none of the layers is packed by these settings")
+            raise StepError("these settings pack none of the layers; change format, head or rules")
+        return found, wanted
+
+    @torch.no_grad()
+    def run(self, job: Job) -> None:
+        model = job.model
+        found, wanted = self.select(model)
         layers: dict[str, dict[str, Any]] = {}
+        made: list[Packed] = []
         packed: dict[tuple[Any, ...], torch.Tensor] = {}  # of weights that two layers share
         taken = {id(one.layer) for one, _ in wanted}
         stay = {id(p) for m in model.modules() if id(m) not in taken for p in m.parameters(recurse=False)}
@@ -147,32 +155,32 @@ class PackedLinear(ValueStep):
                 zeros = float((weight == 0).float().mean())
                 sparse = self.sparse == "always" or (self.sparse == "auto" and zeros > 0 and pays(form, zeros))
                 key = id(layer.weight), form, sparse, group
-                made = Packed.of(layer, form, sparse=sparse, group=group, packed=packed.get(key))
-                made.tied = id(layer.weight) in stay
+                made.append(Packed.of(layer, form, sparse=sparse, group=group, packed=packed.get(key)))
+                made[-1].tied = id(layer.weight) in stay
                 stay.add(id(layer.weight))
-                packed[key] = made.packed
-                for name in one.names:
-                    model.set_submodule(name, made)
-                head = made.header()
-                layers[one.name] = {"format": form, "sparse": sparse, "sparsity": zeros, "bits": head.bits}
+                packed[key] = made[-1].packed
+                bits = made[-1].header().bits
+                layers[one.name] = {"format": form, "sparse": sparse, "sparsity": zeros, "bits": bits}
+        for (one, _), layer in zip(wanted, made, strict=True):  # only now: an interrupted packing has changed nothing
+            for name in one.names:
+                model.set_submodule(name, layer)
         record_packed(model, self._cache())
         own = isinstance(model, PreTrainedModel)
         why_not = run_natively(model) if own else "a plain module calls its layers itself"
-        weights = [model.get_submodule(name) for name in layers]
-        total = sum(one.in_features * one.out_features for one in weights)
-        stored = sum(one.packed.numel() for one in weights)
+        total = sum(one.in_features * one.out_features for one in made)
+        stored = sum(one.packed.numel() for one in made)
         job.record.update(
             packed=layers,
             bits=8 * stored / total,
             bytes=packed_bytes(model),
             native=not why_not,
             why_not_native=why_not,
-            left=left_over(model, found, sum(one.parameters_held() for one in weights)),
+            left=left_over(model, found, sum(one.parameters_held() for one in made)),
         )
         show_packed(job)
 
     def _formats(self, layers: list[Matrix], head: tuple[str, nn.Module] | None) -> list[tuple[Matrix, str]]:
-        """The layers to pack and what each becomes."""
+        """The layers and the format of each; ``dense`` for those to leave as they are."""
         choices = {one.name: self.format for one in layers}
         if head is not None and head[0] in choices:
             choices[head[0]] = self.format if self.head == "auto" else self.head
@@ -191,7 +199,7 @@ class PackedLinear(ValueStep):
 
 
 def show_packed(job: Job) -> None:
-    """Show what was packed as what, and how the model runs."""
+    """Show the formats of the packed layers, and how the model runs."""
     record = job.record
     how = "all run in one native call" if record["native"] else f"run one by one: {record['why_not_native']}"
     forms = Counter(layer["format"] for layer in record["packed"].values())
@@ -205,7 +213,7 @@ def show_packed(job: Job) -> None:
 
 
 def _lossless(weight: torch.Tensor) -> tuple[str, int]:
-    """The format of fewest bits that holds these weights as they are, and its group; bf16, which rounds, where none does."""
+    """The smallest format that stores these weights without loss, and its group; bf16, which rounds, if there is none."""
     dense = weight.float()
     for group in reversed(GROUPS):
         if torch.equal(round_to_grid(dense, 4, group).to(weight.dtype), weight):
@@ -217,5 +225,5 @@ def _lossless(weight: torch.Tensor) -> tuple[str, int]:
 def _parsed(rules: str) -> dict[str, str]:
     pairs = [pair.rpartition("=") for pair in rules.split(",") if pair.strip()]
     if any(not pattern for pattern, _, _ in pairs):
-        raise StepError(f"rules are pattern=format, with commas between them; not {rules!r}")
+        raise StepError(f"rules must be pattern=format, separated by commas; not {rules!r}")
     return {pattern.strip(): form.strip() for pattern, _, form in pairs}
