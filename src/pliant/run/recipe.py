@@ -17,6 +17,7 @@ from pliant.measure.quality.replies import check_prompts
 from pliant.run.target import RECIPE, RECIPE_VERSION
 from pliant.step import Step, paths_of, recipe_of, step_of
 
+_PLAIN = ("seqlen", "windows", "limit", "speed")
 _OTHER_TEXT = "give the text to use with --data (data=), or restore the file"
 _OTHER_FILE = "restore the file, or name another one in the recipe"
 
@@ -58,10 +59,7 @@ class Measuring:
         return {
             "perplexity": [_described(of) for of in self.texts],
             "tasks": [{"path": str(place), "hash": path_digest(str(place))} for place in places],
-            "seqlen": self.seqlen,
-            "windows": self.windows,
-            "limit": self.limit,
-            "speed": self.speed,
+            **{name: getattr(self, name) for name in _PLAIN},
             "prompts": list(self.prompts),
         }
 
@@ -76,7 +74,7 @@ class Measuring:
         for task in tasks:
             _check_same(task["path"], task.get("hash"), path_digest(task["path"]), _OTHER_FILE)
         texts = [found for of in raw.get("perplexity", []) if (found := _text(of)) is not None]
-        plain = {key: raw[key] for key in ("seqlen", "windows", "limit", "speed", "prompts") if key in raw}
+        plain = {key: raw[key] for key in (*_PLAIN, "prompts") if key in raw}
         return cls(perplexity=texts, tasks=[task["path"] for task in tasks], **plain)
 
 

@@ -25,7 +25,7 @@ from pliant.train.loss import Distillation
 from pliant.train.memory_estimate import estimate
 from pliant.train.seeds import seed_of
 from pliant.train.state import StateFile
-from pliant.train.trainable import Full, Lora, Trained, linear_layers, training_mode
+from pliant.train.trainable import Full, Lora, linear_layers, training_mode
 from pliant.train.trunk_and_head import Halves
 
 STEPS = 200
@@ -215,9 +215,7 @@ class Recover(Step):
             "data": given.digest,
             "tokens": train.digest,
             "dense": None if teacher is None else fingerprint(teacher),
-            **{
-                key: value for key, value in self.to_dict().items() if key not in ("step", "version", "data", "teacher")
-            },
+            **{name: of for name, of in self.to_dict().items() if name not in ("step", "version", "data", "teacher")},
             "seqlen": seqlen,
         }
         if teacher is not None and belongs_to["dense"] == belongs_to["model"]:
@@ -250,24 +248,13 @@ class Recover(Step):
     ) -> None:
         model = job.model
         micro = self.micro_batch_size or max(1, (512 if model.device.type == "cpu" else 4096) // seqlen)
-        plan = Plan(
-            steps=self._most_steps(),
-            batch_size=self.batch_size,
-            micro_batch_size=min(micro, self.batch_size),
-            learning_rate=self.learning_rate or RATES[self.method],
-            warmup_ratio=self.warmup_ratio,
-            lr_scheduler_type=self.lr_scheduler_type,
-            weight_decay=self.weight_decay,
-            max_grad_norm=self.max_grad_norm,
-            eval_steps=self.eval_steps,
-            seed=self.seed,
-            minutes=self.minutes,
-        )
-        distillation = (
-            None
-            if teacher is None
-            else Distillation(Halves(teacher.eval()), self.distillation_weight, self.temperature)
-        )
+        settings = {name: getattr(self, name) for name in Plan.__dataclass_fields__}
+        settings["steps"] = self._most_steps()
+        settings["micro_batch_size"] = min(micro, self.batch_size)
+        settings["learning_rate"] = self.learning_rate or RATES[self.method]
+        plan, distillation = Plan(**settings), None
+        if teacher is not None:
+            distillation = Distillation(Halves(teacher.eval()), self.distillation_weight, self.temperature)
         linears = linear_layers(model, anatomy)
         with training_mode(model, recompute=self.gradient_checkpointing):
             trained = self._trained(model, anatomy)
@@ -319,9 +306,9 @@ class Recover(Step):
         steps = self._most_steps()
         if math.isinf(steps):
             return f"steps of {self.batch_size}, {self.minutes:g} minutes"
-        return f"{steps} steps of {self.batch_size}, {steps * self.batch_size / sequences:.1f} passes"
+        return f"{steps} steps of {self.batch_size}, {steps * self.batch_size / sequences:.1f} epochs"
 
-    def _trained(self, model: Any, anatomy: Anatomy) -> Trained:
+    def _trained(self, model: Any, anatomy: Anatomy) -> Full | Lora:
         if self.method == "full":
             return Full(model)
         return Lora(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,20 +18,6 @@ from pliant.runtime.dense import is_linear, stored_in_out
 from pliant.train.seeds import seeded
 
 HALF = (torch.float16, torch.bfloat16)
-
-
-class Trained(Protocol):
-    """Trained parameters by name. They are float32 if the model is in half precision."""
-
-    parameters: dict[str, nn.Parameter]
-
-    def finish(self) -> None:
-        """Write the trained values into the model."""
-        ...
-
-    def abandon(self) -> None:
-        """Restore the model as it was given."""
-        ...
 
 
 class Full:
@@ -49,10 +35,12 @@ class Full:
             raise
 
     def finish(self) -> None:
+        """Write the trained values into the model."""
         for name, parameter in self.parameters.items():
             parameter.data = parameter.data.to(self._given[name].dtype)
 
     def abandon(self) -> None:
+        """Restore the model as it was given."""
         for name, parameter in self.parameters.items():
             parameter.data = self._given[name]
 
@@ -112,6 +100,7 @@ class Lora:
             parameter.data = parameter.data.float() if parameter.dtype in HALF else parameter.data
 
     def finish(self) -> None:
+        """Merge the trained adapters into the weights."""
         # the merge adds to the weights in place; a copy takes it, so that an interrupted merge can be undone
         self._given = {path: linear.weight.data for path, linear in self._linears.items()}
         for linear in self._linears.values():
@@ -119,6 +108,7 @@ class Lora:
         self._wrapped.merge_and_unload()
 
     def abandon(self) -> None:
+        """Restore the model as it was given."""
         for path, linear in self._linears.items():
             linear.weight.data = self._given.get(path, linear.weight.data)
             self._model.set_submodule(path, linear)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from pliant.step import Job, setting
-from pliant.values.matrix import ValueStep, concerned, left_note, left_over
+from pliant.values.matrix import ValueStep, concerned, show_left
 
 
 class Magnitude(ValueStep):
@@ -36,9 +36,8 @@ class Magnitude(ValueStep):
                     zero_smallest(one, self.sparsity, within=self.within)
                 zeros += int((matrix.weight == 0).sum())
                 total += matrix.weight.numel()
-        left = left_over(job.model, found, total)
-        job.record.update(sparsity=zeros / total, weights=total, left=left)
-        job.show(*left_note(left))
+        job.record.update(sparsity=zeros / total, weights=total)
+        show_left(job, found, total)
 
 
 def zero_smallest(weight: torch.Tensor, sparsity: float, *, within: str = "matrix") -> None:

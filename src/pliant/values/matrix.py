@@ -20,7 +20,7 @@ from pliant.errors import ArchitectureError, StepError
 from pliant.pages import within_limit
 from pliant.record import Note, Section
 from pliant.runtime.dense import CONVOLUTIONS, is_linear, own_parameter, weight_of, why_fixed, why_kept
-from pliant.step import Step, setting
+from pliant.step import Job, Step, setting
 from pliant.torch_private import is_compiled
 
 ALL = "all-linear"
@@ -172,6 +172,12 @@ def head_of(model: Any) -> tuple[str, nn.Module] | None:
     """The name and module of a language model's output head, if it has one."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return next(((name, module) for name, module in model.named_modules() if module is head), None) if head else None
+
+
+def show_left(job: Job, found: Concern, changed: int) -> None:
+    """Record the parameters that a step has skipped, and show them."""
+    job.record["left"] = left_over(job.model, found, changed)
+    job.show(*left_note(job.record["left"]))
 
 
 def left_over(model: nn.Module, found: Concern, changed: int) -> dict[str, Any]:

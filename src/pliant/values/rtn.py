@@ -8,7 +8,7 @@ import torch
 
 from pliant.runtime.rounding_grid import round_to_grid
 from pliant.step import Job, setting
-from pliant.values.matrix import ValueStep, concerned, left_note, left_over
+from pliant.values.matrix import ValueStep, concerned, show_left
 
 
 class RTN(ValueStep):
@@ -35,7 +35,5 @@ class RTN(ValueStep):
                 error += float((rounded - flat).square().sum())
                 size += float(flat.square().sum())
                 matrix.weight.copy_(rounded.view(matrix.weight.shape))
-        total = sum(matrix.weight.numel() for matrix in found.matrices)
-        left = left_over(job.model, found, total)
-        job.record.update(relative_error=(error / size) ** 0.5 if size else 0.0, left=left)
-        job.show(*left_note(left))
+        job.record.update(relative_error=(error / size) ** 0.5 if size else 0.0)
+        show_left(job, found, sum(matrix.weight.numel() for matrix in found.matrices))
