@@ -330,7 +330,7 @@ def test_success_is_0(entry):
         (["bench", "FOLDER", "--formats", "--prompt", "250"], "250 + 32 tokens are more than the 256 positions"),
         (["generate", "FOLDER", "Hello", "--chat"], "chat template"),
         (["generate", "FOLDER", ""], "prompt"),
-        (["export", "FOLDER", "--to", "onnx", "--out", "x"], "unknown export 'onnx'"),
+        (["export", "FOLDER", "--to", "onnx", "--out", "x"], "unknown export format 'onnx'"),
         (["compress", "FOLDER", "--system", "packed", "--ratio", "0.2", "--out", "x"], "--ratio 0.2 has no effect"),
         (["compress", "FOLDER", "--subnet", "found.json", "--ratio", "0.2", "--out", "x"], "give one of them"),
         (["compress", "FOLDER", "--system", "packed", "--column", "body", "--out", "x"], "no effect without --data"),
@@ -489,7 +489,7 @@ def test_bench_compares_formats_and_recommends_one(folder, prose):
         assert row["perplexity"] > 1
     assert found["recommended"] in found["formats"]
     shown = run(*words).stdout
-    assert "Take " in shown
+    assert "Recommended: " in shown
     assert "Leaving zeros out is faster here" in shown
 
 

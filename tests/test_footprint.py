@@ -64,7 +64,7 @@ def test_a_report_shows_replies_and_what_running_takes(folder, prose, tmp_path):
     assert report["after"]["run_memory"] > 0
     page = (tmp_path / "small" / "report.html").read_text("utf-8")
     assert "<h2>Replies</h2>" in page
-    assert page.index("memory to run") < page.index("<h2>Replies</h2>") < page.index("What is kept")
+    assert page.index("memory to run") < page.index("<h2>Replies</h2>") < page.index("Kept shares")
     assert "| on disk |" in (tmp_path / "small" / "README.md").read_text("utf-8")
 
 

@@ -186,9 +186,9 @@ def test_settings_that_make_no_sense_are_refused():
         ({"rules": "int8"}, "pattern=format"),
         ({"group": 16}, "group must be one of"),
         ({"group": 32.0}, r"group must be one of .*; not 32\.0"),
-        ({"rules": None}, "rules map regular expressions to formats, .* not None"),
-        ({"rules": {3: "int8"}}, "rules map regular expressions to formats"),
-        ({"rules": ["down_proj"]}, "rules map regular expressions to formats"),
+        ({"rules": None}, "rules must map regular expressions to formats, .* not None"),
+        ({"rules": {3: "int8"}}, "rules must map regular expressions to formats"),
+        ({"rules": ["down_proj"]}, "rules must map regular expressions to formats"),
         ({"format": None}, "format must be one of"),
         ({"key_sparsity": "0.3"}, "key_sparsity must be a number of at least 0 and below 1; not '0.3'"),
         ({"value_sparsity": None}, "value_sparsity must be a number"),
@@ -227,11 +227,11 @@ def test_a_step_after_packing_is_refused_before_any_work(last):
     ("model", "step", "data", "error", "said"),
     [
         ("folder", pliant.Magnitude(sparsity=0.1), None, StepError, r"load it first: pliant\.load\('folder'\)"),
-        (None, pliant.Magnitude(sparsity=0.1), None, StepError, "a model is expected, not None"),
+        (None, pliant.Magnitude(sparsity=0.1), None, StepError, "model must be a torch.nn.Module; not None"),
         (torch.nn.Linear(2, 2), None, None, StepError, "a step is expected, .* not None"),
         (torch.nn.Linear(2, 2), "packed", None, StepError, "a step is expected, .* not 'packed'"),
         (torch.nn.Linear(2, 2), [pliant.PackedLinear], None, StepError, "a step is expected"),
-        (torch.nn.Linear(2, 2), pliant.Magnitude(sparsity=0.1), 5, DataError, "data is .* not 5"),
+        (torch.nn.Linear(2, 2), pliant.Magnitude(sparsity=0.1), 5, DataError, "data must be .* not 5"),
     ],
 )
 def test_what_is_no_model_step_or_data_is_refused(model, step, data, error, said):

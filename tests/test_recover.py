@@ -250,7 +250,7 @@ def test_the_dense_model_comes_from_where_the_model_was_loaded(folder, repeated,
     model.save_pretrained(tmp_path / "small")
     with pytest.raises(StepError, match="same weights as the model to recover"):
         recover(pliant.load(tmp_path / "small"), repeated, tokenizer, distillation_weight=0.5)
-    with pytest.raises(StepError, match="not loaded from anywhere; pass the dense one"):
+    with pytest.raises(StepError, match="the dense model is unknown, because this model was not loaded"):
         recover(cut(), repeated, tokenizer, distillation_weight=0.5)
     with pytest.raises(StepError, match="vocabulary of 310, this model one of 300"):
         recover(cut(), repeated, tokenizer, distillation_weight=0.5, dense=pico.pico(vocab_size=310))

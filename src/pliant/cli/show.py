@@ -43,7 +43,7 @@ def show_plan(found: dict[str, Any]) -> None:
 
 
 def show_inspection(found: dict[str, Any]) -> None:
-    """What a model is made of; equal layers in one row."""
+    """The blocks of a model, with equal layers in one row."""
     if "macs_per_image" in found:
         _show_traced(found)
         return
@@ -83,7 +83,7 @@ def _stored(found: dict[str, Any]) -> str:
 
 
 def _show_traced(found: dict[str, Any]) -> None:
-    """Blocks that can be removed, and channels that are cut together in all blocks that they run through."""
+    """The blocks that can be removed, and the channels that are cut together in all blocks that they run through."""
     _print(
         f"{found['model']}: {found['architecture']}, traced, self-check {found['self_check']}\n"
         f"{found['parameters']:,} parameters, {found['dtype']}, {human_bytes(found['weight_bytes'])}; "
@@ -107,7 +107,7 @@ def _show_traced(found: dict[str, Any]) -> None:
 
 
 def show_quality(found: dict[str, Any], title: str | None = None) -> None:
-    """Perplexities and shares of right answers."""
+    """Perplexities and accuracies."""
     from pliant.measure.quality.evaluate import SHARES
 
     shown = Table("", "score", "standard error", "on", title=title, title_justify="left")
@@ -164,7 +164,7 @@ def show_speed(found: dict[str, Any]) -> None:
 
 
 def show_formats(found: dict[str, Any]) -> None:
-    """What each packed format gives on this machine, and which to take."""
+    """Speed and quality of each packed format on this machine, and the recommended one."""
     rows = found["formats"]
     shown = Table(
         "",
@@ -197,7 +197,7 @@ def show_formats(found: dict[str, Any]) -> None:
             _print(f"{name} runs layer by layer: {row['why_not_native']}")
     pays = [f"{form} from {at:.0%} zeros" for form, at in found["break_even"].items() if at <= 1]
     _print(f"Leaving zeros out is faster here: {', '.join(pays) or 'in no format'}. Kernels: {found['kernels']}.")
-    _print(f"Take {found['recommended']}.")
+    _print(f"Recommended: {found['recommended']}.")
 
 
 def _spread(row: dict[str, float], form: str) -> str:

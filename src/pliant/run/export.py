@@ -1,4 +1,4 @@
-"""``pliant.export``: a cut model as a folder for tools that do not have pliant."""
+"""``pliant.export``: write a cut model for tools that do not have pliant."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def export(
     """Write ``model`` into the folder ``out`` in a format that other tools read, and return the folder.
 
     Arguments:
-        model: a transformers model, or a folder or name for :func:`pliant.load`; it stays as it is.
+        model: a transformers model, or a folder or name for :func:`pliant.load`; it is not changed.
         to: ``homogeneous``: an ordinary model of fewer layers, for stock transformers, vLLM and llama.cpp.
         overwrite: replace an earlier result in ``out``.
         dtype, device: as in :func:`pliant.load`, for a model given by folder or name.
 
     Raises:
-        ArtefactError: the format is not known, the model cannot be written in it, or ``out`` cannot be written.
+        ArtefactError: the format is unknown, the model cannot be written in it, or ``out`` cannot be written.
     """
     if to not in EXPORTS:
-        raise ArtefactError(f"unknown export {to!r}; choose {', '.join(EXPORTS)}")
+        raise ArtefactError(f"unknown export format {to!r}; choose from: {', '.join(EXPORTS)}")
     return save(EXPORTS[to].load()(loaded(model, dtype=dtype, device=device)), out, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""The same model in every packed format, side by side on this machine."""
+"""Compare the packed formats of one model on this machine."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ FORMATS = {
     "int4, groups of 128": {"format": "int4"},
 }
 PROMPT = 128
-SPLIT = 64  # most tokens in the prompt before the parts of a token are timed
-HARM = 1.02  # perplexity over that of the model as it is that a recommended format may have
+SPLIT = 64  # tokens of the prompt, at most, when the parts of a token are timed
+HARM = 1.02  # largest perplexity of a recommended format, relative to the original model
 
 
 def compare_formats(
@@ -41,21 +41,21 @@ def compare_formats(
     dtype: Any = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Pack copies of a model in every format and measure each in turn with the model as it is.
+    """Pack copies of a model in every format, and time each alternately with the original model.
 
     Arguments:
         model: a transformers model on the CPU, or a folder or name for :func:`pliant.load`.
-        perplexity: text to measure quality on; without it bf16 and int8 are taken to do no harm.
+        perplexity: text to measure quality on; without it bf16 and int8 are assumed to do no harm.
         windows: windows of that text at most.
-        prompt, tokens, repeats: as in :func:`pliant.bench`, but with a default prompt of 128 tokens.
-        dtype: for a model given by name or folder.
+        prompt, tokens, repeats: as in :func:`pliant.bench`; the default prompt has 128 tokens.
+        dtype: of a model given by name or folder.
 
     Returns:
-        ``formats``: name -> ``decode``, ``prefill`` (tokens per second), ``speedup`` of both over the model as it is, ``bits`` of
+        ``formats``: name -> ``decode``, ``prefill`` (tokens per second), ``speedup`` of both over the original model, ``bits`` of
         a weight, ``bytes`` of weights read per token, milliseconds per token as in ``token_time``, ``perplexity``, whether all
         layers run in one ``native`` call, and why not;
         ``break_even``: for each format, the sparsity from which leaving zeros out is faster (above 1: never);
-        ``recommended``: a format, or the model as it is.
+        ``recommended``: a format, or the dtype of the original model.
 
     Raises:
         DataError: the prompt and the tokens exceed the model's positions.
@@ -63,7 +63,7 @@ def compare_formats(
     """
     model = loaded(model, dtype=dtype)
     if is_packed(model):
-        raise PackedError("this model is packed already; compare the formats of the model that it was made from")
+        raise PackedError("this model is packed already; give the model that it was packed from")
     progress = progress or Progress()
     prompt = prompt_for({"model": model}, prompt, tokens, usual=PROMPT)
     progress.note(f"  a prompt of {prompt} tokens, {tokens} decoded")
@@ -108,7 +108,7 @@ def compare_formats(
 
 
 def _recommended(rows: dict[str, dict[str, Any]], asis: str) -> str:
-    """The fastest in decoding of those that do no harm."""
+    """The fastest format in decoding among those that do no harm."""
     limit = rows[asis]["perplexity"]
     harmless = [
         name

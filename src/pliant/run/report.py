@@ -1,4 +1,4 @@
-"""report.html: one self-contained page that shows the trade."""
+"""report.html: one self-contained page with the results before and after."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def _replies(replies: list[dict[str, str]]) -> str:
     )
     return (
         "<h2>Replies</h2><table><tr><th>prompt</th><th>before</th><th>after</th></tr>"
-        f"{rows}</table><p>Chosen greedily, cut off after a few lines.</p>"
+        f"{rows}</table><p>Generated greedily, cut off after a few lines.</p>"
     )
 
 
 def _predicted(report: dict[str, Any]) -> str:
-    """Speed-up counted from what was removed, beside the one measured."""
+    """The speed-up predicted from the removed parameters, beside the measured one."""
     speed = report.get("speed")
     if not speed:
         return ""
@@ -78,8 +78,8 @@ def _predicted(report: dict[str, Any]) -> str:
     settings = speed["settings"]
     return (
         "<h2>Speed-up, predicted and measured</h2><table><tr><th></th><th>predicted</th><th>measured</th><th>p10 to p90</th></tr>"
-        f"{''.join(rows)}</table><p>Both models in turn, {settings['repeats']} rounds: prompt of {settings['prompt']} tokens, "
-        f"{settings['tokens']} decoded, batch {settings['batch']}.</p>"
+        f"{''.join(rows)}</table><p>Both models were timed alternately in {settings['repeats']} rounds: prompt of "
+        f"{settings['prompt']} tokens, {settings['tokens']} decoded, batch {settings['batch']}.</p>"
     )
 
 
@@ -112,7 +112,7 @@ def _section(section: Section) -> str:
 
 
 def _plot(curve: Curve) -> str:
-    """A line with a dot for every point, from 0 on the left."""
+    """A line with a dot at every point. The horizontal axis begins at 0."""
     xs, ys, marks = curve.xs, curve.ys, {int(number): word for number, word in curve.marks.items()}
     width, height, left, bottom = 640, 260, 48, 30
     top_x, low, high = max(xs), min(ys), max(ys)
@@ -144,7 +144,7 @@ def _plot(curve: Curve) -> str:
 
 
 def _picture(layers: dict[str, float]) -> str:
-    """For every layer a bar for each axis, filled by the share kept; nothing where a model has no list of layers."""
+    """A bar for every layer and axis, filled by the share kept; nothing if a model has no list of layers."""
     layers = {name: share for name, share in layers.items() if name.startswith("layers.")}
     if not layers:
         return ""
@@ -172,6 +172,6 @@ def _picture(layers: dict[str, float]) -> str:
     for layer in range(0, depth, max(1, depth // 10)):
         parts.append(f'<text x="{left + layer * bar:.1f}" y="{height - 4}">{layer}</text>')
     return (
-        "<h2>What is kept</h2><p>Share of each block that is kept, layer by layer. An empty bar is a block that was removed.</p>"
+        "<h2>Kept shares</h2><p>The share of every block that is kept, by layer. An empty bar is a removed block.</p>"
         f'<svg viewBox="0 0 640 {height}" role="img" aria-label="share kept of every block">{"".join(parts)}</svg>'
     )

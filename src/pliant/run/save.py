@@ -1,4 +1,4 @@
-"""Write the whole artefact: weights, tokenizer, recipe, report and card. It appears complete, or not at all."""
+"""Write the whole artefact: weights, tokenizer, recipe, report and card. The folder appears complete, or not at all."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def save(
 
     Arguments:
         folder: must not exist yet, unless ``overwrite``.
-        tokenizer: written beside the model; by default the source folder's files besides the weights are copied unchanged.
-        report: what ``pliant compress`` measured; written as ``report.json`` and ``report.html``.
+        tokenizer: written beside the model. By default all files of the source folder but the weights are copied unchanged.
+        report: the report of ``pliant compress``; written as ``report.json`` and ``report.html``.
         inputs: data and measurements of the run, for the recipe.
-        extra: files to put in, by name.
+        extra: files to add: name -> path to copy from.
         weigh: called with the temporary folder of the written model and tokenizer, before the report is written.
         overwrite: replace an earlier result. A folder that holds anything else is refused.
         max_shard_size: as in transformers; within a memory limit at most an eighth of it.
@@ -58,7 +58,7 @@ def save(
     """
     if not hasattr(model, "save_pretrained"):
         raise ArtefactError(
-            f"pliant.save writes models of transformers, and a {type(model).__name__} is none of them; save its weights with "
+            f"pliant.save writes transformers models, not a {type(model).__name__}; save its weights with "
             "torch.save(module.state_dict(), path)"
         )
     need = sum(t.numel() * t.element_size() for t in model.state_dict().values())
@@ -105,7 +105,7 @@ def _bytes(max_shard_size: int | str) -> int:
 
 
 def _describe(model: Any) -> None:
-    """Write the shapes of a cut model into its config; a model that was not cut needs no architecture file.
+    """Write the shapes of a cut model into its config. Only a model that was cut needs an architecture file.
 
     Raises:
         ArchitectureError: the model was cut, and no architecture file describes it.
@@ -128,11 +128,11 @@ def check_savable(model: Any, tokenizer: Any = None) -> None:
     """Check before hours of work that a model can be saved: write everything but its weights into a temporary folder.
 
     Raises:
-        ArtefactError: it cannot; the message says why.
+        ArtefactError: the model cannot be saved; the message says why.
     """
     if getattr(model, "peft_config", None):
         raise ArtefactError(
-            "this model has a peft adapter, and transformers would save only the adapter's weights; call merge_and_unload() first"
+            "this model has a peft adapter, and transformers would save the adapter alone; call merge_and_unload() first"
         )
     try:
         with tempfile.TemporaryDirectory() as place:
@@ -162,7 +162,7 @@ def _save_settings(model: Any, aside: Path) -> None:
 
 @contextmanager
 def _refused() -> Iterator[None]:
-    """While inside, turn transformers' errors about a model that it cannot save into ArtefactError."""
+    """While inside, errors of transformers about a model that it cannot save become ArtefactError."""
     try:
         yield
     except OSError:
@@ -175,7 +175,7 @@ def _refused() -> Iterator[None]:
 def _generation_config_kept(model: Any, aside: Path) -> Iterator[None]:
     """While inside, ``save_pretrained`` writes a default generation config; afterwards the model's own replaces it unchanged.
 
-    Many models have one that transformers loads but refuses to save, such as a temperature with ``do_sample=false``.
+    Many models have one that transformers loads but refuses to save, for example with a temperature and ``do_sample=false``.
     """
     own = getattr(model, "generation_config", None)
     if own is None or not model.can_generate():
@@ -195,7 +195,7 @@ def _save_beside(model: Any, tokenizer: Any, aside: Path) -> None:
         tokenizer.save_pretrained(aside)
         return
     if not model.name_or_path:
-        return  # made here, not loaded from anywhere
+        return  # not loaded from a folder or hub
     source = Path(str(model.name_or_path))
     if source.is_dir():
         _copy(source, aside)
@@ -216,7 +216,7 @@ def _save_beside(model: Any, tokenizer: Any, aside: Path) -> None:
 
 
 def _of_a_hub(model: Any) -> Path:
-    """A local folder with the files of a model's hub repository, without its weights."""
+    """A local folder with the files of a model's hub repository except its weights."""
     from huggingface_hub import snapshot_download
 
     place = {"repo_id": model.name_or_path, "revision": revision_of(model)}
@@ -235,6 +235,6 @@ def _copy(source: Path, aside: Path) -> None:
 
 
 def _short(step: dict[str, Any]) -> dict[str, Any]:
-    """What a recipe needs of a step's record: enough to repeat it, and what came out."""
+    """The part of a step's record that a recipe needs: enough to repeat the step, and its result."""
     keys = ("settings", "data", "parameters_before", "parameters_after", "ratio")
     return {key: step[key] for key in keys if key in step}

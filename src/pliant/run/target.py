@@ -37,7 +37,7 @@ def check_target(folder: str | Path, overwrite: bool, need: int = 0, source: Any
         The folder with links resolved.
 
     Raises:
-        ArtefactError: it cannot; the message says why.
+        ArtefactError: it cannot be written; the message says why.
     """
     target = Path(folder).expanduser().resolve()
     here = Path.cwd()
@@ -70,7 +70,7 @@ def check_target(folder: str | Path, overwrite: bool, need: int = 0, source: Any
     except OSError as error:
         raise ArtefactError(f"cannot write into {str(parent)!r}: {error.strerror or error}") from error
     if free < need * 1.05:
-        raise ArtefactError(f"{str(parent)!r} has {free / 1e9:.2f} GB free, the model needs {need / 1e9:.2f} GB")
+        raise ArtefactError(f"{str(parent)!r} has {free / 1e9:.2f} GB free, but the model needs {need / 1e9:.2f} GB")
     return target
 
 
@@ -78,7 +78,7 @@ def _is_same(target: Path, source: Path) -> bool:
     """Whether ``source`` is the same folder as ``target``, or a file in it."""
     try:
         return target.samefile(source) or (source.is_file() and target.samefile(source.parent))
-    except OSError:  # one of them is not there, or is the id of a model on a hub
+    except OSError:  # one of them does not exist, or is the id of a model on a hub
         return False
 
 
@@ -86,7 +86,7 @@ def check_replaceable(target: Path) -> None:
     """Check that a folder holds an earlier result and nothing else.
 
     Raises:
-        ArtefactError: it is not a result, or holds other files.
+        ArtefactError: the folder is not a result, or holds other files.
     """
     found = files_in(target)
     own = _listed(target)
@@ -171,7 +171,7 @@ def written_aside(target: Path) -> Iterator[Path]:
 
 
 def _set_aside(target: Path, old: Path) -> bool:
-    """Move a folder, or copy it if it cannot be moved, as a folder from a container's image cannot.
+    """Move a folder, or copy it if it cannot be moved: a folder from the image of a container, for example.
 
     Returns:
         Whether it was copied.
@@ -187,10 +187,10 @@ def _set_aside(target: Path, old: Path) -> bool:
 
 
 def work_folder(target: Path) -> Path:
-    """Create the folder beside ``target`` in which a run keeps its evaluations.
+    """Create the folder beside ``target`` in which a run keeps its results.
 
     Raises:
-        ArtefactError: it cannot be created, or holds files that no run has written.
+        ArtefactError: the folder cannot be created, or holds files that no run has written.
     """
     work = target.with_name(target.name + ".work")
     try:

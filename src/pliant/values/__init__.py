@@ -1,1 +1,1 @@
-"""Zero or round the values of weights, and pack them: nothing here changes a shape."""
+"""Steps on values: zero, round or pack weights. No shape changes."""

@@ -80,15 +80,14 @@ class Concern:
 
 
 class ValueStep(Step):
-    """Base of the steps on values, with the selection of layers. They work on any module that has linear layers."""
+    """Base of the steps on values, with the selection of layers. These steps work on any module with linear layers."""
 
     family: ClassVar[str] = "values"
     reshapes: ClassVar[bool] = False
 
     target_modules: str | Sequence[str] | None = setting(
-        "The linear layers to change, as in peft: names or name endings; or a regular expression that "
-        "matches whole names; or all-linear. Default: those in the blocks, if the model has an "
-        "architecture file; otherwise all.",
+        "The linear layers to change, as in peft: names or name endings; or a regular expression that matches whole names; or "
+        "all-linear. If none, those in the blocks if the model has an architecture file, otherwise all.",
         default=None,
     )
 
@@ -110,7 +109,7 @@ def _checked(setting: str, value: Any) -> str | tuple[str, ...] | None:
             raise StepError(f"{setting}: {value!r} is not a valid regular expression: {error}") from None
         return value or None
     if not isinstance(value, list | tuple | set) or not value or not all(isinstance(one, str) for one in value):
-        raise StepError(f"{setting} must be a list of names, a regular expression or {ALL!r}, not {value!r}")
+        raise StepError(f"{setting} must be a list of names, a regular expression or {ALL!r}; not {value!r}")
     return tuple(sorted(value) if isinstance(value, set) else value)
 
 
@@ -122,8 +121,9 @@ def concerned(
     replaces: bool = False,
     head: bool = False,
 ) -> Concern:
-    """Select the weight matrices that a step changes: by default those in the blocks, if the model has an architecture file, otherwise
-    those of all linear layers.
+    """Select the weight matrices that a step changes.
+
+    By default they are those in the blocks if the model has an architecture file, otherwise those of all linear layers.
 
     Arguments:
         target: names or name endings; or a regular expression that matches whole names; or ``all-linear``.
@@ -164,7 +164,7 @@ def concerned(
             seen.add(weight)
     if not found.matrices:
         reasons = "; ".join(dict.fromkeys(found.left.values())) or f"{type(model).__name__} has no linear layers"
-        raise StepError(f"none of the linear layers can be changed by these settings: {reasons}")
+        raise StepError(f"these settings can change none of the linear layers: {reasons}")
     return found
 
 
@@ -243,14 +243,14 @@ def _parameter(model: nn.Module, matrix: Matrix) -> torch.Tensor | None:
 def _ready(model: nn.Module) -> None:
     parameters = list(model.parameters())
     if any(is_lazy(parameter) for parameter in parameters):
-        raise StepError("this module has lazy layers without weights; run it once on an input first")
+        raise StepError("this module has lazy layers without weights; run it on an input first")
     if any(parameter.is_meta for parameter in parameters):
-        raise StepError("this module is on the meta device and has no weights; load them first")
+        raise StepError("this module is on the meta device and has no weights; load its weights first")
     check_finite(model)
 
 
 def _candidates(model: nn.Module, blocks: Sequence[Matrix]) -> dict[str, Matrix]:
-    """First name -> matrix, for all linear layers, quantised ones of other libraries included, and the stacks of experts in blocks."""
+    """First name -> matrix, for all linear layers (those quantised by other libraries too) and the stacks of experts in blocks."""
     names: dict[int, list[str]] = {}
     layers: dict[int, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -274,7 +274,7 @@ def _blocks(model: Any) -> Iterator[Matrix]:
         return
     try:
         anatomy = anatomy_of(model)
-    except ArchitectureError:  # the layers differ from the file, for example by an adapter
+    except ArchitectureError:  # the layers differ from the file, for example because of an adapter
         return
     layers = layers_of(model, anatomy.source)
     names = {id(module): name for name, module in model.named_modules()}

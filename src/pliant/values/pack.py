@@ -96,11 +96,13 @@ class PackedLinear(ValueStep):
             object.__setattr__(self, "rules", _parsed(self.rules))
         if not isinstance(self.rules, Mapping) or not all(isinstance(pattern, str) for pattern in self.rules):
             raise StepError(
-                f"rules map regular expressions to formats, such as {{'down_proj': 'int8'}}; not {self.rules!r}"
+                f"rules must map regular expressions to formats, such as {{'down_proj': 'int8'}}; not {self.rules!r}"
             )
         for pattern, format_ in self.rules.items():
             if format_ not in CHOICES:
-                raise StepError(f"{pattern} must be one of {', '.join(CHOICES)}; not {format_!r}")
+                raise StepError(
+                    f"rules: the format of {pattern!r} must be one of {', '.join(CHOICES)}; not {format_!r}"
+                )
         try:
             Keeping(**self._cache())
         except PackedError as error:
@@ -109,7 +111,7 @@ class PackedLinear(ValueStep):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise StepError(f"{pattern!r} is not a valid regular expression: {error}") from None
+                raise StepError(f"rules: {pattern!r} is not a valid regular expression: {error}") from None
 
     def _cache(self) -> dict[str, Any]:
         return {"format": self.cache, "key_sparsity": self.key_sparsity, "value_sparsity": self.value_sparsity}
@@ -193,7 +195,7 @@ class PackedLinear(ValueStep):
                     break
         if unused := [pattern for pattern in self.rules if pattern not in used]:
             raise StepError(
-                f"no linear layer's name has {unused[0]!r} in it; they are like {next(iter(choices), None)!r}"
+                f"rules: no linear layer's name matches {unused[0]!r}; an existing name is {next(iter(choices), None)!r}"
             )
         return [(one, choices[one.name]) for one in layers if choices[one.name] != "dense"]
 
