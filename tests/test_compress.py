@@ -20,6 +20,7 @@ from pico import pico
 from pliant.cli.main import app
 from pliant.errors import ArtefactError, BusyError, DataError, RatioError, StepError, WeightError
 from pliant.measure.quality.replies import replies
+from pliant.measure.speed.bench import bench
 from pliant.progress import Progress
 from pliant.run.compress import compress
 from pliant.run.recipe import Measuring
@@ -131,6 +132,30 @@ def test_ctrl_c_on_the_command_line_is_130_with_a_word(folder, prose, tmp_path):
     assert process.returncode == 130
     assert "run the same command to resume" in told
     assert "Traceback" not in told
+
+
+def test_a_timing_is_kept_for_the_same_machine(folder, prose, tmp_path, monkeypatch):
+    timed = []
+
+    class Interrupting(Progress):
+        def emit(self, event, **fields):
+            if event == "note" and fields["text"].startswith("writing"):
+                raise KeyboardInterrupt
+
+    def run(progress):
+        step = pliant.OneShot(ratio=0.2, samples=8, seqlen=32)
+        measuring = Measuring(seqlen=32, windows=4)
+        return compress(folder, step, prose, tmp_path / "small", measuring=measuring, progress=progress)
+
+    monkeypatch.setattr(
+        "pliant.run.compress.bench", lambda *_, **settings: timed.append(bench(*_, **settings)) or timed[-1]
+    )
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(Interrupting())
+    assert len(timed) == 1
+    monkeypatch.setattr("platform.node", lambda: "elsewhere")
+    assert run(Progress())["speed"] == timed[1]
 
 
 def test_overwriting_with_another_ratio_starts_from_the_archive(folder, prose, tmp_path):

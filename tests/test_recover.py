@@ -15,13 +15,21 @@ import torch.nn.functional as F
 
 import pico
 import pliant
+from pliant.cli.step_options import build
 from pliant.data.tokenize_examples import IGNORED
-from pliant.errors import ArchitectureError, DataError, PliantError, StepError, WeightError
+from pliant.errors import (
+    ArchitectureError,
+    DataError,
+    DivergedError,
+    PliantError,
+    ResumeError,
+    StepError,
+    WeightError,
+)
 from pliant.progress import Progress
 from pliant.run.compress import compress
 from pliant.run.recipe import Measuring
-from pliant.step import settings_of
-from pliant.train import DivergedError, ResumeError
+from pliant.step import FormerNameWarning, settings_of
 from pliant.train.loop import Plan, Training
 from pliant.train.loss import Distillation, backward
 from pliant.train.trainable import Lora, linear_layers, training_mode
@@ -435,6 +443,21 @@ def test_settings_that_cannot_be_are_refused():
             pliant.Recover(**settings)
 
 
+def test_names_of_layers_are_a_list_or_a_text_with_commas():
+    expected = pliant.Recover(target_modules=("q_proj", "v_proj"))
+    assert expected.target_modules == ("q_proj", "v_proj")
+    assert expected == pliant.Recover(target_modules=["q_proj", "v_proj"])
+    assert expected == build("recover", {}, ["target_modules=q_proj, v_proj"])
+    assert expected == pliant.step_of(json.loads(json.dumps(expected.to_dict())))
+    with pytest.warns(FormerNameWarning, match="targets is now target_modules"):
+        assert expected == pliant.step_of({"step": "recover", "targets": "q_proj,v_proj"})
+    for everything in (None, "", (), []):
+        assert pliant.Recover(target_modules=everything) == pliant.Recover()
+    for wrong in (3, [3], {"q_proj"}):
+        with pytest.raises(StepError, match="target_modules must be a list of names"):
+            pliant.Recover(target_modules=wrong)
+
+
 def test_what_cannot_be_trained_is_refused(repeated, tokenizer, model):
     def refused(error, told, of, data, **settings):
         before = weights(of)
@@ -475,7 +498,7 @@ def test_without_peft_full_works_and_lora_says_what_to_install(repeated, tokeniz
 def test_adapters_only_where_asked(repeated, tokenizer):
     model = cut()
     before = weights(model)
-    recover(model, repeated, tokenizer, target_modules="q_proj,v_proj")
+    recover(model, repeated, tokenizer, target_modules=["q_proj", "v_proj"])
     changed = {name for name, tensor in weights(model).items() if not torch.equal(tensor, before[name])}
     assert {name.split(".")[-2] for name in changed} == {"q_proj", "v_proj"}
 

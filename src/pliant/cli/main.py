@@ -155,7 +155,7 @@ def compress(
     subnet: Annotated[
         Path | None,
         typer.Option(
-            help="Cut to the sub-network in this file instead of searching: one of pliant, or a pruning_config.json of MultiPruner."
+            help="Cut to the sub-network in this file, without a search: pliant's own, or a pruning_config.json of MultiPruner."
         ),
     ] = None,
     system: Annotated[

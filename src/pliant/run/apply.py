@@ -34,8 +34,8 @@ def apply(
 
     Arguments:
         model: a transformers model; for steps on values (``PackedLinear``, ``Magnitude``, ``RTN``, ``SparAMX``) any module with
-            linear layers. The model is changed in place; to keep the original, copy it first (``copy.deepcopy``). An error or Ctrl-C
-            leaves it unchanged, except in ``Magnitude``, ``RTN`` and ``SparAMX``: a note on the exception says what has changed.
+            linear layers. The model is changed in place; to keep the original, copy it first (``copy.deepcopy``). An error or
+            Ctrl-C leaves it unchanged, except in ``Magnitude``, ``RTN`` and ``SparAMX``; there a note on the exception says so.
         step: e.g. ``pliant.MultiPruner(ratio=0.2)``.
         data: calibration text: ``pliant.text(path)`` or a path. Steps that train also take ``pliant.examples(path)``.
         tokenizer: the model's tokenizer; by default that of the folder or hub id that the model was loaded from.
@@ -153,6 +153,6 @@ def check_unpacked(model: Any) -> None:
 def _loaded_again(model: Any) -> Any:
     if not getattr(model, "name_or_path", ""):
         raise StepError(
-            "the dense model is unknown, because this model was not loaded from a folder or hub; give it with dense= or teacher="
+            "the dense model is unknown, because this model was not loaded from a folder or hub; give dense= or teacher="
         )
     return load(model.name_or_path)

@@ -60,10 +60,10 @@ def compress(
 ) -> dict[str, Any]:
     """Compress a model into the folder ``out`` and return the report.
 
-    The run is a list of stages (see :func:`stages`). Their results are kept in ``out`` + ``.work``, each under a key of all that it
-    depends on: after a crash or Ctrl-C the same call skips the stages that have one. Afterwards archives of searches are part of
-    the artefact: a run with ``overwrite`` that differs only in settings on which no score depends (such as the ratio) starts
-    from them, and an identical run finds its work done.
+    The run is a list of stages (see :func:`stages`). Their results are kept in ``out`` + ``.work``, each under a key of all that
+    it depends on: after a crash or Ctrl-C the same call skips the stages that have one. Archives of searches become part of the
+    artefact: a run with ``overwrite`` that differs only in settings on which no score depends (such as the ratio) starts from
+    them, and an identical run finds its result.
 
     Arguments:
         data: calibration text; None for a step that needs none.
@@ -131,8 +131,8 @@ def stages(recipe: Recipe) -> list[Stage]:
 class Run:
     """One run of a recipe. Each stage finds what it needs in what the stages before it have left here.
 
-    The model stays where it was loaded from, so ``load`` keeps no result. The result of ``write`` is the artefact, and the key of
-    the whole run is in its report.
+    The model stays where it was loaded from, so ``load`` keeps no result. The result of ``write`` is the artefact; its report
+    has the key of the whole run.
     """
 
     def __init__(
@@ -356,7 +356,7 @@ class Run:
         return [str(self.model.dtype), *device, machine()["cpu"], versions()]
 
     def _keys(self) -> list[str | None]:
-        """The key of the loaded model, and of the result of each step; None after a step that reads something without a digest."""
+        """The key of the loaded model, and of the result of each step; None from a step on that reads data without a digest."""
         of = self.calibration
         rows = None if of is None else (of.digest, of.token_digest(self.tokenizer))
         keys: list[str | None] = [json_digest([fingerprint(self.model), rows, self._where()])]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from pliant.anatomy import Anatomy
 from pliant.checkpoint.packed_bytes import held_bytes, packed_bytes, unpacked_bytes
 from pliant.compat.native import cached_bytes
 from pliant.elastic import Subnet, cache_bytes, described, macs, parameters, streamed_bytes, weight_bytes
@@ -12,11 +11,12 @@ from pliant.measure.speed.bench import PROMPT
 
 
 def model_costs(model: Any) -> dict[str, Any]:
-    """Parameters, multiply-accumulates and bytes of a model, and the ``units`` of its axes.
+    """Parameters, multiply-accumulates and bytes of a model, and the ``units`` of its axes (1 for a block without axes).
 
     ``streamed_bytes`` are what decoding one token reads: weights, and a cache of as many tokens as the prompt of a timing.
     """
     anatomy = described(model)
+    whole = {block.name: 1 for block in anatomy.blocks.values() if not block.leaders}
     element = next(model.parameters()).element_size()
     weights = weight_bytes(anatomy, element=element)
     cached = cache_bytes(anatomy, element=element)
@@ -32,14 +32,8 @@ def model_costs(model: Any) -> dict[str, Any]:
         "weight_bytes": weights,
         "streamed_bytes": streamed,
         "cache_bytes_per_token": cached,
-        "units": _units(anatomy),
+        "units": {axis.name: axis.size for axis in anatomy.axes.values()} | whole,
     }
-
-
-def _units(anatomy: Anatomy) -> dict[str, int]:
-    """Units of every axis by its name, and 1 by the name of a block that can only be removed whole."""
-    whole = {block.name: 1 for block in anatomy.blocks.values() if not block.leaders}
-    return {axis.name: axis.size for axis in anatomy.axes.values()} | whole
 
 
 def shares_kept(before: dict[str, int], after: dict[str, int]) -> dict[str, float]:

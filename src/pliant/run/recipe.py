@@ -97,7 +97,7 @@ class Recipe:
     dtype: str = "auto"
 
     def texts(self) -> tuple[Text | None, list[Text]]:
-        """The text that the steps see, and the texts to measure on: a tenth of the calibration rows if no other text is given."""
+        """The text for the steps, and the texts to measure on: a tenth of the calibration rows if none are given."""
         if self.measuring.texts or self.data is None:
             return self.data, self.measuring.texts
         calibration, held_out = self.data.split(0.1)

@@ -63,7 +63,10 @@ def save(
         )
     need = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     target = check_target(folder, overwrite, need, source=model.name_or_path)
-    shard = _bytes(max_shard_size)
+    try:
+        shard = parse_bytes(str(max_shard_size))
+    except MemoryLimitError as error:
+        raise ArtefactError(f"max_shard_size: {error}") from None
     check_savable(model, tokenizer)
     if not is_packed(model):  # packing comes last: its shapes were written before
         _describe(model)
@@ -90,18 +93,6 @@ def save(
         }
         (aside / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), "utf-8")
     return target
-
-
-def _bytes(max_shard_size: int | str) -> int:
-    """Parse a size such as ``5GB`` into bytes.
-
-    Raises:
-        ArtefactError: it is not a size.
-    """
-    try:
-        return parse_bytes(str(max_shard_size))
-    except MemoryLimitError as error:
-        raise ArtefactError(f"max_shard_size: {error}") from None
 
 
 def _describe(model: Any) -> None:

@@ -16,7 +16,7 @@ from pliant.train.trunk_and_head import Halves
 def tokens_at_once(device: torch.device) -> int:
     """The number of tokens whose logits are in memory at a time.
 
-    On a CPU they are so few that the allocator reuses their memory, instead of asking the system for pages that it clears first.
+    On a CPU they are so few that the allocator reuses their memory, instead of asking the system for pages to be cleared.
     """
     return 64 if device.type == "cpu" else 1024
 

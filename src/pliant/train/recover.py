@@ -339,8 +339,8 @@ class Recover(Step):
         count = min(self.held_out, max(1, len(encoded) // 10))
         if count >= len(encoded):
             raise DataError(
-                f"{given.source} gives only one sequence of {seqlen} tokens, so none can be held out; give more data or a smaller "
-                "seqlen, or set held_out=0"
+                f"{given.source} gives only one sequence of {seqlen} tokens, so none can be held out; give more data or "
+                "a smaller seqlen, or set held_out=0"
             )
         return encoded.split(count)
 

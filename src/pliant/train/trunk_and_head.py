@@ -1,4 +1,4 @@
-"""The two parts of a causal language model: the trunk, from token ids to final hidden states, and the head, from there to logits.
+"""The two parts of a causal language model: a trunk, from token ids to final hidden states, and a head, from there to logits.
 
 Logits are by far the largest tensor of a training step. With a separate head they can be computed for a few tokens at a time,
 and only for tokens whose prediction counts.

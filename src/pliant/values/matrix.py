@@ -250,7 +250,7 @@ def _ready(model: nn.Module) -> None:
 
 
 def _candidates(model: nn.Module, blocks: Sequence[Matrix]) -> dict[str, Matrix]:
-    """First name -> matrix, for all linear layers (those quantised by other libraries too) and the stacks of experts in blocks."""
+    """First name -> matrix, for all linear layers (even those quantised by other libraries) and stacks of experts in blocks."""
     names: dict[int, list[str]] = {}
     layers: dict[int, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):

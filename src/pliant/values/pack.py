@@ -64,8 +64,8 @@ class PackedLinear(ValueStep):
     )
 
     rules: Mapping[str, str] = setting(
-        "Other formats for some layers: a regular expression that is searched for in the layer's name, and a format, or dense to "
-        "leave the layer as it is. The first match counts. On the command line: 'down_proj=int8,layers.0.=bf16'.",
+        "Other formats for some layers: a regular expression that is searched for in the layer's name, and a format, or dense "
+        "to leave the layer as it is. The first match counts. On the command line: 'down_proj=int8,layers.0.=bf16'.",
         factory=dict,
     )
 
