@@ -528,7 +528,7 @@ def test_a_classifier_goes_through_the_front_door_without_text(name, auto, tmp_p
     words = ["compress", str(tmp_path / "dense"), "--system", "channelpruner", "--ratio", "0.1"]
     made = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "small")])
     assert made.exit_code == 0, made.output
-    assert "speed is measured of causal language models only" in made.output
+    assert "speed is measured for causal language models only" in made.output
     card = (tmp_path / "small" / "README.md").read_text()
     assert f"{auto}.from_pretrained" in card
     assert "KV cache" not in card

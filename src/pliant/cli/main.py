@@ -185,7 +185,7 @@ def compress(
     prompt: Annotated[
         list[str] | None, typer.Option(help="Show both models' replies to this prompt; repeatable.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace what is in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier result in the folder.")] = False,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -250,7 +250,7 @@ def run_(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     model: Moved = None,
     data: MovedData = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace what is in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier result in the folder.")] = False,
     memory: Annotated[str | None, typer.Option(help="Memory limit, such as 2GB.")] = None,
     device: Device = "cpu",
     as_json: Json = False,
@@ -445,7 +445,7 @@ def export(
     to: Annotated[
         str, typer.Option(help="; ".join(f"{name}: {export.summary}" for name, export in EXPORTS.items()) + ".")
     ] = "homogeneous",
-    overwrite: Annotated[bool, typer.Option(help="Replace what is in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier result in the folder.")] = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
 ) -> None:

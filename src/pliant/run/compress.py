@@ -67,7 +67,7 @@ def compress(
 
     Arguments:
         data: calibration text; None for a step that needs none.
-        measuring: what to measure before and after.
+        measuring: the measurements before and after.
         dtype, device: as in :func:`pliant.load`.
         overwrite: replace an earlier result in ``out``.
         memory: memory that the process may take beside what it has, as for :func:`pliant.load`; speed is then not measured.
@@ -129,7 +129,7 @@ def stages(recipe: Recipe) -> list[Stage]:
 
 
 class Run:
-    """One run of a recipe. Each stage finds what it needs in what the stages before it have left here.
+    """One run of a recipe. Each stage leaves its result here for the later ones.
 
     The model stays where it was loaded from, so ``load`` keeps no result. The result of ``write`` is the artefact; its report
     has the key of the whole run.
@@ -192,7 +192,7 @@ class Run:
         return self.report
 
     def _resumes(self, *, refused: bool) -> bool:
-        """Whether a run that ended early can resume from its work folder; a refused one only from what its steps have kept."""
+        """Whether a run that ended early can resume from its work folder; a refused one only from files of its steps."""
         kept = [folder for folder in self.work.iterdir() if folder.is_dir() and re.match(r"\d+-", folder.name)]
         return any(map(files_in, kept)) or (not refused and (self.work / RESULTS).exists())
 
@@ -210,7 +210,7 @@ class Run:
         if self.calibration is not None or self.held_out or self.measuring.tasks or self.measuring.prompts:
             self.tokenizer = tokenizer_of(model)
         if self.timing and not predicts(model):
-            progress.note("speed is measured of causal language models only")
+            progress.note("speed is measured for causal language models only")
             self.timing = False
         need = sum(p.numel() * p.element_size() for p in model.parameters())
         check_target(self.out, self.overwrite, need, recipe.model)
@@ -247,7 +247,7 @@ class Run:
             )
 
     def step(self, number: int) -> None:
-        """Apply a step, or go on from its result or that of a later one."""
+        """Apply a step, or take its result or that of a later step from an earlier run."""
         name, key = self.folders[number - 1], self.keys[number]
         if number == 1 and self.timing:
             self.dense = copy.deepcopy(self.model)
@@ -282,12 +282,12 @@ class Run:
         return None
 
     def time(self) -> None:
-        """Time both models, alternating. The result counts for the same model, steps, machine and number of threads."""
+        """Time both models, alternately. Its key has the model, the steps, the machine and the number of threads."""
         if not self.timing:
             return
 
         def timed() -> dict[str, Any]:
-            with self.progress.stage("timing both models, alternating"):
+            with self.progress.stage("timing both models alternately"):
                 return bench(self.model, self.dense, tokens=min(32, longest_of(self.model) // 4))
 
         made = self.keys[-1]
@@ -351,7 +351,7 @@ class Run:
         return {name: self.work / name for name in names if (self.work / name).exists()}
 
     def _where(self) -> list[Any]:
-        """What results depend on besides their inputs."""
+        """The dtype, device, processor and versions that results depend on."""
         device = [str(self.model.device)] if self.model.device.type != "cpu" else []
         return [str(self.model.dtype), *device, machine()["cpu"], versions()]
 

@@ -1,4 +1,4 @@
-"""What a model costs, counted from its anatomy, for the report of a run."""
+"""The costs of a model, counted from its anatomy, for the report of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``pliant.plan``: what the stages of a recipe will take, before anything is done."""
+"""``pliant.plan``: estimate the stages of a recipe before anything is done."""
 
 from __future__ import annotations
 

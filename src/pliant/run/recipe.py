@@ -1,4 +1,4 @@
-"""A recipe: what a run does and to what, as a value and as ``recipe.yaml``."""
+"""A recipe: the description of a run, as a value and as ``recipe.yaml``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OTHER_FILE = "restore the file, or name another one in the recipe"
 
 @dataclass(frozen=True)
 class Measuring:
-    """What to measure before and after.
+    """The measurements before and after the steps.
 
     Attributes:
         perplexity: held-out texts; when empty, rows of the calibration text that the steps do not see.
@@ -80,13 +80,13 @@ class Measuring:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run does, and to what.
+    """The description of a run.
 
     Attributes:
         model: the dense model, as for :func:`pliant.load`.
         steps: applied in this order.
         data: calibration text; None for steps that need none.
-        measuring: what to measure before and after.
+        measuring: the measurements before and after.
         dtype: as in :func:`pliant.load`.
     """
 
