@@ -37,11 +37,6 @@ from pliant.run.stages import RESULTS, Estimate, Results, Stage, forget_model, h
 from pliant.run.target import LOCK, check_target, files_in, work_folder
 from pliant.step import Step, paths_of, recipe_of
 
-WINDOWS, QUESTIONS, QUESTION = (
-    1000,
-    1000,
-    64,
-)  # in an estimate: windows and questions without a limit; tokens in a question
 TIMED = 12 * 300  # tokens in a timing of two models
 
 
@@ -78,7 +73,7 @@ def compress(
     """
     calibration = text(data) if isinstance(data, str | Path) else data
     recipe = Recipe(str(source), recipe_of(step), calibration, measuring, str(dtype).removeprefix("torch."))
-    return Run(recipe, out, overwrite, device, memory, progress).finish()
+    return Run(recipe, out, overwrite=overwrite, device=device, memory=memory, progress=progress).finish()
 
 
 def run_recipe(
@@ -99,17 +94,14 @@ def run_recipe(
         model, data: as for :func:`pliant.run.recipe.read_recipe`.
         overwrite, device, memory, progress: as for ``pliant compress``.
     """
-    return Run(read_recipe(recipe, model=model, data=data), out, overwrite, device, memory, progress).finish()
+    read = read_recipe(recipe, model=model, data=data)
+    return Run(read, out, overwrite=overwrite, device=device, memory=memory, progress=progress).finish()
 
 
 def stages(recipe: Recipe) -> list[Stage]:
     """The stages of a run, in order."""
-    measuring, texts = recipe.measuring, len(recipe.texts()[1])
-    quality = (
-        texts * (measuring.windows or WINDOWS) * measuring.seqlen
-        + len(measuring.tasks) * (measuring.limit or QUESTIONS) * QUESTION
-    )
-    models = 2 if measuring.speed else 1  # in memory: the dense model is kept for the timing
+    quality = recipe.measured_tokens()
+    timed, models = (TIMED, 2) if recipe.measuring.speed else (0, 1)  # the dense model stays in memory for the timing
 
     def of_step(step: Step, blocks: int, row: float) -> Estimate:
         tokens, gradients = step.estimate(blocks, row)
@@ -123,7 +115,7 @@ def stages(recipe: Recipe) -> list[Stage]:
             for number, step in enumerate(recipe.steps, 1)
         ),
         Stage("measure after", partial(Run.measure, name="cut"), lambda *_: Estimate(quality, models)),
-        Stage("time", Run.time, lambda *_: Estimate(TIMED if measuring.speed else 0, models)),
+        Stage("time", Run.time, lambda *_: Estimate(timed, models)),
         Stage("write", Run.write, lambda *_: Estimate(0, models, disk=1)),
     ]
 
@@ -139,10 +131,11 @@ class Run:
         self,
         recipe: Recipe,
         out: str | Path,
-        overwrite: bool = False,
-        device: Any = None,
-        memory: int | str | None = None,
-        progress: Progress | None = None,
+        *,
+        overwrite: bool,
+        device: Any,
+        memory: int | str | None,
+        progress: Progress | None,
     ):
         self.recipe, self.measuring = recipe, recipe.measuring
         self.out = check_target(out, overwrite, source=recipe.model)

@@ -38,17 +38,16 @@ def plan(recipe: str | Path, *, model: str | Path | None = None, data: str | Pat
     rate = _tokens_per_second(parameters)
     rows = read.data.rows if read.data is not None else ()
     row = sum(map(len, rows)) / CHARACTERS / len(rows) if rows else 0.0
-    estimates = []
-    for stage in stages(read):
-        takes = stage.estimate(2 * layers, row)
-        estimates.append(
-            {
-                "stage": stage.name,
-                "seconds": round(takes.tokens / rate + weights / READ, 1),
-                "memory": round(takes.memory * weights),
-                "disk": round(takes.disk * weights),
-            }
-        )
+    estimates = [
+        {
+            "stage": stage.name,
+            "seconds": round(of.tokens / rate + weights / READ, 1),
+            "memory": round(of.memory * weights),
+            "disk": round(of.disk * weights),
+        }
+        for stage in stages(read)
+        for of in [stage.estimate(2 * layers, row)]
+    ]
     return {
         "model": read.model,
         "parameters": parameters,

@@ -30,6 +30,9 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 """Share of the highest learning rate, by the share of the training done after the warm-up; both fall to 0."""
 
+KEPT = ("step", "best", "curve", "since", "tokens", "seconds", "training_seconds")
+"""Attributes of a training that are part of its state on disk, besides the tensors."""
+
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -115,7 +118,7 @@ class Training:
         ]
         self._order: tuple[int, list[int]] = (-1, [])
         self._best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        self._since = [0.0, 0]  # loss and learned tokens since the last evaluation
+        self.since = [0.0, 0]  # loss and learned tokens since the last evaluation
         self._whole = True  # False while the state is only partly updated
         matrices = [parameter for parameter in parameters.values() if parameter.dim() > 1]
         others = [parameter for parameter in parameters.values() if parameter.dim() <= 1]
@@ -137,8 +140,8 @@ class Training:
             DivergedError: the loss or a gradient is not finite.
         """
         self._resume()
-        begun, saved, start = time.monotonic() - self.seconds, self.step, self._share()
-        cost_shown = False
+        begun, first, start = time.monotonic() - self.seconds, self.step, self._share()
+        saved = first
         try:
             while True:
                 self.seconds = time.monotonic() - begun
@@ -154,8 +157,7 @@ class Training:
                 tick = time.monotonic()
                 loss = self._train()
                 self.training_seconds += time.monotonic() - tick
-                if not cost_shown:
-                    cost_shown = True
+                if self.step == first + 1:
                     self._show_cost(time.monotonic() - tick)
                 self.seconds = time.monotonic() - begun
                 self._progress.step((self._share() - start) / max(1e-9, 1 - start), self._line(loss))
@@ -194,8 +196,8 @@ class Training:
         self._optimizer.step()
         self.step += 1
         self.tokens += sum(len(self._data.ids[row]) for row in rows)
-        self._since[0] += total
-        self._since[1] += learned
+        self.since[0] += total
+        self.since[1] += learned
         self._whole = True
         return loss
 
@@ -213,8 +215,8 @@ class Training:
                 for name, parameter in self._parameters.items():
                     self._best[name].copy_(parameter)
             self.best = self.step
-        mean = self._since[0] / self._since[1] if self._since[1] else None
-        self._since = [0.0, 0]
+        mean = self.since[0] / self.since[1] if self.since[1] else None
+        self.since = [0.0, 0]
         self.curve.append({"step": self.step, "loss": mean, "held_out": loss, "seconds": self.seconds})
         self._whole = True
 
@@ -258,16 +260,7 @@ class Training:
         for name, parameter in self._parameters.items():
             for key, value in self._optimizer.state.get(parameter, {}).items():
                 tensors[f"adam.{key}.{name}"] = value
-        plain = {
-            "step": self.step,
-            "best": self.best,
-            "curve": self.curve,
-            "since": self._since,
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "training_seconds": self.training_seconds,
-        }
-        self._state.write(tensors, plain)
+        self._state.write(tensors, {name: getattr(self, name) for name in KEPT})
 
     def _resume(self) -> None:
         """Resume from the state on disk, if there is one."""
@@ -283,9 +276,8 @@ class Training:
                 self._optimizer.state[parameter] = {
                     key: value.to(self._device) for key, value in moments.items() if value is not None
                 }
-        self.step, self.best, self.curve = plain["step"], plain["best"], plain["curve"]
-        self._since, self.tokens = plain["since"], plain["tokens"]
-        self.seconds, self.training_seconds = plain["seconds"], plain["training_seconds"]
+        for name in KEPT:
+            setattr(self, name, plain[name])
         self._progress.note(f"  resuming after step {self.step}")
 
 
