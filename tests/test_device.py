@@ -130,7 +130,7 @@ STEPS = {
     "knapsack": pliant.KnapsackPruner(ratio=0.2, **FEW, group=8, swaps=2),
     "fisher": pliant.FisherPruner(ratio=0.2, **FEW, group=8, repair=2),
     "channelpruner": pliant.ChannelPruner(ratio=0.2),
-    **{f"oneshot by {by}": pliant.OneShot(ratio=0.2, **FEW, by=by) for by in ("influence", "taylor", "magnitude")},
+    **{f"oneshot by {by}": pliant.OneShot(ratio=0.2, **FEW, by=by) for by in ("influence", "magnitude")},
     "magnitude": pliant.Magnitude(sparsity=0.5),
     "rtn": pliant.RTN(bits=4, group=4),
     "recover all weights": pliant.Recover(

@@ -20,24 +20,24 @@ from pliant.step import Job, Step, setting
 
 
 class Cut(Step):
-    """Cut to a given sub-network, without a search: one from an archive, a report, or another tool."""
+    """Cut to a given sub-network without a search: from an archive, a report, or another tool."""
 
     kind: ClassVar[str] = "cut"
     family: ClassVar[str] = "pruner"
 
     subnet: Subnet | Mapping[str, Any] = setting(
-        "What to keep: a sub-network, the contents of a file of pliant.read_config, or the path of such a file."
+        "The sub-network to keep, the contents of a file for pliant.read_config, or the path of such a file."
     )
 
     order: str = setting(
-        "What channels and heads were put in order by where the sub-network was found: l1, activation "
-        "(from calibration text, the same again), or stored.",
+        "How channels and heads were sorted when the sub-network was found: l1, activation (needs the same calibration "
+        "text again), or stored.",
         default="l1",
         choices=ORDERS,
     )
 
     samples: int = setting(
-        "activation: rows of calibration text that the order was taken from.", default=128, at_least=1
+        "activation: rows of calibration text that the order was computed from.", default=128, at_least=1
     )
 
     seqlen: int | None = setting(
@@ -46,13 +46,15 @@ class Cut(Step):
         at_least=2,
     )
 
-    seed: int = setting("activation: seed of the draw of calibration rows.", default=42, at_least=0, at_most=2**63 - 1)
+    seed: int = setting(
+        "activation: seed that calibration rows are drawn with.", default=42, at_least=0, at_most=2**63 - 1
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.subnet, str | Path):
             object.__setattr__(self, "subnet", config_in(self.subnet))
         if not isinstance(self.subnet, Subnet | Mapping):
-            raise StepError(f"subnet must be a Subnet, a mapping or the path of a file; not {self.subnet!r}")
+            raise StepError(f"subnet must be a Subnet, a mapping, or the path of a file; not {self.subnet!r}")
         super().__post_init__()
 
     def run(self, job: Job) -> None:
@@ -70,9 +72,7 @@ class Cut(Step):
 
     def _windows(self, job: Job) -> torch.Tensor:
         if not isinstance(job.data, Text):
-            raise DataError(
-                "units in the order of their activations need the calibration text they were ordered by: pass data="
-            )
+            raise DataError("order='activation' needs the calibration text that the units were sorted by: pass data=")
         return windows_for(
             job.model, job.tokenizer(), job.data.sample(self.samples, self.seed), seqlen_of(job.model, self.seqlen)
         )
@@ -86,7 +86,7 @@ class Cut(Step):
 
 @torch.no_grad()
 def cut_exactly(model: Any, anatomy: Anatomy, subnet: Subnet) -> None:
-    """Extract ``subnet`` in place and check on a few tokens that the cut model computes what the activated one did."""
+    """Extract ``subnet`` in place and check on a few tokens that the cut model computes the same as the activated one."""
     with evaluating(model):
         elastic = Elastic(model, anatomy)
         inputs = probe(model, tokens=16)
@@ -98,4 +98,4 @@ def cut_exactly(model: Any, anatomy: Anatomy, subnet: Subnet) -> None:
         extract(model, anatomy, subnet)
         actual = answer(model, inputs)
     if not agree(actual, expected, next(model.parameters()).dtype):
-        raise SubnetError("the cut model does not compute what the search scored; please report this model")
+        raise SubnetError("the cut model does not compute the same as the scored one; please report this model")

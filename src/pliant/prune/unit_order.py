@@ -1,4 +1,4 @@
-"""Put the units of every axis in order of importance before some go: what is kept is always a prefix."""
+"""Sort the units of every axis by importance before some are removed: a sub-network always keeps the first units."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ ORDERS = ("l1", "activation", "stored")
 
 @contextmanager
 def ordered(job: Job, anatomy: Anatomy, order: str, windows: torch.Tensor | None = None) -> Iterator[None]:
-    """The model with its units in order; back in the old order when what is done meanwhile fails before they are cut.
+    """Context in which the units of the model are sorted; the old order is restored if an error comes before the cut.
 
     Arguments:
         order: one of ``ORDERS``.
-        windows: calibration tokens, needed for ``activation`` alone.
+        windows: calibration tokens; only ``activation`` needs them.
     """
     orders = {} if order == "stored" else l1_orders(job.model, anatomy)
     if order == "activation":
@@ -36,6 +36,6 @@ def ordered(job: Job, anatomy: Anatomy, order: str, windows: torch.Tensor | None
         yield
     except BaseException:  # Ctrl-C, too
         if shapes != [parameter.shape for parameter in job.model.parameters()]:
-            raise  # what failed came after the cut: there are no longer as many units
+            raise  # the error came after the cut: the removed units cannot be restored
         reorder(job.model, anatomy, {axis: torch.argsort(permutation) for axis, permutation in orders.items()})
         raise

@@ -1,4 +1,4 @@
-"""Ways to look for a sub-network, and the archive of everything that they evaluated."""
+"""Search algorithms over sub-networks, and the archive of everything they evaluate."""
 
 from pliant.searches.allocation import Allocation
 from pliant.searches.archive import Archive, ArchiveError

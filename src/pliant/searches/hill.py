@@ -17,13 +17,13 @@ class HillClimb(Search):
 
     Arguments:
         start: the first candidate.
-        propose: a neighbour of a sub-network, such as :meth:`pliant.searches.space.Space.neighbour`; None for no try.
-        tries: how often a neighbour is proposed.
-        seed: of the draw.
-        limits: neighbours that exceed them are not tried.
+        propose: makes a neighbour of a sub-network, such as :meth:`pliant.searches.space.Space.neighbour`; None if there is none.
+        tries: number of proposals.
+        seed: of the random proposals.
+        limits: neighbours that exceed them are not evaluated.
 
     Attributes:
-        subnet: where it stands.
+        subnet: the best sub-network so far.
     """
 
     start: Subnet

@@ -16,7 +16,7 @@ from pliant.errors import MissingExtraError
 from pliant.searches.search import Limits, Look, Search
 from pliant.searches.space import Space
 
-WORST = 1e9  # stands for a value that is not finite, and for those of a candidate that exceeds a limit
+WORST = 1e9  # replaces values that are not finite, and all values of a candidate that exceeds a limit
 
 
 @dataclass
@@ -25,10 +25,10 @@ class NSGA2(Search):
 
     Arguments:
         population: sub-networks in a generation.
-        generations: the first one included.
-        first: the first generation.
-        objectives: number of values that are told of a candidate.
-        seed: of the draws of parents and mutations.
+        generations: number of generations, including the first.
+        first: sub-networks of the first generation.
+        objectives: number of values per candidate.
+        seed: of the choice of parents and of mutations.
 
     Raises:
         MissingExtraError: pymoo is not installed.
@@ -55,7 +55,7 @@ class NSGA2(Search):
 
         counts = np.array(self.space.counts)
         problem = Problem(n_var=len(counts), n_obj=self.objectives, n_ieq_constr=1, xl=0, xu=counts - 1, vtype=int)
-        first: Any = np.array([self.space.encode(one) for one in self.first])  # pymoo's signature does not name arrays
+        first: Any = np.array([self.space.encode(subnet) for subnet in self.first])  # pymoo's signature lacks arrays
         algorithm = Algorithm(
             pop_size=self.population,
             sampling=first,
@@ -66,14 +66,14 @@ class NSGA2(Search):
         algorithm.setup(problem, termination=("n_gen", self.generations), seed=self.seed, verbose=False)
         while algorithm.has_next():
             infills: Any = algorithm.ask()
-            candidates = [self.space.decode(places) for places in infills.get("X").astype(int)]
-            excess = [self._excess(one) for one in candidates]
-            yield [one for one, over in zip(candidates, excess, strict=True) if not over]
+            candidates = [self.space.decode(choices) for choices in infills.get("X").astype(int)]
+            excess = [self._excess(candidate) for candidate in candidates]
+            yield [candidate for candidate, over in zip(candidates, excess, strict=True) if not over]
             worst = (WORST,) * self.objectives
-            values = np.array([self.seen.get(one, worst) for one in candidates], dtype=float)
+            values = np.array([self.seen.get(candidate, worst) for candidate in candidates], dtype=float)
             values[~np.isfinite(values)] = WORST
-            told = StaticProblem(problem, F=values, G=np.array(excess, dtype=float)[:, None])
-            algorithm.evaluator.eval(told, infills)
+            evaluated = StaticProblem(problem, F=values, G=np.array(excess, dtype=float)[:, None])
+            algorithm.evaluator.eval(evaluated, infills)
             algorithm.tell(infills=infills)
 
     def _excess(self, candidate: Subnet) -> float:
@@ -81,10 +81,12 @@ class NSGA2(Search):
 
 
 def need_pymoo() -> None:
-    """Raises:
-    MissingExtraError: pymoo is not installed.
+    """Check that pymoo is installed, before anything is scored.
+
+    Raises:
+        MissingExtraError: it is not.
     """
     try:
-        import pymoo  # noqa: F401 - only to know that it is there before anything is scored
+        import pymoo  # noqa: F401 - only to see whether it is installed
     except ImportError:
         raise MissingExtraError("the evolutionary search needs pymoo: pip install 'pliant[search]'") from None

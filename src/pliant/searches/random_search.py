@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pliant.searches.search import Limits, Look, Search
 from pliant.searches.space import Space
 
-DRAWS = 100  # for each candidate wanted, before a space is taken to have no more
+DRAWS = 100  # draws per candidate, after which a space is assumed to hold no more
 
 
 @dataclass
@@ -16,7 +16,7 @@ class RandomSearch(Search):
     """Draw different sub-networks from a space.
 
     Arguments:
-        tries: how many; fewer where the space does not have as many within the limits.
+        tries: number of sub-networks; fewer if the space does not hold as many within the limits.
     """
 
     space: Space
