@@ -47,14 +47,14 @@ class OpenQuestion:
         stated as the answer or begins the text, else with the last capital A to J that stands alone. Any other answer is
         compared with the first line, ignoring case and a full stop at the end.
         """
-        wanted = self.answer.strip()
-        if _NUMBER.fullmatch(wanted):
+        reference = self.answer.strip()
+        if _NUMBER.fullmatch(reference):
             numbers = _NUMBER.findall(written)
-            return bool(numbers) and abs(_value(numbers[-1]) - _value(wanted)) <= _CLOSE
-        if _LETTER.fullmatch(wanted):
+            return bool(numbers) and abs(_value(numbers[-1]) - _value(reference)) <= _CLOSE
+        if _LETTER.fullmatch(reference):
             stated = _STATED.search(written)
-            return ([stated[1] or stated[2]] if stated else _LETTER.findall(written)[-1:]) == [wanted]
-        return _plain(written) == _plain(wanted)
+            return ([stated[1] or stated[2]] if stated else _LETTER.findall(written)[-1:]) == [reference]
+        return _plain(written) == _plain(reference)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def ask_instruction(row: dict[str, Any], asked: str = ASKED) -> Question | OpenQ
         asked: template of the question, which depends on the data set; rows of different data sets look the same.
 
     Raises:
-        DataError: choices that cannot be told apart.
+        DataError: the choices cannot be separated, or the answer is empty.
     """
     answer = string(row, "answer").strip()
     whole = string(row, "instruction")
