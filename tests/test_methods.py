@@ -131,7 +131,7 @@ def test_a_failure_after_the_cut_is_told_as_it_is(monkeypatch):
     def broken(*_):
         raise SubnetError("does not compute the same")
 
-    monkeypatch.setattr("pliant.prune.session.cut_exactly", lambda *given: (extract(*given), broken()))
+    monkeypatch.setattr("pliant.prune.session.extract_and_verify", lambda *given: (extract(*given), broken()))
     with pytest.raises(SubnetError, match="does not compute the same"):
         pruned(STEPS["fisher"])
 

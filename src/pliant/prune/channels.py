@@ -12,7 +12,7 @@ from pliant.checkpoint.fingerprint import check_finite
 from pliant.criteria import by_falling, l1_norms
 from pliant.elastic import Subnet, check, described, macs, ratio, reorder
 from pliant.errors import RatioError, StepError
-from pliant.prune.known_subnet import cut_exactly
+from pliant.prune.known_subnet import extract_and_verify
 from pliant.prune.ratio_target import out_of_reach
 from pliant.prune.width_cuts import cut_until, narrowed, widths
 from pliant.step import Job, Step, setting
@@ -67,7 +67,7 @@ class ChannelPruner(Step):
         norms = l1_norms(job.model, anatomy)
         subnet = self.choose(anatomy, norms)
         reorder(job.model, anatomy, by_falling(norms))
-        cut_exactly(job.model, anatomy, subnet)
+        extract_and_verify(job.model, anatomy, subnet)
         job.record.update(
             ratio=ratio(anatomy, subnet), macs_ratio=_macs_ratio(anatomy, subnet), subnet=subnet.to_dict()
         )

@@ -81,9 +81,9 @@ class KnapsackPruner(OrderedPruner):
                 narrower = _narrower(axes, level / (self.levels + 1), self.group)
                 if parameters(anatomy, narrower) < parameters(anatomy, menu[-1]):
                     menu.append(narrower)
-            gone = Subnet().without(block.name)
-            if block.name in free and parameters(anatomy, gone) < parameters(anatomy, menu[-1]):
-                menu.append(gone)  # one of several tied blocks saves nothing alone
+            removed = Subnet().without(block.name)
+            if block.name in free and parameters(anatomy, removed) < parameters(anatomy, menu[-1]):
+                menu.append(removed)  # one of several tied blocks saves nothing alone
             if len(menu) > 1:
                 menus[block.name] = menu
         return menus

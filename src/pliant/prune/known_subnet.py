@@ -67,7 +67,7 @@ class Cut(Step):
             subnet = parse_config(self.subnet, anatomy)
         order = self.order if subnet.keep else "stored"
         with ordered(job, anatomy, order, self._windows(job) if order == "activation" else None):
-            cut_exactly(job.model, anatomy, subnet)
+            extract_and_verify(job.model, anatomy, subnet)
         job.record.update(ratio=ratio(anatomy, subnet), subnet=subnet.to_dict())
 
     def _windows(self, job: Job) -> torch.Tensor:
@@ -85,7 +85,7 @@ class Cut(Step):
 
 
 @torch.no_grad()
-def cut_exactly(model: Any, anatomy: Anatomy, subnet: Subnet) -> None:
+def extract_and_verify(model: Any, anatomy: Anatomy, subnet: Subnet) -> None:
     """Extract ``subnet`` in place and check on a few tokens that the cut model computes the same as the activated one."""
     with evaluating(model):
         elastic = Elastic(model, anatomy)

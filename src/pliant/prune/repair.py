@@ -76,10 +76,10 @@ def _repair(
             blocks = [block for block in anatomy.blocks.values() if block.layer == layer]
             later = {block.name: [other.name for other in blocks[i:]] for i, block in enumerate(blocks, 1)}
             # the dense model's stream, computed before anything in this layer changes
-            wanted = {block.name: advance(layer, Subnet().without(*later[block.name]), dense) for block in blocks}
-            dense = list(wanted[blocks[-1].name]) if blocks else dense
+            targets = {block.name: advance(layer, Subnet().without(*later[block.name]), dense) for block in blocks}
+            dense = list(targets[blocks[-1].name]) if blocks else dense
             # the cut model's stream between its blocks; before the first one it is the input of the layer
-            reached = advance(layer, subnet.without(*(block.name for block in blocks)), cut)
+            incoming = advance(layer, subnet.without(*(block.name for block in blocks)), cut)
             for block in blocks:
                 if block.name in subnet.skip:
                     continue
@@ -98,18 +98,18 @@ def _repair(
                     if handle is not None:
                         handle.remove()
                 distance = None
-                factors = None if weight is None else _factors(seen, reached, after)
+                factors = None if weight is None else _factors(seen, incoming, after)
                 if factors is not None:
-                    change = _refit(owner, seen, factors, after, wanted[block.name], ridge)
-                    before = _distance(after, wanted[block.name])
+                    change = _refit(owner, seen, factors, after, targets[block.name], ridge)
+                    before = _distance(after, targets[block.name])
                     if factors.normed or owner.weight.dtype.itemsize < change.itemsize:
                         after = advance(layer, subnet.without(*later[block.name]), cut)
                     else:  # linear in the change, which the weights hold exactly: no need to run the layer again
                         after = _moved(after, seen, factors, change, owner)
-                    distance = {"before": before, "after": _distance(after, wanted[block.name])}
+                    distance = {"before": before, "after": _distance(after, targets[block.name])}
                 fits.append({"block": block.name, "distance": distance})
-                reached = after
-            cut = list(reached)
+                incoming = after
+            cut = list(incoming)
             progress.step((layer + 1) / anatomy.depth, f"layer {layer + 1} of {anatomy.depth}")
     except BaseException:
         for parameter, value in saved.items():
@@ -213,7 +213,7 @@ def _refit(
     seen: Seen,
     factors: _Factors,
     after: Sequence[torch.Tensor],
-    wanted: Sequence[torch.Tensor],
+    targets: Sequence[torch.Tensor],
     ridge: float,
 ) -> torch.Tensor:
     """Change the matrix of ``owner``, now a view of its kept part, by ridge regression.
@@ -222,7 +222,7 @@ def _refit(
         seen: inputs and outputs of the matrix, batch by batch.
         factors: the factors between the matrix and the stream.
         after: the cut model's stream after the block.
-        wanted: the dense model's stream at that point.
+        targets: the dense model's stream at that point.
 
     Returns:
         The change, shape ``(inputs, hidden)``; with a bias, its change is the last row.
@@ -231,7 +231,7 @@ def _refit(
     inverse = torch.where(heard, 1 / factors.channels, 0)
     gram: Any = 0.0
     cross: Any = 0.0
-    for (x, _), end, target, factor in zip(seen, after, wanted, factors.tokens, strict=True):
+    for (x, _), end, target, factor in zip(seen, after, targets, factors.tokens, strict=True):
         goal = target.flatten(0, -2).float()
         weight = _weight(goal)
         x = _inputs(x, owner) * factor * weight
@@ -274,10 +274,10 @@ def _weight(goal: torch.Tensor) -> torch.Tensor:
     return goal.pow(2).mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
 
 
-def _distance(reached: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
+def _distance(states: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> float:
     """Mean square distance of the stream from the dense one, relative to the latter's mean square, token by token."""
     distance = 0.0
-    for here, there in zip(reached, wanted, strict=True):
+    for here, there in zip(states, targets, strict=True):
         goal = there.float()
         distance += doubled((here.float() - goal) * _weight(goal)).pow(2).sum().item()
-    return distance / sum(there.numel() for there in wanted)
+    return distance / sum(there.numel() for there in targets)

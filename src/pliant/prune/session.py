@@ -23,7 +23,7 @@ from pliant.measure.model_scorer import ModelScorer
 from pliant.measure.prefix_scorer import Footprint, PrefixScorer, footprint
 from pliant.measure.scores import Score
 from pliant.pages import pages_of
-from pliant.prune.known_subnet import cut_exactly
+from pliant.prune.known_subnet import extract_and_verify
 from pliant.prune.moves import Moves
 from pliant.prune.put_back import Removal, put_backs
 from pliant.prune.ratio_target import reached
@@ -284,7 +284,7 @@ class Pruning:
                 fits = repair(self.job.model, self.anatomy, self.subnet, windows, ridge, self.job.progress)
                 self.job.record["repair"] = fits
                 self.job.show(*refits(fits))
-        cut_exactly(self.job.model, self.anatomy, self.subnet)
+        extract_and_verify(self.job.model, self.anatomy, self.subnet)
         self.job.show(*removals(self.points, self.counters))
         self.job.record.update(
             ratio=ratio_of(self.anatomy, self.subnet),

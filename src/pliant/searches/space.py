@@ -39,7 +39,7 @@ class Space:
         """The space of a model.
 
         Arguments:
-            groups: short name of an axis (``channels``, ``kv``) -> units that are removed together; other axes are left alone.
+            groups: short name of an axis (``channels``, ``kv``) -> units that are removed together; other axes are units alone.
             blocks: blocks that may be removed. The last holder of each state stays.
             base: the cuts that all sub-networks share.
         """
@@ -111,6 +111,6 @@ class Space:
 def _sizes(axis: Axis, group: int) -> tuple[int, ...]:
     """The numbers of units that can be kept, from all of them down."""
     allowed = [axis.size]
-    while (left := axis.less(allowed[-1], group)) is not None:
-        allowed.append(left)
+    while (units := axis.less(allowed[-1], group)) is not None:
+        allowed.append(units)
     return tuple(allowed)
