@@ -200,16 +200,8 @@ class GreedyPruner(Pruner):
             units: all moves that later stages may make; default: ``moves``.
         """
         fit = fitting(pruning.anatomy, moves, self.ratio, units)
-        pruning.remove_greedily(
-            name,
-            fit,
-            windows,
-            ratio,
-            mode=self.search,
-            slack=self.slack,
-            refresh=self.refresh,
-            per=None if self.per == UNIT else self.per,
-        )
+        mode, per = self.search, None if self.per == UNIT else self.per
+        pruning.remove_greedily(name, fit, windows, ratio, mode=mode, slack=self.slack, refresh=self.refresh, per=per)
 
 
 class OrderedPruner(Pruner):

@@ -17,9 +17,7 @@ class BlockPruner(GreedyPruner):
     kind: ClassVar[str] = "blockpruner"
 
     blocks: str = setting(
-        "Blocks that may be removed: attention, mlp, or mix for all.",
-        default="mix",
-        choices=("mix", "attention", "mlp"),
+        "Blocks to remove: attention, mlp, or mix for all.", default="mix", choices=("mix", "attention", "mlp")
     )
 
     def run(self, job: Job) -> None:

@@ -44,7 +44,7 @@ class MultiPruner(WidthPruner):
         total = blocks + channels + heads
         if min(blocks, channels, heads) < 0 or not 0 < total < float("inf"):
             raise StepError(
-                f"the shares in split must be finite, at least 0 and not all 0, such as 44:52:4; not {self.split!r}"
+                f"split needs finite shares, none below 0 and not all 0, such as 44:52:4; not {self.split!r}"
             )
         return blocks / total, channels / total, heads / total
 
@@ -74,8 +74,6 @@ class MultiPruner(WidthPruner):
                 windows = for_blocks if name == "blocks" else for_widths
                 units = moves if last else all_kinds  # so that an early stage does not overshoot the ratio
                 self.remove(pruning, name, moves, windows, self.ratio if last else ratio, units)
-            if not reached(
-                anatomy, pruning.subnet, self.ratio
-            ):  # the last stage ran out of moves: use those of all stages
+            if not reached(anatomy, pruning.subnet, self.ratio):  # the last stage ran out of moves
                 self.remove(pruning, "all kinds", all_kinds, for_widths, self.ratio)
             self.finish(pruning, job, planned[-1][2], for_blocks if planned[-1][0] == "blocks" else for_widths)

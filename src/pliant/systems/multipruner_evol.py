@@ -67,9 +67,7 @@ class MultiPrunerEvol(WidthPruner):
     def _first(self, anatomy: Anatomy, space: Space) -> list[Subnet]:
         """The first generation: random axes narrowed by random steps until about the ratio is reached."""
         draw = np.random.default_rng(self.seed)
-        ratios = (
-            self.ratio * draw.uniform(0.8, 1.2) for _ in range(self.population)
-        )  # lazy: one draw before each shrink
+        ratios = (self.ratio * draw.uniform(0.8, 1.2) for _ in range(self.population))  # drawn lazily, one per shrink
         return [space.shrunk(lambda subnet, least=least: ratio(anatomy, subnet) >= least, draw) for least in ratios]
 
     def _nearest(self, anatomy: Anatomy, search: NSGA2, groups: dict[str, int]) -> Subnet:

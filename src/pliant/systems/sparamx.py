@@ -33,11 +33,9 @@ class SparAMX(ValueStep):
 
     format: str = setting("bf16 or int8.", default="bf16", choices=("bf16", "int8"))
 
-    key_sparsity: float = setting("Share of the keys in the cache to set to zero.", default=0.3, at_least=0, below=1)
+    key_sparsity: float = setting("Share of the cached keys to set to zero.", default=0.3, at_least=0, below=1)
 
-    value_sparsity: float = setting(
-        "Share of the values in the cache to set to zero.", default=0.5, at_least=0, below=1
-    )
+    value_sparsity: float = setting("Share of the cached values to set to zero.", default=0.5, at_least=0, below=1)
 
     sparse: str = setting(
         "Whether weights are stored without their zeros: always, never, or auto (if that is faster on this machine).",
