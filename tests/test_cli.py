@@ -228,7 +228,7 @@ def test_an_unknown_setting_is_refused_with_every_setting_and_its_help(system):
         ("slack=nan", "slack"),
         ("metric=taste", "metric must be one of perplexity, kl, or a Score; not 'taste'"),
         ("search=guess", "search must be one of lazy, exact, naive; not 'guess'"),
-        ("split=1:2", "split is blocks:channels:heads"),
+        ("split=1:2", "split must be blocks:channels:heads"),
     ],
 )
 def test_a_faulty_setting_is_refused_by_name(pair, told):
@@ -340,7 +340,7 @@ def test_success_is_0(entry):
         (["compress", "FOLDER", "--ratio", "0.1", "--data", "PROSE", "--out", "FULL"], "--overwrite"),
         (
             ["compress", "FOLDER", "--ratio", "0.1", "--data", "PROSE", "--out", "x", "--set", "colour=red"],
-            "Rows of calibration text for choosing blocks.",
+            "Rows of calibration text to choose blocks on.",
         ),
     ],
 )
