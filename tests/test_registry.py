@@ -11,7 +11,7 @@ import pliant
 from pico import pico, tokenizer
 from pliant import registry
 from pliant.criteria import by_falling, l1_orders
-from pliant.criteria.activation import activation_orders
+from pliant.criteria.activation import activation_sizes
 from pliant.errors import ArtefactError, DataError, PliantError, StepError
 from pliant.step import step_class
 
@@ -45,7 +45,7 @@ def test_every_step_is_known_by_its_name_and_says_what_it_is(kind):
 @pytest.mark.parametrize(
     ("raw", "said"),
     [
-        ({"step": "wanda"}, "'wanda'; there are blockpruner"),
+        ({"step": "wanda"}, "unknown system 'wanda'; choose from: blockpruner"),
         ({"ratio": 0.2}, "a step is written as"),
         ("multipruner", "a step is written as"),
         ({"step": "rtn", "colour": "red"}, "rtn has no setting colour"),
@@ -66,7 +66,7 @@ def test_importance_is_what_pruners_go_by():
     assert all(torch.equal(by_weights[axis], order) for axis, order in l1_orders(model, anatomy).items())
     found = pliant.importance(model, by="activation", data=TEXT, tokenizer=tokenizer(), samples=8, seqlen=32)
     windows = TEXT.sample(8, 42).windows(tokenizer(), 32)
-    orders = activation_orders(model, anatomy, windows)
+    orders = by_falling(activation_sizes(model, anatomy, windows))
     assert {axis: order.tolist() for axis, order in by_falling(found).items()} == {
         axis: order.tolist() for axis, order in orders.items()
     }
@@ -77,7 +77,10 @@ def test_importance_is_what_pruners_go_by():
 
 
 def test_an_unknown_importance_and_missing_text_are_refused():
-    with pytest.raises(PliantError, match="by must be one of l1, activation, fisher; not 'taste'"):
+    with pytest.raises(
+        PliantError,
+        match="unknown importance 'taste'; choose from: l1, activation, fisher, or name your own as module:Name",
+    ):
         pliant.importance(pico("llama"), by="taste")
     with pytest.raises(DataError, match="importance by fisher is read from calibration text"):
         pliant.importance(pico("llama"), by="fisher")

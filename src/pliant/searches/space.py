@@ -95,7 +95,7 @@ class Space:
             pass
         return subnet
 
-    def shrunk(self, enough: Callable[[Subnet], bool], draw: np.random.Generator) -> Subnet:
+    def shrunk(self, enough: Callable[[Subnet], bool], draw: random.Random | np.random.Generator) -> Subnet:
         """Random choices made smaller, step by step, until there is enough of it or nothing is left to make smaller."""
         places, subnet = [0] * len(self.counts), self.base
         while not enough(subnet):
