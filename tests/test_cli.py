@@ -24,7 +24,7 @@ from pliant.elastic import Subnet
 from pliant.errors import ArtefactError, DataError, PliantError, RatioError, StepError, WeightError
 from pliant.prune import Cut
 from pliant.registry import IMPORTANCE, SCORES, SEARCHES, STEPS
-from pliant.step import settings_of, step_class
+from pliant.step import FormerNameWarning, settings_of, step_class
 from pliant.strict_json import to_json
 
 VERBS = typer.main.get_command(app).commands
@@ -295,6 +295,16 @@ def test_a_ratio_that_one_of_the_systems_takes_is_taken():
     assert (pruner.ratio, packed.kind) == (0.2, "packed")
     first, second = recipe(["fisher", "knapsack"], {"ratio": 0.2}, ["knapsack.ratio=0.1"])
     assert (first.ratio, second.ratio) == (0.2, 0.1)
+
+
+def test_former_names_of_settings_are_taken_with_one_warning():
+    with pytest.warns(FormerNameWarning) as warned:
+        step = build("recover", {}, ["batch=4", "recover.every=5", "lr=1e-3"])
+    (said,) = warned
+    assert str(said.message) == "recover: batch is now batch_size, every is now eval_steps, lr is now learning_rate"
+    assert step == pliant.Recover(batch_size=4, eval_steps=5, learning_rate=1e-3)
+    with pytest.raises(StepError, match="batch is now batch_size, and both are given; leave batch out"):
+        build("recover", {}, ["batch=4", "batch_size=8"])
 
 
 def test_a_known_subnet_is_cut_once(tmp_path):

@@ -19,6 +19,7 @@ from pliant.errors import MissingExtraError, RatioError, StepError, SubnetError,
 from pliant.measure.prefix_scorer import PrefixScorer
 from pliant.progress import Progress
 from pliant.prune.moves import block_moves, layer_moves, pooled, width_moves
+from pliant.registry import SEARCHES
 
 WORDS = ["the", "cat", "sat", "on", "a", "red", "mat", "and", "looked", "at", "dogs", "that", "ran", "over", "hills"]
 TEXT = pliant.text([" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 40)) for i in range(1, 60)])
@@ -34,6 +35,13 @@ STEPS = {
     "fisher": pliant.FisherPruner(**SHARED, group=8),
     "fisher per byte": pliant.FisherPruner(**SHARED, group=8, per="bytes"),
     "multipruner, activation order": pliant.MultiPruner(**SHARED, width_samples=4, mlp_group=8, order="activation"),
+    "multipruner, fisher order": pliant.MultiPruner(**SHARED, width_samples=4, mlp_group=8, order="fisher"),
+    **{
+        f"multipruner_evol by {search}": pliant.MultiPrunerEvol(
+            **SHARED, width_samples=4, mlp_group=8, width_search=search, population=6, generations=4, tolerance=0.05
+        )
+        for search in SEARCHES
+    },
 }
 
 

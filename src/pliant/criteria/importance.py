@@ -68,15 +68,16 @@ def measured(model: Any, anatomy: Anatomy, by: str, windows: torch.Tensor | None
         windows: token ids, shape ``(windows, seqlen)``; needed if it :func:`reads_text`.
 
     Raises:
-        StepError: the function returns something else than a finite value for each unit of some axes.
+        StepError: the function returns something else than a value for each unit of some axes.
     """
     function = find(IMPORTANCE, by, "importance")
     with evaluating(model):
         found = function(model, anatomy, windows=windows) if reads_text(by) else function(model, anatomy)
     for name, values in found.items():
         units = anatomy.axes[name].size if name in anatomy.axes else 0
-        if tuple(values.shape) != (units,) or not values.isfinite().all():
+        if not units or tuple(values.shape) != (units,):
             raise StepError(
-                f"importance {by!r} must give a finite value for each of the {units} units of {name!r}; it gave {values}"
+                f"importance {by!r} must give a value for each unit of an axis; for {name!r}, which has {units} units, it gave the "
+                f"shape {tuple(values.shape)}"
             )
     return {name: values.double().cpu() for name, values in found.items()}

@@ -26,7 +26,7 @@ class HillClimb(SpaceSearch):
     propose: Callable[[Subnet, random.Random], Subnet | None] | None = None
 
     def __post_init__(self) -> None:
-        self.subnet = next((one for one in self.first if self.limits.allow(one)), self.first[0])
+        self.subnet = self.start
 
     def look(self) -> Look:
         draw, propose = random.Random(self.seed), self.propose or self.space.neighbour

@@ -114,6 +114,11 @@ class SpaceSearch(Search):
     seed: int = 0
     limits: Limits = field(default_factory=Limits)
 
+    @property
+    def start(self) -> Subnet:
+        """The first of ``first`` within the limits; the first of all if there is none."""
+        return next((one for one in self.first if self.limits.allow(one)), self.first[0])
+
     @classmethod
     def check(cls) -> None:
         """Refuse, before any work, to search without a package that is not installed."""
