@@ -161,8 +161,8 @@ def find(table: Mapping[str, Entry], name: Any, what: str, *others: str, base: t
         within = _imported(module)
     except ImportError as error:
         raise StepError(
-            f"cannot import {module!r} for {what} {name!r}: {error}. The module must be installed or lie in the current folder, "
-            "and that must not be a model folder"
+            f"cannot import {module!r} for {what} {name!r}: {error}. Install the module, or run in its folder, which must not be a "
+            "model folder"
         ) from error
     try:
         found = operator.attrgetter(path)(within)

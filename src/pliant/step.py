@@ -114,7 +114,8 @@ def setting(help: str, *, default: Any = _UNSET, factory: Any = _UNSET, **limits
         help: one or two sentences for ``pliant ls SYSTEM``.
         default: left out for a setting that must be given.
         factory: makes the default, for values that can change.
-        limits: ``at_least``, ``at_most``, ``above``, ``below``, ``choices``, ``names``, ``path``, ``formerly`` and ``error`` of :class:`Setting`.
+        limits: ``at_least``, ``at_most``, ``above``, ``below``, ``choices``, ``names``, ``path``, ``formerly`` and ``error`` of
+            :class:`Setting`.
     """
     metadata = {"setting": Setting(help, **limits)}
     return dataclasses.field(default=default, default_factory=factory, metadata=metadata)

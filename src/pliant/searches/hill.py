@@ -13,8 +13,7 @@ from pliant.searches.search import Look, SpaceSearch
 
 @dataclass
 class HillClimb(SpaceSearch):
-    """Go to a neighbour whenever its first value is less, from the first sub-network within the limits. It never ends worse than
-    it began.
+    """Go from ``start`` to a neighbour whenever its first value is less. It never ends worse than it began.
 
     Arguments:
         propose: a neighbour of a sub-network, or None for no try; default: :meth:`pliant.searches.space.Space.neighbour`.

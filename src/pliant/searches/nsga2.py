@@ -19,9 +19,10 @@ WORST = 1e9  # stands for a value that is not finite, and for those of a candida
 
 @dataclass
 class NSGA2(SpaceSearch):
-    """Evolve sub-networks towards small values of several objectives. ``first`` is the first generation, all others are as large.
+    """Evolve sub-networks towards small values of several objectives.
 
     Arguments:
+        first: the first generation. All others are as large.
         objectives: number of values that are told of a candidate.
     """
 
