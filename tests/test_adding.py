@@ -219,14 +219,17 @@ def test_a_step_that_was_defined_in_a_function_is_applied_and_its_recipe_says_th
 
 @pytest.mark.parametrize("model_folder", [False, True])
 def test_the_program_finds_files_in_the_current_folder_unless_it_is_a_model_folder(model_folder, here):
+    (here / "light.py").write_text(
+        "import pliant\nclass Wait(pliant.Step):\n    hours: int = pliant.setting('How long.', default=1)\n"
+    )
     if model_folder:
         (here / "config.json").write_text("{}")
-    program = [sys.executable, "-P", "-c", "from pliant.cli import main; main()", "ls", "my_steps:Clip"]
+    program = [sys.executable, "-P", "-c", "from pliant.cli import main; main()", "ls", "light:Wait"]
     outcome = subprocess.run(program, capture_output=True, text=True, check=False)
     if model_folder:
         assert outcome.returncode == 1
-        assert "cannot import 'my_steps'" in outcome.stderr
-        assert "must not be a model folder" in outcome.stderr
+        assert "cannot import 'light' for system 'light:Wait'" in outcome.stderr
+        assert "which must not be a model folder" in outcome.stderr
     else:
         assert outcome.returncode == 0, outcome.stderr
-        assert "deviations     Largest weight, in standard deviations. Default: 4.0." in outcome.stdout
+        assert "hours          How long. Default: 1." in outcome.stdout

@@ -12,7 +12,10 @@ from pico import pico, tokenizer
 from pliant import registry
 from pliant.criteria import by_falling, l1_orders
 from pliant.criteria.activation import activation_sizes
+from pliant.criteria.importance import reads_text
 from pliant.errors import ArtefactError, DataError, PliantError, StepError
+from pliant.measure.scores import score_of
+from pliant.searches import SpaceSearch, search_of
 from pliant.step import step_class
 
 TEXT = pliant.text([" ".join(f"word {i * j % 17}" for j in range(1, 30)) for i in range(1, 40)])
@@ -40,6 +43,16 @@ def test_every_step_is_known_by_its_name_and_says_what_it_is(kind):
     assert cls.family in ("pruner", "values", "training")
     assert cls.needs <= {"text", "examples", "ratio", "trained"}
     assert getattr(pliant, registry.STEPS[kind].name) is cls
+
+
+def test_scores_searches_and_importances_are_what_the_tables_say():
+    assert all(score_of(name).name == name for name in registry.SCORES)
+    assert all(issubclass(search_of(name), SpaceSearch) for name in registry.SEARCHES)
+    assert {name for name in registry.IMPORTANCE if reads_text(name)} == {"activation", "fisher"}
+    for table in (registry.STEPS, registry.SCORES, registry.SEARCHES, registry.IMPORTANCE, registry.EXPORTS):
+        for name, entry in table.items():
+            assert entry.summary
+            assert registry.name_of(table, registry.find(table, name, "thing")) == name
 
 
 @pytest.mark.parametrize(
