@@ -9,7 +9,8 @@ import torch
 import pliant
 from pico import DECODERS, pico, tokenizer
 from pliant.anatomy import anatomy_of
-from pliant.criteria.activation import activation_orders
+from pliant.criteria import by_falling
+from pliant.criteria.activation import activation_sizes
 from pliant.criteria.block_ranking import RANKINGS, influence, relative_magnitude
 from pliant.criteria.unit_fisher import damage_of_units
 from pliant.criteria.unit_readers import read_axes
@@ -18,6 +19,7 @@ from pliant.errors import MissingExtraError, RatioError, StepError, SubnetError,
 from pliant.measure.prefix_scorer import PrefixScorer
 from pliant.progress import Progress
 from pliant.prune.moves import block_moves, layer_moves, pooled, width_moves
+from pliant.registry import SEARCHES
 
 WORDS = ["the", "cat", "sat", "on", "a", "red", "mat", "and", "looked", "at", "dogs", "that", "ran", "over", "hills"]
 TEXT = pliant.text([" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 40)) for i in range(1, 60)])
@@ -33,6 +35,13 @@ STEPS = {
     "fisher": pliant.FisherPruner(**SHARED, group=8),
     "fisher per byte": pliant.FisherPruner(**SHARED, group=8, per="bytes"),
     "multipruner, activation order": pliant.MultiPruner(**SHARED, width_samples=4, mlp_group=8, order="activation"),
+    "multipruner, fisher order": pliant.MultiPruner(**SHARED, width_samples=4, mlp_group=8, order="fisher"),
+    **{
+        f"multipruner_evol by {search}": pliant.MultiPrunerEvol(
+            **SHARED, width_samples=4, mlp_group=8, width_search=search, population=6, generations=4, tolerance=0.05
+        )
+        for search in SEARCHES
+    },
 }
 
 
@@ -181,7 +190,7 @@ def test_the_activation_order_puts_silent_channels_last():
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[:, 7] = 0
         model.model.layers[1].mlp.up_proj.weight[11] = 0
-    order = activation_orders(model, anatomy_of(model), WINDOWS)["layers.1.mlp.channels"].tolist()
+    order = by_falling(activation_sizes(model, anatomy_of(model), WINDOWS))["layers.1.mlp.channels"].tolist()
     assert sorted(order) == list(range(48))
     assert set(order[-2:]) == {7, 11}
 
@@ -190,7 +199,7 @@ def test_the_activation_order_puts_silent_channels_last():
 def test_the_activation_order_covers_what_matrices_read(family):
     model = pico(family)
     anatomy = anatomy_of(model)
-    orders = activation_orders(model, anatomy, WINDOWS)
+    orders = by_falling(activation_sizes(model, anatomy, WINDOWS))
     assert set(orders) == {name for name in anatomy.axes if not name.endswith(("experts", "mlp.channels"))} | (
         set() if family == "mixtral" else {name for name in anatomy.axes if name.endswith("mlp.channels")}
     )
@@ -322,7 +331,7 @@ def test_evolution_leaves_blocks_alone_that_are_too_much():
         (lambda: pliant.UnifiedPruner(ratio=0.1, per="euro"), "per must be one of unit, parameters, .*; not 'euro'"),
         (
             lambda: pliant.UnifiedPruner(ratio=0.1, order="random"),
-            "order must be one of l1, activation, stored; not 'random'",
+            "unknown order 'random'; choose from: l1, activation, fisher, stored, or name your own",
         ),
         (
             lambda: pliant.UnifiedPruner(ratio=0.1, search="racing"),

@@ -409,7 +409,7 @@ def test_a_split_that_is_no_three_shares_is_refused(split):
         (multi, {"width_samples": 0}, "width_samples must be a whole number of at least 1"),
         (multi, {"samples": 0}, "samples must be a whole number of at least 1"),
         (multi, {"seqlen": 1}, "seqlen must be a whole number of at least 2"),
-        (multi, {"metric": "accuracy"}, "metric must be one of perplexity, kl, or a Score; not 'accuracy'"),
+        (multi, {"metric": "accuracy"}, "unknown metric 'accuracy'; choose from: perplexity, kl, or name your own"),
         (multi, {"search": "random"}, "search must be one of lazy, .*; not 'random'"),
         (multi, {"slack": -1.0}, "slack must be a number from 0 to 1; not -1.0"),
         (multi, {"refresh": -1}, "refresh must be a whole number of at least 0; not -1"),

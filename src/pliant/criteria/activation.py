@@ -7,20 +7,9 @@ from typing import Any
 import torch
 
 from pliant.anatomy import Anatomy, evaluating, layers_of
-from pliant.criteria import by_falling
 from pliant.criteria.unit_readers import by_unit, readers
 from pliant.device import doubled
 from pliant.forward.windows import batches_of, tokens_at_once, within_memory
-
-
-@torch.inference_mode()
-def activation_orders(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Sort the units of every axis by :func:`activation_sizes`, the largest first.
-
-    Returns:
-        axis name -> old index of each new unit, shape ``(units,)``; axes that no matrix reads (experts) are left out.
-    """
-    return by_falling(activation_sizes(model, anatomy, windows))
 
 
 @torch.inference_mode()

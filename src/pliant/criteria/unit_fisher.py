@@ -17,7 +17,9 @@ from pliant.pages import within_limit
 from pliant.progress import Progress
 
 
-def damage_of_units(model: Any, anatomy: Anatomy, windows: torch.Tensor, progress: Progress) -> dict[str, torch.Tensor]:
+def damage_of_units(
+    model: Any, anatomy: Anatomy, windows: torch.Tensor, progress: Progress | None = None
+) -> dict[str, torch.Tensor]:
     """Estimate the loss increase without each unit: half the diagonal of the empirical Fisher information of a factor on the
     unit (Kwon et al., 2022), with every token as one sample.
 
@@ -29,7 +31,7 @@ def damage_of_units(model: Any, anatomy: Anatomy, windows: torch.Tensor, progres
     Returns:
         axis name -> nats per token, float64, shape ``(units,)``; axes that no matrix reads (experts) are left out.
     """
-    return within_memory(model, lambda tokens: _damage(model, anatomy, windows, tokens, progress))
+    return within_memory(model, lambda tokens: _damage(model, anatomy, windows, tokens, progress or Progress()))
 
 
 def _damage(

@@ -16,7 +16,7 @@ from pliant.prune.session import Pruning, Scorer
 from pliant.prune.settings import OrderedPruner
 from pliant.prune.unit_order import ordered
 from pliant.prune.width_cuts import narrowed, widths
-from pliant.searches import Allocation, HillClimb, Move
+from pliant.searches import Allocation, HillClimb, Move, Space
 from pliant.step import Job, setting
 
 Menus = Mapping[str, Sequence[Subnet]]
@@ -128,7 +128,7 @@ class KnapsackPruner(OrderedPruner):
             picks.setdefault(subnet, picked)
             return subnet
 
-        climb = HillClimb(start, trade, self.swaps if len(parts) > 1 else 0, self.seed)
+        climb = HillClimb(Space(), [start], self.swaps if len(parts) > 1 else 0, self.seed, propose=trade)
         climb.run(lambda subnet: [score(subnet)])
         return climb.subnet, climb.seen[climb.subnet][0]
 

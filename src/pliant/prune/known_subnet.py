@@ -10,12 +10,14 @@ import torch
 
 from pliant.anatomy import Anatomy, agree, answer, evaluating, probe
 from pliant.checkpoint.fingerprint import check_finite
+from pliant.criteria.importance import reads_text
 from pliant.data import Text
 from pliant.elastic import Elastic, Subnet, described, extract, ratio, validate
 from pliant.errors import DataError, StepError, SubnetError
 from pliant.forward.windows import seqlen_of, windows_for
 from pliant.prune.imported_configs import config_in, parse_config
-from pliant.prune.unit_order import ORDERS, ordered
+from pliant.prune.unit_order import STORED, ordered
+from pliant.registry import IMPORTANCE
 from pliant.step import Job, Step, setting
 
 
@@ -30,24 +32,25 @@ class Cut(Step):
     )
 
     order: str = setting(
-        "How channels and heads were sorted when the sub-network was found: l1, activation (needs the same calibration "
-        "text again), or stored.",
+        "How channels and heads were sorted when the sub-network was found: l1, activation or fisher (both need the same"
+        " calibration text again), stored, or your own as module:function.",
         default="l1",
-        choices=ORDERS,
+        choices=(STORED,),
+        names=IMPORTANCE,
     )
 
     samples: int = setting(
-        "activation: rows of calibration text that the order was computed from.", default=128, at_least=1
+        "activation, fisher: rows of calibration text that the order was computed from.", default=128, at_least=1
     )
 
     seqlen: int | None = setting(
-        "activation: tokens in a calibration window. Default: the smaller of 2048 and the model's positions.",
+        "activation, fisher: tokens in a calibration window. Default: the smaller of 2048 and the model's positions.",
         default=None,
         at_least=2,
     )
 
     seed: int = setting(
-        "activation: seed that calibration rows are drawn with.", default=42, at_least=0, at_most=2**63 - 1
+        "activation, fisher: seed that calibration rows are drawn with.", default=42, at_least=0, at_most=2**63 - 1
     )
 
     def __post_init__(self) -> None:
@@ -65,14 +68,17 @@ class Cut(Step):
             validate(subnet, anatomy)
         else:
             subnet = parse_config(self.subnet, anatomy)
-        order = self.order if subnet.keep else "stored"
-        with ordered(job, anatomy, order, self._windows(job) if order == "activation" else None):
+        order = self.order if subnet.keep else STORED
+        windows = self._windows(job) if order != STORED and reads_text(order) else None
+        with ordered(job, anatomy, order, windows):
             extract_and_verify(job.model, anatomy, subnet)
         job.record.update(ratio=ratio(anatomy, subnet), subnet=subnet.to_dict())
 
     def _windows(self, job: Job) -> torch.Tensor:
         if not isinstance(job.data, Text):
-            raise DataError("order='activation' needs the calibration text that the units were sorted by: pass data=")
+            raise DataError(
+                f"order={self.order!r} needs the calibration text that the units were sorted by: pass data="
+            )
         return windows_for(
             job.model, job.tokenizer(), job.data.sample(self.samples, self.seed), seqlen_of(job.model, self.seqlen)
         )

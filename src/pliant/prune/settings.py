@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from pliant.architecture import ROLES
 from pliant.checkpoint.fingerprint import check_finite, fingerprint
 from pliant.data import Text
 from pliant.elastic import described
-from pliant.errors import DataError, MemoryLimitError, RatioError, StepError
+from pliant.errors import DataError, MemoryLimitError, RatioError
 from pliant.formatting import human_bytes
 from pliant.forward.windows import check_model, seqlen_of, windows_for
 from pliant.measure.cost import COSTS
@@ -22,7 +22,8 @@ from pliant.prune.moves import Moves, fitting, reach, unit_of
 from pliant.prune.ratio_target import out_of_reach
 from pliant.prune.repair import repair_bytes
 from pliant.prune.session import ARCHIVE, PER_REMOVAL, Pruning
-from pliant.prune.unit_order import ORDERS
+from pliant.prune.unit_order import STORED
+from pliant.registry import IMPORTANCE, SCORES
 from pliant.searches.greedy import MODES
 from pliant.step import Job, Step, setting
 
@@ -54,9 +55,10 @@ class Pruner(Step):
     )
 
     metric: str | Score = setting(
-        "Score that removals should preserve: perplexity, or kl (divergence from the dense model's predictions). In Python"
-        " also a Score, such as ChoiceAccuracy(questions).",
+        "Score that removals should preserve: perplexity, kl (divergence from the dense model's predictions), or your own as"
+        " module:Score. In Python also a Score, such as ChoiceAccuracy(questions).",
         default="perplexity",
+        names=SCORES,
     )
 
     seed: int = setting("Seed that calibration rows are drawn with.", default=42, at_least=0, at_most=2**63 - 1)
@@ -76,10 +78,9 @@ class Pruner(Step):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        try:
-            score_of(self.metric)
-        except DataError as error:
-            raise StepError(str(error)) from None
+        score = score_of(self.metric)
+        if isinstance(self.metric, Mapping):  # from a recipe
+            object.__setattr__(self, "metric", score)
 
     @property
     def score(self) -> Score:
@@ -87,7 +88,7 @@ class Pruner(Step):
         return score_of(self.metric)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "metric": self.score.key}
+        return {**super().to_dict(), "metric": self.score.plain()}
 
     def estimate(self, blocks: int, row: float) -> tuple[float, bool]:  # noqa: ARG002
         return self.samples * row * 3, False
@@ -111,7 +112,7 @@ class Pruner(Step):
         if self.seqlen is None:
             job.progress.note(f"windows of {seqlen} tokens; set seqlen to change this")
         job.record["seqlen"] = seqlen
-        settings = {**self.to_dict(), "seqlen": seqlen}
+        settings = {**self.to_dict(), "seqlen": seqlen, "metric": self.score.key}
         belongs_to = {
             "model": fingerprint(job.model),
             "data": job.data.digest,
@@ -208,10 +209,12 @@ class OrderedPruner(Pruner):
     """Settings shared by every pruner that narrows blocks."""
 
     order: str = setting(
-        "Channels and heads to remove first: l1 (those with the smallest weights), activation (those that "
-        "contribute least on calibration text), or stored (the last ones).",
+        "Channels and heads to remove first: l1 (those with the smallest weights), activation (those that contribute least on"
+        " calibration text), fisher (those without which the loss rises least), stored (the last ones), or your own as"
+        " module:function.",
         default="l1",
-        choices=ORDERS,
+        choices=(STORED,),
+        names=IMPORTANCE,
     )
 
 
@@ -249,4 +252,4 @@ class WidthPruner(OrderedPruner, GreedyPruner):
 
 
 # settings that scores depend on: a search that differs in other settings re-uses the same archive
-_IN_SCORES = ("step", "samples", "width_samples", "seqlen", "metric", "seed", "order")
+_IN_SCORES = ("step", "samples", "width_samples", "seqlen", "metric", "seed", "order", "code")

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import torch
 
 from pliant.anatomy import Anatomy
-from pliant.criteria import l1_orders
-from pliant.criteria.activation import activation_orders
+from pliant.criteria import by_falling, l1_orders
+from pliant.criteria.importance import measured
 from pliant.elastic import reorder
 from pliant.step import Job
 
-ORDERS = ("l1", "activation", "stored")
+STORED = "stored"
 
 
 @contextmanager
@@ -21,15 +21,14 @@ def ordered(job: Job, anatomy: Anatomy, order: str, windows: torch.Tensor | None
     """Context in which the units of the model are sorted; the old order is restored if an error comes before the cut.
 
     Arguments:
-        order: one of ``ORDERS``.
-        windows: calibration tokens; only ``activation`` needs them.
+        order: the name of an importance, or ``stored``.
+        windows: calibration tokens, for an importance that reads text.
     """
-    orders = {} if order == "stored" else l1_orders(job.model, anatomy)
-    if order == "activation":
-        assert windows is not None
-        with job.progress.stage("order by activation"):
-            # experts, which no matrix reads, keep their L1 order
-            orders |= activation_orders(job.model, anatomy, windows)
+    orders = {} if order == STORED else l1_orders(job.model, anatomy)
+    if order not in ("l1", STORED):
+        with job.progress.stage(f"order by {order}"):
+            # units that it does not measure, such as experts, which no matrix reads, keep their L1 order
+            orders |= by_falling(measured(job.model, anatomy, order, windows))
     reorder(job.model, anatomy, orders)
     shapes = [parameter.shape for parameter in job.model.parameters()]
     try:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from pliant.elastic import Subnet
+from pliant.registry import SEARCHES, find
+from pliant.searches.space import Space
 
 Look = Generator[Sequence[Subnet], None, None]
 """A search as a generator: it yields candidates and resumes once all of them are in :attr:`Search.seen`."""
@@ -88,3 +91,46 @@ class Search(ABC):
                 self._open = list(dict.fromkeys(next(self._looking)))
             except StopIteration:
                 self._looking = None
+
+
+@dataclass
+class SpaceSearch(Search):
+    """A search over a space. A step takes it by its name, and so makes all of them alike.
+
+    Arguments:
+        space: what to choose from.
+        first: sub-networks to begin with, one or more.
+        budget: how many sub-networks to try.
+        seed: of every draw.
+        limits: what a candidate must not exceed.
+    """
+
+    multi_objective: ClassVar[bool] = False
+    """Whether it looks for a front of several values. If not, it makes the first value small, and the others are limits."""
+
+    space: Space
+    first: Sequence[Subnet]
+    budget: int
+    seed: int = 0
+    limits: Limits = field(default_factory=Limits)
+
+    @property
+    def start(self) -> Subnet:
+        """The first of ``first`` within the limits; the first of all if there is none."""
+        return next((one for one in self.first if self.limits.allow(one)), self.first[0])
+
+    @classmethod
+    def check(cls) -> None:
+        """Refuse, before any work, to search without a package that is not installed."""
+
+
+def search_of(name: str) -> type[SpaceSearch]:
+    """A search over a space by its name in the registry, or by ``module:Class``.
+
+    Raises:
+        StepError: the name is not known.
+        MissingExtraError: a package that the search needs is not installed.
+    """
+    found = find(SEARCHES, name, "search", base=SpaceSearch)
+    found.check()
+    return found

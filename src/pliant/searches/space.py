@@ -95,7 +95,7 @@ class Space:
             pass
         return subnet
 
-    def shrunk(self, enough: Callable[[Subnet], bool], draw: np.random.Generator) -> Subnet:
+    def shrunk(self, enough: Callable[[Subnet], bool], draw: random.Random | np.random.Generator) -> Subnet:
         """Shrink random choices step by step until ``enough(subnet)`` is true or nothing can shrink further."""
         choices, subnet = [0] * len(self.counts), self.base
         while not enough(subnet):

@@ -17,7 +17,8 @@ from pliant.prune import WidthPruner, block_moves, pooled, width_moves
 from pliant.prune.moves import settled
 from pliant.prune.session import Scorer
 from pliant.prune.unit_order import ordered
-from pliant.searches import NSGA2, Move, Space, need_pymoo
+from pliant.registry import SEARCHES
+from pliant.searches import Limits, Move, Space, SpaceSearch, search_of
 from pliant.step import Job, setting
 
 
@@ -29,9 +30,18 @@ class MultiPrunerEvol(WidthPruner):
 
     width_samples: int = setting("Rows of calibration text for the widths.", default=128, at_least=1)
 
-    population: int = setting("Sub-networks in a generation.", default=24, at_least=4)
+    width_search: str = setting(
+        "How widths are searched: nsga2 evolves a front of loss and ratio; hill and random make the loss small at the ratio; or"
+        " your own as module:Class.",
+        default="nsga2",
+        names=SEARCHES,
+    )
 
-    generations: int = setting("Generations, the first random one included.", default=10, at_least=1)
+    population: int = setting("Sub-networks in a generation, and drawn to begin with.", default=24, at_least=4)
+
+    generations: int = setting(
+        "Generations, the first random one included; other searches try as many sub-networks.", default=10, at_least=1
+    )
 
     tolerance: float = setting(
         "Consider sub-networks up to this far above the ratio; the excess is restored, down to less than one unit.",
@@ -40,7 +50,7 @@ class MultiPrunerEvol(WidthPruner):
     )
 
     def run(self, job: Job) -> None:
-        need_pymoo()
+        kind = search_of(self.width_search)
         pruning = self.begin(job)
         anatomy = pruning.anatomy
         groups = {**self.mlp_groups(job, anatomy), **self.head_groups(job, anatomy)}
@@ -56,8 +66,10 @@ class MultiPrunerEvol(WidthPruner):
             units = pooled(block_moves(anatomy), width_moves(anatomy, groups))
             self.remove(pruning, "blocks", block_moves(anatomy), for_blocks, self.ratio / 2, units)
             space = Space.of(anatomy, groups, base=pruning.subnet)
+            at_ratio = (lambda subnet: -ratio(anatomy, subnet), -self.ratio)
+            limits = Limits(() if kind.multi_objective else (at_ratio,))
             with pruning.scoring("widths", for_widths, on_score=show) as score:
-                search = NSGA2(space, self.population, self.generations, self._first(anatomy, space), seed=self.seed)
+                search = kind(space, self._first(anatomy, space), total, self.seed, limits)
                 search.run(lambda subnet: [score(subnet), -ratio(anatomy, subnet)])
                 subnet = settled(anatomy, self._nearest(anatomy, search, groups), self.ratio, dict(space.axes))
                 loss = score(subnet)
@@ -70,20 +82,21 @@ class MultiPrunerEvol(WidthPruner):
         ratios = (self.ratio * draw.uniform(0.8, 1.2) for _ in range(self.population))  # drawn lazily, one per shrink
         return [space.shrunk(lambda subnet, least=least: ratio(anatomy, subnet) >= least, draw) for least in ratios]
 
-    def _nearest(self, anatomy: Anatomy, search: NSGA2, groups: dict[str, int]) -> Subnet:
+    def _nearest(self, anatomy: Anatomy, search: SpaceSearch, groups: dict[str, int]) -> Subnet:
         """The sub-network with the lowest loss of those at the ratio."""
         base = search.space.base
         narrower = width_moves(anatomy, groups)(base)
         unit = min((ratio(anatomy, move.subnet) for move in narrower), default=0.0) - ratio(anatomy, base)
-        near = {
-            subnet: loss
+        ratios = {subnet: ratio(anatomy, subnet) for subnet in search.seen}
+        near = [
+            subnet
             for subnet, (loss, _) in search.seen.items()
-            if np.isfinite(loss) and 0 <= ratio(anatomy, subnet) - self.ratio < max(self.tolerance, unit)
-        }
+            if np.isfinite(loss) and 0 <= ratios[subnet] - self.ratio < max(self.tolerance, unit)
+        ]
         if not near:
-            ratios = sorted(ratio(anatomy, subnet) for subnet in search.seen)
             raise RatioError(
                 f"none of {len(ratios)} sub-networks is within {self.tolerance} above ratio {self.ratio} (their ratios are "
-                f"{ratios[0]:.3f} to {ratios[-1]:.3f}); give more generations or a larger tolerance"
+                f"{min(ratios.values(), default=0):.3f} to {max(ratios.values(), default=0):.3f}); give more generations or a "
+                "larger tolerance"
             )
-        return min(near, key=near.__getitem__)
+        return min(near, key=lambda subnet: search.seen[subnet][0])
