@@ -147,7 +147,9 @@ def test_changed_code_is_another_step_and_a_recipe_warns_of_it(here):
         file = here / f"{value.partition(':')[0]}.py"
         file.write_text(file.read_text() + "\n# changed\n")
         assert step.to_dict()["code"] != before["code"]
-        with pytest.warns(UserWarning, match="multipruner: its code has changed since the recipe was written"):
+        with pytest.warns(
+            UserWarning, match="multipruner: your code that it uses has changed since the recipe was written"
+        ):
             assert pliant.step_of(before).to_dict() == step.to_dict()
     assert "code" not in pliant.MultiPruner(**ROWS).to_dict()
 

@@ -231,7 +231,7 @@ class Step:
             raise StepError(f"{cls.kind} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
         step = cls(**given)
         if raw.get("code") not in (None, step._code()):
-            warnings.warn(f"{cls.kind}: its code has changed since the recipe was written", stacklevel=2)
+            warnings.warn(f"{cls.kind}: your code that it uses has changed since the recipe was written", stacklevel=2)
         return step
 
 

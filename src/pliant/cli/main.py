@@ -185,7 +185,9 @@ def compress(
     ] = None,
     system: Annotated[
         list[str] | None,
-        typer.Option(help="What to do, multipruner when left out; repeatable, done in order. See 'pliant ls systems'."),
+        typer.Option(
+            help="What to do, multipruner when left out; repeatable, done in order. See 'pliant ls systems'; or your own as module:Class."
+        ),
     ] = None,
     setting: Annotated[
         list[str] | None,
