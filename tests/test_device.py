@@ -134,7 +134,7 @@ STEPS = {
     ),
     "cut": pliant.Cut(subnet=Subnet().without("layers.1.mlp")),
     "channelpruner": pliant.ChannelPruner(ratio=0.2),
-    **{f"oneshot by {by}": pliant.OneShot(ratio=0.2, **FEW, by=by) for by in ("influence", "taylor", "magnitude")},
+    **{f"oneshot by {by}": pliant.OneShot(ratio=0.2, **FEW, by=by) for by in ("influence", "magnitude")},
     "magnitude": pliant.Magnitude(sparsity=0.5),
     "rtn": pliant.RTN(bits=4, group=4),
     "recover all weights": pliant.Recover(
