@@ -95,23 +95,35 @@ def spread(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: dict[tuple[str, float, str], dict[str, Any]], order: list[str]) -> None:
+    """Perplexity after repair against the share of parameters removed; random orders as the range of their seeds."""
     import matplotlib as mpl
 
     mpl.use("svg")
+    mpl.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "pliant", "font.family": "sans-serif"}
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharex=True)
-    for number, line in enumerate(order):
-        for form, style in (("raw", "-"), ("repaired", "--")):
-            points = sorted((row["ratio"], row) for (n, _, f), row in rows.items() if n == line and f == form)
-            if points:
-                label = line if form == "raw" else None
-                where = [ratio for ratio, _ in points]
-                axes[0].plot(where, [perplexity(row) for _, row in points], style, color=f"C{number}", label=label)
-                axes[1].plot(where, [accuracy(row)[0] for _, row in points], style, color=f"C{number}")
-    axes[0].set(yscale="log", xlabel="share of parameters removed", ylabel="perplexity, held-out Wikipedia text")
-    axes[1].set(xlabel="share of parameters removed", ylabel="mean accuracy of five tasks")
-    axes[0].legend(fontsize=8, title="dashed: repaired", title_fontsize=8)
+    def points(line: str) -> tuple[list[float], list[float]]:
+        found = sorted(
+            (row["ratio"], perplexity(row)) for (n, _, f), row in rows.items() if (n, f) == (line, "repaired")
+        )
+        return [100 * ratio for ratio, _ in found], [value for _, value in found]
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    seeds = [points(line) for line in order if line.startswith("random")]
+    across = [sum(at) / len(at) for at in zip(*(removed for removed, _ in seeds), strict=True)]
+    values = list(zip(*(found for _, found in seeds), strict=True))
+    label = f"random order, {len(seeds)} seeds"
+    axes.fill_between(across, [min(at) for at in values], [max(at) for at in values], color="0.88", label=label)
+    ends = {line: points(line)[1][-1] for line in order if not line.startswith("random")}
+    for number, line in enumerate(sorted(ends, key=lambda line: -ends[line])):
+        axes.plot(*points(line), color=f"C{number}", label=line)
+    axes.axhline(perplexity(rows["dense", 0, "raw"]), color="black", linewidth=0.8, label="dense model")
+    axes.set(yscale="log", ylim=(17, 500), xlabel="parameters removed, %", ylabel="perplexity, held-out Wikipedia text")
+    axes.set_yticks([20, 30, 50, 100, 200, 500], ["20", "30", "50", "100", "200", "500"])
+    axes.set_yticks([], minor=True)
+    axes.set_title("SmolLM2-135M, pruned and refitted, without training", fontsize=10)
+    axes.legend(fontsize=8, loc="upper left", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(RESULTS / "structured.svg", metadata={"Date": None})
 

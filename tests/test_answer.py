@@ -107,7 +107,7 @@ def test_no_room_for_an_answer_is_refused(model, tokenizer, count):
 
 
 def test_an_empty_prompt_is_refused(model, tokenizer):
-    with pytest.raises(DataError, match="task 'some', question 2: the prompt gives no token"):
+    with pytest.raises(DataError, match="task 'some', question 2: the prompt has no token to continue from"):
         generate(model, tokenizer, "some", ["7", ""], 4)
 
 

@@ -163,10 +163,10 @@ def test_garbage_in_the_middle_ends_what_is_read_and_the_file_goes_on(path, garb
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"model": "xyz"}, "model: 'abc' there, 'xyz' now"),
-        ({"data": "other"}, "data: 'def' there, 'other' now"),
+        ({"model": "xyz"}, "model: 'abc' in the file, 'xyz' now"),
+        ({"data": "other"}, "data: 'def' in the file, 'other' now"),
         ({"step": {"step": "blockpruner"}}, "step: "),
-        ({"revision": 3}, "revision: None there, 3 now"),
+        ({"revision": 3}, "revision: None in the file, 3 now"),
     ],
 )
 def test_an_archive_of_another_search_is_refused_naming_what_differs_and_left_alone(path, change, told):
@@ -190,7 +190,7 @@ def test_a_file_that_is_no_archive_is_refused_and_left_alone(path):
 def test_an_archive_of_another_version_of_the_format_is_refused(path):
     lines = filled(path).read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0].replace(b'"archive":1', b'"archive":2') + b"".join(lines[1:]))
-    with pytest.raises(ArchiveError, match="archive: 2 there, 1 now"):
+    with pytest.raises(ArchiveError, match="archive: 2 in the file, 1 now"):
         Archive(path, SEARCH)
 
 

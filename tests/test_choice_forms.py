@@ -198,7 +198,7 @@ def test_a_file_name_tells_data_sets_apart_whose_rows_look_the_same(tmp_path, na
         (ARC, {"choices": {"text": ["ice"], "label": ["A"]}}, r"1 choice\(s\)"),
         (ARC, {"question": None}, "'question' must be a string; it is None"),
         (OPENBOOKQA, {"choices": {"text": ["a", 7], "label": ["A", "B"]}}, "'text' must be a list of strings"),
-        (PIQA, {"label": -1}, "'label' must be 0 or 1; it is -1.*keep their answers back"),
+        (PIQA, {"label": -1}, "'label' must be 0 or 1; it is -1.*without public answers"),
         (PIQA, {"sol2": " "}, "an empty choice"),
         (HELLASWAG, {"label": ""}, "'label' must be 0, 1, 2 or 3; it is ''"),
         (HELLASWAG, {"endings": ["one"]}, r"1 choice\(s\)"),
@@ -258,7 +258,7 @@ def test_gzipped_text_is_read_too(tmp_path):
 def test_a_damaged_gzip_file_is_refused(tmp_path, content):
     path = tmp_path / "q.jsonl.gz"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"q\.jsonl\.gz' is not a whole gzip file"):
+    with pytest.raises(DataError, match=r"q\.jsonl\.gz' is not a complete gzip file"):
         pliant.questions(path)
 
 

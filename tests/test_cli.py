@@ -23,8 +23,8 @@ from pliant.cli.step_options import build, known_subnet, recipe
 from pliant.elastic import Subnet
 from pliant.errors import ArtefactError, DataError, PliantError, RatioError, StepError, WeightError
 from pliant.prune import Cut
-from pliant.registry import STEPS
-from pliant.step import settings_of, step_class
+from pliant.registry import IMPORTANCE, SCORES, SEARCHES, STEPS
+from pliant.step import FormerNameWarning, settings_of, step_class
 from pliant.strict_json import to_json
 
 VERBS = typer.main.get_command(app).commands
@@ -138,12 +138,18 @@ def test_ls_lists_systems_and_architectures():
         assert re.search(rf"^  {name} +{re.escape(entry.summary)}$", shown, re.M)
     assert re.search(r"^  llama ", shown, re.M)
     assert "architectures" not in run("ls", "systems").stdout
-    assert set(json.loads(run("ls", "--json").stdout)) == {"systems", "architectures"}
-    assert set(json.loads(run("ls", "systems", "--json").stdout)["systems"]) == set(STEPS)
+    tables = {"systems": STEPS, "scores": SCORES, "searches": SEARCHES, "importance": IMPORTANCE}
+    assert set(json.loads(run("ls", "--json").stdout)) == {*tables, "architectures"}
+    for title, table in tables.items():
+        only = json.loads(run("ls", title, "--json").stdout)
+        assert only == {title: {name: entry.summary for name, entry in table.items()}}
 
 
 def test_ls_of_something_else_is_refused_with_what_there_is():
-    with pytest.raises(PliantError, match="no list of 'models'; there are systems, architectures"):
+    with pytest.raises(
+        PliantError,
+        match="unknown list 'models'; choose from: systems, scores, searches, importance, architectures, blockpruner",
+    ):
         run("ls", "models")
 
 
@@ -175,16 +181,16 @@ def test_the_table_of_systems_is_true(system):
 
 def test_settings_become_what_their_fields_are():
     pairs = ["samples=8", "slack=0.5", "order=stored", "mlp_group=4", "split= 1:1:1 ", "head-group=2"]
-    step = build("multipruner", {"ratio": "0.1"}, pairs)
+    step = build("multipruner", {"ratio": 0.1}, pairs)
     assert step == pliant.MultiPruner(
         ratio=0.1, samples=8, slack=0.5, order="stored", mlp_group=4, split="1:1:1", head_group=2
     )
-    assert build("multipruner", {"ratio": "0.1"}, ["mlp_group=none"]).mlp_group is None
+    assert build("multipruner", {"ratio": 0.1}, ["mlp_group=none"]).mlp_group is None
 
 
 def test_a_recipe_may_do_a_thing_twice():
     names = ["multipruner", "recover", "multipruner", "recover"]
-    steps = recipe(names, {"ratio": "0.1"}, ["recover.steps=5"])
+    steps = recipe(names, {"ratio": 0.1}, ["recover.steps=5"])
     assert [step.kind for step in steps] == names
     assert steps[1] == steps[3] == pliant.Recover(steps=5)
 
@@ -202,14 +208,14 @@ def test_a_known_subnet_is_put_in_order_by_as_many_rows_as_its_search_took(syste
 
 
 def test_an_unknown_system_is_refused_with_those_there_are():
-    with pytest.raises(StepError, match="no system 'wanda'; there are blockpruner, multipruner"):
-        build("wanda", {"ratio": "0.1"}, [])
+    with pytest.raises(StepError, match=r"unknown system 'wanda'; choose from: blockpruner, multipruner.* module:Name"):
+        build("wanda", {"ratio": 0.1}, [])
 
 
 @pytest.mark.parametrize("system", STEPS)
 def test_an_unknown_setting_is_refused_with_every_setting_and_its_help(system):
     with pytest.raises(StepError, match=f"{system} has no setting 'colour'") as refusal:
-        build(system, {"ratio": "0.1"}, ["colour=red"])
+        build(system, {"ratio": 0.1}, ["colour=red"])
     told = str(refusal.value)
     for name, of in settings_of(step_class(system)).items():
         assert re.search(rf"^  {name} +{re.escape(of.help)}( Default: .+)?$", told, re.M)
@@ -222,21 +228,24 @@ def test_an_unknown_setting_is_refused_with_every_setting_and_its_help(system):
         ("samples=many", "samples .*'many'"),
         ("samples=1.5", "samples .*'1.5'"),
         ("slack=some", "slack .*'some'"),
-        ("order=maybe", "order must be one of l1, activation, stored; not 'maybe'"),
+        (
+            "order=maybe",
+            "unknown order 'maybe'; choose from: l1, activation, fisher, stored, or name your own as module:Name",
+        ),
         ("mlp_group=few", "mlp_group .*'few'"),
         ("samples=0", "samples must be a whole number of at least 1; not 0"),
         ("slack=nan", "slack"),
-        ("metric=taste", "metric must be one of perplexity, kl, or a Score; not 'taste'"),
+        ("metric=taste", "unknown metric 'taste'; choose from: perplexity, kl, or name your own as module:Name"),
         ("search=guess", "search must be one of lazy, exact, naive; not 'guess'"),
-        ("split=1:2", "split is blocks:channels:heads"),
+        ("split=1:2", "split must be blocks:channels:heads"),
     ],
 )
 def test_a_faulty_setting_is_refused_by_name(pair, told):
     with pytest.raises(StepError, match=told):
-        build("multipruner", {"ratio": "0.1"}, [pair])
+        build("multipruner", {"ratio": 0.1}, [pair])
 
 
-@pytest.mark.parametrize("ratio", ["0", "1", "-0.1", "20", "nan"])
+@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 20.0, float("nan")])
 def test_a_ratio_that_means_nothing_is_refused(ratio):
     with pytest.raises(RatioError, match="between 0 and 1"):
         build("multipruner", {"ratio": ratio}, [])
@@ -268,7 +277,7 @@ def test_a_pruner_without_a_ratio_is_refused(systems, pairs, told):
 )
 def test_an_option_without_effect_is_refused(systems, pairs, said):
     with pytest.raises(StepError, match=re.escape(said)):
-        recipe(systems, {"ratio": "0.2"}, pairs)
+        recipe(systems, {"ratio": 0.2}, pairs)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 1.5, True, None, "7"])
@@ -282,10 +291,20 @@ def test_a_seed_out_of_range_is_refused(step, seed):
 
 
 def test_a_ratio_that_one_of_the_systems_takes_is_taken():
-    pruner, packed = recipe(["fisher", "packed"], {"ratio": "0.2"}, ["ratio=0.20"])
+    pruner, packed = recipe(["fisher", "packed"], {"ratio": 0.2}, ["ratio=0.20"])
     assert (pruner.ratio, packed.kind) == (0.2, "packed")
-    first, second = recipe(["fisher", "knapsack"], {"ratio": "0.2"}, ["knapsack.ratio=0.1"])
+    first, second = recipe(["fisher", "knapsack"], {"ratio": 0.2}, ["knapsack.ratio=0.1"])
     assert (first.ratio, second.ratio) == (0.2, 0.1)
+
+
+def test_former_names_of_settings_are_taken_with_one_warning():
+    with pytest.warns(FormerNameWarning) as warned:
+        step = build("recover", {}, ["batch=4", "recover.every=5", "lr=1e-3"])
+    (said,) = warned
+    assert str(said.message) == "recover: batch is now batch_size, every is now eval_steps, lr is now learning_rate"
+    assert step == pliant.Recover(batch_size=4, eval_steps=5, learning_rate=1e-3)
+    with pytest.raises(StepError, match="batch is now batch_size, and both are given; leave batch out"):
+        build("recover", {}, ["batch=4", "batch_size=8"])
 
 
 def test_a_known_subnet_is_cut_once(tmp_path):
@@ -307,7 +326,7 @@ def test_success_is_0(entry):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["ls", "models"], "no list of 'models'"),
+        (["ls", "models"], "unknown list 'models'; choose from: systems"),
         (["inspect", "./gone"], "'./gone' is not a model folder"),
         (["evaluate", "FOLDER"], "nothing to evaluate"),
         (["evaluate", "FOLDER", "--perplexity", "gone.txt"], "there is no file 'gone.txt'"),
@@ -340,7 +359,7 @@ def test_success_is_0(entry):
         (["compress", "FOLDER", "--ratio", "0.1", "--data", "PROSE", "--out", "FULL"], "--overwrite"),
         (
             ["compress", "FOLDER", "--ratio", "0.1", "--data", "PROSE", "--out", "x", "--set", "colour=red"],
-            "Rows of calibration text for choosing blocks.",
+            "Rows of calibration text to choose blocks on.",
         ),
     ],
 )

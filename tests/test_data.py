@@ -249,7 +249,7 @@ def test_text_shorter_than_a_window_is_refused_with_both_lengths():
 
 
 def test_a_window_of_one_token_is_refused():
-    with pytest.raises(DataError, match="at least 2 tokens"):
+    with pytest.raises(DataError, match="must have at least 2 tokens; not"):
         pliant.text(["12345"]).windows(TOKENIZER, 1)
 
 

@@ -129,8 +129,12 @@ STEPS = {
     "unified per bytes": pliant.UnifiedPruner(ratio=0.2, **FEW, mlp_group=8, per="bytes", metric="kl"),
     "knapsack": pliant.KnapsackPruner(ratio=0.2, **FEW, group=8, swaps=2),
     "fisher": pliant.FisherPruner(ratio=0.2, **FEW, group=8, repair=2),
+    "multipruner_evol": pliant.MultiPrunerEvol(
+        ratio=0.2, **FEW, width_samples=2, mlp_group=8, population=4, generations=2, tolerance=0.2
+    ),
+    "cut": pliant.Cut(subnet=Subnet().without("layers.1.mlp")),
     "channelpruner": pliant.ChannelPruner(ratio=0.2),
-    **{f"oneshot by {by}": pliant.OneShot(ratio=0.2, **FEW, by=by) for by in ("influence", "taylor", "magnitude")},
+    **{f"oneshot by {by}": pliant.OneShot(ratio=0.2, **FEW, by=by) for by in ("influence", "magnitude")},
     "magnitude": pliant.Magnitude(sparsity=0.5),
     "rtn": pliant.RTN(bits=4, group=4),
     "recover all weights": pliant.Recover(

@@ -74,7 +74,7 @@ def test_files_hold_the_same_rows_packed_or_not(tmp_path, ending):
 def test_another_column_holds_the_text(tmp_path):
     (tmp_path / "some.jsonl").write_text('{"body": "words"}\n')
     assert pliant.examples(tmp_path / "some.jsonl", column="body").rows[0].text == "words"
-    with pytest.raises(DataError, match="row 1: it has the keys body; expected are text"):
+    with pytest.raises(DataError, match="row 1 has the keys body; expected are text"):
         pliant.examples(tmp_path / "some.jsonl")
 
 
@@ -133,7 +133,7 @@ def test_a_template_without_a_prompt_for_the_answer(chatty):
 def test_conversations_that_cannot_be_rendered_are_refused(tokenizer, chatty):
     with pytest.raises(DataError, match=r"a list, row 1 is a conversation, and this tokenizer has no chat template"):
         pliant.examples([{"messages": TALK}]).encode(tokenizer, 64)
-    with pytest.raises(DataError, match="the assistant says nothing"):
+    with pytest.raises(DataError, match="has no turn of the assistant to train on"):
         pliant.examples([{"messages": TALK[:1]}])
     with pytest.raises(DataError, match="messages must be a list"):
         pliant.examples([{"messages": "hi"}])
@@ -141,7 +141,7 @@ def test_conversations_that_cannot_be_rendered_are_refused(tokenizer, chatty):
     with pytest.raises(DataError, match="refuses this conversation: roles must alternate"):
         pliant.examples([{"messages": TALK}]).encode(chatty, 64)
     chatty.chat_template = "{{ messages | length }}"
-    with pytest.raises(DataError, match="turn 2 does not follow"):
+    with pytest.raises(DataError, match="does not put turn 2 after the turns before it"):
         pliant.examples([{"messages": TALK}]).encode(chatty, 64)
 
 
@@ -150,7 +150,7 @@ def test_long_rows_are_cut_off_and_those_that_teach_nothing_left_out(tokenizer):
     encoded = pliant.examples(rows).encode(tokenizer, 8)
     assert (len(encoded), encoded.dropped) == (1, 1)
     assert len(encoded.ids[0]) == 8
-    with pytest.raises(DataError, match="anything to learn lies within 8 tokens; give a larger seqlen"):
+    with pytest.raises(DataError, match="has a token to train on within its first 8 tokens; give a larger seqlen"):
         pliant.examples(rows[:1]).encode(tokenizer, 8)
 
 
@@ -227,7 +227,7 @@ def test_bad_sources_are_refused(tmp_path, tokenizer):
     (tmp_path / "empty.jsonl").write_text("\n")
     for source, told in [
         (tmp_path / "gone.jsonl", "no file"),
-        (tmp_path / "some.csv", "is no training data"),
+        (tmp_path / "some.csv", "is not training data"),
         (tmp_path / "empty.jsonl", "holds no rows"),
         ([], "holds no rows"),
         (["  "], "holds no rows"),
@@ -236,9 +236,9 @@ def test_bad_sources_are_refused(tmp_path, tokenizer):
     ]:
         with pytest.raises(DataError, match=told):
             pliant.examples(source)
-    with pytest.raises(DataError, match="at least 1"):
+    with pytest.raises(DataError, match="the limit of rows must be at least 1; not 0"):
         pliant.examples(["a"], limit=0)
-    with pytest.raises(DataError, match="at least 2 tokens"):
+    with pytest.raises(DataError, match="must have at least 2 tokens; not"):
         pliant.examples(["a"]).encode(tokenizer, 1)
 
 

@@ -37,7 +37,7 @@ def test_replies_end_before_the_positions_do(model, tokenizer):
     found = replies(model, tokenizer, ["a b c", "d"], tokens=5)
     assert len(found) == 2
     assert found == replies(model, tokenizer, ["a b c", "d"], tokens=5)
-    with pytest.raises(DataError, match="a prompt has 256 tokens, the model reads 256"):
+    with pytest.raises(DataError, match="a prompt has 256 tokens, but the model has 256 positions"):
         replies(model, tokenizer, ["x" * 256])
     tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
     try:

@@ -11,8 +11,11 @@ import pliant
 from pico import pico, tokenizer
 from pliant import registry
 from pliant.criteria import by_falling, l1_orders
-from pliant.criteria.activation import activation_orders
+from pliant.criteria.activation import activation_sizes
+from pliant.criteria.importance import reads_text
 from pliant.errors import ArtefactError, DataError, PliantError, StepError
+from pliant.measure.scores import score_of
+from pliant.searches import SpaceSearch, search_of
 from pliant.step import step_class
 
 TEXT = pliant.text([" ".join(f"word {i * j % 17}" for j in range(1, 30)) for i in range(1, 40)])
@@ -42,10 +45,20 @@ def test_every_step_is_known_by_its_name_and_says_what_it_is(kind):
     assert getattr(pliant, registry.STEPS[kind].name) is cls
 
 
+def test_scores_searches_and_importances_are_what_the_tables_say():
+    assert all(score_of(name).name == name for name in registry.SCORES)
+    assert all(issubclass(search_of(name), SpaceSearch) for name in registry.SEARCHES)
+    assert {name for name in registry.IMPORTANCE if reads_text(name)} == {"activation", "fisher"}
+    for table in (registry.STEPS, registry.SCORES, registry.SEARCHES, registry.IMPORTANCE, registry.EXPORTS):
+        for name, entry in table.items():
+            assert entry.summary
+            assert registry.name_of(table, registry.find(table, name, "thing")) == name
+
+
 @pytest.mark.parametrize(
     ("raw", "said"),
     [
-        ({"step": "wanda"}, "'wanda'; there are blockpruner"),
+        ({"step": "wanda"}, "unknown system 'wanda'; choose from: blockpruner"),
         ({"ratio": 0.2}, "a step is written as"),
         ("multipruner", "a step is written as"),
         ({"step": "rtn", "colour": "red"}, "rtn has no setting colour"),
@@ -66,7 +79,7 @@ def test_importance_is_what_pruners_go_by():
     assert all(torch.equal(by_weights[axis], order) for axis, order in l1_orders(model, anatomy).items())
     found = pliant.importance(model, by="activation", data=TEXT, tokenizer=tokenizer(), samples=8, seqlen=32)
     windows = TEXT.sample(8, 42).windows(tokenizer(), 32)
-    orders = activation_orders(model, anatomy, windows)
+    orders = by_falling(activation_sizes(model, anatomy, windows))
     assert {axis: order.tolist() for axis, order in by_falling(found).items()} == {
         axis: order.tolist() for axis, order in orders.items()
     }
@@ -77,7 +90,10 @@ def test_importance_is_what_pruners_go_by():
 
 
 def test_an_unknown_importance_and_missing_text_are_refused():
-    with pytest.raises(PliantError, match="by must be one of l1, activation, fisher; not 'taste'"):
+    with pytest.raises(
+        PliantError,
+        match="unknown importance 'taste'; choose from: l1, activation, fisher, or name your own as module:Name",
+    ):
         pliant.importance(pico("llama"), by="taste")
     with pytest.raises(DataError, match="importance by fisher is read from calibration text"):
         pliant.importance(pico("llama"), by="fisher")

@@ -128,7 +128,7 @@ def test_repair_is_told_and_what_it_left_alone():
     shown = Page(page(REPORT | {"steps": [_shown(STEP | {"repair": fits})]})).text
     assert "Repair: 2 blocks refitted" in shown
     assert "0.125 before it was refitted, 0.0625 after" in shown
-    assert "1 block(s), which something else than a matrix ends" in shown
+    assert "1 block(s) do not end in a single matrix and were not refitted" in shown
     assert "Repair" not in Page(page(REPORT)).text
     nothing = Page(page(REPORT | {"steps": [_shown(STEP | {"repair": fits[1:2]})]})).text
     assert "Repair: 1 block(s)" in nothing

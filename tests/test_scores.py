@@ -16,11 +16,12 @@ from pliant.elastic import Subnet
 from pliant.errors import DataError, StepError
 from pliant.measure.model_scorer import ModelScorer
 from pliant.measure.prefix_scorer import PrefixScorer, footprint
-from pliant.measure.scores import SCORES, Score, score_of
+from pliant.measure.scores import Score, score_of
 from pliant.measure.scores.answer_match import AnswerMatch
 from pliant.measure.scores.choice_accuracy import ChoiceAccuracy
 from pliant.measure.scores.class_accuracy import ClassAccuracy
 from pliant.prune import Pruner
+from pliant.registry import SCORES
 from pliant.searches import NSGA2, Limits, Move, Space
 
 WORDS = ["the", "cat", "sat", "on", "a", "red", "mat", "and", "looked", "at", "dogs", "that", "ran", "over", "hills"]
@@ -49,7 +50,7 @@ def test_a_score_of_ones_own_prunes_resumes_and_is_named_in_the_record(tmp_path)
     step = pliant.BlockPruner(**SHARED, metric=NextToken())
     record = pruned(step, work=tmp_path)
     assert record["ratio"] >= 0.1
-    assert record["settings"]["metric"] == "next_token"
+    assert record["settings"]["metric"] == "test_scores:NextToken"
     for point in record["points"]:
         assert point["label"] == "next tokens predicted"
         assert 0 <= point["score"] <= 1
@@ -84,7 +85,7 @@ class Evolved(Pruner):
         limits = Limits(((size, (1 - self.ratio) * size(Subnet())),))
         draw = random.Random(self.seed)
         first = [space.sample(draw) for _ in range(8)]
-        search = NSGA2(space, 8, 4, first, objectives=4, seed=self.seed, limits=limits)
+        search = NSGA2(space, first, 32, self.seed, limits, objectives=4)
         with (
             pruning.scoring("loss", windows) as loss,
             pruning.scoring("tokens", windows, metric=NextToken(), beside=loss) as tokens,
@@ -120,9 +121,11 @@ def test_names_resolve_through_one_table_and_objects_are_themselves():
     own = NextToken()
     assert score_of(own) is own
     assert {name: score_of(name).name for name in SCORES} == {"perplexity": "perplexity", "kl": "kl"}
-    with pytest.raises(DataError, match="metric must be one of perplexity, kl, or a Score; not 'taste'"):
+    with pytest.raises(
+        StepError, match="unknown metric 'taste'; choose from: perplexity, kl, or name your own as module:Name"
+    ):
         score_of("taste")
-    with pytest.raises(StepError, match="metric must be one of"):
+    with pytest.raises(StepError, match="unknown metric 'taste'"):
         pliant.BlockPruner(ratio=0.1, metric="taste")
 
 
@@ -160,7 +163,12 @@ def test_scores_with_questions_prune_too_and_agree_with_evaluate(score, tmp_path
     assert all(tensor.equal(pico("llama").state_dict()[name]) for name, tensor in model.state_dict().items())
     step = pliant.OneShot(**SHARED, by="perplexity", metric=score)
     record = pruned(step, work=tmp_path)
-    assert record["settings"]["metric"] == score.key
+    assert record["settings"]["metric"] == {
+        "score": f"{type(score).__module__}:{type(score).__name__}",
+        "key": score.key,
+    }
+    with pytest.raises(StepError, match=f"the score .*{type(score).__name__} was made in Python"):
+        pliant.step_of(record["settings"])
     again = pruned(step, work=tmp_path)
     assert all(stage["evaluations"] == 0 for stage in again["counters"].values())
 

@@ -97,7 +97,7 @@ def test_the_space_of_a_model_holds_what_greedy_moves_lead_to_and_nothing_that_t
 def test_hill_climbing_never_ends_worse_than_it_began(values, seed, tries):
     loss = tabled(values)
     start = SPACE.sample(random.Random(seed))
-    climb = HillClimb(start, SPACE.neighbour, tries, seed)
+    climb = HillClimb(SPACE, [start], tries, seed)
     climb.run(lambda subnet: [loss(subnet)])
     assert not loss(climb.subnet) > loss(start)
     assert not (math.isfinite(loss(start)) and not math.isfinite(loss(climb.subnet)))
@@ -105,7 +105,7 @@ def test_hill_climbing_never_ends_worse_than_it_began(values, seed, tries):
 
 
 def test_hill_climbing_finds_the_bottom_of_a_slope():
-    climb = HillClimb(Subnet(), SPACE.neighbour, 300)
+    climb = HillClimb(SPACE, [Subnet()], 300)
     climb.run(lambda subnet: [sum(SPACE.encode(subnet)[4:]) - 3 * len(subnet.skip)])
     assert len(climb.subnet.skip) == 3
     assert climb.subnet.keep == ()
@@ -117,11 +117,11 @@ def test_no_candidate_exceeds_a_limit(seed, most):
     limits = Limits(((size, most),))
     draw = random.Random(seed)
     searches = [
-        RandomSearch(SPACE, 5, seed, limits),
-        NSGA2(SPACE, 4, 3, [SPACE.sample(draw) for _ in range(4)], seed=seed % 1000, limits=limits),
+        RandomSearch(SPACE, [Subnet()], 5, seed, limits),
+        NSGA2(SPACE, [SPACE.sample(draw) for _ in range(4)], 12, seed % 1000, limits),
     ]
     if size(start := SPACE.sample(draw)) <= most:
-        searches.append(HillClimb(start, SPACE.neighbour, 20, seed, limits))
+        searches.append(HillClimb(SPACE, [Subnet(), start], 20, seed, limits))
     for search in searches:
         search.run(lambda subnet: [tabled([1.0, 2.0, 3.0])(subnet), size(subnet)])
         assert all(size(subnet) <= most for subnet in search.seen)
@@ -130,7 +130,7 @@ def test_no_candidate_exceeds_a_limit(seed, most):
 
 def test_random_search_ends_where_the_space_ends():
     few = Space(axes=(("a.rank", (4, 2)), ("b.rank", (4, 2, 1))))
-    search = RandomSearch(few, 100)
+    search = RandomSearch(few, [Subnet()], 100)
     search.run(lambda _: [0.0])
     assert len(search.seen) == 6
 
@@ -138,7 +138,7 @@ def test_random_search_ends_where_the_space_ends():
 def test_evolution_finds_more_of_the_front_than_its_first_generation():
     draw = random.Random(0)
     first = [SPACE.sample(draw) for _ in range(12)]
-    search = NSGA2(SPACE, 12, 15, first, seed=0)
+    search = NSGA2(SPACE, first, 180, seed=0)
 
     def values(subnet):
         places = SPACE.encode(subnet)
@@ -161,9 +161,9 @@ def made(name, archive, evaluated):
     """A search of each kind, its objectives answered from an archive where it knows them."""
     draw = random.Random(3)
     search = {
-        "nsga2": lambda: NSGA2(SPACE, 6, 4, [SPACE.sample(draw) for _ in range(6)], seed=5),
-        "hill": lambda: HillClimb(Subnet(), SPACE.neighbour, 20, 1),
-        "random": lambda: RandomSearch(SPACE, 10, 2),
+        "nsga2": lambda: NSGA2(SPACE, [SPACE.sample(draw) for _ in range(6)], 24, seed=5),
+        "hill": lambda: HillClimb(SPACE, [Subnet()], 20, 1),
+        "random": lambda: RandomSearch(SPACE, [Subnet()], 10, 2),
         "greedy": lambda: Greedy(Subnet(), _shrinking, lambda subnet: len(subnet.skip) < 3),
         "allocation": lambda: Allocation(*_menus(), 12, 3, lambda picked: SPACE.decode((*picked, 0, 0, 0))),
     }[name]()

@@ -9,7 +9,7 @@ import pliant
 from pico import DECODERS, LAYOUTS, VOCABULARY, fitted, leader, pico, subnets
 from pliant.anatomy import anatomy_of, layers_of
 from pliant.elastic import Subnet
-from pliant.errors import DataError
+from pliant.errors import StepError
 from pliant.forward import windows as windowing
 from pliant.measure.prefix_scorer import PrefixScorer, store_bytes
 
@@ -264,7 +264,7 @@ def test_broken_weights_score_nan(name):
 
 def test_an_unknown_metric_is_refused_and_the_known_ones_are_named():
     model = pico()
-    with pytest.raises(DataError, match="metric must be one of perplexity, kl, or a Score; not 'accuracy'"):
+    with pytest.raises(StepError, match="unknown metric 'accuracy'; choose from: perplexity, kl, or name your own"):
         PrefixScorer(model, anatomy_of(model), WINDOWS, metric="accuracy")
 
 

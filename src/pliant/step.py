@@ -19,7 +19,7 @@ from pliant.errors import PliantError, StepError
 from pliant.files import replacing
 from pliant.progress import Progress
 from pliant.record import Section, to_dict
-from pliant.registry import STEPS
+from pliant.registry import STEPS, Entry, code_digest, find, name_of
 
 _UNSET: Any = dataclasses.MISSING
 
@@ -32,7 +32,8 @@ class Setting:
         help: shown by ``pliant ls SYSTEM``.
         at_least, at_most: limits of a number, themselves allowed.
         above, below: limits that are not allowed.
-        choices: all allowed values; empty for any.
+        choices: all allowed values, besides those of ``names``; empty for any.
+        names: a table of the registry: one of its names is allowed, and ``module:Name`` of what is not part of pliant.
         path: the value names a file or a folder that the step reads.
         formerly: the name that this setting has in recipes of earlier versions.
         error: raised for a value that is not allowed.
@@ -44,6 +45,7 @@ class Setting:
     above: float | None = None
     below: float | None = None
     choices: tuple[Any, ...] = ()
+    names: Mapping[str, Entry] | None = None
     path: bool = False
     formerly: str = ""
     error: type[PliantError] = StepError
@@ -59,6 +61,10 @@ class Setting:
         """
         kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
         if value is None and type(None) in kinds:
+            return
+        if self.names is not None and (isinstance(value, str) or kind is str):
+            if value not in (*self.choices, *self.names):
+                find(self.names, value, name, *self.choices)
             return
         if self.choices:
             if (type(value), value) not in ((type(choice), choice) for choice in self.choices):
@@ -108,7 +114,8 @@ def setting(help: str, *, default: Any = _UNSET, factory: Any = _UNSET, **limits
         help: one or two sentences for ``pliant ls SYSTEM``.
         default: left out for a setting that must be given.
         factory: makes the default, for values that can change.
-        limits: ``at_least``, ``at_most``, ``above``, ``below``, ``choices``, ``path``, ``formerly`` and ``error`` of :class:`Setting`.
+        limits: ``at_least``, ``at_most``, ``above``, ``below``, ``choices``, ``names``, ``path``, ``formerly`` and ``error`` of
+            :class:`Setting`.
     """
     metadata = {"setting": Setting(help, **limits)}
     return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
@@ -124,7 +131,7 @@ class Step:
     """
 
     kind: ClassVar[str] = ""
-    """Name of the step in recipes and on the command line."""
+    """Name of the step on the command line and in messages; by default that of the class, in small letters."""
 
     version: ClassVar[int] = 1
     """Raised when a setting comes to mean something else."""
@@ -150,6 +157,8 @@ class Step:
 
     def __init_subclass__(cls, **others: Any) -> None:
         super().__init_subclass__(**others)
+        if "kind" not in vars(cls):
+            cls.kind = cls.__name__.lower()
         for name in vars(cls).get("__annotations__", ()):
             inherited = {} if name not in _fields(cls) else _fields(cls)[name].metadata
             if inherited and not isinstance(vars(cls).get(name), dataclasses.Field):
@@ -178,13 +187,30 @@ class Step:
         return 0.0, False
 
     def to_dict(self) -> dict[str, Any]:
-        """The step as plain data, for recipes: its name, its version, and every setting."""
+        """The step as plain data, for recipes: its name, its version, and every setting.
+
+        The name of a class that is not part of pliant is ``module:Class``, with a digest of the files that it and what its
+        settings name are defined in.
+        """
         settings = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        return {"step": self.kind, "version": self.version, **settings}
+        code = self._code()
+        own = {} if code is None else {"code": code}
+        return {"step": name_of(STEPS, type(self)), "version": self.version, **own, **settings}
+
+    def _code(self) -> str | None:
+        """A digest of the files that define what is not part of pliant."""
+        modules = [type(self).__module__]
+        for name, of in settings_of(type(self)).items():
+            value = getattr(self, name)
+            if of.names is not None and isinstance(value, str):
+                modules += value.split(":")[:-1]
+            elif of.names is not None:
+                modules.append(type(value).__module__)
+        return code_digest(modules)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """The inverse of :meth:`to_dict`. Settings that had another name in an earlier version are taken with one warning.
+        """The inverse of :meth:`to_dict`. It warns of settings by an earlier name, and of code that has changed.
 
         Raises:
             StepError: the step was written by a newer pliant, or has a setting that is not known.
@@ -196,16 +222,17 @@ class Step:
             raise StepError(
                 f"{cls.kind} of version {version} was written by a newer pliant; this one knows version {cls.version}"
             )
+        given = present_names(
+            cls, {name: value for name, value in raw.items() if name not in ("step", "version", "code")}
+        )
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         known = settings_of(cls)
-        former = {of.formerly: name for name, of in known.items() if of.formerly}
-        given = {name: value for name, value in raw.items() if name not in ("step", "version")}
-        if old := sorted(given.keys() & former.keys()):
-            renamed = ", ".join(f"{name} is now {former[name]}" for name in old)
-            warnings.warn(f"{cls.kind}: {renamed}", FormerNameWarning, stacklevel=2)
-        given = {former.get(name, name): tuple(v) if isinstance(v, list) else v for name, v in given.items()}
         if unknown := sorted(given.keys() - known.keys()):
             raise StepError(f"{cls.kind} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
-        return cls(**given)
+        step = cls(**given)
+        if raw.get("code") not in (None, step._code()):
+            warnings.warn(f"{cls.kind}: your code that it uses has changed since the recipe was written", stacklevel=2)
+        return step
 
 
 def step_of(raw: Mapping[str, Any]) -> Step:
@@ -221,18 +248,32 @@ def step_of(raw: Mapping[str, Any]) -> Step:
 
 
 def step_class(kind: str) -> type[Step]:
-    """The class of a step by its name on the command line and in recipes.
+    """The class of a step by its name on the command line and in recipes, or by ``module:Class``.
 
     Raises:
         StepError: no step has this name.
     """
-    if kind not in STEPS:
-        raise StepError(f"there is no system {kind!r}; there are {', '.join(STEPS)}")
-    return STEPS[kind].load()
+    return find(STEPS, kind, "system", base=Step)
 
 
 class FormerNameWarning(UserWarning):
     """A setting has the name that it had in an earlier version."""
+
+
+def present_names(step: type[Step], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their present names. Those that had another name in an earlier version are taken with one warning.
+
+    Raises:
+        StepError: a setting is given by both names.
+    """
+    former = {of.formerly: name for name, of in settings_of(step).items() if of.formerly}
+    old = sorted(given.keys() & former.keys())
+    if both := [name for name in old if former[name] in given]:
+        raise StepError(f"{both[0]} is now {former[both[0]]}, and both are given; leave {both[0]} out")
+    if old:
+        renamed = ", ".join(f"{name} is now {former[name]}" for name in old)
+        warnings.warn(f"{step.kind}: {renamed}", FormerNameWarning, stacklevel=3)
+    return {former.get(name, name): value for name, value in given.items()}
 
 
 def settings_of(step: type[Step]) -> dict[str, Setting]:

@@ -64,7 +64,7 @@ def architecture_of(model_type: str) -> Architecture:
     if model_type not in known:
         raise UnknownArchitectureError(
             f"no architecture file describes model_type {model_type!r}; known are {', '.join(sorted(known))}. "
-            "One YAML file adds it: see 'Add an architecture' in CONTRIBUTING.md, and pliant.add_architecture"
+            "One YAML file adds it: see docs/architectures.md, pliant.add_architecture, and the option --architecture"
         )
     return known[model_type]
 

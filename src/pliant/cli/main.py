@@ -72,11 +72,19 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    architecture: Annotated[
+        list[Path] | None, typer.Option(help="An architecture file of your own; repeatable. It goes before the verb.")
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the log messages of the libraries.")] = False,
 ) -> None:
+    if architecture:
+        from pliant.architecture import add_architecture
+
+        for file in architecture:
+            add_architecture(file)
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
     if not verbose:
         import os
@@ -100,26 +108,41 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command(epilog="Example: pliant ls multipruner")
 def ls(
-    what: Annotated[str, typer.Argument(help="systems, architectures, or a system to list its settings.")] = "",
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="systems, scores, searches, importance or architectures; or a system to list its settings."
+        ),
+    ] = "",
     as_json: Json = False,
 ) -> None:
-    """List what there is: systems and their settings, model families."""
+    """List what there is: systems and their settings, scores, searches, importance of units, model families.
+
+    Wherever one of these names is accepted, except those of model families, module:Name of your own is, too.
+    """
+    from pliant import registry
     from pliant.architecture import families
-    from pliant.registry import STEPS
 
     listed: dict[str, Any] = {
-        "systems": {name: step.summary for name, step in STEPS.items()},
-        "architectures": families(),
+        "systems": registry.STEPS,
+        "scores": registry.SCORES,
+        "searches": registry.SEARCHES,
+        "importance": registry.IMPORTANCE,
+        "architectures": None,
     }
-    if what in STEPS:
+    if what in registry.STEPS or ":" in what:
         from pliant.cli.step_options import help_of
         from pliant.step import step_class
 
         shown = {what: help_of(step_class(what))}
     elif what and what not in listed:
-        raise PliantError(f"there is no list of {what!r}; there are {', '.join([*listed, *STEPS])}")
+        raise PliantError(f"unknown list {what!r}; choose from: {', '.join([*listed, *registry.STEPS])}")
     else:
-        shown = {what: listed[what]} if what else listed
+        shown = {
+            title: families() if table is None else {name: entry.summary for name, entry in table.items()}
+            for title, table in listed.items()
+            if what in ("", title)
+        }
     if as_json:
         _print(to_json(shown))
         return
@@ -161,7 +184,8 @@ def compress(
     system: Annotated[
         list[str] | None,
         typer.Option(
-            help="System to apply; repeatable, applied in order. Default: multipruner. See 'pliant ls systems'."
+            help="System to apply ('pliant ls systems' lists them), or your own as module:Class; repeatable, applied in order. "
+            "Default: multipruner."
         ),
     ] = None,
     setting: Annotated[
@@ -219,7 +243,7 @@ def compress(
     elif calibration is None and any("text" in step_class(name).needs for name in systems):
         raise PliantError(NEEDED)
     else:
-        steps = recipe(systems, {} if ratio is None else {"ratio": str(ratio)}, setting or [])
+        steps = recipe(systems, {} if ratio is None else {"ratio": ratio}, setting or [])
     report = run(
         model,
         steps,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pliant.errors import StepError
-from pliant.step import Step, settings_of, step_class
+from pliant.step import Step, present_names, settings_of, step_class
 
 NEEDED = "a search needs --ratio and --data; to cut without a search, give --subnet"
 
@@ -24,7 +24,7 @@ def help_of(cls: type[Step]) -> dict[str, str]:
     }
 
 
-def build(system: str, given: dict[str, str], pairs: list[str]) -> Step:
+def build(system: str, given: Mapping[str, object], pairs: Sequence[str]) -> Step:
     """A step from ``name=value`` pairs.
 
     Raises:
@@ -34,13 +34,14 @@ def build(system: str, given: dict[str, str], pairs: list[str]) -> Step:
     return step
 
 
-def recipe(systems: Sequence[str], given: dict[str, str], pairs: Sequence[str]) -> list[Step]:
+def recipe(systems: Sequence[str], given: Mapping[str, object], pairs: Sequence[str]) -> list[Step]:
     """Steps, one after the other, from ``name=value`` or ``system.name=value`` pairs.
 
     A name alone sets it in every step that has it; a system that comes twice has the same settings both times.
 
     Arguments:
-        given: settings that have an option of their own; a step without them is left alone, but one of the steps must take each.
+        given: settings that have an option of their own, not as text; a step without them is left alone, but one of the steps
+            must take each.
 
     Raises:
         StepError: a name that none of the steps has, a value of the wrong type, an option that no step takes, or a search
@@ -49,14 +50,12 @@ def recipe(systems: Sequence[str], given: dict[str, str], pairs: Sequence[str]) 
     classes = {system: step_class(system) for system in systems}
     values = _values(classes, given, pairs)
     for name, value in given.items():
-        kinds = {
-            system: typing.get_type_hints(cls)[name] for system, cls in classes.items() if name in settings_of(cls)
-        }
-        if not kinds:
+        taking = [system for system, cls in classes.items() if name in settings_of(cls)]
+        if not taking:
             raise StepError(f"--{name} {value} has no effect on {' and '.join(classes)}; leave --{name} out")
-        if all(repr(values[system][name]) != repr(_convert(name, value, kind)) for system, kind in kinds.items()):
-            other = values[next(iter(kinds))][name]
-            raise StepError(f"--{name} {value} and --set {name}={other} contradict each other; give one of them")
+        others = [values[system][name] for system in taking]
+        if value not in others:
+            raise StepError(f"--{name} {value} and --set {name}={others[0]} contradict each other; give one of them")
     if any("ratio" in cls.needs and "ratio" not in values[system] for system, cls in classes.items()):
         raise StepError(NEEDED)
     return [classes[system](**values[system]) for system in systems]
@@ -83,24 +82,26 @@ def known_subnet(path: Path, systems: Sequence[str], pairs: Sequence[str]) -> li
     rows = getattr(pruner, "width_samples", getattr(pruner, "samples", None)) or vars(cut)["samples"]
     others = [name for name in systems if name in given and name not in pruners]
     classes = {"cut": cut, **{name: given[name] for name in others}}
-    values = _values(classes, {"order": getattr(pruner, "order", "l1"), "samples": str(rows)}, pairs)
+    values = _values(classes, {"order": getattr(pruner, "order", "l1"), "samples": rows}, pairs)
     values["cut"]["subnet"] = config_in(path)
     return [classes[name](**values[name]) for name in ("cut", *others)]
 
 
 def _values(
-    classes: Mapping[str, type[Step]], given: Mapping[str, str], pairs: Sequence[str]
+    classes: Mapping[str, type[Step]], given: Mapping[str, object], pairs: Sequence[str]
 ) -> dict[str, dict[str, object]]:
-    """Settings of each step, converted by the type of the field."""
-    hints = {system: typing.get_type_hints(cls) for system, cls in classes.items()}
-    known = {system: [field.name for field in dataclasses.fields(cls)] for system, cls in classes.items()}
-    values = {system: {name: value for name, value in given.items() if name in known[system]} for system in classes}
+    """Settings of each step: those in ``given``, and over them the pairs, converted by the type of the field."""
+    known = {
+        system: {name for setting, of in settings_of(cls).items() for name in (setting, of.formerly) if name}
+        for system, cls in classes.items()
+    }
     said: dict[str, str] = {}
+    texts: dict[str, dict[str, str]] = {system: {} for system in classes}
     for pair in pairs:
-        name, equals, value = pair.partition("=")
+        name, equals, value = (part.strip() for part in pair.partition("="))
         if not equals:
             raise StepError(f"--set takes name=value, not {pair!r}")
-        where, dot, name = name.strip().rpartition(".")
+        where, dot, name = name.rpartition(".")
         name = name.replace("-", "_")
         takers = [system for system in classes if name in known[system] and where in ("", system)]
         if not takers or (dot and where not in classes):
@@ -109,14 +110,17 @@ def _values(
             )
             raise StepError(f"{where or ' and '.join(classes)} has no setting {name!r}; it has\n{listed}")
         setting = f"{where}{dot}{name}"
-        if said.setdefault(setting, value.strip()) != value.strip():
-            raise StepError(f"--set {setting} is {said[setting]!r} and then {value.strip()!r}; give one of them")
+        if said.setdefault(setting, value) != value:
+            raise StepError(f"--set {setting} is {said[setting]!r} and then {value!r}; give one of them")
         for system in takers:
-            values[system][name] = value.strip()
-    return {
-        system: {name: _convert(name, value, hints[system][name]) for name, value in of_step.items()}
-        for system, of_step in values.items()
-    }
+            texts[system][name] = value
+    found = {}
+    for system, cls in classes.items():
+        kinds = typing.get_type_hints(cls)
+        found[system] = {name: value for name, value in given.items() if name in settings_of(cls)}
+        for name, value in present_names(cls, texts[system]).items():
+            found[system][name] = _convert(name, value, kinds[name])
+    return found
 
 
 def _convert(name: str, value: str, kind: typing.Any) -> object:

@@ -1,4 +1,4 @@
-"""Which units matter, read from what flows through them on calibration text."""
+"""Importance of units, measured from their activations on calibration text."""
 
 from __future__ import annotations
 
@@ -7,20 +7,9 @@ from typing import Any
 import torch
 
 from pliant.anatomy import Anatomy, evaluating, layers_of
-from pliant.criteria import by_falling
 from pliant.criteria.unit_readers import by_unit, readers
 from pliant.device import doubled
 from pliant.forward.windows import batches_of, tokens_at_once, within_memory
-
-
-@torch.inference_mode()
-def activation_orders(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Old index of each new unit when the units of :func:`activation_sizes` that contribute most come first.
-
-    Returns:
-        axis name -> old index of each new unit, shape ``(units,)``; axes that no matrix reads (experts) are left out.
-    """
-    return by_falling(activation_sizes(model, anatomy, windows))
 
 
 @torch.inference_mode()
@@ -28,8 +17,8 @@ def activation_sizes(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> dic
     """How much every unit of every axis contributes on calibration text.
 
     A unit is read by matrices (``down_proj`` reads channels, ``o_proj`` heads). Its size is the root mean square of each
-    of its elements times the norm of the matrix column that reads it, over all its elements and readers. The score of
-    Wanda (Sun et al., 2023), taken over whole columns.
+    of its elements times the norm of the matrix column that reads it, summed over all its elements and readers. This is
+    the score of Wanda (Sun et al., 2023), summed over whole columns.
 
     Arguments:
         windows: token ids, shape ``(windows, seqlen)``.
@@ -73,7 +62,7 @@ def _sizes(model: Any, anatomy: Anatomy, batches: list[torch.Tensor]) -> dict[st
     for block, weight in watched:
         assert weight.reads is not None
         columns = doubled(weight.tensor(layers[block.layer])).square().sum(1 - weight.reads)
-        contributed = (squares[block.name, weight.path] * columns).sqrt().cpu()
-        for axis, own in by_unit(block, weight, contributed):
-            sizes[axis.name] = sizes.get(axis.name, 0) + own
+        contributions = (squares[block.name, weight.path] * columns).sqrt().cpu()
+        for axis, per_unit in by_unit(block, weight, contributions):
+            sizes[axis.name] = sizes.get(axis.name, 0) + per_unit
     return {name: size for name, size in sizes.items() if name in anatomy.axes}

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pliant.anatomy import evaluating
+from pliant.anatomy import Anatomy, evaluating
 from pliant.checkpoint.load import tokenizer_of
-from pliant.criteria.activation import activation_sizes
-from pliant.criteria.l1 import l1_norms
-from pliant.criteria.unit_fisher import damage_of_units
 from pliant.data import Text, text
 from pliant.elastic import described
-from pliant.errors import DataError, PliantError
+from pliant.errors import DataError, StepError
 from pliant.forward.windows import check_model, seqlen_of, windows_for
-from pliant.progress import Progress
-
-MEASURES = {
-    "activation": activation_sizes,
-    "fisher": lambda model, anatomy, windows: damage_of_units(model, anatomy, windows, Progress()),
-}
-"""By what importance is read from calibration text; ``l1`` needs none."""
+from pliant.registry import IMPORTANCE, find
 
 
 def importance(
@@ -40,8 +32,9 @@ def importance(
     Arguments:
         model: a transformers model; it stays as it is.
         by: ``l1``: the L1 norm of the weights that produce the unit. ``activation``: the size of what it contributes on
-            calibration text. ``fisher``: the estimated rise of the loss without it, in nats per token.
-        data: calibration text or its path, for ``activation`` and ``fisher``.
+            calibration text. ``fisher``: the estimated rise of the loss without it, in nats per token. ``module:function``: your
+            own, see docs/adding.md.
+        data: calibration text or its path, for all that read text.
         tokenizer: the model's tokenizer; when left out, that of where the model was loaded from.
         samples, seqlen, seed: rows of the text, tokens in a window, and seed of the draw, as for a pruner.
 
@@ -49,17 +42,42 @@ def importance(
         axis name -> a value for each unit, float64, shape ``(units,)``; by text only the axes that a matrix reads.
 
     Raises:
-        PliantError: ``by`` is none of these.
+        StepError: ``by`` is none of these.
         DataError: the text is missing, or too short for one window.
     """
-    if by == "l1":
-        return l1_norms(model, described(model))
-    if by not in MEASURES:
-        raise PliantError(f"by must be one of l1, {', '.join(MEASURES)}; not {by!r}")
+    if not reads_text(by):
+        return measured(model, described(model), by)
     if data is None:
         raise DataError(f"importance by {by} is read from calibration text: pass data=pliant.text('some.txt')")
     check_model(model)
     rows = (data if isinstance(data, Text) else text(data)).sample(samples, seed)
     windows = windows_for(model, tokenizer or tokenizer_of(model), rows, seqlen_of(model, seqlen))
+    return measured(model, described(model), by, windows)
+
+
+def reads_text(by: str) -> bool:
+    """Whether an importance is read from calibration text: its function has an argument ``windows``."""
+    return "windows" in inspect.signature(find(IMPORTANCE, by, "importance")).parameters
+
+
+def measured(model: Any, anatomy: Anatomy, by: str, windows: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """The importance of every unit, by the name of the axis.
+
+    Arguments:
+        by: a name in the registry, or ``module:function``.
+        windows: token ids, shape ``(windows, seqlen)``; needed if it :func:`reads_text`.
+
+    Raises:
+        StepError: the function returns something else than a value for each unit of some axes.
+    """
+    function = find(IMPORTANCE, by, "importance")
     with evaluating(model):
-        return MEASURES[by](model, described(model), windows)
+        found = function(model, anatomy, windows=windows) if reads_text(by) else function(model, anatomy)
+    for name, values in found.items():
+        units = anatomy.axes[name].size if name in anatomy.axes else 0
+        if not units or tuple(values.shape) != (units,):
+            raise StepError(
+                f"importance {by!r} must give a value for each unit of an axis; for {name!r}, which has {units} units, it gave the "
+                f"shape {tuple(values.shape)}"
+            )
+    return {name: values.double().cpu() for name, values in found.items()}

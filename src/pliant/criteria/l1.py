@@ -1,4 +1,4 @@
-"""Which units matter, read from the size of their weights."""
+"""Importance of units, measured by the L1 norm of their weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pliant.pages import within_limit
 
 
 def l1_orders(model: nn.Module, anatomy: Anatomy) -> dict[str, torch.Tensor]:
-    """Units of every axis by falling L1 norm of the weights that produce them (MultiPruner, section 3; LLM-Adapters' L1).
+    """Sort the units of every axis by falling L1 norm of the weights that produce them (MultiPruner, section 3).
 
     Returns:
         axis name -> old index of each new unit, shape ``(units,)``. Equal units keep their order.
@@ -28,7 +28,7 @@ def by_falling(sizes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def l1_norms(model: nn.Module, anatomy: Anatomy) -> dict[str, torch.Tensor]:
-    """How large the weights that produce each unit are.
+    """L1 norm of the weights that produce each unit.
 
     A unit's norm is summed over the matrices whose output it is, in every block that its axis runs through: gate and up
     projections for a channel; query, key and value rows for a key-value group, where key and value rows count once for
@@ -41,10 +41,10 @@ def l1_norms(model: nn.Module, anatomy: Anatomy) -> dict[str, torch.Tensor]:
     norms = {name: torch.zeros(axis.size, dtype=torch.float64) for name, axis in anatomy.axes.items()}
     for block in within_limit(model, anatomy.blocks.values()):
         for weight in block.weights:
-            for place, dim in enumerate(weight.dims):
-                if weight.reads in (None, place) or not any(part.axis in block.axes for part in dim):
+            for index, dim in enumerate(weight.dims):
+                if weight.reads in (None, index) or not any(part.axis in block.axes for part in dim):
                     continue
-                others = [other for other in range(len(weight.dims)) if other != place]
+                others = [other for other in range(len(weight.dims)) if other != index]
                 rows = total(weight.tensor(layers[block.layer]).abs(), others).cpu()
                 start = 0
                 for part in dim:

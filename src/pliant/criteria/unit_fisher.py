@@ -1,4 +1,4 @@
-"""Which units matter, from the gradient of the loss on calibration text."""
+"""Importance of units, estimated from the gradient of the loss on calibration text."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from pliant.pages import within_limit
 from pliant.progress import Progress
 
 
-def damage_of_units(model: Any, anatomy: Anatomy, windows: torch.Tensor, progress: Progress) -> dict[str, torch.Tensor]:
-    """What the loss would rise by without each unit, one at a time: half the diagonal of the empirical Fisher information of
-    a factor on the unit (Kwon et al., 2022), each token for itself.
+def damage_of_units(
+    model: Any, anatomy: Anatomy, windows: torch.Tensor, progress: Progress | None = None
+) -> dict[str, torch.Tensor]:
+    """Estimate the loss increase without each unit: half the diagonal of the empirical Fisher information of a factor on the
+    unit (Kwon et al., 2022), with every token as one sample.
 
-    The gradient goes back through one layer at a time, so that of all that a layer computes only one layer's is in memory.
+    The gradient goes back through one layer at a time, so that only one layer's activations are in memory.
 
     Arguments:
         windows: token ids, shape ``(windows, seqlen)``.
@@ -29,20 +31,20 @@ def damage_of_units(model: Any, anatomy: Anatomy, windows: torch.Tensor, progres
     Returns:
         axis name -> nats per token, float64, shape ``(units,)``; axes that no matrix reads (experts) are left out.
     """
-    return within_memory(model, lambda tokens: _damage(model, anatomy, windows, tokens, progress))
+    return within_memory(model, lambda tokens: _damage(model, anatomy, windows, tokens, progress or Progress()))
 
 
 def _damage(
     model: Any, anatomy: Anatomy, windows: torch.Tensor, tokens: int, progress: Progress
 ) -> dict[str, torch.Tensor]:
-    """:func:`damage_of_units` with ``tokens`` tokens in a forward pass."""
+    """:func:`damage_of_units` with ``tokens`` tokens per forward pass."""
     stream, depth = Stream(model.eval(), anatomy), anatomy.depth
     layers = layers_of(model, anatomy.source)
     watched: list[list[tuple[nn.Module, Block, Weight]]] = [[] for _ in range(depth)]
     for block, weight in readers(anatomy):
         module = layers[block.layer].get_submodule(weight.path.rpartition(".")[0])
         watched[block.layer].append((module, block, weight))
-    found = {axis.name: torch.zeros(axis.size, dtype=torch.float64) for axis in read_axes(anatomy)}
+    damage = {axis.name: torch.zeros(axis.size, dtype=torch.float64) for axis in read_axes(anatomy)}
     first = next((layer for layer in range(depth) if watched[layer]), depth)
     batches = batches_of(model, windows, tokens)
     for number, ids in enumerate(batches, 1):
@@ -52,12 +54,12 @@ def _damage(
         for layer in within_limit(model, reversed(range(first, depth))):
             modules = [module for module, _, _ in watched[layer]]
             products, slope = _back(stream, ids, layer, entered.get(layer), slope, modules)
-            for place, product in products:
-                for axis, own in by_unit(*watched[layer][place][1:], doubled(product.flatten(0, -2))):
-                    if axis.name in found:
-                        found[axis.name] += own.square().sum(0).cpu() / (2 * windows.numel())
+            for index, product in products:
+                for axis, per_unit in by_unit(*watched[layer][index][1:], doubled(product.flatten(0, -2))):
+                    if axis.name in damage:
+                        damage[axis.name] += per_unit.square().sum(0).cpu() / (2 * windows.numel())
         progress.step(number / len(batches), f"batch {number} of {len(batches)}")
-    return found
+    return damage
 
 
 @torch.enable_grad()
@@ -80,35 +82,35 @@ def _back(
     slope: torch.Tensor,
     modules: list[nn.Module],
 ) -> tuple[list[tuple[int, torch.Tensor]], torch.Tensor]:
-    """One layer forwards and back again.
+    """Run one layer forward and backward.
 
     Arguments:
-        entered: hidden state before it; None for the embeddings.
-        slope: gradient by the hidden state after it.
+        entered: hidden state before the layer; None for the embeddings.
+        slope: gradient with respect to the hidden state after the layer.
 
     Returns:
-        Of every call of one of ``modules`` its place, and what goes in times the gradient by it; the gradient by ``entered``.
+        For every call of one of ``modules`` its index, and its input times the gradient with respect to it; then the gradient
+        with respect to ``entered``.
     """
     calls: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
-    def watch(place: int):
+    def watch(index: int):
         def hook(_module: nn.Module, args: tuple) -> tuple:
-            nudge = torch.zeros_like(
-                args[0], requires_grad=True
-            )  # has a gradient whether or not anything before it does
-            calls.append((place, args[0].detach(), nudge))
+            # zeros that have a gradient whether or not anything before them does
+            nudge = torch.zeros_like(args[0], requires_grad=True)
+            calls.append((index, args[0].detach(), nudge))
             return (args[0] + nudge, *args[1:])
 
         return hook
 
-    handles = [module.register_forward_pre_hook(watch(place)) for place, module in enumerate(modules)]
+    handles = [module.register_forward_pre_hook(watch(index)) for index, module in enumerate(modules)]
     try:
         entered = None if entered is None else entered.requires_grad_()
-        left = stream.through(ids, layer, layer + 1, entered)
+        output = stream.through(ids, layer, layer + 1, entered)
     finally:
         for handle in handles:
             handle.remove()
-    wanted = [nudge for _, _, nudge in calls] + ([] if entered is None else [entered])
-    slopes = torch.autograd.grad(left, wanted, slope)
-    products = [(place, value * found) for (place, value, _), found in zip(calls, slopes, strict=False)]
+    variables = [nudge for _, _, nudge in calls] + ([] if entered is None else [entered])
+    slopes = torch.autograd.grad(output, variables, slope)
+    products = [(index, value * gradient) for (index, value, _), gradient in zip(calls, slopes, strict=False)]
     return products, slopes[-1]

@@ -1,4 +1,4 @@
-"""Where the units of an axis are read, and how what is measured there adds up to units."""
+"""Find the matrices that read an axis, and sum per-element measurements into per-unit ones."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ def readers(anatomy: Anatomy) -> list[tuple[Block, Weight]]:
 
 
 def read_axes(anatomy: Anatomy) -> list[Axis]:
-    """The axes that decide over what these matrices read, and may be cut."""
-    found = {
+    """The axes that can be cut and determine the inputs of these matrices."""
+    names = {
         block.axes[block.axes[part.axis].leader].name
         for block, weight in readers(anatomy)
         for part in weight.dims[weight.reads or 0]
     }
-    return [axis for axis in anatomy.axes.values() if axis.name in found]
+    return [axis for axis in anatomy.axes.values() if axis.name in names]
 
 
 def by_unit(block: Block, weight: Weight, elements: torch.Tensor) -> Iterator[tuple[Axis, torch.Tensor]]:
-    """Sums over the elements of each unit.
+    """Sum values of single elements over each unit.
 
     Arguments:
-        elements: something of every input of ``weight``, shape ``(…, inputs)``.
+        elements: a value for every input of ``weight``, shape ``(…, inputs)``.
 
     Yields:
-        The axis that decides over some of the inputs, and a tensor of shape ``(…, units)``.
+        An axis that determines some of the inputs, and the sums over its units, shape ``(…, units)``.
     """
     assert weight.reads is not None
     start = 0

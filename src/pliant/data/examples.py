@@ -1,4 +1,4 @@
-"""Examples to train on: plain text, prompts with completions, conversations; from files, a hub or a list."""
+"""Training examples: plain text, prompts with completions, or conversations, from files, a hub or a list."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _FORMS = "text; prompt and completion; instruction, input and output; messages"
 
 @dataclass(frozen=True)
 class Example:
-    """One row, in one of three forms; what is not of its form is None.
+    """One row in one of three forms; the attributes of the other forms are None.
 
     Attributes:
-        text: plain text, learned whole; rows of it are packed into windows.
-        prompt: what is given, not learned.
-        completion: what follows the prompt, learned.
-        messages: a conversation as ``{"role", "content"}`` objects; what the assistant says is learned.
+        text: plain text, of which every token is trained on; such rows are packed into windows.
+        prompt: text before the completion, not trained on.
+        completion: text after the prompt, trained on.
+        messages: a conversation as ``{"role", "content"}`` objects; the assistant's turns are trained on.
     """
 
     text: str | None = None
@@ -53,13 +53,13 @@ class Examples:
         return digest(json.dumps([row.text, row.prompt, row.completion, row.messages]) for row in self.rows)
 
     def split(self, share: float) -> tuple[Examples, Examples]:
-        """These rows and a share of them held out: every n-th row, so that both have the same mix.
+        """Split into remaining and held-out rows: every n-th row is held out, so that both have the same mix.
 
         Raises:
             DataError: a share outside 0 to 0.5, or too few rows.
         """
-        kept, apart = set_apart(self.rows, share, self.source)
-        return Examples(kept, self.source), Examples(apart, f"{self.source} (held out)")
+        rest, held_out = set_apart(self.rows, share, self.source)
+        return Examples(rest, self.source), Examples(held_out, f"{self.source} (held out)")
 
     def encode(self, tokenizer: Any, seqlen: int) -> Encoded:
         """Token ids and labels. Plain text is packed into windows of ``seqlen`` tokens; any other row is a sequence of its
@@ -69,7 +69,7 @@ class Examples:
             tokenizer: a fast transformers tokenizer; conversations need its chat template.
 
         Raises:
-            DataError: too little text for one window, nothing that could be learned, or no way to render a conversation.
+            DataError: too little text for one window, no token to train on, or a conversation that cannot be rendered.
         """
         return encode(self.rows, self.source, tokenizer, seqlen)
 
@@ -84,39 +84,39 @@ def examples(
     """Examples from a file, a data set on a hub, or a list.
 
     A row is a string or an object with the keys of one of these forms, the first that fits: ``messages``, put into the chat
-    template of the tokenizer; ``instruction``, ``output`` and perhaps ``input``, put into the Alpaca template; ``prompt`` and
-    ``completion`` (or ``response``); ``text``. Completions, outputs and what the assistant says are learned, the rest is only read.
+    template of the tokenizer; ``instruction``, ``output`` and optionally ``input``, put into the Alpaca template; ``prompt`` and
+    ``completion`` (or ``response``); ``text``. Completions, outputs and the assistant's turns are trained on, the rest is not.
 
     Arguments:
-        source: a ``.txt`` (rows are paragraphs), ``.jsonl`` or ``.json`` file, perhaps with ``.gz`` behind; a folder in the
+        source: a ``.txt`` (rows are paragraphs), ``.jsonl`` or ``.json`` file, optionally gzipped (``.gz``); a folder in the
             layout of a hub or the id of a data set on one (owner/name; both need the ``train`` extra); ``pliant.text(…)``; or an
             iterable of rows.
-        column: the key that holds plain text, whatever else a row has; when left out, ``text`` where nothing else fits.
-        split: of a data set on a hub, the part to read; ``train[:1000]`` reads its first rows.
-        limit: rows at most.
+        column: the key of plain text, which takes precedence over every form. Default: ``text``, if no other form fits.
+        split: the part to read of a data set on a hub; ``train[:1000]`` reads its first rows.
+        limit: maximum number of rows.
 
     Raises:
         DataError: missing file, wrong form, or no rows in it.
     """
     if limit is not None and limit < 1:
-        raise DataError(f"a limit of {limit} rows leaves nothing to train on; it must be at least 1")
+        raise DataError(f"the limit of rows must be at least 1; not {limit}")
     if isinstance(source, Text):
         name, raw = source.source, list(source.rows)
     elif isinstance(source, str | Path):
-        name, raw = Path(source).name, _stored(source, split)
+        name, raw = Path(source).name, _raw_rows(source, split)
     else:
         name, raw = "a list", list(source)
     rows = [_example(row, column, f"{name}, row {number}") for number, row in enumerate(raw[:limit], 1)]
-    kept = tuple(row for row in rows if row.text is None or row.text.strip())
-    if not kept:
+    filled = tuple(row for row in rows if row.text is None or row.text.strip())
+    if not filled:
         raise DataError(f"{name} holds no rows")
-    return Examples(kept, name)
+    return Examples(filled, name)
 
 
-def _stored(source: str | Path, split: str) -> list[Any]:
+def _raw_rows(source: str | Path, split: str) -> list[Any]:
     """The rows of a file, a folder or a hub id, as strings and objects."""
     path = Path(source)
-    plain = Path(str(path).removesuffix(".gz"))  # what the file is once unpacked
+    plain = Path(str(path).removesuffix(".gz"))
     kind = plain.suffix.lower()
     if kind in (".json", ".jsonl"):
         return json_objects(read(path), plain)
@@ -125,7 +125,7 @@ def _stored(source: str | Path, split: str) -> list[Any]:
     if path.is_dir() or (not path.exists() and _HUB_ID.fullmatch(str(source))):
         return _from_hub(str(source), split)
     raise DataError(
-        f"{str(source)!r} is no training data: give a .txt, .jsonl or .json file (.gz, too), a folder in hub layout, or the id "
+        f"{str(source)!r} is not training data; give a .txt, .jsonl or .json file (also .gz), a folder in hub layout, or the id "
         "of a data set on a hub (owner/name)"
     )
 
@@ -134,7 +134,7 @@ def _from_hub(source: str, split: str) -> list[Any]:
     try:
         import datasets
     except ImportError:
-        raise DataError(f"reading {source!r} as a data set needs datasets: pip install 'pliant[train]'") from None
+        raise DataError(f"loading the data set {source!r} needs datasets: pip install 'pliant[train]'") from None
     try:
         return list(datasets.load_dataset(source, split=split))
     except Exception as error:  # it raises many kinds, its own and those of the file formats
@@ -152,11 +152,11 @@ def _example(row: Any, column: str | None, where: str) -> Example:
     if row.get("messages") is not None:
         return Example(messages=_messages(row["messages"], where))
     if "instruction" in row and "output" in row:
-        given = _string(row, "input", where) if row.get("input") else ""
+        context = _string(row, "input", where) if row.get("input") else ""
         prompt = _ALPACA.format(
-            more=_MORE if given else "",
+            more=_MORE if context else "",
             instruction=_string(row, "instruction", where),
-            input=f"### Input:\n{given}\n\n" if given else "",
+            input=f"### Input:\n{context}\n\n" if context else "",
         )
         return Example(prompt=prompt, completion=_string(row, "output", where))
     answer = "completion" if "completion" in row else "response"
@@ -165,7 +165,7 @@ def _example(row: Any, column: str | None, where: str) -> Example:
     if row.get("text") is not None:
         return Example(text=_string(row, "text", where).strip())
     raise DataError(
-        f"{where}: it has the keys {', '.join(map(str, row))}; expected are {_FORMS}. Plain text under another name: column="
+        f"{where} has the keys {', '.join(map(str, row))}; expected are {_FORMS}. Name another key of plain text with column="
     )
 
 
@@ -176,9 +176,9 @@ def _string(row: Mapping[str, Any], key: str, where: str) -> str:
     return row[key]
 
 
-def _messages(given: Any, where: str) -> tuple[Mapping[str, Any], ...]:
-    if not isinstance(given, list | tuple) or any(not isinstance(m, Mapping) or "role" not in m for m in given):
+def _messages(raw: Any, where: str) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(raw, list | tuple) or any(not isinstance(m, Mapping) or "role" not in m for m in raw):
         raise DataError(f'{where}: messages must be a list of objects {{"role": ..., "content": ...}}')
-    if not any(message["role"] == "assistant" for message in given):
-        raise DataError(f"{where}: the assistant says nothing in this conversation, so there is nothing to learn")
-    return tuple(dict(message) for message in given)
+    if not any(message["role"] == "assistant" for message in raw):
+        raise DataError(f"{where}: the conversation has no turn of the assistant to train on")
+    return tuple(dict(message) for message in raw)

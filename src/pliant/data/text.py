@@ -1,4 +1,4 @@
-"""Text for calibration and perplexity: rows from a file, tokenised once, cut into windows."""
+"""Text for calibration and perplexity: rows of a file, tokenised once and cut into windows."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Text:
     """Rows of text and where they came from. Made by :func:`text`.
 
     Attributes:
-        source: the name of the file, for people.
-        path: the file, None for a list.
+        source: the name of the file, for messages and reports.
+        path: the file; None for a list.
         column: the key of the text in JSON rows.
     """
 
@@ -41,38 +41,38 @@ class Text:
         return digest(["\0".join(self.rows)])
 
     def token_digest(self, tokenizer: Any) -> str:
-        """Hash of the first rows as token ids: tells tokenizers apart where it matters."""
+        """Hash of the first rows as token ids, which differs if another tokenizer splits them differently."""
         ids = [list(tokenizer(row, verbose=False)["input_ids"]) for row in self.rows[:32]]
         return json_digest(ids)
 
     def sample(self, count: int, seed: int) -> Text:
-        """``count`` rows drawn without replacement, or all of them in a drawn order when there are fewer."""
+        """``count`` rows drawn without replacement, or all of them in random order if there are fewer."""
         drawn = random.Random(seed).sample(range(len(self.rows)), min(count, len(self.rows)))
         return Text(tuple(self.rows[i] for i in drawn), self.source)
 
     def split(self, share: float) -> tuple[Text, Text]:
-        """These rows and a share of them held out: every n-th row, so that both have the same mix."""
-        kept, apart = set_apart(self.rows, share, self.source)
-        return Text(kept, self.source), Text(apart, f"{self.source} (held out)")
+        """Split into remaining and held-out rows: every n-th row is held out, so that both have the same mix."""
+        rest, held_out = set_apart(self.rows, share, self.source)
+        return Text(rest, self.source), Text(held_out, f"{self.source} (held out)")
 
     def windows(self, tokenizer: Any, seqlen: int, limit: int | None = None) -> torch.Tensor:
-        """The rows joined by an empty line, tokenised once, cut into windows that do not overlap; the tail is dropped.
+        """Join the rows by empty lines, tokenise once, and cut into windows that do not overlap; the tail is dropped.
 
         Arguments:
             tokenizer: a transformers tokenizer; it adds its special tokens once, at the start.
             seqlen: tokens in a window.
-            limit: windows at most.
+            limit: maximum number of windows.
 
         Returns:
             Token ids, shape ``(windows, seqlen)``.
 
         Raises:
-            DataError: when the text is shorter than one window.
+            DataError: the text is shorter than one window.
         """
         if seqlen < 2:
-            raise DataError(f"a window needs at least 2 tokens to predict one from another, not {seqlen}")
+            raise DataError(f"a window must have at least 2 tokens; not {seqlen}")
         if limit is not None and limit < 1:
-            raise DataError(f"a limit of {limit} windows leaves nothing to measure; it must be at least 1")
+            raise DataError(f"the limit of windows must be at least 1; not {limit}")
         joined = "\n\n".join(self.rows)
         ids = tokenizer(joined, return_tensors="pt", verbose=False)["input_ids"][0]
         count = len(ids) // seqlen
@@ -91,8 +91,8 @@ def text(source: str | Path | Iterable[str], *, column: str = "text") -> Text:
 
     Arguments:
         source: a ``.txt`` file (rows are paragraphs, separated by empty lines), a ``.jsonl`` or ``.json`` file (rows are
-            objects), any of them with ``.gz`` behind it, or an iterable of strings.
-        column: for JSON rows, the key that holds the text; rows of ``instruction``/``input``/``output`` are joined.
+            objects), each optionally gzipped (``.gz``), or an iterable of strings.
+        column: for JSON rows, the key of the text; ``instruction``, ``input`` and ``output`` of a row without it are joined.
 
     Raises:
         DataError: missing file, wrong form, or no text in it.
@@ -109,21 +109,20 @@ def text(source: str | Path | Iterable[str], *, column: str = "text") -> Text:
         if not isinstance(row, str):
             raise DataError(f"{name}, row {number}: every row must be a string, not {type(row).__name__}")
         check_unicode(row, f"{name}, row {number}")
-    rows = [row.strip() for row in rows]
-    kept = tuple(row for row in rows if row)
-    if not kept:
+    rows = tuple(stripped for row in rows if (stripped := row.strip()))
+    if not rows:
         raise DataError(f"{name} holds no text")
-    return Text(kept, name, file, column)
+    return Text(rows, name, file, column)
 
 
 def set_apart(rows: tuple[Row, ...], share: float, source: str) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-    """Rows without every n-th of them, and those.
+    """The rows without every n-th of them, and those that are held out.
 
     Raises:
         DataError: a share outside 0 to 0.5, or too few rows.
     """
     if not 0 < share <= 0.5:
-        raise DataError(f"the share held out must be above 0 and at most 0.5, it is {share}")
+        raise DataError(f"the share to hold out must be above 0 and at most 0.5; not {share}")
     every = round(1 / share)
     if len(rows) < every:
         raise DataError(f"{source} has {len(rows)} row(s): too few to hold {share:.0%} of them out")
@@ -131,12 +130,16 @@ def set_apart(rows: tuple[Row, ...], share: float, source: str) -> tuple[tuple[R
 
 
 def unpacked(path: Path) -> Path:
-    """What the file would be called without its ``.gz``; the other ending says what is in it."""
+    """The path without ``.gz``; the remaining suffix says what the file holds."""
     return path.with_suffix("") if path.suffix.lower() == ".gz" else path
 
 
 def read(path: Path) -> str:
-    """A text file, gzipped when its name ends in ``.gz``, as a string, with the usual faults named."""
+    """Read a text file, gzipped if its name ends in ``.gz``.
+
+    Raises:
+        DataError: the file is missing, a folder, not UTF-8, or not a complete gzip file.
+    """
     try:
         with (open if unpacked(path) == path else gzip.open)(path, "rt", encoding="utf-8-sig") as file:
             return file.read()
@@ -147,18 +150,20 @@ def read(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise DataError(f"{str(path)!r} is not UTF-8 text: {error}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{str(path)!r} is not a whole gzip file: {error}") from None
+        raise DataError(f"{str(path)!r} is not a complete gzip file: {error}") from None
     except OSError as error:
         raise DataError(f"cannot read {str(path)[:80]!r}: {error.strerror or error}") from None
 
 
 def check_unicode(text: str, where: str) -> None:
-    """Refuse half characters, which JSON can spell and no tokenizer takes."""
+    """Refuse lone surrogates, which JSON can express and no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         half = ascii(text[error.start])
-        raise DataError(f"{where}: {half} is half of a character; whatever wrote it cut one in two") from None
+        raise DataError(
+            f"{where}: {half} is half of a character (a lone surrogate); repair or remove the row"
+        ) from None
 
 
 def json_objects(raw: str, path: Path) -> list[dict[str, Any]]:
@@ -177,7 +182,7 @@ def json_objects(raw: str, path: Path) -> list[dict[str, Any]]:
                     objects.append(json.loads(line))
                 except json.JSONDecodeError as error:
                     raise DataError(f"{str(path)!r}, line {number}: not JSON: {error.msg}") from None
-    escaped = "\\ud" in raw.lower()  # half characters come in no other way
+    escaped = "\\ud" in raw.lower()  # lone surrogates come in no other way
     for number, item in enumerate(objects, 1):
         if not isinstance(item, dict):
             raise DataError(f"{str(path)!r}, row {number}: an object is expected, not {type(item).__name__}")
@@ -199,6 +204,6 @@ def _json_rows(raw: str, path: Path, column: str) -> list[str]:
             rows.append("\n".join(part for part in parts if part) if strings else parts)
         else:
             raise DataError(
-                f"{str(path)!r}, row {number}: no key {column!r}; it has {', '.join(item)}. Name the right one with column="
+                f"{str(path)!r}, row {number}: no key {column!r}; it has {', '.join(item)}. Name the key of the text with column="
             )
     return rows

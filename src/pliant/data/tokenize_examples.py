@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from pliant.data.examples import Example
 
 IGNORED = -100
-"""The label of a token that is not learned, as everywhere in transformers."""
+"""The label of a token that is not trained on, as everywhere in transformers."""
 
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Sequences of token ids, with a label for every token: its id where it is learned, -100 where it is only read.
+    """Sequences of token ids, with a label for every token: its id if it is trained on, else -100.
 
     Attributes:
         ids: one tensor of shape ``(tokens,)`` for each sequence, int64.
         labels: the same shapes.
-        dropped: rows left out, because what is to be learned in them lies behind the end of the sequence.
+        dropped: rows left out, because all tokens to train on lie behind the end of the sequence.
     """
 
     ids: tuple[torch.Tensor, ...]
@@ -40,43 +40,43 @@ class Encoded:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all sequences together."""
+        """Number of tokens in all sequences."""
         return sum(len(ids) for ids in self.ids)
 
     @property
     def digest(self) -> str:
         """Hash of all ids and labels."""
-        return digest(one.numpy().tobytes() + b"|" for one in (*self.ids, *self.labels))
+        return digest(tensor.numpy().tobytes() + b"|" for tensor in (*self.ids, *self.labels))
 
-    def take(self, which: Iterable[int]) -> Encoded:
-        """Some of the sequences, in the given order."""
-        which = list(which)
-        return Encoded(tuple(self.ids[i] for i in which), tuple(self.labels[i] for i in which))
+    def take(self, indices: Iterable[int]) -> Encoded:
+        """The sequences at these indices, in their order."""
+        indices = list(indices)
+        return Encoded(tuple(self.ids[i] for i in indices), tuple(self.labels[i] for i in indices))
 
     def split(self, count: int) -> tuple[Encoded, Encoded]:
-        """The sequences without ``count`` of them, and these: at even distances, so that both have the same mix."""
-        out = {i * len(self) // count for i in range(count)}
-        rest = self.take(i for i in range(len(self)) if i not in out)
-        return replace(rest, dropped=self.dropped), self.take(sorted(out))
+        """Split into remaining and ``count`` held-out sequences, at even distances, so that both have the same mix."""
+        held_out = {i * len(self) // count for i in range(count)}
+        rest = self.take(i for i in range(len(self)) if i not in held_out)
+        return replace(rest, dropped=self.dropped), self.take(sorted(held_out))
 
-    def batch(self, which: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Some sequences as one batch, filled up on the right.
+    def batch(self, indices: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The sequences at these indices as one batch, padded on the right.
 
         Returns:
             ids, labels and attention mask, each of shape ``(sequences, longest)`` and int64.
         """
-        chosen = self.take(which)
+        chosen = self.take(indices)
         padded = torch.nn.utils.rnn.pad_sequence
         ids = padded(list(chosen.ids), batch_first=True, padding_value=0)
         labels = padded(list(chosen.labels), batch_first=True, padding_value=IGNORED)
-        mask = padded([torch.ones_like(one) for one in chosen.ids], batch_first=True, padding_value=0)
+        mask = padded([torch.ones_like(sequence) for sequence in chosen.ids], batch_first=True, padding_value=0)
         return ids, labels, mask
 
 
 def encode(rows: Sequence[Example], source: str, tokenizer: Any, seqlen: int) -> Encoded:
     """See :meth:`pliant.data.examples.Examples.encode`."""
     if seqlen < 2:
-        raise DataError(f"a sequence needs at least 2 tokens to predict one from another, not {seqlen}")
+        raise DataError(f"a sequence must have at least 2 tokens; not {seqlen}")
     ids: list[torch.Tensor] = []
     labels: list[torch.Tensor] = []
     dropped = 0
@@ -88,16 +88,17 @@ def encode(rows: Sequence[Example], source: str, tokenizer: Any, seqlen: int) ->
     for number, row in enumerate(rows, 1):
         if row.text is not None:
             continue
-        for one, label in _sequences(row, tokenizer, f"{source}, row {number}"):
-            one, label = one[:seqlen], label[:seqlen]
-            if bool((label[1:] == IGNORED).all()):  # the first token is predicted from nothing
+        for sequence, label in _sequences(row, tokenizer, f"{source}, row {number}"):
+            sequence, label = sequence[:seqlen], label[:seqlen]
+            if bool((label[1:] == IGNORED).all()):  # the first token is not predicted
                 dropped += 1
                 continue
-            ids.append(one)
+            ids.append(sequence)
             labels.append(label)
     if not ids:
         raise DataError(
-            f"{source}: in none of the {len(rows)} row(s) anything to learn lies within {seqlen} tokens; give a larger seqlen"
+            f"{source}: none of the {len(rows)} row(s) has a token to train on within its first {seqlen} tokens; give a larger "
+            "seqlen"
         )
     return Encoded(tuple(ids), tuple(labels), dropped)
 
@@ -115,21 +116,21 @@ def _sequences(row: Example, tokenizer: Any, where: str) -> list[tuple[torch.Ten
         ids = torch.cat([ids, torch.tensor([end])])
         labels = torch.cat([labels, torch.tensor([end])])
     elif end is not None:
-        labels[-1] = end  # where to stop is to be learned, whoever wrote it
+        labels[-1] = end  # the end token is trained on, whoever added it
     return [(ids, labels)]
 
 
 def _labelled(
     tokenizer: Any, text: str, spans: Sequence[Span], where: str, *, rendered: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokenise a text once and learn the tokens that end inside a span: tokens may reach over the edges of a prompt.
+    """Tokenise a text once, and label the tokens that end inside a span: tokens may cross the end of a prompt.
 
     Arguments:
         rendered: the text comes from a chat template and has its special tokens already.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
-            f"{where}: to tell prompt from completion a fast tokenizer is needed, not {type(tokenizer).__name__}"
+            f"{where}: separating prompt and completion needs a fast tokenizer, not {type(tokenizer).__name__}"
         )
     out = tokenizer(text, add_special_tokens=not rendered, return_offsets_mapping=True, verbose=False)
     ids = torch.tensor(out["input_ids"], dtype=torch.int64)
@@ -144,11 +145,11 @@ def _labelled(
 
 
 def _render(row: Example, tokenizer: Any, where: str) -> list[tuple[str, list[Span]]]:
-    """A conversation through the chat template, and which stretches of it the assistant says.
+    """Render a conversation with the chat template, and find the spans of the assistant's turns.
 
-    What a turn of the assistant adds is found by rendering the conversation up to it and including it. A template that
-    renders earlier turns in another way once later ones follow (some take the reasoning out) gives one text for each turn,
-    with only that turn learned: that is what the model will see when it answers.
+    A turn of the assistant is the difference between the conversation rendered up to it and including it. Some templates
+    render earlier turns differently once later ones follow (they drop the reasoning). Such a conversation gives one text per
+    turn of the assistant, with only that turn trained on: this is the text that the model sees when it answers.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
@@ -160,23 +161,21 @@ def _render(row: Example, tokenizer: Any, where: str) -> list[tuple[str, list[Sp
     def render(count: int, prompt: bool = False) -> str:
         try:
             return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # a template may raise anything
             raise DataError(f"{where}: the chat template refuses this conversation: {error}") from error
 
     turns: list[tuple[str, Span]] = []
-    for place, message in enumerate(messages):
+    for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        upto = render(place + 1)
-        # a prompt for the answer is not learned where the template has one; before the first message there is nothing
-        before = [render(place, True), render(place)] if place else [""]
-        given = next((text for text in before if upto.startswith(text)), None)
-        if given is None:
-            raise DataError(
-                f"{where}: in the chat template's output, turn {place + 1} does not follow what precedes it"
-            )
-        turns.append((upto, (len(given), len(upto))))
-    whole = turns[-1][0]  # what others say after the assistant's last turn teaches nothing
+        upto = render(index + 1)
+        # the generation prompt is not trained on if the template has one; before the first message there is no text
+        before = [render(index, True), render(index)] if index else [""]
+        prefix = next((text for text in before if upto.startswith(text)), None)
+        if prefix is None:
+            raise DataError(f"{where}: the chat template does not put turn {index + 1} after the turns before it")
+        turns.append((upto, (len(prefix), len(upto))))
+    whole = turns[-1][0]  # turns after the assistant's last one are not trained on
     if all(whole.startswith(upto) for upto, _ in turns):
         return [(whole, [span for _, span in turns])]
     return [(upto, [span]) for upto, span in turns]

@@ -45,7 +45,7 @@ def discover(model: Any) -> Anatomy:
     except ArchitectureError as error:
         raise ArchitectureError(
             f"no architecture file describes model_type {config.model_type!r}, and its layout is no common one: {error}. One "
-            "YAML file adds it: see 'Add an architecture' in CONTRIBUTING.md"
+            "YAML file adds it: see docs/architectures.md, pliant.add_architecture, and the option --architecture"
         ) from None
     held.pliant_architecture = raw
     try:

@@ -1,4 +1,4 @@
-"""Write a cut model so that stock transformers, vLLM and llama.cpp load it with no code of ours."""
+"""Turn a cut model into one that stock transformers, vLLM and llama.cpp load without pliant."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from pliant.checkpoint.fingerprint import check_finite
 from pliant.checkpoint.packed_bytes import is_packed
 from pliant.errors import ArtefactError
 
-_BY_LAYER = ("layer_types", "no_rope_layers")  # config keys that list one thing a layer
+_BY_LAYER = ("layer_types", "no_rope_layers")  # config keys with one entry per layer
+_INSTEAD = "use the cut folder, which loads after 'import pliant'"
 
 
 def homogeneous(model: Any) -> Any:
@@ -33,8 +34,8 @@ def homogeneous(model: Any) -> Any:
     The result shares its weights with ``model``, which stays as it is.
 
     Raises:
-        ArtefactError: when the model is packed, a layer is only half removed, widths differ, or what a layer computes depends on its number; the
-            message says which.
+        ArtefactError: the model is packed, a layer is only half removed, widths differ, or the output of a layer depends on its
+            index; the message says which.
     """
     if is_packed(model):
         raise ArtefactError(
@@ -45,12 +46,11 @@ def homogeneous(model: Any) -> Any:
     anatomy = anatomy_of(model)
     if anatomy.traced:
         raise ArtefactError(
-            f"the layers of {type(model).__name__} are no list that could be shortened; what is cut loads after 'import pliant'"
+            f"{type(model).__name__} has no list of layers that could be shortened, and is not exported; {_INSTEAD}"
         )
     if text_config_of(model.config) is not model.config:
         raise ArtefactError(
-            f"{type(model).__name__} contains its text decoder as one of several parts, and such models are not exported; use the "
-            "cut folder, which loads after 'import pliant'"
+            f"the text decoder is only one part of {type(model).__name__}, and such models are not exported; {_INSTEAD}"
         )
     layers = _whole_layers(anatomy)
     config = _uniform_config(model.config, anatomy, len(layers))
@@ -59,8 +59,8 @@ def homogeneous(model: Any) -> Any:
             setattr(config, key, [getattr(config, key)[layer] for layer in layers])
     with torch.device("meta"):
         rebuilt = type(model)(config)
-    held = layers_of(model, anatomy.source)
-    prefix = next(path for path, module in model.named_modules() if module is held) + "."
+    all_layers = layers_of(model, anatomy.source)
+    prefix = next(path for path, module in model.named_modules() if module is all_layers) + "."
 
     def renamed(name: str) -> str | None:
         if not name.startswith(prefix):
@@ -82,7 +82,7 @@ def homogeneous(model: Any) -> Any:
         same = agree(answer(rebuilt, inputs), answer(model, inputs), next(model.parameters()).dtype)
     if not same:
         raise ArtefactError(
-            f"this {config.model_type} model computes something else when its layers are renumbered; it loads after 'import pliant'"
+            f"the outputs of this {config.model_type} model change when its layers are renumbered; {_INSTEAD}"
         )
     if model.can_generate():
         rebuilt.generation_config = copy.deepcopy(model.generation_config)
@@ -98,8 +98,7 @@ def _whole_layers(anatomy: Anatomy) -> list[int]:
     half = [layer for layer, blocks in alive.items() if any(blocks) and not all(blocks)]
     if half:
         raise ArtefactError(
-            f"layers {_listed(half)} have lost one block and kept another; only whole layers can be dropped. Such a model "
-            "loads after 'import pliant'"
+            f"layers {_listed(half)} have lost one block and kept another; only whole layers can be dropped: {_INSTEAD}"
         )
     return [layer for layer, blocks in alive.items() if all(blocks)]
 
@@ -112,12 +111,13 @@ def _uniform_config(old: Any, anatomy: Anatomy, depth: int) -> Any:
         sizes = sorted({axis.size for name, axis in axes if name == short})
         if len(sizes) > 1:
             raise ArtefactError(
-                f"{spec.config_key} differs from layer to layer ({_listed(sizes)}); one value for all layers is needed. Such "
-                "a model loads after 'import pliant'"
+                f"{spec.config_key} differs from layer to layer ({_listed(sizes)}), but the config holds one value for all: {_INSTEAD}"
             )
         if sizes and sizes[0] != global_size(config, spec.size):
             if spec.config_key is None:
-                raise ArtefactError(f"a {config.model_type} config cannot say that there are {sizes[0]} {short}")
+                raise ArtefactError(
+                    f"the config of {config.model_type} has no key for the number of {short}, now {sizes[0]}: {_INSTEAD}"
+                )
             setattr(config, spec.config_key, sizes[0])
     for short, axis in axes:
         spec = anatomy.architecture.axes[short]
@@ -125,7 +125,8 @@ def _uniform_config(old: Any, anatomy: Anatomy, depth: int) -> Any:
             key = str(spec.unit).split(" or ")[0]
             if not key.isidentifier() or not hasattr(config, key):
                 raise ArtefactError(
-                    f"a {config.model_type} config cannot say that {axis.size} heads are {axis.unit} wide"
+                    f"the config of {config.model_type} has no key for the size of a head, which is {axis.unit} for {axis.size} "
+                    f"heads: {_INSTEAD}"
                 )
             setattr(config, key, axis.unit)
     config.num_hidden_layers = depth

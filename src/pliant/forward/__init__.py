@@ -1,1 +1,1 @@
-"""Run text through a model: windows of tokens, stretches of layers, losses."""
+"""Run text through a model: token windows, stretches of layers, losses."""

@@ -1,4 +1,4 @@
-"""Losses of a batch of windows, one number a window. Lower is better."""
+"""Losses of a batch of windows, one number per window. Lower is better."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def nll_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
     Arguments:
         logits: shape ``(windows, tokens, vocabulary)``.
-        targets: what comes next after each of the tokens, as far as it is there, shape ``(windows, tokens or fewer)``.
+        targets: the token after each of them if there is one, shape ``(windows, tokens or fewer)``.
 
     Returns:
         Nats, float64, shape ``(windows,)``.
     """
 
-    def each(part: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        return total(F.cross_entropy(part.float(), wanted, reduction="none"))
+    def each(part: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return total(F.cross_entropy(part.float(), target, reduction="none"))
 
     return _by_window(each, logits[:, : targets.shape[1]], targets)
 
@@ -61,9 +61,9 @@ def kl_sum(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def _by_window(
-    each: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], one: torch.Tensor, other: torch.Tensor
+    each: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], first: torch.Tensor, second: torch.Tensor
 ) -> torch.Tensor:
-    """Sums over stretches of the tokens of each window, so that what is made of their logits on the way takes little memory."""
-    pairs = zip(one, other, strict=True)
+    """Sum over the tokens of each window, a stretch at a time, so that temporary copies of the logits stay small."""
+    pairs = zip(first, second, strict=True)
     stretches = (zip(a.split(TOKENS_AT_A_TIME), b.split(TOKENS_AT_A_TIME), strict=True) for a, b in pairs)
     return torch.stack([torch.stack([each(a, b) for a, b in window]).sum() for window in stretches])

@@ -1,7 +1,6 @@
-"""Run a stretch of a model's layers on hidden states that are already there.
+"""Run a stretch of a model's layers on given hidden states.
 
-The model's own forward does everything else (masks, positions, final norm, head), so nothing about a family is known
-here.
+The model's own forward does everything else (masks, positions, final norm, head), so no family needs code here.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Stream:
         """Logits from the hidden state at boundary ``start``, shape ``(batch, seqlen, vocabulary)``.
 
         Arguments:
-            ids: token ids, shape ``(batch, seqlen)``; positions and masks come from them.
+            ids: token ids, shape ``(batch, seqlen)``, which determine positions and masks.
             hidden: shape ``(batch, seqlen, hidden)``; None at boundary 0, where the embeddings are computed.
         """
         with self._entered(start, len(self.layers), hidden):
@@ -43,7 +42,7 @@ class Stream:
     def parts(
         self, ids: torch.Tensor, tokens: int, start: int = 0, hidden: torch.Tensor | None = None
     ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """:meth:`logits` for ``tokens`` positions at a time, each with where they are."""
+        """:meth:`logits` for ``tokens`` positions at a time, each with the slice of its positions."""
         seqlen, depth = ids.shape[1], len(self.layers)
         if seqlen <= tokens:
             yield slice(0, seqlen), self.logits(ids, start, hidden)
@@ -66,7 +65,7 @@ class Stream:
         hidden: torch.Tensor | None = None,
         at: Iterable[int] | None = None,
     ) -> dict[int, torch.Tensor]:
-        """Hidden states at the boundaries ``start + 1 … end``, or at those of them that are named in ``at``."""
+        """Hidden states at the boundaries ``start + 1 … end``, or only at those in ``at``."""
         outputs: dict[int, torch.Tensor] = {}
 
         def record(boundary: int):
@@ -87,25 +86,25 @@ class Stream:
 
     @contextmanager
     def _entered(self, start: int, end: int, hidden: torch.Tensor | None) -> Iterator[None]:
-        """While inside, the model runs only layers ``start … end - 1``, from the given hidden state."""
+        """Context in which the model runs only layers ``start … end - 1``, from the given hidden state."""
         layers = self.layers
-        aside = {i: layers[i] for i in range(len(layers)) if i < start or i >= end}
+        replaced = {i: layers[i] for i in range(len(layers)) if i < start or i >= end}
         try:
-            for i in aside:
+            for i in replaced:
                 layers[i] = _Enter(hidden if i == start - 1 else None, self._tuples)
             yield
         finally:
-            for i, layer in aside.items():
+            for i, layer in replaced.items():
                 layers[i] = layer
 
 
 class _Enter(nn.Module):
-    """Stands for a layer that is not run: passes on its input, or what it was given instead."""
+    """Replaces a layer that is not run: returns its input, or a given hidden state."""
 
     def __init__(self, hidden: torch.Tensor | None, returns_tuple: bool):
         super().__init__()
         self.hidden, self.returns_tuple = hidden, returns_tuple
 
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> Any:  # noqa: ARG002 - takes what any layer takes
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> Any:  # noqa: ARG002 - accepts the arguments of any layer
         out = hidden_states if self.hidden is None else self.hidden
         return (out, None) if self.returns_tuple else out

@@ -1,4 +1,4 @@
-"""Token windows that fit the model they are for."""
+"""Token windows that fit a model, and forward passes that fit its memory."""
 
 from __future__ import annotations
 
@@ -16,25 +16,24 @@ from pliant.pages import pages_of
 USUAL = 2048
 """Default number of tokens in a window."""
 
-TOKENS_AT_ONCE = 512  # in one forward pass on a CPU: enough to keep matrix products busy, few enough for its caches
-MOST_AT_ONCE = 32768  # on an accelerator
-FEWEST_AT_ONCE = 16  # below this a pass is not retried with fewer tokens
-SHARE = 0.25  # of the free memory that logits and activations of one forward pass may take
+TOKENS_AT_ONCE = 512  # per forward pass on a CPU: enough to keep matrix products busy, few enough for its caches
+MOST_AT_ONCE = 32768  # per forward pass on an accelerator
+FEWEST_AT_ONCE = 16  # a pass is not retried with fewer tokens
+SHARE = 0.25  # of the free memory, for logits and activations of one forward pass
 
 Result = TypeVar("Result")
 
 
 def check_model(model: Any) -> None:
-    """Refuse a model of which a loss in predicting text says nothing, or cannot be taken.
+    """Refuse a model whose loss on text cannot be measured.
 
     Raises:
-        ArchitectureError: it is no causal language model: it predicts no tokens, or it sees those that it predicts.
-        MemoryLimitError: its weights are not in memory.
+        ArchitectureError: it is not a causal language model.
+        MemoryLimitError: some of its weights are not in memory.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ArchitectureError(
-            f"{type(model).__name__} is an encoder-decoder model; the loss of predicting the next tokens of a text needs a causal "
-            "language model"
+            f"{type(model).__name__} is an encoder-decoder model; the loss on the next token needs a causal language model"
         )
     if not predicts(model):
         raise ArchitectureError(f"{type(model).__name__} predicts no next tokens; a causal language model is needed")
@@ -45,7 +44,7 @@ def check_model(model: Any) -> None:
 
 
 def predicts(model: Any) -> bool:
-    """Whether a model is a causal language model, which may also read images."""
+    """Whether a model is a causal language model (it may also read images)."""
     if not getattr(model, "can_generate", bool)() or getattr(model.config, "is_encoder_decoder", False):
         return False
     decoder = model.get_decoder() or model  # a vision tower has non-causal attention
@@ -63,7 +62,7 @@ def batches_of(model: Any, windows: torch.Tensor, tokens: int | None = None) -> 
 
 
 def tokens_at_once(model: Any) -> int:
-    """Number of tokens in one forward pass: the largest power of two whose logits and activations fit a quarter of the free memory.
+    """Number of tokens per forward pass: the largest power of two whose logits and activations fit a quarter of the free memory.
 
     At most 512 on a CPU, where that is fastest, and at most 32,768 on an accelerator.
     """
@@ -84,18 +83,19 @@ def tokens_at_once(model: Any) -> int:
 
 
 def within_memory(model: Any, work: Callable[[int], Result], tokens: int | None = None) -> Result:
-    """Call ``work`` with a number of tokens per forward pass; when the device runs out of memory, repeat all of it with half as many.
-    So the result is the same as if it had begun with the number that fits.
+    """Call ``work`` with a number of tokens per forward pass; if the device runs out of memory, repeat all of it with half as many.
+
+    So the result is the same as if it had started with the number that fits.
 
     Arguments:
-        tokens: to begin with; default: :func:`tokens_at_once`.
+        tokens: the number to start with; default: :func:`tokens_at_once`.
 
     Raises:
-        MemoryLimitError: there is no memory even for 16 tokens.
+        MemoryLimitError: the memory does not suffice for 16 tokens.
     """
     tokens = tokens or tokens_at_once(model)
-    while (found := _tried(work, tokens)) is None:
-        # outside of any handler: an exception keeps the tensors that filled the memory alive
+    while (result := _tried(work, tokens)) is None:
+        # not in an except clause: the exception would keep the tensors that filled the memory alive
         device = next(model.parameters()).device
         empty_cache(device)
         if tokens // 2 < FEWEST_AT_ONCE:
@@ -104,7 +104,7 @@ def within_memory(model: Any, work: Callable[[int], Result], tokens: int | None 
                 "with memory= (--memory)"
             )
         tokens //= 2
-    return found[0]
+    return result[0]
 
 
 def _tried(work: Callable[[int], Result], tokens: int) -> tuple[Result] | None:
@@ -117,21 +117,21 @@ def _tried(work: Callable[[int], Result], tokens: int) -> tuple[Result] | None:
     return None
 
 
-def seqlen_of(model: Any, given: int | None, usual: int = USUAL) -> int:
-    """Number of tokens in a window: as given, or the smaller of ``usual`` and the model's positions.
+def seqlen_of(model: Any, seqlen: int | None, usual: int = USUAL) -> int:
+    """Number of tokens in a window: ``seqlen``, or if that is None the smaller of ``usual`` and the model's positions.
 
     Raises:
-        DataError: the given number exceeds the model's positions.
+        DataError: ``seqlen`` exceeds the model's positions.
     """
     longest = longest_of(model)
-    if given is None:
+    if seqlen is None:
         return min(usual, longest)
-    if given > longest:
+    if seqlen > longest:
         raise DataError(
-            f"windows of {given} tokens are longer than the {longest} positions of this model; leave out seqlen, or give at most "
+            f"windows of {seqlen} tokens are longer than the {longest} positions of this model; leave out seqlen, or give at most "
             f"{longest}"
         )
-    return given
+    return seqlen
 
 
 def check_room(model: Any, prompt: int, tokens: int, name: str = "this model") -> None:
@@ -154,7 +154,7 @@ def windows_for(model: Any, tokenizer: Any, text: Text, seqlen: int, limit: int 
     """``text`` as windows of ``seqlen`` tokens, shape ``(windows, seqlen)``.
 
     Raises:
-        DataError: too little text, windows longer than the model reads, or a tokenizer made for another model.
+        DataError: too little text, windows longer than the model's positions, or the tokenizer of another model.
     """
     ids = text.windows(tokenizer, seqlen_of(model, seqlen), limit)
     check_ids(model, ids)
@@ -162,17 +162,17 @@ def windows_for(model: Any, tokenizer: Any, text: Text, seqlen: int, limit: int 
 
 
 def longest_of(model: Any) -> int:
-    """Tokens that a model can read at once; 2**31 when it sets no bound."""
+    """The number of positions of a model; 2**31 if it sets no bound."""
     config = model.config.get_text_config(decoder=True)
     bounds = (getattr(config, key, None) for key in ("max_position_embeddings", "max_seq_len"))  # the latter: MPT
     return next((bound for bound in bounds if bound), 2**31)
 
 
-def no_number(model: Any, found: str) -> WeightError:
+def not_finite(model: Any, clause: str) -> WeightError:
     """The error for a model whose output is not finite.
 
     Arguments:
-        found: the quantity and its value, as a clause.
+        clause: the quantity and its value.
 
     Raises:
         WeightError: the weights themselves are not finite; it names the first tensor.
@@ -180,11 +180,11 @@ def no_number(model: Any, found: str) -> WeightError:
     check_finite(model)
     dtype = str(model.dtype).removeprefix("torch.")
     advice = "load it with dtype='bfloat16' or 'float32'" if dtype == "float16" else "check the model's weights"
-    return WeightError(f"{found}: its weights are finite, but its outputs in {dtype} are not; {advice}")
+    return WeightError(f"{clause}: its weights are finite, but its outputs in {dtype} are not; {advice}")
 
 
 def open_ended(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts that something follows, without the end that some tokenizers put behind everything."""
+    """Token ids of texts to be continued, without the end token that some tokenizers append."""
     rows: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
     end = tokenizer.eos_token_id
     return [ids[:-1] if end is not None and ids[-1:] == [end] else ids for ids in rows]
@@ -195,5 +195,5 @@ def check_ids(model: Any, ids: torch.Tensor) -> None:
     rows = model.get_input_embeddings().num_embeddings
     if ids.numel() and int(ids.max()) >= rows:
         raise DataError(
-            f"the tokenizer gives token id {int(ids.max())}, the model knows only {rows}: this is the tokenizer of another model"
+            f"the tokenizer gives token id {int(ids.max())}, but the model knows only {rows}: this is the tokenizer of another model"
         )

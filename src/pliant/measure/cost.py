@@ -1,4 +1,4 @@
-"""What a sub-network costs, in the currency that a search saves in."""
+"""Costs of a sub-network: parameters, multiply-accumulates, bytes, or measured milliseconds."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def cost_of(name: str, model: Any, anatomy: Anatomy, path: Path | None = None) -
     :func:`pliant.measure.speed.latency_table.measure_latency`.
 
     Arguments:
-        path: file in which measured milliseconds are kept, so that a search that goes on goes on with the same; those of
-            another model or machine are measured again.
+        path: file for measured milliseconds, so that a resumed search uses the same; those of another model or machine are
+            measured again.
     """
     if name in PHASES:
         of = {
@@ -40,7 +40,7 @@ def cost_of(name: str, model: Any, anatomy: Anatomy, path: Path | None = None) -
             "cpu": machine()["cpu"],
             "threads": torch.get_num_threads(),
         }
-        table = _kept(path, of)
+        table = _stored_table(path, of)
         if table is None:
             table = measure_latency(model, anatomy, name)
             if path is not None:
@@ -55,8 +55,8 @@ def cost_of(name: str, model: Any, anatomy: Anatomy, path: Path | None = None) -
     return counted[name]
 
 
-def _kept(path: Path | None, of: dict[str, Any]) -> Latency | None:
-    """The table in a file, if it is that of this model on this machine."""
+def _stored_table(path: Path | None, of: dict[str, Any]) -> Latency | None:
+    """The table in a file, if it was measured for this model on this machine."""
     try:
         raw = {} if path is None else json.loads(path.read_text("utf-8"))
         return Latency.from_dict(raw) if raw.get("of") == of else None

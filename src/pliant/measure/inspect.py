@@ -1,4 +1,4 @@
-"""What a model is made of and what can be cut from it, as a table of plain data."""
+"""The blocks of a model and what can be cut from them, as plain data."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def inspect(model: Any, *, self_check: bool = True, dtype: Any = None, device: A
 
     Arguments:
         model: a transformers model, or what :func:`pliant.load` takes.
-        self_check: also prove on a few tokens that the description is true; see :func:`pliant.check`.
+        self_check: also verify the description on a few tokens; see :func:`pliant.check`.
         dtype, device: of a model that is given by name or folder, as in :func:`pliant.load`.
 
     Returns:
-        Plain data: family, depth, parameters, MACs per token, bytes, and for each block its axes and what removing it saves;
-        of a model that was traced MACs per image, and nothing on tokens.
+        Plain data: family, depth, parameters, MACs per token, bytes, and for each block its axes and its share of the
+        parameters; for a traced model MACs per image, and no figures per token.
     """
     model = loaded(model, dtype=dtype, device=device)
     anatomy = described(model)
     packed = packed_formats(model)
-    self_check = self_check and not packed  # it takes views of weights, which a packed layer has none of
+    self_check = self_check and not packed  # it needs views of weights, which packed layers cannot give
     if self_check:
         check(model, anatomy)
     element = next(model.parameters()).element_size()

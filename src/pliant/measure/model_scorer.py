@@ -1,4 +1,4 @@
-"""Score sub-networks by examples of their own: the whole active model is measured each time."""
+"""Score sub-networks by scores that have their own examples: the whole model runs each time."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pliant.measure.scores import Score
 
 
 class ModelScorer:
-    """Scores sub-networks by a score that has its own examples or generates; used like a
-    :class:`pliant.measure.prefix_scorer.PrefixScorer`, and shares nothing among sub-networks.
+    """Scores sub-networks by a score that has its own examples or generates. It is used like a
+    :class:`pliant.measure.prefix_scorer.PrefixScorer`, but re-uses no hidden states.
 
     Arguments:
-        tokenizer: gives the model's tokenizer.
-        elastic: that of another scorer of the same model, when the two are used in turn.
+        tokenizer: returns the model's tokenizer.
+        elastic: that of another scorer of the same model, if the two are used in turn.
 
     Attributes:
-        tokens: None; the score decides how much goes into one forward pass.
-        evaluations: scores computed so far.
-        block_forwards: residual blocks run so far, in passes over all examples.
+        tokens: None; the score chooses the size of a forward pass.
+        evaluations: number of scores computed so far.
+        block_forwards: number of residual blocks run so far, in passes over all examples.
     """
 
     def __init__(
@@ -39,10 +39,10 @@ class ModelScorer:
         self.block_forwards = 0.0
 
     def rebase(self, subnet: Subnet) -> None:
-        """Does nothing: no prefix is remembered."""
+        """Does nothing: there are no prefixes to re-use."""
 
     def score(self, subnet: Subnet) -> float:
-        """The loss of ``subnet``: its mean score over the examples, of which less is better."""
+        """The loss of ``subnet``: its mean score over the examples, negated if higher is better."""
         self.elastic.activate(subnet)
         total, count = self.metric.measure(self.model, self.tokenizer())
         self.block_forwards += len(self.anatomy.blocks) - len(subnet.skip)
@@ -50,5 +50,5 @@ class ModelScorer:
         return self.metric.loss(total / count)
 
     def close(self) -> None:
-        """Put the model back as it was."""
+        """Restore the dense model."""
         self.elastic.activate(Subnet())

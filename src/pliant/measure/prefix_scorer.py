@@ -1,4 +1,4 @@
-"""Score sub-networks of one model on fixed text, re-using what they have in common.
+"""Score sub-networks of one model on fixed text, re-using the hidden states of shared prefixes.
 
 Sub-networks that agree on their first layers compute the same hidden states there. A ``PrefixScorer`` remembers the hidden state
 at every layer boundary of a base sub-network; a candidate starts from the boundary before the first layer in which it
@@ -31,19 +31,19 @@ class PrefixScorer:
     Arguments:
         model: a causal language model; it is put into evaluation mode.
         windows: token ids, shape ``(windows, seqlen)``.
-        metric: what is computed from the logits, or its name.
+        metric: a score of logits, or its name.
         reuse: False runs every layer for every score, as a reference.
-        memory: bytes that hidden states may take; with less, every k-th boundary is kept and the rest recomputed.
-        stretch: layers that all windows go through before the next ones are run; all of them when left out. With a model
-            whose weights are in files, as many as memory holds, so that each is read once for all windows.
-        tokens: in one forward pass; default: :func:`pliant.forward.windows.tokens_at_once`. When the device runs out of memory,
-            this is halved for the rest of the search, and only every second boundary is kept.
-        elastic: that of another scorer of the same model, when the two are used in turn.
+        memory: limit of bytes for hidden states; if they need more, every k-th boundary is kept and the rest recomputed.
+        stretch: number of layers that all windows go through before the next layers are run; default: all. If the weights
+            are in files, as many as memory holds, so that each is read once for all windows.
+        tokens: tokens per forward pass; default: :func:`pliant.forward.windows.tokens_at_once`. If the device runs out of
+            memory, this is halved for the rest of the search, and only every second boundary is kept.
+        elastic: that of another scorer of the same model, if the two are used in turn.
 
     Attributes:
         tokens: as above.
-        evaluations: scores computed so far.
-        block_forwards: residual blocks run so far, in passes over all windows.
+        evaluations: number of scores computed so far.
+        block_forwards: number of residual blocks run so far, in passes over all windows.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class PrefixScorer:
         self.elastic = elastic or Elastic(model, anatomy)
         self.stream = Stream(model, anatomy)
         self._base = Subnet()
-        self._known = 0  # boundaries 1 … _known of the base are remembered
+        self._known = 0  # boundaries 1 … _known of the base are stored
         self._stride = 1
         whole = store_bytes(model, anatomy, windows.numel())
         while memory is not None and whole / self._stride > memory and self._stride < anatomy.depth:
@@ -77,12 +77,12 @@ class PrefixScorer:
             self._parts = windows.shape[1]
 
     def rebase(self, subnet: Subnet) -> None:
-        """Make ``subnet`` the one whose prefix is remembered; what it shares with the base so far stays known."""
+        """Make ``subnet`` the base; hidden states that it shares with the previous base are kept."""
         self._forget_after(self._divergence(subnet))
         self._base = subnet
 
     def score(self, subnet: Subnet) -> float:
-        """The loss of ``subnet``: its mean score over the windows, of which less is better; NaN where it is not a number."""
+        """The loss of ``subnet``: its mean score over the windows, negated if higher is better; it may be NaN."""
 
         def scored(tokens: int) -> float:
             if tokens != self.tokens:
@@ -93,7 +93,7 @@ class PrefixScorer:
         return within_memory(self.model, scored, self.tokens)
 
     def _split(self, tokens: int) -> None:
-        """Cut the windows into batches of ``tokens`` tokens, and logits into as many positions; discard all kept hidden states."""
+        """Cut the windows into batches of ``tokens`` tokens, and logits into as many positions; discard all hidden states."""
         self.tokens = self._parts = tokens
         self.batches = batches_of(self.model, self._windows, tokens)
         self._hidden: list[dict[int, torch.Tensor]] = [{} for _ in self.batches]
@@ -127,12 +127,12 @@ class PrefixScorer:
         return self.metric.loss(total / count)
 
     def close(self) -> None:
-        """Put the model back as it was and forget the hidden states."""
+        """Restore the dense model and discard the hidden states."""
         self.elastic.activate(Subnet())
         self._forget_after(0)
 
     def _divergence(self, subnet: Subnet) -> int:
-        """The first layer in which ``subnet`` differs from the base; the depth when it does not."""
+        """The first layer in which ``subnet`` differs from the base; the depth if it does not."""
         skipped = subnet.skip ^ self._base.skip
         narrowed = {axis for axis, _ in {*subnet.keep} ^ {*self._base.keep}}
         differ = (
@@ -143,7 +143,7 @@ class PrefixScorer:
         return min(differ, default=self.anatomy.depth)
 
     def _extend(self, boundary: int) -> None:
-        """Run the base from what is known to ``boundary``."""
+        """Run the base from its last stored boundary to ``boundary``."""
         if boundary <= self._known:
             return
         self.elastic.activate(self._base)
@@ -151,9 +151,9 @@ class PrefixScorer:
         for first in range(self._known, boundary, self._stretch):
             last = min(boundary, first + self._stretch)
             for number, ids in enumerate(self.batches):
-                wanted = {b for b in range(first + 1, last + 1) if b % self._stride == 0}
-                outputs = self.stream.run(ids, first, last, entered[number], at=wanted | {last})
-                self._hidden[number].update({b: outputs[b] for b in wanted})
+                boundaries = {b for b in range(first + 1, last + 1) if b % self._stride == 0}
+                outputs = self.stream.run(ids, first, last, entered[number], at=boundaries | {last})
+                self._hidden[number].update({b: outputs[b] for b in boundaries})
                 entered[number] = outputs[last]
         self._count(self._base, self._known, boundary)
         self._known = boundary
@@ -178,12 +178,12 @@ class PrefixScorer:
         hidden: list[torch.Tensor | None] = [None] * len(self.batches)
         for first in range(0, depth, self._stretch):
             hidden = self._through(self.batches, first, min(depth, first + self._stretch), hidden)
-        return [one for one in hidden if one is not None]
+        return [state for state in hidden if state is not None]
 
     def _through(
         self, batches: list[torch.Tensor], first: int, last: int, entered: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor | None]:
-        """Every batch through some layers of the active sub-network."""
+        """Run every batch through some layers of the active sub-network."""
         return [self.stream.through(ids, first, last, hidden) for ids, hidden in zip(batches, entered, strict=True)]
 
 
@@ -192,9 +192,9 @@ class Footprint:
     """Memory that scoring takes, in bytes.
 
     Attributes:
-        weights: all of them; of those in files what has to be there at a time: ``stretch`` layers and the largest other.
-        hidden: hidden states that are remembered.
-        logits: and what the loss makes of them.
+        weights: all weights; of weights in files, those needed at a time: ``stretch`` layers and the largest other tensor.
+        hidden: stored hidden states.
+        logits: logits and the temporary tensors of the loss.
         stretch: as for :class:`PrefixScorer`.
     """
 
@@ -209,10 +209,10 @@ class Footprint:
 
 
 def footprint(model: Any, anatomy: Anatomy, windows: torch.Tensor, metric: str | Score) -> Footprint:
-    """What a :class:`PrefixScorer` over ``windows`` will take, known before it begins.
+    """Memory that a :class:`PrefixScorer` over ``windows`` will take.
 
     Raises:
-        MemoryLimitError: a model whose weights are in files has a limit, and it is too low for this.
+        MemoryLimitError: the weights are in files, and the memory limit is too low.
     """
     whole = sum(p.nbytes for p in model.parameters())
     hidden = store_bytes(model, anatomy, windows.numel())
@@ -220,7 +220,9 @@ def footprint(model: Any, anatomy: Anatomy, windows: torch.Tensor, metric: str |
     seqlen, at_once = windows.shape[1], tokens_at_once(model)
     tokens = min(windows.numel(), max(seqlen, at_once // seqlen * seqlen) if pages is None else at_once)
     vocabulary, element = model.get_input_embeddings().num_embeddings, next(model.parameters()).element_size()
-    copies = score_of(metric).logits_copies * (2 if tokens < seqlen else 1)  # in parts, the last ones are still there
+    copies = score_of(metric).logits_copies * (
+        2 if tokens < seqlen else 1
+    )  # in parts, the previous ones are still there
     logits = copies * vocabulary * (tokens * element + min(tokens, TOKENS_AT_A_TIME) * 8)
     if pages is None:
         free = free_memory(next(model.parameters()).device)
@@ -234,13 +236,14 @@ def footprint(model: Any, anatomy: Anatomy, windows: torch.Tensor, metric: str |
     hidden = max(hidden // anatomy.depth, min(hidden, pages.limit // 4))
     room = int(NEAR * pages.limit) - largest - logits - hidden
     stretch = max(1, min(anatomy.depth, room // each))
-    found = Footprint(min(whole, largest + stretch * each), hidden, logits, stretch)
-    if found.total > pages.limit:
+    needs = Footprint(min(whole, largest + stretch * each), hidden, logits, stretch)
+    if needs.total > pages.limit:
         raise MemoryLimitError(
             f"the limit of {human_bytes(pages.limit)} is too low for windows of {seqlen} tokens: weights take at least "
-            f"{human_bytes(found.weights)}, hidden states {human_bytes(hidden)}, logits {human_bytes(logits)}; a smaller seqlen or fewer samples take less"
+            f"{human_bytes(needs.weights)}, hidden states {human_bytes(hidden)}, logits {human_bytes(logits)}; give a smaller "
+            "seqlen, fewer samples, or more memory"
         )
-    return found
+    return needs
 
 
 def store_bytes(model: Any, anatomy: Anatomy, tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""Structured pruning: what every pruner is made of, and the pruners that belong to no paper."""
+"""Structured pruning: the parts that all pruners share, and the pruners that come from no paper."""
 
 from pliant.prune.known_subnet import Cut
 from pliant.prune.moves import block_moves, layer_moves, pooled, reach, width_moves

@@ -1,4 +1,4 @@
-"""Sub-networks that were found before: from our files, and from those of the original MultiPruner and BlockPruner code."""
+"""Read sub-networks from pliant's files and from those of the original MultiPruner and BlockPruner code."""
 
 from __future__ import annotations
 
@@ -7,84 +7,92 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pliant.anatomy import Anatomy
+from pliant.anatomy import Anatomy, Block
 from pliant.elastic import Subnet, validate
 from pliant.errors import DataError, SubnetError
 
+ATTENTION, MLP = frozenset({"attention"}), frozenset({"mlp", "experts"})  # roles of the blocks that those files name
+
 
 def read_config(path: str | Path, anatomy: Anatomy) -> Subnet:
-    """A sub-network from a file: ours (``{"skip": [...], "keep": {...}}``), or what the original MultiPruner or BlockPruner
-    code found.
+    """A sub-network from a file of pliant (``{"skip": [...], "keep": {...}}``), or of the original MultiPruner or BlockPruner
+    code.
 
-    Of those it understands ``pruning_config.json`` of MultiPruner (``pruned_attn_idx``, ``pruned_mlp_idx``, ``pruned_attn_width``,
-    ``pruned_mlp_width``) and the removal lists of BlockPruner (``{"1": [["mha", 25]], "2": …}``: the longest is taken).
+    Their files are MultiPruner's ``pruning_config.json`` (``pruned_attn_idx``, ``pruned_mlp_idx``, ``pruned_attn_width``,
+    ``pruned_mlp_width``) and BlockPruner's removal lists (``{"1": [["mha", 25]], "2": …}``: the longest is taken).
     MultiPruner's widths count channels after reordering by L1 norm: reorder the model first.
 
     Raises:
-        DataError: neither form, or a width that is no whole number of units.
+        DataError: the file has neither form, or a width is not a whole number of units.
     """
     return parse_config(config_in(path), anatomy, str(path))
 
 
 def config_in(path: str | Path) -> dict[str, Any]:
-    """What a file of :func:`read_config` holds, not yet read for any model.
+    """The contents of a file for :func:`read_config`, not yet interpreted for a model.
 
     Raises:
-        DataError: no object in JSON.
+        DataError: the file does not hold a JSON object.
     """
     try:
         raw = json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {str(path)!r}: {error}") from None
     if not isinstance(raw, dict):
-        raise DataError(f"{str(path)!r} is no pruning configuration: an object is expected")
+        raise DataError(f"{str(path)!r} is not a pruning configuration: it must be a JSON object")
     return raw
 
 
 def parse_config(raw: Mapping[str, Any], anatomy: Anatomy, where: str = "the configuration") -> Subnet:
-    """:func:`read_config` for what is already read."""
+    """:func:`read_config` for the contents of a file."""
     try:
         digits = bool(raw) and all(key.isdigit() for key in raw)
         if {"skip", "keep"} & set(raw):
             subnet = Subnet.from_dict(raw)
         else:
-            subnet = _removals(raw) if digits else _widths(raw, anatomy)
+            subnet = _removals(raw, anatomy) if digits else _widths(raw, anatomy)
         validate(subnet, anatomy)
     except SubnetError as error:
         raise DataError(f"{where} does not fit this model: {error}") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{where} is no pruning configuration: {type(error).__name__} {error}") from None
+        raise DataError(f"{where} is not a pruning configuration: {type(error).__name__} {error}") from None
     return subnet
 
 
-def _removals(raw: Mapping[str, Any]) -> Subnet:
+def _removals(raw: Mapping[str, Any], anatomy: Anatomy) -> Subnet:
     """BlockPruner: removals by their number; sets are nested, so the longest is the whole run."""
-    kinds = {"mha": "attention", "mlp": "mlp"}
+    roles = {"mha": ATTENTION, "mlp": MLP}
     longest = raw[max(raw, key=int)]
-    return Subnet(frozenset(f"layers.{int(layer)}.{kinds[kind]}" for kind, layer in longest))
+    return Subnet().without(*(_block(anatomy, layer, roles[kind]).name for kind, layer in longest))
 
 
 def _widths(raw: Mapping[str, Any], anatomy: Anatomy) -> Subnet:
-    """MultiPruner: removed layers of each kind, and widths in channels of those that stay."""
+    """MultiPruner: removed attentions and MLPs by layer, and widths in channels of the others."""
     keys = {"pruned_attn_idx", "pruned_mlp_idx", "pruned_attn_width", "pruned_mlp_width"}
     if not keys & set(raw):
-        raise ValueError(f"expected are {', '.join(sorted(keys))}")
+        raise ValueError(f"expected one of {', '.join(sorted(keys))}")
     subnet = Subnet()
-    for kind, index in (("attention", "pruned_attn_idx"), ("mlp", "pruned_mlp_idx")):
+    for roles, index in ((ATTENTION, "pruned_attn_idx"), (MLP, "pruned_mlp_idx")):
         for layer in raw.get(index) or ():
-            subnet = subnet.without(f"layers.{int(layer)}.{kind}")
-    for kind, widths in (("attention", "pruned_attn_width"), ("mlp", "pruned_mlp_width")):
+            subnet = subnet.without(_block(anatomy, layer, roles).name)
+    for roles, widths in ((ATTENTION, "pruned_attn_width"), (MLP, "pruned_mlp_width")):
         for layer, width in (raw.get(widths) or {}).items():
-            block = anatomy.blocks.get(f"layers.{int(layer)}.{kind}")
-            if block is None:
-                raise SubnetError(f"it narrows {kind} of layer {layer}, which is not there")
+            block = _block(anatomy, layer, roles)
             if len(block.leaders) != 1:
                 raise SubnetError(f"{block.name} of this family has {len(block.leaders)} axes to cut, not one width")
             (leader,) = block.leaders
             widest = max(axis.ratio * axis.unit for axis in block.axes.values() if axis.leader == leader.leader)
-            units, left = divmod(int(width), widest)
-            if left:
-                raise SubnetError(f"width {width} of {block.name} is no multiple of {widest}")
+            units, rest = divmod(int(width), widest)
+            if rest:
+                raise SubnetError(f"width {width} of {block.name} is not a multiple of {widest}")
             if block.name not in subnet.skip and units != leader.size:
                 subnet = subnet.keeping(leader.name, units)
     return subnet
+
+
+def _block(anatomy: Anatomy, layer: Any, roles: frozenset[str]) -> Block:
+    """The only block of a layer that has one of these roles."""
+    blocks = [block for block in anatomy.blocks.values() if block.layer == int(layer) and block.role in roles]
+    if len(blocks) != 1:
+        raise SubnetError(f"layer {layer} has {len(blocks)} blocks of the role {' or '.join(sorted(roles))}, not one")
+    return blocks[0]

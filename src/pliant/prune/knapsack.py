@@ -1,4 +1,4 @@
-"""Allocation by knapsack: measure what every block costs in loss at a few widths, then solve for the best mix."""
+"""Allocation by knapsack: measure the loss of every block at a few widths, then solve for the best mix."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from pliant.anatomy import Anatomy, Axis
 from pliant.elastic import Subnet, parameters, ratio
 from pliant.errors import RatioError
 from pliant.prune.moves import Moves, block_moves, settled, step_moves, unit_of
+from pliant.prune.ratio_target import out_of_reach
 from pliant.prune.session import Pruning, Scorer
 from pliant.prune.settings import OrderedPruner
 from pliant.prune.unit_order import ordered
 from pliant.prune.width_cuts import narrowed, widths
-from pliant.searches import Allocation, HillClimb, Move
+from pliant.searches import Allocation, HillClimb, Move, Space
 from pliant.step import Job, setting
 
 Menus = Mapping[str, Sequence[Subnet]]
-"""Block -> the dense model, then the same with less and less of the block."""
+"""Block -> the dense model, then models with ever less of the block."""
 
 
 class KnapsackPruner(OrderedPruner):
-    """Every block at a few widths, or gone: a multiple-choice knapsack over damages measured one at a time, then swaps
-    that are scored for real.
+    """Choose a width for every block, or remove it: a multiple-choice knapsack over loss increases measured one at a time,
+    then swaps that are scored together.
 
     The loss increases are assumed to add up, which nearly holds for widths and less so for whole blocks; swaps correct for this.
     If the chosen widths remove more than the ratio, groups are restored one by one.
@@ -33,7 +34,7 @@ class KnapsackPruner(OrderedPruner):
     kind: ClassVar[str] = "knapsack"
 
     levels: int = setting(
-        "Widths at which the axes of a block are tried, besides whole and gone.", default=4, at_least=0
+        "Widths at which the axes of a block are scored, besides the full width and none.", default=4, at_least=0
     )
 
     swaps: int = setting(
@@ -41,8 +42,7 @@ class KnapsackPruner(OrderedPruner):
     )
 
     group: int = setting(
-        "Elements that come and go together, and what is left is a multiple of; heads go one key-value "
-        "group at a time.",
+        "Every remaining width is a multiple of so many elements; heads are removed one key-value group at a time.",
         default=32,
         at_least=1,
     )
@@ -59,17 +59,17 @@ class KnapsackPruner(OrderedPruner):
         windows = self.windows(job, self.samples, self.seed)
         total = sum(len(menu) - 1 for menu in menus.values()) + self.swaps
 
-        def told(scorer: Scorer) -> None:
+        def show(scorer: Scorer) -> None:
             job.progress.step(min(1.0, scorer.seen / total), f"{scorer.seen} of at most {total} scored")
 
         with ordered(job, pruning.anatomy, self.order, windows):
-            with pruning.scoring("knapsack", windows, told=told) as score:
+            with pruning.scoring("knapsack", windows, on_score=show) as score:
                 subnet, loss = self._allocate(pruning, menus, score)
             pruning.commit("knapsack", Move("all", subnet), loss)
             self.finish(pruning, job, self._moves(pruning.anatomy))
 
     def _menus(self, anatomy: Anatomy) -> Menus:
-        """What can be done with each block, alone."""
+        """The choices for each block, alone."""
         free = {block.name for block in anatomy.may_all_go()}
         menus: dict[str, list[Subnet]] = {}
         shared: set[str] = set()  # an axis of several blocks is offered once
@@ -81,9 +81,9 @@ class KnapsackPruner(OrderedPruner):
                 narrower = _narrower(axes, level / (self.levels + 1), self.group)
                 if parameters(anatomy, narrower) < parameters(anatomy, menu[-1]):
                     menu.append(narrower)
-            gone = Subnet().without(block.name)
-            if block.name in free and parameters(anatomy, gone) < parameters(anatomy, menu[-1]):
-                menu.append(gone)  # one of several tied blocks saves nothing alone
+            removed = Subnet().without(block.name)
+            if block.name in free and parameters(anatomy, removed) < parameters(anatomy, menu[-1]):
+                menu.append(removed)  # one of several tied blocks saves nothing alone
             if len(menu) > 1:
                 menus[block.name] = menu
         return menus
@@ -92,40 +92,43 @@ class KnapsackPruner(OrderedPruner):
         """Refuse a ratio that the menus do not reach, before anything is scored."""
         most = sum(ratio(anatomy, menu[-1]) for menu in menus.values())
         if most < self.ratio:
-            raise RatioError(f"ratio {self.ratio} cannot be reached: every block at its smallest comes to {most:.4f}")
+            raise out_of_reach(self.ratio, most, "the smallest choice of every block")
 
     def _allocate(self, pruning: Pruning, menus: Menus, score: Scorer) -> tuple[Subnet, float]:
-        """The best mix of choices measured one at a time, then pairs of blocks that trade a step, one narrower and one wider,
-        while the loss falls and the ratio holds."""
+        """Solve for the best mix of choices measured one at a time, then let pairs of blocks trade a step, one narrower and
+        one wider, while the loss falls and the ratio holds."""
         anatomy, parts = pruning.anatomy, list(menus.values())
         dense = parameters(anatomy)
-        saved = [[dense - parameters(anatomy, one) for one in menu] for menu in parts]
+        saved = [[dense - parameters(anatomy, choice) for choice in menu] for menu in parts]
         step = min(after - before for menu in saved for before, after in pairwise(menu))
         search = Allocation(
             parts, saved, self.ratio * dense, step, lambda picked: self._settled(anatomy, menus, picked)
         )
         search.run(lambda subnet: [score(subnet)])
         if search.picked is None:
-            raise RatioError(f"ratio {self.ratio} cannot be reached: too many blocks leave no finite loss")
+            raise RatioError(
+                f"ratio {self.ratio} cannot be reached: the loss is not finite without some blocks, and the others do not "
+                "suffice; give a smaller ratio"
+            )
         start = self._settled(anatomy, menus, search.picked)
         picks = {start: search.picked}
-        unit = (unit_of(anatomy, self._moves(anatomy)) - 0.5) / dense  # a whole one is too much
+        unit = (unit_of(anatomy, self._moves(anatomy)) - 0.5) / dense  # less than a whole unit
 
         def trade(now: Subnet, draw: random.Random) -> Subnet | None:
             down, up = draw.sample(range(len(parts)), 2)
-            tried = list(picks[now])
-            tried[down], tried[up] = tried[down] + 1, tried[up] - 1
-            if tried[down] >= len(parts[down]) or tried[up] < 0:
+            picked = list(picks[now])
+            picked[down], picked[up] = picked[down] + 1, picked[up] - 1
+            if picked[down] >= len(parts[down]) or picked[up] < 0:
                 return None
-            if ratio(anatomy, _mixed(menus, tried)) < self.ratio:
+            if ratio(anatomy, _mixed(menus, picked)) < self.ratio:
                 return None
-            subnet = self._settled(anatomy, menus, tried)
+            subnet = self._settled(anatomy, menus, picked)
             if ratio(anatomy, subnet) > max(ratio(anatomy, now), self.ratio + unit):
                 return None
-            picks.setdefault(subnet, tried)
+            picks.setdefault(subnet, picked)
             return subnet
 
-        climb = HillClimb(start, trade, self.swaps if len(parts) > 1 else 0, self.seed)
+        climb = HillClimb(Space(), [start], self.swaps if len(parts) > 1 else 0, self.seed, propose=trade)
         climb.run(lambda subnet: [score(subnet)])
         return climb.subnet, climb.seen[climb.subnet][0]
 
@@ -136,22 +139,22 @@ class KnapsackPruner(OrderedPruner):
         return settled(anatomy, _mixed(menus, picked), self.ratio, steps, menus)
 
     def _moves(self, anatomy: Anatomy) -> Moves:
-        """One group less of each axis; whole blocks where no widths are tried."""
+        """One group less of each axis; whole blocks if no widths are scored."""
         return step_moves(anatomy.axes.values(), self.group) if self.levels else block_moves(anatomy)
 
 
 def _mixed(menus: Menus, picked: Sequence[int]) -> Subnet:
     """The sub-network with one choice of each menu made."""
-    chosen = [menu[place] for menu, place in zip(menus.values(), picked, strict=True)]
-    keep = {axis: units for one in chosen for axis, units in one.keep}
-    return Subnet(frozenset().union(*(one.skip for one in chosen)), tuple(sorted(keep.items())))
+    chosen = [menu[index] for menu, index in zip(menus.values(), picked, strict=True)]
+    keep = {axis: units for choice in chosen for axis, units in choice.keep}
+    return Subnet(frozenset().union(*(choice.skip for choice in chosen)), tuple(sorted(keep.items())))
 
 
-def _narrower(axes: Sequence[Axis], gone: float, group: int) -> Subnet:
-    """About a share of every axis gone, as far as its units allow."""
-    left = {axis: widths(axis, group) for axis in axes}
+def _narrower(axes: Sequence[Axis], share: float, group: int) -> Subnet:
+    """The sub-network without about ``share`` of every axis, as far as its units allow."""
+    allowed = {axis: widths(axis, group) for axis in axes}
     return narrowed(
-        (axis.name, min(sizes, key=lambda units: abs(axis.size * (1 - gone) - units)))
-        for axis, sizes in left.items()
+        (axis.name, min(sizes, key=lambda units: abs(axis.size * (1 - share) - units)))
+        for axis, sizes in allowed.items()
         if sizes
     )

@@ -10,49 +10,54 @@ import torch
 
 from pliant.anatomy import Anatomy, agree, answer, evaluating, probe
 from pliant.checkpoint.fingerprint import check_finite
+from pliant.criteria.importance import reads_text
 from pliant.data import Text
 from pliant.elastic import Elastic, Subnet, described, extract, ratio, validate
 from pliant.errors import DataError, StepError, SubnetError
 from pliant.forward.windows import seqlen_of, windows_for
 from pliant.prune.imported_configs import config_in, parse_config
-from pliant.prune.unit_order import ORDERS, ordered
+from pliant.prune.unit_order import STORED, ordered
+from pliant.registry import IMPORTANCE
 from pliant.step import Job, Step, setting
 
 
 class Cut(Step):
-    """Cut to a given sub-network, without a search: one from an archive, a report, or another tool."""
+    """Cut to a given sub-network without a search: from an archive, a report, or another tool."""
 
     kind: ClassVar[str] = "cut"
     family: ClassVar[str] = "pruner"
 
     subnet: Subnet | Mapping[str, Any] = setting(
-        "What to keep: a sub-network, the contents of a file of pliant.read_config, or the path of such a file."
+        "The sub-network to keep, the contents of a file for pliant.read_config, or the path of such a file."
     )
 
     order: str = setting(
-        "What channels and heads were put in order by where the sub-network was found: l1, activation "
-        "(from calibration text, the same again), or stored.",
+        "How channels and heads were sorted when the sub-network was found: l1, activation or fisher (both need the same"
+        " calibration text again), stored, or your own as module:function.",
         default="l1",
-        choices=ORDERS,
+        choices=(STORED,),
+        names=IMPORTANCE,
     )
 
     samples: int = setting(
-        "activation: rows of calibration text that the order was taken from.", default=128, at_least=1
+        "activation, fisher: rows of calibration text that the order was computed from.", default=128, at_least=1
     )
 
     seqlen: int | None = setting(
-        "activation: tokens in a calibration window. Default: the smaller of 2048 and the model's positions.",
+        "activation, fisher: tokens in a calibration window. Default: the smaller of 2048 and the model's positions.",
         default=None,
         at_least=2,
     )
 
-    seed: int = setting("activation: seed of the draw of calibration rows.", default=42, at_least=0, at_most=2**63 - 1)
+    seed: int = setting(
+        "activation, fisher: seed that calibration rows are drawn with.", default=42, at_least=0, at_most=2**63 - 1
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.subnet, str | Path):
             object.__setattr__(self, "subnet", config_in(self.subnet))
         if not isinstance(self.subnet, Subnet | Mapping):
-            raise StepError(f"subnet must be a Subnet, a mapping or the path of a file; not {self.subnet!r}")
+            raise StepError(f"subnet must be a Subnet, a mapping, or the path of a file; not {self.subnet!r}")
         super().__post_init__()
 
     def run(self, job: Job) -> None:
@@ -63,15 +68,16 @@ class Cut(Step):
             validate(subnet, anatomy)
         else:
             subnet = parse_config(self.subnet, anatomy)
-        order = self.order if subnet.keep else "stored"
-        with ordered(job, anatomy, order, self._windows(job) if order == "activation" else None):
-            cut_exactly(job.model, anatomy, subnet)
+        order = self.order if subnet.keep else STORED
+        windows = self._windows(job) if order != STORED and reads_text(order) else None
+        with ordered(job, anatomy, order, windows):
+            extract_and_verify(job.model, anatomy, subnet)
         job.record.update(ratio=ratio(anatomy, subnet), subnet=subnet.to_dict())
 
     def _windows(self, job: Job) -> torch.Tensor:
         if not isinstance(job.data, Text):
             raise DataError(
-                "units in the order of their activations need the calibration text they were ordered by: pass data="
+                f"order={self.order!r} needs the calibration text that the units were sorted by: pass data="
             )
         return windows_for(
             job.model, job.tokenizer(), job.data.sample(self.samples, self.seed), seqlen_of(job.model, self.seqlen)
@@ -85,8 +91,8 @@ class Cut(Step):
 
 
 @torch.no_grad()
-def cut_exactly(model: Any, anatomy: Anatomy, subnet: Subnet) -> None:
-    """Extract ``subnet`` in place and check on a few tokens that the cut model computes what the activated one did."""
+def extract_and_verify(model: Any, anatomy: Anatomy, subnet: Subnet) -> None:
+    """Extract ``subnet`` in place and check on a few tokens that the cut model computes the same as the activated one."""
     with evaluating(model):
         elastic = Elastic(model, anatomy)
         inputs = probe(model, tokens=16)
@@ -98,4 +104,4 @@ def cut_exactly(model: Any, anatomy: Anatomy, subnet: Subnet) -> None:
         extract(model, anatomy, subnet)
         actual = answer(model, inputs)
     if not agree(actual, expected, next(model.parameters()).dtype):
-        raise SubnetError("the cut model does not compute what the search scored; please report this model")
+        raise SubnetError("the cut model does not compute the same as the scored one; please report this model")

@@ -1,4 +1,4 @@
-"""One-shot pruning: rank the blocks once, remove from the bottom. The baselines that a search has to beat."""
+"""One-shot pruning: rank the blocks once and remove the lowest. These are baselines for every search."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 
 from pliant.criteria.block_ranking import RANKINGS
-from pliant.elastic import Subnet, ratio
+from pliant.elastic import Subnet
 from pliant.errors import StepError
 from pliant.prune.moves import block_moves, fitting, layer_moves
+from pliant.prune.ratio_target import reached
 from pliant.prune.session import Pruning, Scorer
 from pliant.prune.settings import Pruner
 from pliant.searches.greedy import check_loss
@@ -30,15 +31,14 @@ class OneShot(Pruner):
     kind: ClassVar[str] = "oneshot"
 
     by: str = setting(
-        "What ranks a block: influence (ShortGPT's Block Influence), magnitude (of what it adds, relative"
-        " to the stream), perplexity (with it alone gone), taylor or fisher (gradient estimates of that),"
-        " or random.",
+        "Rank blocks by influence (ShortGPT's Block Influence), magnitude (of their output relative to the residual"
+        " stream), perplexity (of the model without the block), or random.",
         default="influence",
         choices=(*RANKINGS, PERPLEXITY, RANDOM),
     )
 
     granularity: str = setting(
-        "What goes at a time: block (attention or MLP), or layer (the ranks of its blocks are added up).",
+        "Remove a block at a time (attention or MLP), or a layer (by the sum of its blocks' ranks).",
         default="block",
         choices=GRANULARITIES,
     )
@@ -47,7 +47,7 @@ class OneShot(Pruner):
         super().__post_init__()
         if self.score.key != PERPLEXITY and self.by != PERPLEXITY:
             raise StepError(
-                f"ranking by {self.by} does not score; metric can only be {self.score.name!r} with by='perplexity'"
+                f"metric {self.score.name!r} needs by='perplexity': ranking by {self.by} evaluates no score"
             )
 
     def run(self, job: Job) -> None:
@@ -58,12 +58,12 @@ class OneShot(Pruner):
         ranks = self._ranks(pruning, job, self.windows(job, self.samples, self.seed))
         job.record["ranks"] = {name: rank if math.isfinite(rank) else None for name, rank in ranks.items()}
         fit = fitting(anatomy, moves, self.ratio)
-        while ratio(anatomy, pruning.subnet) < self.ratio - 1e-12:
+        while not reached(anatomy, pruning.subnet, self.ratio):
             offered = fit(pruning.subnet)
             if not offered:
                 break
             ranked = [(sum(ranks[b] for b in move.subnet.skip - pruning.subnet.skip), move) for move in offered]
-            rank, lowest = min(ranked, key=lambda one: one[0])
+            rank, lowest = min(ranked, key=lambda pair: pair[0])
             pruning.commit("blocks", lowest, None, rank)
         self.finish(pruning, job, moves)
 
@@ -75,10 +75,10 @@ class OneShot(Pruner):
         if self.by == PERPLEXITY:
             free = block_moves(pruning.anatomy)(Subnet())
 
-            def told(scorer: Scorer) -> None:
+            def show(scorer: Scorer) -> None:
                 job.progress.step(scorer.seen / (len(free) + 1), f"{scorer.seen} of {len(free) + 1} scored")
 
-            with pruning.scoring(f"ranking by {self.score.name}", windows, told=told) as score:
+            with pruning.scoring(f"ranking by {self.score.name}", windows, on_score=show) as score:
                 check_loss(dense := score(Subnet()))
                 ranks = {move.unit: score(move.subnet) - dense for move in free}
         else:

@@ -1,4 +1,4 @@
-"""Units that a search removed too much are put back, so that it ends within one unit of its ratio."""
+"""Choose which removed units to put back, so that a search ends within one unit of its ratio."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from functools import reduce
 from pliant.anatomy import Anatomy
 from pliant.elastic import Subnet, parameters
 from pliant.errors import RatioError
+from pliant.prune.ratio_target import TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,10 @@ class Removal:
     """One committed move.
 
     Attributes:
-        unit: what went.
+        unit: name of the removed unit.
         before: the sub-network that still had it.
         after: the sub-network without it.
-        hurt: how much its removal hurt, in the method's own measure; NaN where that is unknown.
+        hurt: how much its removal hurt, in the method's own measure; NaN if unknown.
     """
 
     unit: str
@@ -37,19 +38,19 @@ class Removal:
     def undone(self, subnet: Subnet) -> Subnet:
         """``subnet`` with the blocks of this move as they were before it."""
         blocks = self.blocks
-        keep = [kept for kept in subnet.keep if kept[0].rpartition(".")[0] not in blocks]
-        keep += [kept for kept in self.before.keep if kept[0].rpartition(".")[0] in blocks]
+        keep = [axis for axis in subnet.keep if axis[0].rpartition(".")[0] not in blocks]
+        keep += [axis for axis in self.before.keep if axis[0].rpartition(".")[0] in blocks]
         return Subnet((subnet.skip - blocks) | (self.before.skip & blocks), tuple(sorted(keep)))
 
 
-def put_backs(anatomy: Anatomy, removals: Sequence[Removal], target: float, unit: int) -> list[Removal]:
-    """Removals to undo, in this order, so that the ratio is at least ``target`` and less than one unit above it.
+def put_backs(anatomy: Anatomy, removals: Sequence[Removal], ratio: float, unit: int) -> list[Removal]:
+    """Removals to undo, in this order, to end at ``ratio`` or less than one unit above it.
 
-    Only as many as needed. Of those whose return leads there, the one that hurt most comes first; of equal ones the latest. Moves
-    on the same block are undone last first.
+    Only as many as needed are undone. Of the removals whose undoing leads there, the one that hurt most comes first; of equal
+    ones the latest. Moves on the same block are undone in reverse order.
 
     Arguments:
-        removals: all moves in the order they were made; the last one reached at least ``target``.
+        removals: all moves in the order they were made; the last one reached at least ``ratio``.
         unit: parameters of the smallest unit.
 
     Raises:
@@ -57,10 +58,10 @@ def put_backs(anatomy: Anatomy, removals: Sequence[Removal], target: float, unit
     """
     dense = parameters(anatomy)
     removed = dense - parameters(anatomy, removals[-1].after) if removals else 0
-    excess = math.floor(removed - (target - 1e-12) * dense)  # parameters that may come back
+    excess = _excess(removed, dense, ratio)
     if excess < unit:
         return []
-    saved = [parameters(anatomy, one.before) - parameters(anatomy, one.after) for one in removals]
+    saved = [parameters(anatomy, removal.before) - parameters(anatomy, removal.after) for removal in removals]
     chains = _chains(removals)
     back: list[Removal] = []
     while excess >= unit:
@@ -69,15 +70,20 @@ def put_backs(anatomy: Anatomy, removals: Sequence[Removal], target: float, unit
             (chain[-1] for chain in chains if chain), key=lambda i: (_known(removals[i].hurt), i), reverse=True
         )
         for last in lasts:
-            left = excess - saved[last]
+            rest = excess - saved[last]
             shorter = [chain[:-1] if chain[-1:] == [last] else chain for chain in chains]
-            if left >= 0 and _fills(shorter, saved, left, unit):
+            if rest >= 0 and _fills(shorter, saved, rest, unit):
                 break
         else:
-            raise RatioError(_refusal(chains, saved, removed, dense, target, unit))
-        excess, chains = left, shorter
+            raise RatioError(_refusal(chains, saved, removed, dense, ratio, unit))
+        excess, chains = rest, shorter
         back.append(removals[last])
     return back
+
+
+def _excess(removed: int, dense: int, ratio: float) -> int:
+    """Parameters that may be put back."""
+    return math.floor(removed - (ratio - TOLERANCE) * dense)
 
 
 def _known(hurt: float) -> float:
@@ -85,23 +91,23 @@ def _known(hurt: float) -> float:
 
 
 def _chains(removals: Sequence[Removal]) -> list[list[int]]:
-    """Places of the removals that changed the same blocks, in order."""
+    """Indices of the removals that changed the same blocks, in order."""
     chains: list[tuple[frozenset[str], list[int]]] = []
-    for place, removal in enumerate(removals):
+    for index, removal in enumerate(removals):
         same = [chain for chain in chains if chain[0] & removal.blocks]
         merged = frozenset().union(removal.blocks, *(blocks for blocks, _ in same))
-        places = sorted([place, *(i for _, of_chain in same for i in of_chain)])
-        chains = [chain for chain in chains if chain not in same] + [(merged, places)]
-    return [places for _, places in chains]
+        indices = sorted([index, *(i for _, of_chain in same for i in of_chain)])
+        chains = [chain for chain in chains if chain not in same] + [(merged, indices)]
+    return [indices for _, indices in chains]
 
 
 def _sums(chains: Sequence[Sequence[int]], saved: Sequence[int], most: int, part: int) -> int:
-    """What undoing ends of the chains can bring back: bit ``n`` is set where it is ``n * part`` parameters, up to ``most``."""
+    """Sizes that undoing ends of the chains can restore: bit ``n`` is set for ``n * part`` parameters, up to ``most``."""
     bits, mask = 1, (1 << (most // part + 1)) - 1
     for chain in chains:
         grown, back = bits, 0
-        for place in reversed(chain):
-            back += saved[place]
+        for index in reversed(chain):
+            back += saved[index]
             if back > most:
                 break
             grown |= bits << (back // part)
@@ -110,7 +116,7 @@ def _sums(chains: Sequence[Sequence[int]], saved: Sequence[int], most: int, part
 
 
 def _fills(chains: Sequence[Sequence[int]], saved: Sequence[int], excess: int, unit: int) -> bool:
-    """Whether undoing can bring back at most ``excess`` and leave less than one unit of it."""
+    """Whether undoing can restore at most ``excess`` and leave less than one unit of it."""
     part = _part(saved)
     return excess - (_sums(chains, saved, excess, part).bit_length() - 1) * part < unit
 
@@ -120,18 +126,18 @@ def _part(saved: Sequence[int]) -> int:
 
 
 def _refusal(
-    chains: Sequence[Sequence[int]], saved: Sequence[int], removed: int, dense: int, target: float, unit: int
+    chains: Sequence[Sequence[int]], saved: Sequence[int], removed: int, dense: int, ratio: float, unit: int
 ) -> str:
     part = _part(saved)
-    excess = math.floor(removed - (target - 1e-12) * dense)
+    excess = _excess(removed, dense, ratio)
     bits = _sums(chains, saved, removed, part)
     above = (bits & ((1 << (excess // part + 1)) - 1)).bit_length() - 1
     more = bits >> (excess // part + 1)
-    below = excess // part + (more & -more).bit_length()  # place of the lowest bit
+    below = excess // part + (more & -more).bit_length()  # position of the lowest bit
     # rounded down, so that the same selection still reaches a ratio that is given as printed
-    near = [math.floor((removed - place * part) / dense * 1e4) / 1e4 for place in (below, above)]
-    shown = " or ".join(f"{ratio:.4f}" for ratio in near if ratio > 0)
+    nearest = [math.floor((removed - bit * part) / dense * 1e4) / 1e4 for bit in (below, above)]
+    shown = " or ".join(f"{near:.4f}" for near in nearest if near > 0)
     return (
-        f"ratio {target} cannot be reached within one unit, which is {unit / dense:.4f}: the nearest that the units removed "
-        f"come to is {shown}; give one of these"
+        f"ratio {ratio} cannot be reached within one unit, which is {unit / dense:.4f}: the nearest ratio of the removed "
+        f"units is {shown}; give one of these"
     )

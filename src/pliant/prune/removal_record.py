@@ -1,4 +1,4 @@
-"""What the report shows of a pruning."""
+"""Sections of the report on a pruning."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pliant.record import Curve, Note, Section, Table
 
 
 def removals(points: Sequence[Mapping[str, Any]], counters: Mapping[str, Mapping[str, Any]]) -> list[Section]:
-    """The score against the ratio, what every stage took, and all removals.
+    """The score against the ratio, the work of every stage, and all removals.
 
     Arguments:
         points: after each removal ``stage``, ``unit``, ``ratio``, ``score`` (None if it was not scored) and its ``label``.
-        counters: stage -> what it took.
+        counters: stage -> its steps, evaluations and seconds.
     """
     if not points:
         return []
@@ -60,23 +60,23 @@ def removals(points: Sequence[Mapping[str, Any]], counters: Mapping[str, Mapping
 
 
 def refits(fits: Sequence[Mapping[str, Any]]) -> list[Section]:
-    """What refitting the last matrices of the blocks did.
+    """The effect of refitting the last matrices of the blocks.
 
     Arguments:
-        fits: for every block its ``distance`` ``before`` and ``after``, or None where it was left alone.
+        fits: for every block its ``distance`` ``before`` and ``after``, or None if it was not refitted.
     """
     refitted = [fit["distance"] for fit in fits if fit["distance"] is not None]
     if not fits:
         return []
-    left = len(fits) - len(refitted)
-    alone = f" {left} block(s), which something else than a matrix ends, were left alone." if left else ""
+    others = len(fits) - len(refitted)
+    skipped = f" {others} block(s) do not end in a single matrix and were not refitted." if others else ""
     if not refitted:
-        return [Note(f"Repair:{alone}")]
+        return [Note(f"Repair:{skipped}")]
     last = refitted[-1]
     return [
         Note(
-            f"Repair: {len(refitted)} blocks refitted. Mean square distance of the residual stream from that of the dense "
-            f"model, as a share of the latter, after the last one: {last['before']:.3g} before it was refitted, "
-            f"{last['after']:.3g} after.{alone}"
+            f"Repair: {len(refitted)} blocks refitted. Relative mean square distance of the residual stream from that of the "
+            f"dense model, behind the last of them: {last['before']:.3g} before it was refitted, {last['after']:.3g} "
+            f"after.{skipped}"
         )
     ]

@@ -1,10 +1,10 @@
-"""Repair without training: refit the last matrix of every block that stays, so that the residual stream comes back to
-what it was.
+"""Repair without training: refit the last matrix of every remaining block, so that the residual stream returns to that of
+the dense model.
 
-A block adds ``W x`` to the residual stream, where W is its last matrix. Walking through the layers, W is refitted by ridge
-regression on calibration tokens: its inputs are what the cut model computes, its target is what the dense model's stream
-is after this block less what the cut model's stream is before it. So a block also makes up for what was removed before
-it, as far as it can. W is held to what it was (the penalty is on the change), which keeps few tokens from misleading it.
+A block adds ``W x`` to the residual stream, where W is its last matrix. Layer by layer, W is refitted by ridge regression on
+calibration tokens: its inputs are those in the cut model, its target is the dense model's stream after this block minus the
+cut model's stream before it. So a block also compensates for what was removed before it, as far as it can. The penalty is on
+the change of W, so that few tokens do not mislead the fit.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from pliant.pages import pages_of
 from pliant.progress import Progress
 from pliant.runtime.dense import weight_of
 
-EXACT = 1e-3  # how closely, as a share of it, a last matrix must explain what its block adds to the stream
-ROUNDS = 16  # of alternating least squares for a norm that follows it; gemma2, gemma3 and olmo2 take one to three
-FAINT = 0.1  # channels that a norm makes fainter than this share of the usual would need changes out of all proportion
+EXACT = 1e-3  # largest relative error with which a last matrix must explain the output of its block
+ROUNDS = 16  # of alternating least squares for a norm behind the matrix; gemma2, gemma3 and olmo2 take one to three
+FAINT = (
+    0.1  # channels that a norm scales below this share of the root mean square are left out: they would change too much
+)
 
 Hidden = list[torch.Tensor | None]
 Seen = list[tuple[torch.Tensor, torch.Tensor]]
@@ -39,13 +41,13 @@ def repair(
     """Refit, in place, the kept part of the last matrix of every block that ``subnet`` keeps.
 
     Arguments:
-        model: the dense model, its units in the order that ``subnet`` speaks of. On an error it is left as it was.
+        model: the dense model, its units sorted as ``subnet`` expects. On an error its weights are restored.
         windows: token ids, shape ``(windows, seqlen)``.
         ridge: penalty on the change, as a multiple of the mean square of the inputs.
 
     Returns:
         For each block: its name, and the mean square distance of the stream from the dense one before and after; None
-        where something else than a matrix, or a matrix and a norm, comes last, which is left alone.
+        for a block that does not end in a matrix, or a matrix and a norm, and is not refitted.
     """
     return within_memory(
         model,
@@ -63,7 +65,7 @@ def _repair(
     saved: dict[torch.Tensor, torch.Tensor] = {}
     dense: Hidden = [None] * len(batches)
     cut: Hidden = [None] * len(batches)
-    told = []
+    fits = []
 
     def advance(layer: int, active: Subnet, hidden: Hidden) -> list[torch.Tensor]:
         elastic.activate(active, stretch=True)
@@ -73,11 +75,11 @@ def _repair(
         for layer in range(anatomy.depth):
             blocks = [block for block in anatomy.blocks.values() if block.layer == layer]
             later = {block.name: [other.name for other in blocks[i:]] for i, block in enumerate(blocks, 1)}
-            # before anything in this layer changes, what the dense model computes in it
-            wanted = {block.name: advance(layer, Subnet().without(*later[block.name]), dense) for block in blocks}
-            dense = list(wanted[blocks[-1].name]) if blocks else dense
-            # the cut model's stream between its blocks; before the first one it is what comes into the layer
-            reached = advance(layer, subnet.without(*(block.name for block in blocks)), cut)
+            # the dense model's stream, computed before anything in this layer changes
+            targets = {block.name: advance(layer, Subnet().without(*later[block.name]), dense) for block in blocks}
+            dense = list(targets[blocks[-1].name]) if blocks else dense
+            # the cut model's stream between its blocks; before the first one it is the input of the layer
+            incoming = advance(layer, subnet.without(*(block.name for block in blocks)), cut)
             for block in blocks:
                 if block.name in subnet.skip:
                     continue
@@ -96,18 +98,18 @@ def _repair(
                     if handle is not None:
                         handle.remove()
                 distance = None
-                factors = None if weight is None else _factors(seen, reached, after)
+                factors = None if weight is None else _factors(seen, incoming, after)
                 if factors is not None:
-                    change = _refit(owner, seen, factors, after, wanted[block.name], ridge)
-                    before = _distance(after, wanted[block.name])
+                    change = _refit(owner, seen, factors, after, targets[block.name], ridge)
+                    before = _distance(after, targets[block.name])
                     if factors.normed or owner.weight.dtype.itemsize < change.itemsize:
                         after = advance(layer, subnet.without(*later[block.name]), cut)
-                    else:  # linear in the change, and the weights hold all of it: no need to run it again
+                    else:  # linear in the change, which the weights hold exactly: no need to run the layer again
                         after = _moved(after, seen, factors, change, owner)
-                    distance = {"before": before, "after": _distance(after, wanted[block.name])}
-                told.append({"block": block.name, "distance": distance})
-                reached = after
-            cut = list(reached)
+                    distance = {"before": before, "after": _distance(after, targets[block.name])}
+                fits.append({"block": block.name, "distance": distance})
+                incoming = after
+            cut = list(incoming)
             progress.step((layer + 1) / anatomy.depth, f"layer {layer + 1} of {anatomy.depth}")
     except BaseException:
         for parameter, value in saved.items():
@@ -115,12 +117,12 @@ def _repair(
         raise
     finally:
         elastic.activate(Subnet())
-    return told
+    return fits
 
 
 def repair_bytes(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> int:
-    """Memory that :func:`repair` takes beside the weights: the stream in several states, what goes into one matrix and comes
-    out of it, and the normal equations."""
+    """Memory that :func:`repair` takes besides the weights: several copies of the stream, the inputs and outputs of one
+    matrix, and the normal equations."""
     hidden = model.config.get_text_config(decoder=True).hidden_size
     last = (last_matrix(block) for block in anatomy.blocks.values())
     layers = layers_of(model, anatomy.source)
@@ -132,32 +134,32 @@ def repair_bytes(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> int:
     widest = max(shapes, default=hidden)
     element = next(model.parameters()).element_size()
     streams = (widest + 8 * hidden) * element
-    compared = (widest + 4 * hidden) * 4  # what was written, added and uncertain, in float32 whatever the model's dtype
+    compared = (widest + 4 * hidden) * 4  # outputs, differences and rounding errors, always in float32
     return windows.numel() * (streams + compared) + 4 * widest * widest * 8
 
 
 def _recorder(seen: Seen) -> Callable[..., None]:
-    """A hook that notes what goes into a module and what comes out, which a layer may change afterwards."""
+    """A hook that records the input of a module and a copy of its output, which a layer may change in place."""
     return lambda _module, args, out: seen.append((args[0], out.clone()))
 
 
 def last_matrix(block: Block) -> Weight | None:
     """The matrix whose output is the block's: it reads an axis and writes the residual stream."""
-    found = None
+    last = None
     for weight in block.weights:
         if weight.reads is not None and len(weight.dims) == 2:
             reads, writes = weight.dims[weight.reads], weight.dims[1 - weight.reads]
             if any(part.axis in block.axes for part in reads) and all(part.axis in block.fixed for part in writes):
-                found = weight
-    return found
+                last = weight
+    return last
 
 
 @dataclass(frozen=True)
 class _Factors:
-    """What stands between a matrix and the residual stream.
+    """The factors between the output of a matrix and the residual stream.
 
     Attributes:
-        tokens: a factor for every token, batch by batch, shape ``(tokens, 1)``; shape ``(1, 1)`` where it is the same for all.
+        tokens: a factor for every token, batch by batch, shape ``(tokens, 1)``; shape ``(1, 1)`` if it is the same for all.
         channels: a factor for every channel, shape ``(hidden,)``.
     """
 
@@ -166,13 +168,13 @@ class _Factors:
 
     @property
     def normed(self) -> bool:
-        """Whether the factors of the tokens come from the tokens, and change with them."""
+        """Whether the factors depend on the token."""
         return any(len(tokens) > 1 for tokens in self.tokens)
 
 
 def _factors(seen: Seen, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> _Factors | None:
-    """From what the matrix wrote and what the block added: the factors of a residual multiplier or of an RMS norm, or None
-    where factors do not explain it.
+    """Find the factors of a residual multiplier or of an RMS norm, from the output of the matrix and that of the block; None
+    if factors do not explain it.
 
     Arguments:
         seen: inputs and outputs of the matrix, batch by batch.
@@ -183,7 +185,7 @@ def _factors(seen: Seen, before: Sequence[torch.Tensor], after: Sequence[torch.T
     for start, end in zip(before, after, strict=True):
         start, end, eps = start.flatten(0, -2).float(), end.flatten(0, -2).float(), torch.finfo(end.dtype).eps
         added.append(end - start)
-        blurred.append(eps * (start.abs() + end.abs() + added[-1].abs()))  # what rounding leaves uncertain
+        blurred.append(eps * (start.abs() + end.abs() + added[-1].abs()))  # the rounding error
     whole = sum(a.pow(2).sum() for a in added)
     channels = torch.ones_like(added[0][0])
     tokens = [_ratio(torch.cat(added).view(1, -1), torch.cat(written).view(1, -1), -1)] * len(written)
@@ -202,7 +204,7 @@ def _factors(seen: Seen, before: Sequence[torch.Tensor], after: Sequence[torch.T
 
 
 def _ratio(of: torch.Tensor, to: torch.Tensor, dim: int) -> torch.Tensor:
-    """The factor that brings ``to`` nearest to ``of``, along a dimension that stays."""
+    """The factor that brings ``to`` nearest to ``of`` along a dimension, which is kept."""
     return (of * to).sum(dim, keepdim=True) / to.pow(2).sum(dim, keepdim=True).clamp_min(1e-30)
 
 
@@ -211,16 +213,16 @@ def _refit(
     seen: Seen,
     factors: _Factors,
     after: Sequence[torch.Tensor],
-    wanted: Sequence[torch.Tensor],
+    targets: Sequence[torch.Tensor],
     ridge: float,
 ) -> torch.Tensor:
-    """Change the matrix of ``owner``, now a view of what is kept, by ridge regression.
+    """Change the matrix of ``owner``, now a view of its kept part, by ridge regression.
 
     Arguments:
         seen: inputs and outputs of the matrix, batch by batch.
-        factors: what stands between it and the stream.
+        factors: the factors between the matrix and the stream.
         after: the cut model's stream after the block.
-        wanted: the dense model's stream there.
+        targets: the dense model's stream at that point.
 
     Returns:
         The change, shape ``(inputs, hidden)``; with a bias, its change is the last row.
@@ -229,7 +231,7 @@ def _refit(
     inverse = torch.where(heard, 1 / factors.channels, 0)
     gram: Any = 0.0
     cross: Any = 0.0
-    for (x, _), end, target, factor in zip(seen, after, wanted, factors.tokens, strict=True):
+    for (x, _), end, target, factor in zip(seen, after, targets, factors.tokens, strict=True):
         goal = target.flatten(0, -2).float()
         weight = _weight(goal)
         x = _inputs(x, owner) * factor * weight
@@ -252,7 +254,7 @@ def _like(change: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _inputs(x: torch.Tensor, owner: Any) -> torch.Tensor:
-    """What goes into a matrix, a row a token; with a bias, a column of ones behind it."""
+    """The inputs of a matrix, one row per token; with a bias, a column of ones is appended."""
     x = x.flatten(0, -2).float()
     return x if owner.bias is None else torch.cat([x, x.new_ones(len(x), 1)], 1)
 
@@ -260,7 +262,7 @@ def _inputs(x: torch.Tensor, owner: Any) -> torch.Tensor:
 def _moved(
     after: Sequence[torch.Tensor], seen: Seen, factors: _Factors, change: torch.Tensor, owner: Any
 ) -> list[torch.Tensor]:
-    """The stream after the block, with the new matrix, where the factors stay what they are."""
+    """The stream after the block with the new matrix, if the factors stay the same."""
     return [
         end + (_inputs(x, owner) @ change * factor * factors.channels).view_as(end).to(end.dtype)
         for end, (x, _), factor in zip(after, seen, factors.tokens, strict=True)
@@ -268,14 +270,14 @@ def _moved(
 
 
 def _weight(goal: torch.Tensor) -> torch.Tensor:
-    """What comes next normalises each token: an error counts by the size of the stream it is in."""
+    """Weight of each token: the next block normalises it, so an error counts relative to the size of the stream."""
     return goal.pow(2).mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
 
 
-def _distance(reached: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
-    """Mean square distance of the stream from the dense one, as a share of the latter's mean square, token by token."""
+def _distance(states: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> float:
+    """Mean square distance of the stream from the dense one, relative to the latter's mean square, token by token."""
     distance = 0.0
-    for here, there in zip(reached, wanted, strict=True):
+    for here, there in zip(states, targets, strict=True):
         goal = there.float()
         distance += doubled((here.float() - goal) * _weight(goal)).pow(2).sum().item()
-    return distance / sum(there.numel() for there in wanted)
+    return distance / sum(there.numel() for there in targets)

@@ -1,4 +1,4 @@
-"""One search over one model: archive, trade curve, counters, and the cut at the end."""
+"""One pruning of one model: archive, trade curve, counters, and the cut at the end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from pliant.anatomy import Anatomy
-from pliant.elastic import Elastic, Subnet, described, macs, parameters, ratio
+from pliant.elastic import Elastic, Subnet, described, macs, parameters
+from pliant.elastic import ratio as ratio_of
 from pliant.errors import RatioError
 from pliant.formatting import duration, human_bytes
 from pliant.forward.windows import tokens_at_once
@@ -22,9 +23,10 @@ from pliant.measure.model_scorer import ModelScorer
 from pliant.measure.prefix_scorer import Footprint, PrefixScorer, footprint
 from pliant.measure.scores import Score
 from pliant.pages import pages_of
-from pliant.prune.known_subnet import cut_exactly
+from pliant.prune.known_subnet import extract_and_verify
 from pliant.prune.moves import Moves
 from pliant.prune.put_back import Removal, put_backs
+from pliant.prune.ratio_target import reached
 from pliant.prune.removal_record import refits, removals
 from pliant.prune.repair import repair
 from pliant.searches.archive import Archive
@@ -32,43 +34,46 @@ from pliant.searches.greedy import Greedy, Move, check_loss
 from pliant.step import Job
 
 ARCHIVE = "search.jsonl"
-PUT_BACK = "put back"  # the stage that takes back what was too much
-PER_REMOVAL = 5.0  # scores that a lazy search takes for one, as long as it has made none
+PUT_BACK = "put back"  # the stage that restores units
+PER_REMOVAL = 5.0  # scores per removal of a lazy search, before it has made any
 
 
 class Scorer:
-    """Losses of sub-networks: from the archive where they are known, measured and kept where not.
+    """Losses of sub-networks: read from the archive if they are there, else measured and stored.
 
     Attributes:
-        seen: scores given so far.
-        seconds: what the last measured one took.
+        inner: the scorer that measures.
+        seen: scores returned so far.
+        seconds: duration of the last measurement.
     """
 
-    def __init__(self, archive: Archive, walk: PrefixScorer | ModelScorer, pool: str, told: Callable[[Scorer], None]):
-        self.archive, self.walk, self.pool, self.told = archive, walk, pool, told
+    def __init__(
+        self, archive: Archive, inner: PrefixScorer | ModelScorer, pool: str, on_score: Callable[[Scorer], None]
+    ):
+        self.archive, self.inner, self.pool, self.on_score = archive, inner, pool, on_score
         self.seen = 0
         self.seconds = 0.0
 
     def __call__(self, subnet: Subnet) -> float:
-        """The loss, of which less is better."""
-        known = self.archive.get(self.pool, subnet)
-        if known is None:
-            tick = time.monotonic()
-            known = self.walk.score(subnet)
-            self.seconds = time.monotonic() - tick
-            self.archive.put(self.pool, subnet, known, self.seconds, self.walk.tokens)
+        """The loss; lower is better."""
+        loss = self.archive.get(self.pool, subnet)
+        if loss is None:
+            began = time.monotonic()
+            loss = self.inner.score(subnet)
+            self.seconds = time.monotonic() - began
+            self.archive.put(self.pool, subnet, loss, self.seconds, self.inner.tokens)
         self.seen += 1
-        self.told(self)
-        return known
+        self.on_score(self)
+        return loss
 
 
 @dataclass
 class Pruning:
-    """One search over one model, in stages.
+    """One pruning of one model, in stages.
 
     Arguments:
-        job: model, progress and where the archive lives.
-        metric: what a removal must not hurt.
+        job: model, progress and folder of the archive.
+        metric: the score that removals should preserve.
         belongs_to: what the scores depend on, for the archive.
     """
 
@@ -86,32 +91,33 @@ class Pruning:
         path = self.job.file(ARCHIVE, lambda earlier: Archive(earlier, self.belongs_to))
         self.archive = Archive(path, self.belongs_to)
 
-    def stage(
+    def remove_greedily(
         self,
         name: str,
         moves: Moves,
         windows: torch.Tensor,
-        until: float,
+        ratio: float,
         *,
         mode: str,
         slack: float,
         refresh: int,
         per: str | None = None,
     ) -> None:
-        """Remove units until ``ratio >= until`` or nothing is left to offer.
+        """Remove units until the ratio is reached or no moves are left.
 
         Arguments:
-            mode, slack, refresh: how to look, see :class:`pliant.searches.greedy.Greedy`.
-            per: the cost by which damage is divided; None to remove what hurts least whatever its size.
+            name: of the stage.
+            mode, slack, refresh: see :class:`pliant.searches.greedy.Greedy`.
+            per: the cost by which damage is divided; None to ignore the size of a unit.
         """
         cost = None if per is None else self.cost(per)
-        start, offered = ratio(self.anatomy, self.subnet), moves(self.subnet)
+        start, offered = ratio_of(self.anatomy, self.subnet), moves(self.subnet)
         first = len(offered)
-        typical = statistics.median([ratio(self.anatomy, move.subnet) - start for move in offered] or [1.0])
+        typical = statistics.median([ratio_of(self.anatomy, move.subnet) - start for move in offered] or [1.0])
         greedy = Greedy(
             self.subnet,
             moves,
-            lambda s: ratio(self.anatomy, s) < until - 1e-12,
+            lambda s: not reached(self.anatomy, s, ratio),
             lambda s, move: 1.0 if cost is None else max(1e-9, cost(s) - cost(move.subnet)),
             mode,
             slack,
@@ -119,14 +125,15 @@ class Pruning:
         )
         made = 0
 
-        def told(scorer: Scorer) -> None:
-            left = self._scores_left(greedy, scorer.seen, made, first, start, until, typical)
-            if scorer.seen == scorer.walk.evaluations == 1:  # the whole model has just been run: the cost can be told
-                self._tell_cost(greedy, scorer.seconds, left)
-            text = f"ratio {ratio(self.anatomy, self.subnet):.3f} of {until:.3f}, {made} removed, {scorer.seen} scored"
-            self.job.progress.step(scorer.seen / (scorer.seen + left), text)
+        def show(scorer: Scorer) -> None:
+            remaining = self._remaining_scores(greedy, scorer.seen, made, first, start, ratio, typical)
+            if scorer.seen == scorer.inner.evaluations == 1:  # the whole model has just been run, and its time is known
+                self._note_cost(greedy, scorer.seconds, remaining)
+            now = ratio_of(self.anatomy, self.subnet)
+            text = f"ratio {now:.3f} of {ratio:.3f}, {made} removed, {scorer.seen} scored"
+            self.job.progress.step(scorer.seen / (scorer.seen + remaining), text)
 
-        with self.scoring(name, windows, reuse=greedy.mode != "naive", told=told) as score:
+        with self.scoring(name, windows, reuse=greedy.mode != "naive", on_score=show) as score:
             self.job.progress.note(f"  {first} candidates")
 
             while not greedy.done:
@@ -135,7 +142,7 @@ class Pruning:
                 for move, loss in greedy.taken[made:]:
                     made += 1
                     before = self.archive.get(score.pool, self.subnet)
-                    score.walk.rebase(move.subnet)
+                    score.inner.rebase(move.subnet)
                     self.commit(name, move, loss, math.nan if before is None else loss - before)
         self.counters[name]["steps"] = made
 
@@ -146,42 +153,42 @@ class Pruning:
         windows: torch.Tensor,
         *,
         reuse: bool = True,
-        told: Callable[[Scorer], None] = lambda _scorer: None,
+        on_score: Callable[[Scorer], None] = lambda _scorer: None,
         metric: Score | None = None,
         beside: Scorer | None = None,
     ) -> Iterator[Scorer]:
-        """A stage of scoring sub-networks, the archive asked first; prefixes of the present sub-network are re-used.
+        """A stage that scores sub-networks, from the archive if possible; prefixes of the current sub-network are re-used.
 
         Arguments:
-            told: called after every score.
-            metric: what is scored; default: what a removal must not hurt.
+            on_score: called after every score.
+            metric: the score to compute; default: the one that removals should preserve.
             beside: a scorer that is used in turn with this one, for a search with several objectives.
         """
-        metric, elastic = metric or self.metric, None if beside is None else beside.walk.elastic
+        metric, elastic = metric or self.metric, None if beside is None else beside.inner.elastic
         began = time.monotonic()
         model, anatomy = self.job.model, self.anatomy
         if metric.on_windows:
-            walk = self._prefix_scorer(windows, metric, reuse, elastic)
+            inner = self._prefix_scorer(windows, metric, reuse, elastic)
         else:
-            walk = ModelScorer(model, anatomy, metric, self.job.tokenizer, elastic)
-        scorer = Scorer(self.archive, walk, f"{name}:{metric.key}", told)
+            inner = ModelScorer(model, anatomy, metric, self.job.tokenizer, elastic)
+        scorer = Scorer(self.archive, inner, f"{name}:{metric.key}", on_score)
         with self.job.progress.stage(name):
-            if isinstance(walk, PrefixScorer):
-                self._tell_memory(windows, footprint(model, anatomy, windows, metric))
-            walk.rebase(self.subnet)
+            if isinstance(inner, PrefixScorer):
+                self._note_memory(windows, footprint(model, anatomy, windows, metric))
+            inner.rebase(self.subnet)
             try:
                 yield scorer
             finally:
-                walk.close()
+                inner.close()
         self.counters[name] = {
             "steps": 1,
             "scores": scorer.seen,
-            "evaluations": walk.evaluations,
-            "replayed": scorer.seen - walk.evaluations,
-            "block_forwards": walk.block_forwards,
+            "evaluations": inner.evaluations,
+            "replayed": scorer.seen - inner.evaluations,
+            "block_forwards": inner.block_forwards,
             "seconds": time.monotonic() - began,
             "windows": list(windows.shape),
-            "tokens": walk.tokens,
+            "tokens": inner.tokens,
         }
 
     def _prefix_scorer(
@@ -205,31 +212,33 @@ class Pruning:
         )
 
     def cost(self, per: str) -> Cost:
-        """A cost by name, see :func:`pliant.measure.cost.cost_of`; what is measured for it is kept beside the archive."""
+        """A cost by name, see :func:`pliant.measure.cost.cost_of`; measured times are stored beside the archive."""
         return cost_of(per, self.job.model, self.anatomy, self.job.file(f"latency-{per}.json"))
 
     def commit(self, stage: str, move: Move, loss: float | None, hurt: float = math.nan) -> None:
-        """Take a move, and mark the point it leads to on the trade curve.
+        """Take a move, and add its result to the trade curve.
 
         Arguments:
-            loss: of the sub-network after it, None where it was not measured.
-            hurt: how much the removal hurt, in the method's own measure; NaN where that is unknown.
+            loss: of the sub-network after the move; None if it was not measured.
+            hurt: how much the removal hurt, in the method's own measure; NaN if unknown.
         """
         self.removals.append(Removal(move.unit, self.subnet, move.subnet, hurt))
         self._mark(stage, move, loss)
 
-    def settle(self, target: float, unit: int, windows: torch.Tensor | None = None) -> None:
-        """Put removed units back until the ratio is less than one unit above ``target``.
+    def settle(self, ratio: float, unit: int, windows: torch.Tensor | None = None) -> None:
+        """Put removed units back until the result is less than one unit above ``ratio``.
 
         Arguments:
             unit: parameters of the smallest unit.
-            windows: what the sub-networks after it are scored on; None leaves them without a score.
+            windows: calibration windows to score the result on; None for no score.
 
         Raises:
-            RatioError: the stages ran dry before ``target``, or no selection of what they removed ends within one unit of it.
+            RatioError: the moves ran out before the ratio was reached, or no selection of removed units ends within one unit of it.
         """
-        self.require(target)
-        back = put_backs(self.anatomy, self.removals, target, unit)
+        if not reached(self.anatomy, self.subnet, ratio):
+            now = ratio_of(self.anatomy, self.subnet)
+            raise RatioError(f"ratio {ratio} cannot be reached: no moves are left at {now:.4f}; give a smaller ratio")
+        back = put_backs(self.anatomy, self.removals, ratio, unit)
         if not back:
             return
         if windows is None:
@@ -240,7 +249,7 @@ class Pruning:
             for done, removal in enumerate(back, 1):
                 check_loss(loss := score(removal.undone(self.subnet)))
                 self._put_back(removal, loss)
-                score.walk.rebase(self.subnet)
+                score.inner.rebase(self.subnet)
                 self.job.progress.step(done / len(back), f"{removal.unit} is back, loss {loss:.4f}")
         self.counters[PUT_BACK]["steps"] = len(back)
 
@@ -257,66 +266,61 @@ class Pruning:
                 "loss": loss,
                 "score": None if loss is None else self.metric.shown(loss),
                 "label": self.metric.label,
-                "ratio": ratio(self.anatomy, move.subnet),
+                "ratio": ratio_of(self.anatomy, move.subnet),
                 "parameters": parameters(self.anatomy, move.subnet),
                 "macs": macs(self.anatomy, move.subnet),
             }
         )
 
-    def require(self, target: float) -> None:
-        """Raises:
-        RatioError: when the stages ran dry before ``target``.
-        """
-        reached = ratio(self.anatomy, self.subnet)
-        if reached < target - 1e-12:
-            raise RatioError(f"nothing is left to remove at ratio {reached:.4f}; {target} was asked for")
-
     def cut(self, windows: torch.Tensor | None = None, ridge: float = 1.0) -> None:
-        """Make the result permanent, after proving that cutting does not change what was scored.
+        """Refit the remaining weights if asked to, cut the model, and verify that it computes the same as the scored one.
 
         Arguments:
-            windows: calibration windows to refit what stays on; None leaves the weights as they are.
+            windows: calibration windows for the refit; None leaves the weights unchanged.
+            ridge: see :func:`pliant.prune.repair.repair`.
         """
         if windows is not None:
             with self.job.progress.stage("repair"):
                 fits = repair(self.job.model, self.anatomy, self.subnet, windows, ridge, self.job.progress)
                 self.job.record["repair"] = fits
                 self.job.show(*refits(fits))
-        cut_exactly(self.job.model, self.anatomy, self.subnet)
+        extract_and_verify(self.job.model, self.anatomy, self.subnet)
         self.job.show(*removals(self.points, self.counters))
         self.job.record.update(
-            ratio=ratio(self.anatomy, self.subnet),
+            ratio=ratio_of(self.anatomy, self.subnet),
             subnet=self.subnet.to_dict(),
             points=self.points,
             counters=self.counters,
             evaluations=len(self.archive),
         )
 
-    def _tell_memory(self, windows: torch.Tensor, needs: Footprint) -> None:
+    def _note_memory(self, windows: torch.Tensor, needs: Footprint) -> None:
         pages = pages_of(self.job.model)
-        within = "" if pages is None else f"; the limit is {human_bytes(pages.limit)}, weights beyond it are read again"
+        limit = "" if pages is None else f"; the limit is {human_bytes(pages.limit)}, weights beyond it are read again"
         self.job.progress.note(
-            f"  {windows.shape[0]} windows of {windows.shape[1]} tokens; needs about {human_bytes(needs.total)} of memory: weights "
-            f"{human_bytes(needs.weights)}, hidden states {human_bytes(needs.hidden)}, logits {human_bytes(needs.logits)}{within}"
+            f"  {windows.shape[0]} windows of {windows.shape[1]} tokens; needs about {human_bytes(needs.total)} of memory: "
+            f"weights {human_bytes(needs.weights)}, hidden states {human_bytes(needs.hidden)}, "
+            f"logits {human_bytes(needs.logits)}{limit}"
         )
 
-    def _tell_cost(self, greedy: Greedy, whole: float, scores: float) -> None:
+    def _note_cost(self, greedy: Greedy, whole: float, scores: float) -> None:
         # with prefixes re-used a score takes the layers behind the candidate, half of them on average, and the head
         each = whole * (1.0 if greedy.mode == "naive" else 0.6)
         self.job.progress.note(
             f"  the model takes {duration(whole)} on them; about {scores:.0f} scores, {duration(scores * each)}"
         )
 
-    def _scores_left(
-        self, greedy: Greedy, seen: int, made: int, first: int, start: float, until: float, typical: float
+    def _remaining_scores(
+        self, greedy: Greedy, seen: int, made: int, first: int, start: float, ratio: float, typical: float
     ) -> float:
-        """Scores still to come: the first step looks at everything, a lazy one after it at what is near.
+        """Estimated number of further scores: the first step scores every move, later lazy steps only a few.
 
         Arguments:
+            start: ratio at the beginning of the stage.
             typical: ratio that one removal gains, before any was made.
         """
-        now = ratio(self.anatomy, self.subnet)
-        steps = max(0.0, until - now) / ((now - start) / made if made else typical)
+        now = ratio_of(self.anatomy, self.subnet)
+        steps = max(0.0, ratio - now) / ((now - start) / made if made else typical)
         if greedy.mode in ("exact", "naive"):
             return max(0, first - seen) + first * max(0.0, steps - (0 if made else 1))
         per_step = max(1.0, (seen - first) / made) if made else PER_REMOVAL

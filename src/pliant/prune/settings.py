@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,16 +12,18 @@ from pliant.architecture import ROLES
 from pliant.checkpoint.fingerprint import check_finite, fingerprint
 from pliant.data import Text
 from pliant.elastic import described
-from pliant.errors import DataError, MemoryLimitError, RatioError, StepError
+from pliant.errors import DataError, MemoryLimitError, RatioError
 from pliant.formatting import human_bytes
 from pliant.forward.windows import check_model, seqlen_of, windows_for
 from pliant.measure.cost import COSTS
 from pliant.measure.scores import Score, score_of
 from pliant.pages import pages_of
 from pliant.prune.moves import Moves, fitting, reach, unit_of
+from pliant.prune.ratio_target import out_of_reach
 from pliant.prune.repair import repair_bytes
 from pliant.prune.session import ARCHIVE, PER_REMOVAL, Pruning
-from pliant.prune.unit_order import ORDERS
+from pliant.prune.unit_order import STORED
+from pliant.registry import IMPORTANCE, SCORES
 from pliant.searches.greedy import MODES
 from pliant.step import Job, Step, setting
 
@@ -44,7 +46,7 @@ class Pruner(Step):
         error=RatioError,
     )
 
-    samples: int = setting("Rows of calibration text for choosing blocks.", default=256, at_least=1)
+    samples: int = setting("Rows of calibration text to choose blocks on.", default=256, at_least=1)
 
     seqlen: int | None = setting(
         "Tokens in a calibration window. Default: the smaller of 2048 and the model's positions.",
@@ -53,41 +55,40 @@ class Pruner(Step):
     )
 
     metric: str | Score = setting(
-        "What a removal must not hurt: perplexity, or kl (divergence from the dense model's predictions). In Python also a"
-        " Score, such as ChoiceAccuracy(questions).",
+        "Score that removals should preserve: perplexity, kl (divergence from the dense model's predictions), or your own as"
+        " module:Score. In Python also a Score, such as ChoiceAccuracy(questions).",
         default="perplexity",
+        names=SCORES,
     )
 
-    seed: int = setting("Seed of the draw of calibration rows.", default=42, at_least=0, at_most=2**63 - 1)
+    seed: int = setting("Seed that calibration rows are drawn with.", default=42, at_least=0, at_most=2**63 - 1)
 
     repair: int = setting(
-        "Rows of calibration text for refitting what stays to what the dense model computed; 0 leaves "
-        "weights as they are.",
+        "Rows of calibration text to refit the remaining weights on, so that they reproduce the dense model's residual "
+        "stream; 0 leaves weights unchanged.",
         default=0,
         at_least=0,
     )
 
     ridge: float = setting(
-        "How much a refitted weight is held to what it was, as a multiple of the mean square of its "
-        "inputs; fewer rows need more.",
+        "Penalty on the change of a refitted weight, as a multiple of the mean square of its inputs; fewer rows need more.",
         default=1.0,
         above=0,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        try:
-            score_of(self.metric)
-        except DataError as error:
-            raise StepError(str(error)) from None
+        score = score_of(self.metric)
+        if isinstance(self.metric, Mapping):  # from a recipe
+            object.__setattr__(self, "metric", score)
 
     @property
     def score(self) -> Score:
-        """What a removal must not hurt."""
+        """The score that removals should preserve."""
         return score_of(self.metric)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "metric": self.score.key}
+        return {**super().to_dict(), "metric": self.score.plain()}
 
     def estimate(self, blocks: int, row: float) -> tuple[float, bool]:  # noqa: ARG002
         return self.samples * row * 3, False
@@ -96,7 +97,7 @@ class Pruner(Step):
         """Check the model and the data, and open the archive."""
         if not isinstance(job.data, Text):
             given = "nothing" if job.data is None else f"pliant.{type(job.data).__name__.lower()}"
-            raise DataError(f"{self.kind} needs calibration text, not {given}: pass data=pliant.text('some.txt')")
+            raise DataError(f"{self.kind} needs calibration text, not {given}; pass data=pliant.text('some.txt')")
         check_model(job.model)
         check_finite(job.model)
         pages = pages_of(job.model)
@@ -104,13 +105,14 @@ class Pruner(Step):
             needs = repair_bytes(job.model, described(job.model), self._repair_windows(job))
             if needs > pages.limit:
                 raise MemoryLimitError(
-                    f"repair with {self.repair} rows needs {human_bytes(needs)}, the limit is {human_bytes(pages.limit)}; fewer rows take less"
+                    f"repair with {self.repair} rows needs {human_bytes(needs)}, the limit is {human_bytes(pages.limit)}; give fewer "
+                    "rows or more memory"
                 )
         seqlen = seqlen_of(job.model, self.seqlen)
         if self.seqlen is None:
             job.progress.note(f"windows of {seqlen} tokens; set seqlen to change this")
         job.record["seqlen"] = seqlen
-        settings = {**self.to_dict(), "seqlen": seqlen}
+        settings = {**self.to_dict(), "seqlen": seqlen, "metric": self.score.key}
         belongs_to = {
             "model": fingerprint(job.model),
             "data": job.data.digest,
@@ -126,20 +128,20 @@ class Pruner(Step):
         )
 
     def check_reach(self, anatomy: Anatomy, stages: Sequence[Moves]) -> None:
-        """Refuse a ratio that these stages cannot come to even together, before any work is done."""
+        """Refuse a ratio that these stages together cannot reach, before any work is done."""
         most = reach(anatomy, stages)
         if most < self.ratio:
-            raise RatioError(f"ratio {self.ratio} cannot be reached: removing all that may go comes to {most:.4f}")
+            raise out_of_reach(self.ratio, most, "removing everything that this pruner may remove")
 
     def finish(self, pruning: Pruning, job: Job, moves: Moves, windows: torch.Tensor | None = None) -> None:
-        """Put back what is too much, refit if asked to, and make the result permanent.
+        """Put units back that exceed the ratio, refit if asked to, and cut the model.
 
         Arguments:
-            moves: the smallest one of them, in the dense model, is the unit that the result may be off by.
-            windows: what a sub-network with units put back is scored on; None leaves it without a score.
+            moves: the smallest of them in the dense model is the unit by which the result may exceed the ratio.
+            windows: calibration windows to score the result on after units were put back; None for no score.
 
         Raises:
-            RatioError: the result is not less than one unit above the ratio, and cannot be.
+            RatioError: the result cannot be brought to less than one unit above the ratio.
         """
         pruning.settle(self.ratio, unit_of(pruning.anatomy, moves), windows)
         pruning.cut(self._repair_windows(job) if self.repair else None, self.ridge)
@@ -159,63 +161,68 @@ class GreedyPruner(Pruner):
     )
 
     slack: float = setting(
-        "lazy: share by which a unit may hurt less than when last scored and still be scored again.",
+        "lazy: share by which the damage of a unit is assumed to fall at most since it was last scored.",
         default=0.3,
         at_least=0,
         at_most=1,
     )
 
-    refresh: int = setting("lazy: score every unit again every so many steps; 0 never does.", default=16, at_least=0)
+    refresh: int = setting(
+        "lazy: number of steps after which every unit is scored again; 0 for never.", default=16, at_least=0
+    )
 
     per: str = setting(
-        "Remove what hurts least per: unit (whatever its size), parameters, macs, bytes (that decoding "
+        "Cost by which the damage of a unit is divided: unit (not at all), parameters, macs, bytes (that decoding "
         "reads), or prefill or decode (milliseconds, measured on this machine first).",
         default=UNIT,
         choices=(UNIT, *COSTS),
     )
 
     def estimate(self, blocks: int, row: float) -> tuple[float, bool]:
-        # all blocks once, then a few for each removal; a score takes the layers behind the block, about half of them
+        # every block once, then a few per removal; a score runs the layers behind the block, about half of them
         passes = blocks + PER_REMOVAL * self.ratio * blocks
         if self.search in ("exact", "naive"):
             passes = max(passes, self.ratio * blocks * blocks)
         return 0.6 * self.samples * row * passes, False
 
-    def stage(
+    def remove(
         self,
         pruning: Pruning,
         name: str,
         moves: Moves,
         windows: torch.Tensor,
-        until: float,
+        ratio: float,
         units: Moves | None = None,
     ) -> None:
-        """Remove units until ``ratio >= until`` or no moves are left; the result stays less than one unit above the step's ratio.
+        """Remove units until ``ratio`` is reached or no moves are left; the result stays less than one unit above the step's ratio.
 
         Arguments:
+            name: of the stage.
             units: all moves that later stages may make; default: ``moves``.
         """
         fit = fitting(pruning.anatomy, moves, self.ratio, units)
-        per = None if self.per == UNIT else self.per
-        pruning.stage(name, fit, windows, until, mode=self.search, slack=self.slack, refresh=self.refresh, per=per)
+        mode, per = self.search, None if self.per == UNIT else self.per
+        pruning.remove_greedily(name, fit, windows, ratio, mode=mode, slack=self.slack, refresh=self.refresh, per=per)
 
 
 class OrderedPruner(Pruner):
-    """What every pruner that makes blocks narrower has to know: which units go first."""
+    """Settings shared by every pruner that narrows blocks."""
 
     order: str = setting(
-        "Which channels and heads go first: l1 (those with the smallest weights), activation (those that "
-        "contribute least on calibration text), or stored (the last ones).",
+        "Channels and heads to remove first: l1 (those with the smallest weights), activation (those that contribute least on"
+        " calibration text), fisher (those without which the loss rises least), stored (the last ones), or your own as"
+        " module:function.",
         default="l1",
-        choices=ORDERS,
+        choices=(STORED,),
+        names=IMPORTANCE,
     )
 
 
 class WidthPruner(OrderedPruner, GreedyPruner):
-    """Settings shared by every greedy pruner that makes blocks narrower, too."""
+    """Settings shared by every greedy pruner that narrows blocks."""
 
     mlp_group: int | None = setting(
-        "MLP channels removed in one move; a quarter of the hidden size when left out.", default=None, at_least=1
+        "MLP channels removed in one move. Default: a quarter of the hidden size.", default=None, at_least=1
     )
 
     head_group: int = setting(
@@ -223,18 +230,18 @@ class WidthPruner(OrderedPruner, GreedyPruner):
     )
 
     def estimate(self, blocks: int, row: float) -> tuple[float, bool]:
-        return 4 * super().estimate(blocks, row)[0], False  # a block goes in about four parts
+        return 4 * super().estimate(blocks, row)[0], False  # a block is removed in about four parts
 
     def mlp_groups(self, job: Job, anatomy: Anatomy) -> dict[str, int]:
-        """Units of each axis of the blocks other than attention that go in one move."""
+        """Units removed in one move, for each axis of blocks other than attention."""
         return self._groups(job, anatomy, set(ROLES) - {"attention"})
 
     def head_groups(self, job: Job, anatomy: Anatomy) -> dict[str, int]:
-        """Units of each axis of an attention that go in one move."""
+        """Units removed in one move, for each axis of attention."""
         return self._groups(job, anatomy, {"attention"})
 
     def _groups(self, job: Job, anatomy: Anatomy, roles: Collection[str]) -> dict[str, int]:
-        """An expert at a time, heads in ``head_group``, and single channels in ``mlp_group``."""
+        """One expert, ``head_group`` heads, or ``mlp_group`` single channels."""
         channels = self.mlp_group or max(1, job.model.config.get_text_config(decoder=True).hidden_size // 4)
         axes = {axis.leader: axis for axis in anatomy.axes.values()}
         groups = {}
@@ -244,5 +251,5 @@ class WidthPruner(OrderedPruner, GreedyPruner):
         return groups
 
 
-# what the score of a sub-network depends on: a search that differs in other settings goes on with the same archive
-_IN_SCORES = ("step", "samples", "width_samples", "seqlen", "metric", "seed", "order")
+# settings that scores depend on: a search that differs in other settings re-uses the same archive
+_IN_SCORES = ("step", "samples", "width_samples", "seqlen", "metric", "seed", "order", "code")

@@ -1,4 +1,4 @@
-"""One greedy search over blocks, channel groups and attention groups together, weighed by what each saves."""
+"""One greedy search over blocks, channel groups and attention groups together, weighted by what each saves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pliant.step import Job
 
 
 class UnifiedPruner(WidthPruner):
-    """MultiPruner without stages and without a split to tune: at every step the unit goes that hurts least for what it
+    """MultiPruner without stages and without a split to tune: every step removes the unit that hurts least for what it
     saves, whatever its kind."""
 
     kind: ClassVar[str] = "unified"
@@ -27,5 +27,5 @@ class UnifiedPruner(WidthPruner):
         self.check_reach(anatomy, [moves])
         windows = self.windows(job, self.samples, self.seed)
         with ordered(job, anatomy, self.order, windows):
-            self.stage(pruning, "blocks, channels and heads", moves, windows, self.ratio)
+            self.remove(pruning, "blocks, channels and heads", moves, windows, self.ratio)
             self.finish(pruning, job, moves, windows)

@@ -1,4 +1,4 @@
-"""Put the units of every axis in order of importance before some go: what is kept is always a prefix."""
+"""Sort the units of every axis by importance before some are removed: a sub-network always keeps the first units."""
 
 from __future__ import annotations
 
@@ -8,34 +8,33 @@ from contextlib import contextmanager
 import torch
 
 from pliant.anatomy import Anatomy
-from pliant.criteria import l1_orders
-from pliant.criteria.activation import activation_orders
+from pliant.criteria import by_falling, l1_orders
+from pliant.criteria.importance import measured
 from pliant.elastic import reorder
 from pliant.step import Job
 
-ORDERS = ("l1", "activation", "stored")
+STORED = "stored"
 
 
 @contextmanager
 def ordered(job: Job, anatomy: Anatomy, order: str, windows: torch.Tensor | None = None) -> Iterator[None]:
-    """The model with its units in order; back in the old order when what is done meanwhile fails before they are cut.
+    """Context in which the units of the model are sorted; the old order is restored if an error comes before the cut.
 
     Arguments:
-        order: one of ``ORDERS``.
-        windows: calibration tokens, needed for ``activation`` alone.
+        order: the name of an importance, or ``stored``.
+        windows: calibration tokens, for an importance that reads text.
     """
-    orders = {} if order == "stored" else l1_orders(job.model, anatomy)
-    if order == "activation":
-        assert windows is not None
-        with job.progress.stage("order by activation"):
-            # experts, which no matrix reads, keep their L1 order
-            orders |= activation_orders(job.model, anatomy, windows)
+    orders = {} if order == STORED else l1_orders(job.model, anatomy)
+    if order not in ("l1", STORED):
+        with job.progress.stage(f"order by {order}"):
+            # units that it does not measure, such as experts, which no matrix reads, keep their L1 order
+            orders |= by_falling(measured(job.model, anatomy, order, windows))
     reorder(job.model, anatomy, orders)
     shapes = [parameter.shape for parameter in job.model.parameters()]
     try:
         yield
     except BaseException:  # Ctrl-C, too
         if shapes != [parameter.shape for parameter in job.model.parameters()]:
-            raise  # what failed came after the cut: there are no longer as many units
+            raise  # the error came after the cut: the removed units cannot be restored
         reorder(job.model, anatomy, {axis: torch.argsort(permutation) for axis, permutation in orders.items()})
         raise

@@ -1,4 +1,4 @@
-"""Groups of units that come and go together, and how many of them have to go."""
+"""Widths that an axis can be cut to, and how many cuts reach a ratio."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from math import gcd, inf, lcm
 
 from pliant.anatomy import Axis
 from pliant.elastic import Subnet
+from pliant.prune.ratio_target import TOLERANCE
 
 
 def widths(axis: Axis, elements: int, least: int = 1) -> list[int]:
-    """Units left of an axis after one group more is gone from its end, and one more, as long as ``least`` and what a token
-    needs stay.
+    """Allowed widths of an axis in units, from widest to narrowest, when groups are removed from its end; at least ``least``
+    units, and those that one token uses, remain.
 
     Arguments:
-        elements: what is left is a multiple of so many elements; experts, which are whole matrices, go one by one.
+        elements: every width is a multiple of so many elements; experts, which are whole matrices, are removed one by one.
     """
     step = lcm(elements // gcd(elements, axis.unit), axis.multiple) if axis.active is None else axis.multiple
     widest = (axis.size - 1) // step * step
@@ -23,30 +24,34 @@ def widths(axis: Axis, elements: int, least: int = 1) -> list[int]:
 
 
 def narrowed(cuts: Iterable[tuple[str, int]]) -> Subnet:
-    """The sub-network after cuts of (axis, units left), in the order they are made."""
+    """The sub-network after cuts of (axis, units that remain), in the order they are made."""
     return Subnet(keep=tuple(sorted(dict(cuts).items())))
 
 
-def cut_until(cuts: Sequence[tuple[str, int]], reached: Callable[[Subnet], float], target: float) -> Subnet | None:
-    """The sub-network after the fewest of ``cuts``, in order, that bring ``reached`` to the target; None if all of them do not.
+def cut_until(cuts: Sequence[tuple[str, int]], removed: Callable[[Subnet], float], ratio: float) -> Subnet | None:
+    """The sub-network after the fewest of ``cuts``, in order, that bring ``removed`` to the ratio; None if all of them do not.
 
-    It ends less than one unit above the target. One unit is the smallest group that could be removed next from the end of any axis,
-    or restored. A cut that would exceed the target by more is skipped, together with the later cuts on its axis.
+    It ends less than one unit above the ratio. One unit is the smallest group that could be removed next from the end of any axis,
+    or restored. A cut that would exceed the ratio by more is skipped, together with the later cuts on its axis.
+
+    Arguments:
+        removed: the share that a sub-network removes.
     """
-    count = bisect_left(range(len(cuts) + 1), target - 1e-12, key=lambda n: reached(narrowed(cuts[:n])))
+    least = ratio - TOLERANCE
+    count = bisect_left(range(len(cuts) + 1), least, key=lambda n: removed(narrowed(cuts[:n])))
     if count > len(cuts):
         return None
-    done, left = list(cuts[: max(0, count - 1)]), list(cuts[max(0, count - 1) :])
-    while (now := reached(narrowed(done))) < target - 1e-12:
-        nexts = {axis: (axis, units) for axis, units in reversed(left)}  # the first remaining cut of each axis
-        gains = {cut: reached(narrowed([*done, cut])) - now for cut in nexts.values()}
-        small = (cut for cut in left if gains.get(cut, inf) < target - now + min(gains.values()) - 1e-12)
+    done, pending = list(cuts[: max(0, count - 1)]), list(cuts[max(0, count - 1) :])
+    while (now := removed(narrowed(done))) < least:
+        nexts = {axis: (axis, units) for axis, units in reversed(pending)}  # the first pending cut of each axis
+        gains = {cut: removed(narrowed([*done, cut])) - now for cut in nexts.values()}
+        small = (cut for cut in pending if gains.get(cut, inf) < least - now + min(gains.values()))
         done.append(next(small))
-        left.remove(done[-1])
+        pending.remove(done[-1])
     while True:
         lasts = {axis: (axis, units) for axis, units in done}.values()
         fewer = [[cut for cut in done if cut != last] for last in lasts]
-        fit = [cuts for cuts in fewer if reached(narrowed(cuts)) >= target - 1e-12]
+        fit = [cuts for cuts in fewer if removed(narrowed(cuts)) >= least]
         if not fit:
             return narrowed(done)
-        done = min(fit, key=lambda cuts: reached(narrowed(cuts)))
+        done = min(fit, key=lambda cuts: removed(narrowed(cuts)))

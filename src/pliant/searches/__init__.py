@@ -1,12 +1,12 @@
-"""Ways to look for a sub-network, and the archive of everything that they evaluated."""
+"""Search algorithms over sub-networks, and the archive of everything they evaluate."""
 
 from pliant.searches.allocation import Allocation
 from pliant.searches.archive import Archive, ArchiveError
 from pliant.searches.greedy import MODES, Greedy, Move
 from pliant.searches.hill import HillClimb
-from pliant.searches.nsga2 import NSGA2, need_pymoo
+from pliant.searches.nsga2 import NSGA2
 from pliant.searches.random_search import RandomSearch
-from pliant.searches.search import Limits, Search
+from pliant.searches.search import Limits, Search, SpaceSearch, search_of
 from pliant.searches.space import Space
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "RandomSearch",
     "Search",
     "Space",
-    "need_pymoo",
+    "SpaceSearch",
+    "search_of",
 ]

@@ -18,18 +18,18 @@ from pliant.searches.search import Look, Search
 class Allocation(Search):
     """Choose one item of every menu so that enough is saved and the loss rises least.
 
-    Loss increases, measured with one choice made at a time, are taken to add up.
+    Loss increases are measured with one choice made at a time and assumed to add up.
 
     Arguments:
         menus: for every part of a model the sub-networks to choose from; the first of each is the dense model.
-        saved: what each of them saves, whole numbers as ``menus``.
-        target: what has to be saved.
-        slack: how much more may be saved; where no mix is within it, the mix that saves least is taken.
-        combined: the sub-network of a mix, from the place of the choice in each menu; it is the last candidate.
+        saved: savings of each choice, whole numbers in the layout of ``menus``.
+        target: savings to reach.
+        slack: how much more may be saved; if no mix is within it, the mix that saves least is taken.
+        combined: makes the sub-network of a mix from the index of the choice in each menu; it is the last candidate.
 
     Attributes:
-        damage: how much each choice raises the loss, as ``menus``.
-        picked: place of the choice in each menu; None when no mix with finite losses saves enough.
+        damage: loss increase of each choice, in the layout of ``menus``.
+        picked: index of the choice in each menu; None if no mix with finite losses saves enough.
     """
 
     menus: Sequence[Sequence[Subnet]]
@@ -41,13 +41,15 @@ class Allocation(Search):
     picked: list[int] | None = field(init=False, default=None)
 
     def look(self) -> Look:
-        """Raises:
-        WeightError: the loss of the dense model is not finite.
+        """The dense model, then every choice, then the best mix.
+
+        Raises:
+            WeightError: the loss of the dense model is not finite.
         """
         yield [Subnet()]
         check_loss(dense := self.seen[Subnet()][0])
-        yield [one for menu in self.menus for one in menu if one != Subnet()]
-        self.damage = [[self.seen[one][0] - dense for one in menu] for menu in self.menus]
+        yield [choice for menu in self.menus for choice in menu if choice != Subnet()]
+        self.damage = [[self.seen[choice][0] - dense for choice in menu] for menu in self.menus]
         self.picked = allocate(self.saved, self.damage, self.target, self.slack)
         if self.picked is not None:
             yield [self.combined(self.picked)]
@@ -56,38 +58,38 @@ class Allocation(Search):
 def allocate(
     saved: Sequence[Sequence[int]], damage: Sequence[Sequence[float]], target: float, slack: float
 ) -> list[int] | None:
-    """One choice of each menu with the least damage in all, among those that save ``target`` to ``target + slack``.
+    """Make one choice of each menu, with the least total damage among mixes that save ``target`` to ``target + slack``.
 
     A multiple-choice knapsack, solved exactly (scipy's ``milp``).
 
     Arguments:
-        saved: what the choices of each menu save, whole numbers.
-        damage: what each choice costs; one that is not finite is never made.
-        slack: where no mix is within it, the mix that saves least is taken.
+        saved: savings of the choices of each menu, whole numbers.
+        damage: cost of each choice; one that is not finite is never made.
+        slack: if no mix is within it, the mix that saves least is taken.
 
     Returns:
-        The place of the choice in each menu, or None when no mix saves enough.
+        The index of the choice in each menu, or None if no mix saves enough.
     """
-    sizes, places = np.array([n for menu in saved for n in menu], dtype=float), [len(menu) for menu in saved]
+    sizes, lengths = np.array([n for menu in saved for n in menu], dtype=float), [len(menu) for menu in saved]
     costs = np.array([d for menu in damage for d in menu], dtype=float)
     unit = max(1, math.gcd(*(int(n) for n in sizes)))  # small numbers are solved with small errors
     sizes, least, most = sizes / unit, math.ceil(target / unit), math.floor((target + slack) / unit)
     allowed = np.isfinite(costs)
     costs[~allowed] = 0.0
-    found = _solved(costs, sizes, allowed, places, least, most) if most >= least else None
-    return found or _solved(sizes, sizes, allowed, places, least, math.inf)
+    mix = _solved(costs, sizes, allowed, lengths, least, most) if most >= least else None
+    return mix or _solved(sizes, sizes, allowed, lengths, least, math.inf)
 
 
 def _solved(
-    costs: np.ndarray, sizes: np.ndarray, allowed: np.ndarray, places: Sequence[int], least: int, most: float
+    costs: np.ndarray, sizes: np.ndarray, allowed: np.ndarray, lengths: Sequence[int], least: int, most: float
 ) -> list[int] | None:
-    """The mix with the least costs whose sizes add up to something from ``least`` to ``most``."""
+    """The mix with the least total cost and a total size from ``least`` to ``most``."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    starts = np.cumsum([0, *places[:-1]])
-    upper: Any = allowed.astype(float)  # scipy takes arrays, its signature does not say so
-    one_of_each = np.zeros((len(places), len(sizes)))
-    for row, (start, count) in enumerate(zip(starts, places, strict=True)):
+    starts = np.cumsum([0, *lengths[:-1]])
+    upper: Any = allowed.astype(float)  # scipy accepts arrays, though its signature does not say so
+    one_of_each = np.zeros((len(lengths), len(sizes)))
+    for row, (start, count) in enumerate(zip(starts, lengths, strict=True)):
         one_of_each[row, start : start + count] = 1
     low: Any = float(least)
     high: Any = most
@@ -101,10 +103,10 @@ def _solved(
         )
         if solution.x is None:
             return None
-        picked = [int(np.argmax(solution.x[a : a + n])) for a, n in zip(starts, places, strict=True)]
-        total = sum(sizes[a + place] for a, place in zip(starts, picked, strict=True))
+        picked = [int(np.argmax(solution.x[a : a + n])) for a, n in zip(starts, lengths, strict=True)]
+        total = sum(sizes[a + index] for a, index in zip(starts, picked, strict=True))
         if least <= total <= most:
             return picked
-        # the solver allows small errors, which large numbers make visible
+        # the solver allows small relative errors, which show in large numbers
         low, high = (low + least - total, high) if total < least else (low, high - (total - most))
     return None

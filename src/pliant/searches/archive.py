@@ -1,4 +1,4 @@
-"""Every evaluation of a search, on disk as it is made. Resuming is asking the archive first."""
+"""Every evaluation of a search, written to disk as it is made. A resumed search asks the archive first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from pliant.elastic import Subnet
 from pliant.errors import ArtefactError, PliantError
 
-VERSION = 1  # raise it when a score comes to mean something else, so that no older one is mixed in
+VERSION = 1  # raise it when the meaning of a score changes, so that older scores are not mixed in
 
 
 class ArchiveError(PliantError, ValueError):
@@ -19,17 +19,17 @@ class ArchiveError(PliantError, ValueError):
 class Archive:
     """Scores by (pool, sub-network), appended to a JSONL file; without a path, kept in memory only.
 
-    The first line says what the scores belong to. A line cut short by a crash is dropped, with whatever follows it.
+    The first line says what the scores belong to. A line cut short by a crash is dropped, with everything after it.
 
     Arguments:
-        path: the file; made when missing.
+        path: the file; created if missing.
         belongs_to: model, data and settings that the scores depend on, JSON-ready.
 
     Attributes:
         tokens: number of tokens per forward pass of the last score, on which the rounding of sums depends; None if unknown.
 
     Raises:
-        ArchiveError: when the file belongs to something else; the message names what differs.
+        ArchiveError: the file belongs to another search; the message names the differences.
     """
 
     def __init__(self, path: Path | None, belongs_to: dict[str, Any]):
@@ -45,15 +45,15 @@ class Archive:
                 raise ArtefactError(f"cannot read the search archive {str(path)!r}: {error}") from error
 
     def get(self, pool: str, subnet: Subnet) -> float | None:
-        """The score, or None when it is not known yet."""
+        """The score, or None if it is not known yet."""
         return self._scores.get((pool, subnet))
 
     def put(self, pool: str, subnet: Subnet, score: float, seconds: float, tokens: int | None = None) -> None:
-        """Remember a score; it is on its way to the disk when this returns."""
+        """Store a score and append it to the file."""
         self._scores[pool, subnet] = score
-        made = {} if tokens is None else {"tokens": tokens}
+        batch = {} if tokens is None else {"tokens": tokens}
         self.tokens = tokens
-        self._line({"pool": pool, "score": score, "seconds": round(seconds, 3), **made, **subnet.to_dict()})
+        self._line({"pool": pool, "score": score, "seconds": round(seconds, 3), **batch, **subnet.to_dict()})
 
     def __len__(self) -> int:
         return len(self._scores)
@@ -73,7 +73,7 @@ class Archive:
         self._good += len(written)
 
     def _read(self, path: Path) -> int:
-        """Load what is on disk; returns how many bytes of it are whole lines."""
+        """Load the file; returns the number of bytes in its valid lines."""
         good = 0
         for number, line in enumerate(path.read_bytes().splitlines(keepends=True)):
             try:
@@ -85,10 +85,10 @@ class Archive:
             if number == 0:
                 differing = sorted(k for k in {*self._header, *content} if self._header.get(k) != content.get(k))
                 if differing:
-                    there, now = content, self._header
-                    told = "; ".join(f"{k}: {there.get(k)!r} there, {now.get(k)!r} now" for k in differing[:4])
+                    old, new = content, self._header
+                    shown = "; ".join(f"{k}: {old.get(k)!r} in the file, {new.get(k)!r} now" for k in differing[:4])
                     raise ArchiveError(
-                        f"{str(path)!r} belongs to another search ({told}). Delete it, or write to another folder"
+                        f"{str(path)!r} belongs to another search ({shown}). Delete it, or write to another folder"
                     )
             elif not self._take(content):
                 break
@@ -96,7 +96,7 @@ class Archive:
         return good
 
     def _take(self, content: dict[str, Any]) -> bool:
-        """Remember what a line says; False when it is no score."""
+        """Store the score of a line; False if it holds none."""
         pool, score = content.get("pool"), content.get("score")
         if not isinstance(pool, str) or isinstance(score, bool) or not isinstance(score, int | float):
             return False

@@ -1,4 +1,4 @@
-"""Greedy removal: at every step score what could go next, commit the one that hurts least."""
+"""Greedy removal: at every step score the possible moves and take the one that hurts least."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ MODES = ("lazy", "exact", "naive")
 
 @dataclass(frozen=True)
 class Move:
-    """One unit that could go next.
+    """A possible removal.
 
     Attributes:
-        unit: what goes: a block or an axis name. The same unit may be offered again later, for its next group.
-        subnet: the sub-network after it is gone.
+        unit: name of the block or of the axis. The same axis may be offered again later, for its next group.
+        subnet: the sub-network after the removal.
     """
 
     unit: str
@@ -28,23 +28,23 @@ class Move:
 
 @dataclass
 class Greedy(Search):
-    """Remove units from ``start`` while ``more(subnet)`` and there are moves.
+    """Remove units from ``start`` while ``more(subnet)`` is true and moves are left.
 
-    The first value that is told of a candidate is its loss. NaN never wins.
+    The first value of a candidate is its loss. A loss that is not finite never wins.
 
     Arguments:
         start: the first candidate.
-        moves: what could go next, every kind in the order of the model; of equal scores the earliest wins.
-        more: whether one more unit should go.
-        gain: what a move saves, above 0; the move with the least damage per gain wins.
+        moves: the possible moves, every kind in the order of the model; of equal scores the earliest wins.
+        more: whether another unit has to be removed.
+        gain: savings of a move, above 0; the move with the least damage per gain wins.
         mode: ``naive`` and ``exact`` score every move at every step (they differ only in whether the scorer re-uses
-            prefixes); ``lazy`` trusts that a unit which hurt much a step ago still does: it scores only what may be best, and
-            the units on either side of what went last, whose damage changes most.
-        slack: lazy: by which share less than last time a unit may hurt now and still be scored.
-        refresh: lazy: every so many steps score everything again; 0 never does.
+            prefixes). ``lazy`` assumes that a unit which hurt much one step ago still does: it scores only units that may be
+            best, and the neighbours of the last removed unit, whose damage changes most.
+        slack: lazy: share by which the damage of a unit is assumed to fall at most since it was last scored.
+        refresh: lazy: number of steps after which every unit is scored again; 0 for never.
 
     Attributes:
-        subnet: what is left so far.
+        subnet: the sub-network so far.
         taken: every move made, and the loss after it.
     """
 
@@ -67,8 +67,10 @@ class Greedy(Search):
         self.subnet = self.start
 
     def look(self) -> Look:
-        """Raises:
-        WeightError: when no move has a finite score.
+        """The start, then at every step the moves that may be best.
+
+        Raises:
+            WeightError: the loss of the start is not finite, or no move has a finite loss.
         """
         yield [self.start]
         loss = self.seen[self.start][0]
@@ -82,7 +84,7 @@ class Greedy(Search):
             gains = [self.gain(self.subnet, move) for move in offered]
             afresh = self.mode != "lazy" or step == 0 or (self.refresh > 0 and step % self.refresh == 0)
             known = {} if afresh else last
-            # the least damage per gain that a move may turn out to have
+            # lower bounds on the damage per gain of each move
             hopes = [
                 self._hope(known.get(move.unit, -math.inf)) / saved for move, saved in zip(offered, gains, strict=True)
             ]
@@ -96,28 +98,28 @@ class Greedy(Search):
                 if math.isfinite(value):
                     best = min(best, ((value - loss) / gains[i], i, value))
             if best[1] < 0:
-                raise WeightError("no removal leaves a finite loss; the model's weights or the text are broken")
+                raise WeightError("no removal leaves a finite loss; check the model's weights and the calibration text")
             move = offered[best[1]]
             for neighbour in offered[max(0, best[1] - 1) : best[1] + 2]:
                 if neighbour != move:
-                    last.pop(neighbour.unit, None)  # no longer to be trusted
+                    last.pop(neighbour.unit, None)  # its damage has changed too much
             self.subnet, loss = move.subnet, best[2]
             self.taken.append((move, loss))
             step += 1
 
     def _hope(self, damage: float) -> float:
-        """The least that a unit which hurt so much may hurt by now."""
+        """A lower bound on the current damage of a unit, from its last one."""
         return damage - self.slack * abs(damage) if math.isfinite(damage) else damage
 
 
 def check_loss(loss: float) -> None:
-    """Refuse to choose by a loss of the whole model, or by what is made of it, that is no number.
+    """Raise if the loss of the model, or a value computed from it, is not finite.
 
     Raises:
         WeightError: it is not finite.
     """
     if not math.isfinite(loss):
-        raise WeightError(f"the model's loss on the calibration text is {loss}; its weights or the text are broken")
+        raise WeightError(f"the model's loss on the calibration text is {loss}; check the model's weights and the text")
 
 
 def _damage(loss: float, before: float) -> float:

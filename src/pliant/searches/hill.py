@@ -5,41 +5,34 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pliant.elastic import Subnet
-from pliant.searches.search import Limits, Look, Search
+from pliant.searches.search import Look, SpaceSearch
 
 
 @dataclass
-class HillClimb(Search):
+class HillClimb(SpaceSearch):
     """Go from ``start`` to a neighbour whenever its first value is less. It never ends worse than it began.
 
     Arguments:
-        start: the first candidate.
-        propose: a neighbour of a sub-network, such as :meth:`pliant.searches.space.Space.neighbour`; None for no try.
-        tries: how often a neighbour is proposed.
-        seed: of the draw.
-        limits: neighbours that exceed them are not tried.
+        propose: makes a neighbour of a sub-network; None if there is none. Default:
+            :meth:`pliant.searches.space.Space.neighbour`.
 
     Attributes:
-        subnet: where it stands.
+        subnet: the best sub-network so far.
     """
 
-    start: Subnet
-    propose: Callable[[Subnet, random.Random], Subnet | None]
-    tries: int
-    seed: int = 0
-    limits: Limits = field(default_factory=Limits)
+    propose: Callable[[Subnet, random.Random], Subnet | None] | None = None
 
     def __post_init__(self) -> None:
         self.subnet = self.start
 
     def look(self) -> Look:
-        draw = random.Random(self.seed)
-        yield [self.start]
-        for _ in range(self.tries):
-            candidate = self.propose(self.subnet, draw)
+        draw, propose = random.Random(self.seed), self.propose or self.space.neighbour
+        yield [self.subnet]
+        for _ in range(self.budget):
+            candidate = propose(self.subnet, draw)
             if candidate is None or not self.limits.allow(candidate):
                 continue
             yield [candidate]

@@ -5,45 +5,43 @@ Deb et al., "A Fast and Elitist Multiobjective Genetic Algorithm: NSGA-II", 2002
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
 from pliant.elastic import Subnet
 from pliant.errors import MissingExtraError
-from pliant.searches.search import Limits, Look, Search
-from pliant.searches.space import Space
+from pliant.searches.search import Look, SpaceSearch
 
-WORST = 1e9  # stands for a value that is not finite, and for those of a candidate that exceeds a limit
+WORST = 1e9  # replaces values that are not finite, and all values of a candidate that exceeds a limit
 
 
 @dataclass
-class NSGA2(Search):
+class NSGA2(SpaceSearch):
     """Evolve sub-networks towards small values of several objectives.
 
     Arguments:
-        population: sub-networks in a generation.
-        generations: the first one included.
-        first: the first generation.
-        objectives: number of values that are told of a candidate.
-        seed: of the draws of parents and mutations.
-
-    Raises:
-        MissingExtraError: pymoo is not installed.
+        first: sub-networks of the first generation. All others are as large.
+        objectives: number of values per candidate.
     """
 
-    space: Space
-    population: int
-    generations: int
-    first: Sequence[Subnet]
+    multi_objective: ClassVar[bool] = True
+
     objectives: int = 2
-    seed: int = 0
-    limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        need_pymoo()
+        self.check()
+
+    @classmethod
+    def check(cls) -> None:
+        """Raises:
+        MissingExtraError: pymoo is not installed.
+        """
+        try:
+            import pymoo  # noqa: F401 - only to know that it is there before anything is scored
+        except ImportError:
+            raise MissingExtraError("the evolutionary search needs pymoo: pip install 'pliant[search]'") from None
 
     def look(self) -> Look:
         from pymoo.algorithms.moo.nsga2 import NSGA2 as Algorithm  # noqa: N811 - this file has its own
@@ -55,36 +53,26 @@ class NSGA2(Search):
 
         counts = np.array(self.space.counts)
         problem = Problem(n_var=len(counts), n_obj=self.objectives, n_ieq_constr=1, xl=0, xu=counts - 1, vtype=int)
-        first: Any = np.array([self.space.encode(one) for one in self.first])  # pymoo's signature does not name arrays
+        first: Any = np.array([self.space.encode(subnet) for subnet in self.first])  # pymoo's signature lacks arrays
         algorithm = Algorithm(
-            pop_size=self.population,
+            pop_size=len(self.first),
             sampling=first,
             crossover=SBX(prob=0.9, eta=10, repair=RoundingRepair()),
             mutation=PM(prob=1.0, prob_var=1 / len(counts), eta=3, repair=RoundingRepair()),
             eliminate_duplicates=True,
         )
-        algorithm.setup(problem, termination=("n_gen", self.generations), seed=self.seed, verbose=False)
+        algorithm.setup(problem, termination=("n_gen", self.budget // len(self.first)), seed=self.seed, verbose=False)
         while algorithm.has_next():
             infills: Any = algorithm.ask()
-            candidates = [self.space.decode(places) for places in infills.get("X").astype(int)]
-            excess = [self._excess(one) for one in candidates]
-            yield [one for one, over in zip(candidates, excess, strict=True) if not over]
+            candidates = [self.space.decode(choices) for choices in infills.get("X").astype(int)]
+            excess = [self._excess(candidate) for candidate in candidates]
+            yield [candidate for candidate, over in zip(candidates, excess, strict=True) if not over]
             worst = (WORST,) * self.objectives
-            values = np.array([self.seen.get(one, worst) for one in candidates], dtype=float)
+            values = np.array([self.seen.get(candidate, worst) for candidate in candidates], dtype=float)
             values[~np.isfinite(values)] = WORST
-            told = StaticProblem(problem, F=values, G=np.array(excess, dtype=float)[:, None])
-            algorithm.evaluator.eval(told, infills)
+            evaluated = StaticProblem(problem, F=values, G=np.array(excess, dtype=float)[:, None])
+            algorithm.evaluator.eval(evaluated, infills)
             algorithm.tell(infills=infills)
 
     def _excess(self, candidate: Subnet) -> float:
         return self.limits.excess(candidate) + (not self.space.allows(candidate))
-
-
-def need_pymoo() -> None:
-    """Raises:
-    MissingExtraError: pymoo is not installed.
-    """
-    try:
-        import pymoo  # noqa: F401 - only to know that it is there before anything is scored
-    except ImportError:
-        raise MissingExtraError("the evolutionary search needs pymoo: pip install 'pliant[search]'") from None

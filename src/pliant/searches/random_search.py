@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from pliant.searches.search import Limits, Look, Search
-from pliant.searches.space import Space
+from pliant.searches.search import Look, SpaceSearch
 
-DRAWS = 100  # for each candidate wanted, before a space is taken to have no more
+DRAWS = 100  # draws without a new sub-network, after which a space is assumed to hold no more
 
 
 @dataclass
-class RandomSearch(Search):
-    """Draw different sub-networks from a space.
+class RandomSearch(SpaceSearch):
+    """Draw ``budget`` different sub-networks from a space; fewer where it does not have as many within the limits.
 
-    Arguments:
-        tries: how many; fewer where the space does not have as many within the limits.
+    Without limits every choice is drawn at random; with limits, random choices are shrunk until all limits hold.
     """
 
-    space: Space
-    tries: int
-    seed: int = 0
-    limits: Limits = field(default_factory=Limits)
-
     def look(self) -> Look:
-        draw = random.Random(self.seed)
-        for _ in range(DRAWS * self.tries):
-            if len(self.seen) == self.tries:
-                return
-            candidate = self.space.sample(draw)
+        draw, misses = random.Random(self.seed), 0
+        while len(self.seen) < self.budget and misses < DRAWS:
+            limited = self.limits.at_most
+            candidate = self.space.shrunk(self.limits.allow, draw) if limited else self.space.sample(draw)
             if candidate not in self.seen and self.limits.allow(candidate):
+                misses = 0
                 yield [candidate]
+            else:
+                misses += 1

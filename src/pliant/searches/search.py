@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from pliant.elastic import Subnet
+from pliant.registry import SEARCHES, find
+from pliant.searches.space import Space
 
 Look = Generator[Sequence[Subnet], None, None]
-"""A search as a generator: it yields candidates, and goes on when all of them are in :attr:`Search.seen`."""
+"""A search as a generator: it yields candidates and resumes once all of them are in :attr:`Search.seen`."""
 
 
 @dataclass(frozen=True)
@@ -17,13 +20,13 @@ class Limits:
     """Hard limits on costs. A search never asks for a candidate that exceeds one of them.
 
     Attributes:
-        at_most: (cost, most that it may be) pairs.
+        at_most: (cost, maximum) pairs.
     """
 
     at_most: tuple[tuple[Callable[[Subnet], float], float], ...] = ()
 
     def excess(self, candidate: Subnet) -> float:
-        """By how much a candidate exceeds its limits, as shares of them added up; 0 when it is allowed."""
+        """The sum of the shares by which a candidate exceeds its limits; 0 if it is allowed."""
         return sum(max(0.0, cost(candidate) - most) / max(abs(most), 1e-12) for cost, most in self.at_most)
 
     def allow(self, candidate: Subnet) -> bool:
@@ -33,40 +36,40 @@ class Limits:
 
 @dataclass
 class Search(ABC):
-    """Looks for sub-networks with small values.
+    """A search for sub-networks with small values.
 
     A subclass writes its algorithm as a generator, :meth:`look`. The same values always lead to the same candidates, so a search
-    is resumed by running it again: the archive answers what was evaluated before.
+    is resumed by running it again: the archive holds earlier evaluations.
 
     Attributes:
-        seen: the values of every candidate that was told, in order.
+        seen: the values of every evaluated candidate, in order.
     """
 
     seen: dict[Subnet, tuple[float, ...]] = field(init=False, default_factory=dict)
 
     @abstractmethod
     def look(self) -> Look:
-        """Yield the next candidates; when it goes on, their values are in :attr:`seen`."""
+        """Yield the next candidates; when the generator resumes, their values are in :attr:`seen`."""
 
     def ask(self) -> list[Subnet]:
         """The candidates to evaluate next; empty when the search is done."""
-        self._go_on()
+        self._advance()
         return list(self._open)
 
     def tell(self, candidate: Subnet, values: Sequence[float]) -> None:
-        """Report the values of a candidate that was asked for, one per objective; less is better.
+        """Report the values of a candidate from :meth:`ask`, one per objective; lower is better.
 
         Raises:
-            WeightError: the search cannot go on with these values.
+            WeightError: the search cannot continue with these values.
         """
         self.seen[candidate] = tuple(values)
-        self._open = [one for one in self._open if one != candidate]
-        self._go_on()
+        self._open = [other for other in self._open if other != candidate]
+        self._advance()
 
     @property
     def done(self) -> bool:
-        """Whether there is nothing more to ask."""
-        self._go_on()
+        """Whether there are no more candidates."""
+        self._advance()
         return not self._open
 
     def run(self, evaluate: Callable[[Subnet], Sequence[float]]) -> None:
@@ -77,10 +80,10 @@ class Search(ABC):
 
     def best(self, objective: int = 0) -> Subnet:
         """The candidate with the least value of one objective; the earliest of equal ones."""
-        return min(self.seen, key=lambda one: self.seen[one][objective])
+        return min(self.seen, key=lambda candidate: self.seen[candidate][objective])
 
-    def _go_on(self) -> None:
-        """Take the next candidates from the algorithm when all of the last ones were told."""
+    def _advance(self) -> None:
+        """Get the next candidates from the algorithm once all previous ones are evaluated."""
         if not hasattr(self, "_looking"):
             self._looking, self._open = self.look(), list[Subnet]()
         while not self._open and self._looking is not None:
@@ -88,3 +91,46 @@ class Search(ABC):
                 self._open = list(dict.fromkeys(next(self._looking)))
             except StopIteration:
                 self._looking = None
+
+
+@dataclass
+class SpaceSearch(Search):
+    """A search over a space. A step takes it by its name, and so makes all of them alike.
+
+    Arguments:
+        space: what to choose from.
+        first: sub-networks to begin with, one or more.
+        budget: how many sub-networks to try.
+        seed: of every draw.
+        limits: what a candidate must not exceed.
+    """
+
+    multi_objective: ClassVar[bool] = False
+    """Whether it looks for a front of several values. If not, it makes the first value small, and the others are limits."""
+
+    space: Space
+    first: Sequence[Subnet]
+    budget: int
+    seed: int = 0
+    limits: Limits = field(default_factory=Limits)
+
+    @property
+    def start(self) -> Subnet:
+        """The first of ``first`` within the limits; the first of all if there is none."""
+        return next((one for one in self.first if self.limits.allow(one)), self.first[0])
+
+    @classmethod
+    def check(cls) -> None:
+        """Refuse, before any work, to search without a package that is not installed."""
+
+
+def search_of(name: str) -> type[SpaceSearch]:
+    """A search over a space by its name in the registry, or by ``module:Class``.
+
+    Raises:
+        StepError: the name is not known.
+        MissingExtraError: a package that the search needs is not installed.
+    """
+    found = find(SEARCHES, name, "search", base=SpaceSearch)
+    found.check()
+    return found

@@ -15,16 +15,16 @@ from pliant.elastic import Subnet
 
 @dataclass(frozen=True)
 class Space:
-    """Choices that are made one by one: each block present or gone, each axis at one of its sizes.
+    """Independent choices: each block is present or removed, each axis has one of its sizes.
 
-    Nothing is assumed about what an axis is: channels, heads, the rank of an adapter and the size of a kernel are alike. What is
-    kept inside a block that is gone does not matter.
+    An axis may be of any kind: channels, heads, the rank of an adapter, the size of a kernel. Sizes inside a removed block have
+    no effect.
 
     Attributes:
-        blocks: blocks that may be gone.
-        axes: (name of an axis, sizes that it may have), the whole size first, then smaller ones.
-        stay: sets of blocks of which one must stay.
-        base: what is gone or narrower in all of them.
+        blocks: blocks that may be removed.
+        axes: (name of an axis, sizes that it may have), the full size first, then smaller ones.
+        stay: sets of blocks; at least one block of each set stays.
+        base: the cuts that all sub-networks share.
     """
 
     blocks: tuple[str, ...] = ()
@@ -39,9 +39,9 @@ class Space:
         """The space of a model.
 
         Arguments:
-            groups: short name of an axis (``channels``, ``kv``) -> units that come and go together; other axes are left alone.
-            blocks: blocks that may be gone. The last holder of each state stays.
-            base: blocks that are gone already.
+            groups: short name of an axis (``channels``, ``kv``) -> units that are removed together; other axes are units alone.
+            blocks: blocks that may be removed. The last holder of each state stays.
+            base: the cuts that all sub-networks share.
         """
         alive = anatomy.alive(base.skip)
         axes = {axis.name: axis for block in alive for axis in block.leaders if axis.leader in groups}
@@ -54,35 +54,35 @@ class Space:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """How many choices there are in each place: 2 for a block, the number of its sizes for an axis."""
+        """Number of options of each choice: 2 for a block, the number of sizes for an axis."""
         return (2,) * len(self.blocks) + tuple(len(sizes) for _, sizes in self.axes)
 
     def encode(self, subnet: Subnet) -> tuple[int, ...]:
-        """A sub-network of this space as one integer per choice; 0 is whole."""
-        kept = dict(subnet.keep)
-        gone = tuple(int(block in subnet.skip) for block in self.blocks)
-        return gone + tuple(sizes.index(kept.get(name, sizes[0])) for name, sizes in self.axes)
+        """A sub-network of this space as one integer per choice; 0 is the full size or a block that is present."""
+        keep = dict(subnet.keep)
+        removed = tuple(int(block in subnet.skip) for block in self.blocks)
+        return removed + tuple(sizes.index(keep.get(name, sizes[0])) for name, sizes in self.axes)
 
-    def decode(self, places: Sequence[int]) -> Subnet:
+    def decode(self, choices: Sequence[int]) -> Subnet:
         """The inverse of :meth:`encode`."""
         subnet = self.base
-        for (name, sizes), place in zip(self.axes, places[len(self.blocks) :], strict=True):
-            if place:
-                subnet = subnet.keeping(name, sizes[int(place)])
-        return subnet.without(*(block for block, gone in zip(self.blocks, places, strict=False) if gone))
+        for (name, sizes), index in zip(self.axes, choices[len(self.blocks) :], strict=True):
+            if index:
+                subnet = subnet.keeping(name, sizes[int(index)])
+        return subnet.without(*(block for block, removed in zip(self.blocks, choices, strict=False) if removed))
 
     def allows(self, subnet: Subnet) -> bool:
-        """Whether enough blocks stay."""
-        return not any(needed <= subnet.skip for needed in self.stay)
+        """Whether a block of every set in :attr:`stay` stays."""
+        return not any(blocks <= subnet.skip for blocks in self.stay)
 
     def neighbours(self, subnet: Subnet) -> list[Subnet]:
         """Sub-networks that differ in one choice, by one step."""
-        places, found = self.encode(subnet), []
-        for i, (place, count) in enumerate(zip(places, self.counts, strict=True)):
-            for other in (place - 1, place + 1):
+        choices, near = self.encode(subnet), []
+        for i, (choice, count) in enumerate(zip(choices, self.counts, strict=True)):
+            for other in (choice - 1, choice + 1):
                 if 0 <= other < count:
-                    found.append(self.decode((*places[:i], other, *places[i + 1 :])))
-        return [one for one in dict.fromkeys(found) if one != subnet and self.allows(one)]
+                    near.append(self.decode((*choices[:i], other, *choices[i + 1 :])))
+        return [other for other in dict.fromkeys(near) if other != subnet and self.allows(other)]
 
     def neighbour(self, subnet: Subnet, draw: random.Random) -> Subnet | None:
         """One of the neighbours at random; None if there is none."""
@@ -95,22 +95,22 @@ class Space:
             pass
         return subnet
 
-    def shrunk(self, enough: Callable[[Subnet], bool], draw: np.random.Generator) -> Subnet:
-        """Random choices made smaller, step by step, until there is enough of it or nothing is left to make smaller."""
-        places, subnet = [0] * len(self.counts), self.base
+    def shrunk(self, enough: Callable[[Subnet], bool], draw: random.Random | np.random.Generator) -> Subnet:
+        """Shrink random choices step by step until ``enough(subnet)`` is true or nothing can shrink further."""
+        choices, subnet = [0] * len(self.counts), self.base
         while not enough(subnet):
-            free = [i for i, place in enumerate(places) if place + 1 < self.counts[i]]
+            free = [i for i, choice in enumerate(choices) if choice + 1 < self.counts[i]]
             free = [i for i in free if i >= len(self.blocks) or self.allows(subnet.without(self.blocks[i]))]
             if not free:
                 break
-            places[int(draw.choice(free))] += 1
-            subnet = self.decode(places)
+            choices[int(draw.choice(free))] += 1
+            subnet = self.decode(choices)
         return subnet
 
 
 def _sizes(axis: Axis, group: int) -> tuple[int, ...]:
     """The numbers of units that can be kept, from all of them down."""
     allowed = [axis.size]
-    while (left := axis.less(allowed[-1], group)) is not None:
-        allowed.append(left)
+    while (units := axis.less(allowed[-1], group)) is not None:
+        allowed.append(units)
     return tuple(allowed)

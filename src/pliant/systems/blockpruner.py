@@ -1,4 +1,4 @@
-"""BlockPruner: remove whole attention and MLP blocks, the least missed first.
+"""BlockPruner: remove whole attention and MLP blocks, the least important first.
 
 Zhong et al., "BlockPruner: Fine-grained Pruning for Large Language Models", 2024 (arXiv 2406.10594).
 """
@@ -17,7 +17,7 @@ class BlockPruner(GreedyPruner):
     kind: ClassVar[str] = "blockpruner"
 
     blocks: str = setting(
-        "Which blocks may go: mix, attention or mlp.", default="mix", choices=("mix", "attention", "mlp")
+        "Blocks to remove: attention, mlp, or mix for all.", default="mix", choices=("mix", "attention", "mlp")
     )
 
     def run(self, job: Job) -> None:
@@ -26,5 +26,5 @@ class BlockPruner(GreedyPruner):
         moves = block_moves(pruning.anatomy, roles)
         self.check_reach(pruning.anatomy, [moves])
         windows = self.windows(job, self.samples, self.seed)
-        self.stage(pruning, "blocks", moves, windows, self.ratio)
+        self.remove(pruning, "blocks", moves, windows, self.ratio)
         self.finish(pruning, job, moves, windows)

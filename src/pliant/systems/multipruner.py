@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pliant.elastic import Subnet, ratio
+from pliant.elastic import Subnet
 from pliant.errors import StepError
-from pliant.prune import WidthPruner, block_moves, width_moves
-from pliant.prune.moves import pooled
+from pliant.prune import WidthPruner, block_moves, pooled, width_moves
+from pliant.prune.ratio_target import reached
 from pliant.prune.unit_order import ordered
 from pliant.step import Job, setting
 
 
 class MultiPruner(WidthPruner):
-    """Three greedy stages from coarse to fine. Units are put in order of importance first, so that a stage always takes
-    the least important ones left."""
+    """Three greedy stages from coarse to fine. Units are sorted by importance first, so that a stage always removes the
+    least important remaining ones."""
 
     kind: ClassVar[str] = "multipruner"
 
@@ -35,15 +35,17 @@ class MultiPruner(WidthPruner):
         """The split as three shares that sum to 1.
 
         Raises:
-            StepError: unless it is three numbers, none negative, not all zero.
+            StepError: it is not three finite numbers, of which none is negative and one is above 0.
         """
         try:
             blocks, channels, heads = (float(part) for part in self.split.split(":"))
         except (AttributeError, ValueError):
-            raise StepError(f"split is blocks:channels:heads, e.g. 44:52:4, not {self.split!r}") from None
+            raise StepError(f"split must be blocks:channels:heads, such as 44:52:4; not {self.split!r}") from None
         total = blocks + channels + heads
         if min(blocks, channels, heads) < 0 or not 0 < total < float("inf"):
-            raise StepError(f"the shares in split cannot be negative or all zero, they are {self.split!r}")
+            raise StepError(
+                f"split needs finite shares, none below 0 and not all 0, such as 44:52:4; not {self.split!r}"
+            )
         return blocks / total, channels / total, heads / total
 
     def run(self, job: Job) -> None:
@@ -55,23 +57,23 @@ class MultiPruner(WidthPruner):
             ("mlp channels", channels, width_moves(anatomy, self.mlp_groups(job, anatomy))),
             ("attention heads", heads, width_moves(anatomy, self.head_groups(job, anatomy))),
         ]
-        # a layout may forbid a kind altogether; the others then take its share
+        # some layouts have no moves of a kind; the others then take its share
         possible = [(name, share, moves) for name, share, moves in stages if share > 0 and moves(Subnet())]
-        shared = sum(share for _, share, _ in possible)
-        wanted = [(name, share / shared, moves) for name, share, moves in possible]
-        self.check_reach(anatomy, [moves for _, _, moves in wanted])
+        total = sum(share for _, share, _ in possible)
+        planned = [(name, share / total, moves) for name, share, moves in possible]
+        self.check_reach(anatomy, [moves for _, _, moves in planned])
         # the paper draws the sample for the widths first
         for_widths = self.windows(job, self.width_samples, self.seed)
         for_blocks = self.windows(job, self.samples, self.seed + 1)
         with ordered(job, anatomy, self.order, for_widths):
-            until = 0.0
-            all_kinds = pooled(*(moves for _, _, moves in wanted))
-            for name, share, moves in wanted:
-                until += self.ratio * share
-                last = name == wanted[-1][0]
+            ratio = 0.0
+            all_kinds = pooled(*(moves for _, _, moves in planned))
+            for name, share, moves in planned:
+                ratio += self.ratio * share
+                last = name == planned[-1][0]
                 windows = for_blocks if name == "blocks" else for_widths
                 units = moves if last else all_kinds  # so that an early stage does not overshoot the ratio
-                self.stage(pruning, name, moves, windows, self.ratio if last else until, units)
-            if ratio(anatomy, pruning.subnet) < self.ratio - 1e-12:  # the last one ran dry: whatever earlier ones left
-                self.stage(pruning, "what is left", all_kinds, for_widths, self.ratio)
-            self.finish(pruning, job, wanted[-1][2], for_blocks if wanted[-1][0] == "blocks" else for_widths)
+                self.remove(pruning, name, moves, windows, self.ratio if last else ratio, units)
+            if not reached(anatomy, pruning.subnet, self.ratio):  # the last stage ran out of moves
+                self.remove(pruning, "all kinds", all_kinds, for_widths, self.ratio)
+            self.finish(pruning, job, planned[-1][2], for_blocks if planned[-1][0] == "blocks" else for_widths)

@@ -1,4 +1,4 @@
-"""MultiPruner-Evol: remove blocks up to half the ratio, then evolve all widths together.
+"""MultiPruner-Evol: remove blocks until half the ratio, then evolve all widths together.
 
 Muñoz et al., "MultiPruner: Balanced Structure Removal in Foundation Models", 2025 (arXiv 2501.09949), the evolutionary
 variant. The paper gives no population and no number of generations; the defaults here are ours.
@@ -17,21 +17,31 @@ from pliant.prune import WidthPruner, block_moves, pooled, width_moves
 from pliant.prune.moves import settled
 from pliant.prune.session import Scorer
 from pliant.prune.unit_order import ordered
-from pliant.searches import NSGA2, Move, Space, need_pymoo
+from pliant.registry import SEARCHES
+from pliant.searches import Limits, Move, Space, SpaceSearch, search_of
 from pliant.step import Job, setting
 
 
 class MultiPrunerEvol(WidthPruner):
-    """BlockPruner up to half the ratio, then NSGA-II over the widths of all MLPs and attentions that are left: the loss
-    against the ratio. Of all that was evaluated at the ratio, the one with the lowest loss is taken."""
+    """BlockPruner until half the ratio, then NSGA-II over the widths of all remaining MLPs and attentions: the loss
+    against the ratio. Of all evaluated sub-networks at the ratio, the one with the lowest loss is taken."""
 
     kind: ClassVar[str] = "multipruner_evol"
 
     width_samples: int = setting("Rows of calibration text for the widths.", default=128, at_least=1)
 
-    population: int = setting("Sub-networks in a generation.", default=24, at_least=4)
+    width_search: str = setting(
+        "How widths are searched: nsga2 evolves a front of loss and ratio; hill and random make the loss small at the ratio; or"
+        " your own as module:Class.",
+        default="nsga2",
+        names=SEARCHES,
+    )
 
-    generations: int = setting("Generations, the first random one included.", default=10, at_least=1)
+    population: int = setting("Sub-networks in a generation, and drawn to begin with.", default=24, at_least=4)
+
+    generations: int = setting(
+        "Generations, the first random one included; other searches try as many sub-networks.", default=10, at_least=1
+    )
 
     tolerance: float = setting(
         "Consider sub-networks up to this far above the ratio; the excess is restored, down to less than one unit.",
@@ -40,7 +50,7 @@ class MultiPrunerEvol(WidthPruner):
     )
 
     def run(self, job: Job) -> None:
-        need_pymoo()
+        kind = search_of(self.width_search)
         pruning = self.begin(job)
         anatomy = pruning.anatomy
         groups = {**self.mlp_groups(job, anatomy), **self.head_groups(job, anatomy)}
@@ -49,15 +59,17 @@ class MultiPrunerEvol(WidthPruner):
         for_blocks = self.windows(job, self.samples, self.seed + 1)
         total = self.population * self.generations
 
-        def told(scorer: Scorer) -> None:
+        def show(scorer: Scorer) -> None:
             job.progress.step(min(1.0, scorer.seen / total), f"{scorer.seen} of {total} sub-networks scored")
 
         with ordered(job, anatomy, self.order, for_widths):
             units = pooled(block_moves(anatomy), width_moves(anatomy, groups))
-            self.stage(pruning, "blocks", block_moves(anatomy), for_blocks, self.ratio / 2, units)
+            self.remove(pruning, "blocks", block_moves(anatomy), for_blocks, self.ratio / 2, units)
             space = Space.of(anatomy, groups, base=pruning.subnet)
-            with pruning.scoring("widths", for_widths, told=told) as score:
-                search = NSGA2(space, self.population, self.generations, self._first(anatomy, space), seed=self.seed)
+            at_ratio = (lambda subnet: -ratio(anatomy, subnet), -self.ratio)
+            limits = Limits(() if kind.multi_objective else (at_ratio,))
+            with pruning.scoring("widths", for_widths, on_score=show) as score:
+                search = kind(space, self._first(anatomy, space), total, self.seed, limits)
                 search.run(lambda subnet: [score(subnet), -ratio(anatomy, subnet)])
                 subnet = settled(anatomy, self._nearest(anatomy, search, groups), self.ratio, dict(space.axes))
                 loss = score(subnet)
@@ -65,25 +77,26 @@ class MultiPrunerEvol(WidthPruner):
             self.finish(pruning, job, units, for_widths)
 
     def _first(self, anatomy: Anatomy, space: Space) -> list[Subnet]:
-        """The first generation: random steps of random axes taken until about the ratio is met."""
+        """The first generation: random axes narrowed by random steps until about the ratio is reached."""
         draw = np.random.default_rng(self.seed)
-        wanted = (self.ratio * draw.uniform(0.8, 1.2) for _ in range(self.population))  # drawn when it is its turn
-        return [space.shrunk(lambda subnet, least=least: ratio(anatomy, subnet) >= least, draw) for least in wanted]
+        ratios = (self.ratio * draw.uniform(0.8, 1.2) for _ in range(self.population))  # drawn lazily, one per shrink
+        return [space.shrunk(lambda subnet, least=least: ratio(anatomy, subnet) >= least, draw) for least in ratios]
 
-    def _nearest(self, anatomy: Anatomy, search: NSGA2, groups: dict[str, int]) -> Subnet:
-        """Of the sub-networks at the ratio the one with the lowest loss."""
+    def _nearest(self, anatomy: Anatomy, search: SpaceSearch, groups: dict[str, int]) -> Subnet:
+        """The sub-network with the lowest loss of those at the ratio."""
         base = search.space.base
         narrower = width_moves(anatomy, groups)(base)
         unit = min((ratio(anatomy, move.subnet) for move in narrower), default=0.0) - ratio(anatomy, base)
-        near = {
-            subnet: loss
+        ratios = {subnet: ratio(anatomy, subnet) for subnet in search.seen}
+        near = [
+            subnet
             for subnet, (loss, _) in search.seen.items()
-            if np.isfinite(loss) and 0 <= ratio(anatomy, subnet) - self.ratio < max(self.tolerance, unit)
-        }
+            if np.isfinite(loss) and 0 <= ratios[subnet] - self.ratio < max(self.tolerance, unit)
+        ]
         if not near:
-            reached = sorted(ratio(anatomy, subnet) for subnet in search.seen)
             raise RatioError(
-                f"none of {len(reached)} sub-networks came to ratio {self.ratio} within {self.tolerance} (they span "
-                f"{reached[0]:.3f} to {reached[-1]:.3f}); give more generations or a larger tolerance"
+                f"none of {len(ratios)} sub-networks is within {self.tolerance} above ratio {self.ratio} (their ratios are "
+                f"{min(ratios.values(), default=0):.3f} to {max(ratios.values(), default=0):.3f}); give more generations or a "
+                "larger tolerance"
             )
-        return min(near, key=near.__getitem__)
+        return min(near, key=lambda subnet: search.seen[subnet][0])

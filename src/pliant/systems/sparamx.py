@@ -1,4 +1,4 @@
-"""SparAMX: run a sparse model on a CPU, weights and key-value cache without their zeros.
+"""SparAMX: run a sparse model on a CPU, with weights and key-value cache stored without their zeros.
 
 "SparAMX: Accelerating Compressed LLMs Token Generation on AMX-powered CPUs", 2025 (arXiv 2502.12444). Linear layers keep a
 bitmap and the values that are not zero; so do keys and values, of which the smallest are dropped.
@@ -15,9 +15,9 @@ from pliant.values.pack import SPARSE, PackedLinear
 
 
 class SparAMX(ValueStep):
-    """Pack a model that is sparse, or is made so by magnitude, in the formats of the paper: bf16 or int8.
+    """Pack a sparse model, or one pruned by magnitude first, in the formats of the paper: bf16 or int8.
 
-    Where leaving zeros out is slower on this machine, a layer is packed dense; ``PackedLinear`` has more settings.
+    A layer is packed dense if the sparse form is slower on this machine; ``PackedLinear`` has more settings.
     """
 
     kind: ClassVar[str] = "sparamx"
@@ -25,7 +25,7 @@ class SparAMX(ValueStep):
     packs: ClassVar[bool] = True
 
     sparsity: float | None = setting(
-        "Share of the weights to zero by magnitude first; none for a model that is sparse already.",
+        "Share of the weights to set to zero by magnitude first; none for a model that is sparse already.",
         default=None,
         at_least=0,
         at_most=1,
@@ -33,12 +33,12 @@ class SparAMX(ValueStep):
 
     format: str = setting("bf16 or int8.", default="bf16", choices=("bf16", "int8"))
 
-    key_sparsity: float = setting("Share of the keys in the cache that is zeroed.", default=0.3, at_least=0, below=1)
+    key_sparsity: float = setting("Share of the cached keys to set to zero.", default=0.3, at_least=0, below=1)
 
-    value_sparsity: float = setting("The same of values.", default=0.5, at_least=0, below=1)
+    value_sparsity: float = setting("Share of the cached values to set to zero.", default=0.5, at_least=0, below=1)
 
     sparse: str = setting(
-        "Whether zeros are left out of weights: always, never, or auto: where that is faster on this machine.",
+        "Whether weights are stored without their zeros: always, never, or auto (if that is faster on this machine).",
         default="auto",
         choices=SPARSE,
     )

@@ -1,1 +1,1 @@
-"""Read questions from files, in the forms that are in use."""
+"""Questions from files in common formats."""

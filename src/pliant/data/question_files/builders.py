@@ -1,4 +1,4 @@
-"""Parts that row forms are put together from: values of a row, checked, and questions made of them."""
+"""Building blocks of row formats: checked values of a row, and questions made from them."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def strings(row: dict[str, Any], key: str) -> list[str]:
     return row[key]
 
 
-def place(row: dict[str, Any], key: str, labels: Sequence[str]) -> int:
-    """Which of the labels a value is; data sets write the same label as a string, a number or a truth value."""
-    given, known = row[key], list(labels)
-    label = str(int(given) if isinstance(given, bool) else given).strip()
+def label_index(row: dict[str, Any], key: str, labels: Sequence[str]) -> int:
+    """The index of a value among the labels; data sets write the same label as a string, a number or a boolean."""
+    value, known = row[key], list(labels)
+    label = str(int(value) if isinstance(value, bool) else value).strip()
     if label not in known:
         raise DataError(
-            f"{key!r} must be {', '.join(known[:-1])} or {known[-1]}; it is {given!r}. Splits that keep their answers back "
-            "cannot be measured"
+            f"{key!r} must be {', '.join(known[:-1])} or {known[-1]}; it is {value!r}. Splits without public answers cannot be "
+            "measured"
         )
     return known.index(label)
 
@@ -52,13 +52,13 @@ def fill(sentence: str, options: Sequence[str], answer: int) -> Question:
     """A sentence with ``_`` in it: after which option is the rest of the sentence likeliest?"""
     before, gap, after = sentence.partition("_")
     if not gap or not after.strip():
-        raise DataError(f"the sentence must have a _ to fill and text behind it; it is {sentence!r}")
+        raise DataError(f"the sentence must have a _ to fill and text after it; it is {sentence!r}")
     check(options)
     return ask(tuple(before + option for option in options), [after.strip()] * len(options), answer)
 
 
 def check(choices: Sequence[str]) -> None:
-    """Refuse what leaves nothing to choose."""
+    """Refuse fewer than two choices, and empty ones."""
     if len(choices) < 2:
         raise DataError(f"{len(choices)} choice(s); at least 2 are needed")
     if any(not choice.strip() for choice in choices):

@@ -8,9 +8,9 @@ from dataclasses import astuple, dataclass
 
 from pliant.digest import json_digest
 
-_NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")  # the minus of 10-3 is no sign
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")  # the minus of 10-3 is not a sign
 _LETTER = re.compile(r"\b[A-J]\b")
-_TOLD = re.compile(r"(?i:answer(?: is|:))\W*([A-J])\b|^\W*([A-J])[.):]")  # "the answer is (B)", "B. Because"
+_STATED = re.compile(r"(?i:answer(?: is|:))\W*([A-J])\b|^\W*([A-J])[.):]")  # "the answer is (B)", "B. Because"
 _CLOSE = 1e-3  # reference answers are rounded by hand
 
 
@@ -35,7 +35,7 @@ class Question:
 
 @dataclass(frozen=True)
 class OpenQuestion:
-    """A prompt and the answer that what the model writes after it must contain: a number, a letter, or else a text."""
+    """A prompt and its reference answer: a number, a letter, or any other text."""
 
     context: str
     answer: str
@@ -43,18 +43,18 @@ class OpenQuestion:
     def matches(self, written: str) -> bool:
         """Whether ``written`` gives the answer.
 
-        An answer that is a number is compared with the last number written, within 0.001; one that is a letter with the letter
-        that is called the answer or that all begins with, else with the last capital A to J that stands alone; any other with
-        the first line, whatever its case, without a full stop at the end.
+        A number is compared with the last number in ``written``, within 0.001. A letter is compared with the letter that is
+        stated as the answer or begins the text, else with the last capital A to J that stands alone. Any other answer is
+        compared with the first line, ignoring case and a full stop at the end.
         """
-        wanted = self.answer.strip()
-        if _NUMBER.fullmatch(wanted):
+        reference = self.answer.strip()
+        if _NUMBER.fullmatch(reference):
             numbers = _NUMBER.findall(written)
-            return bool(numbers) and abs(_value(numbers[-1]) - _value(wanted)) <= _CLOSE
-        if _LETTER.fullmatch(wanted):
-            told = _TOLD.search(written)
-            return ([told[1] or told[2]] if told else _LETTER.findall(written)[-1:]) == [wanted]
-        return _plain(written) == _plain(wanted)
+            return bool(numbers) and abs(_value(numbers[-1]) - _value(reference)) <= _CLOSE
+        if _LETTER.fullmatch(reference):
+            stated = _STATED.search(written)
+            return ([stated[1] or stated[2]] if stated else _LETTER.findall(written)[-1:]) == [reference]
+        return _plain(written) == _plain(reference)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Continuation:
 
 
 def questions_digest(items: Sequence[Question | OpenQuestion | Continuation]) -> str:
-    """Hash of the questions: two results can be compared when it is the same."""
+    """Hash of the questions: results with the same hash can be compared."""
     return json_digest([astuple(item) for item in items])
 
 

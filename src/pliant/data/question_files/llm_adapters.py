@@ -1,4 +1,4 @@
-"""Rows of the LLM-Adapters files: a question, its choices and the form of the answer, all in words."""
+"""Rows of the LLM-Adapters files: one text holds the question, its choices and the form of the answer."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def ask_instruction(row: dict[str, Any], asked: str = ASKED) -> Question | OpenQ
     is neither is an open question.
 
     Arguments:
-        asked: how a question is put before its choices; the rows of different data sets look the same.
+        asked: template of the question, which depends on the data set; rows of different data sets look the same.
 
     Raises:
-        DataError: choices that cannot be told apart.
+        DataError: the choices cannot be separated, or the answer is empty.
     """
     answer = string(row, "answer").strip()
     whole = string(row, "instruction")
     if row.get("input"):
         whole = f"{whole.rstrip()}\n{string(row, 'input')}"
-    body = whole.rpartition("Answer format:")[0].partition(": ")[2].strip()  # behind "Please choose … question: "
+    body = whole.rpartition("Answer format:")[0].partition(": ")[2].strip()  # after "Please choose … question: "
     if answer in ("false", "true") and body:
         return ask(ASKED.format(body), ("no", "yes"), ("false", "true").index(answer))
     chosen = _CHOICE.fullmatch(answer)

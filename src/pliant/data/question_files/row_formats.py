@@ -1,4 +1,4 @@
-"""The row forms of question files, and how each is posed: as lm-eval does, so that the figures can be compared."""
+"""Row formats of question files; each is posed as in lm-eval, so that results can be compared."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pliant.data.question_files.builders import ASKED, ask, check, fill, key_in, place, string, strings
+from pliant.data.question_files.builders import ASKED, ask, check, fill, key_in, label_index, string, strings
 from pliant.data.question_files.kinds import Continuation, OpenQuestion, Question
 from pliant.data.question_files.llm_adapters import ask_instruction
 from pliant.errors import DataError
@@ -22,10 +22,10 @@ class Form:
     """One form of row.
 
     Attributes:
-        name: what people call it.
-        keys: what a row of this form has, ``one/or/another`` where names differ.
-        pose: makes a question of a row, or raises DataError.
-        named: what the file or its folder must be called by as well, where rows of different data sets look the same.
+        name: its usual name.
+        keys: keys of such a row, ``one/or/another`` if names differ.
+        pose: makes a question from a row, or raises DataError.
+        named: text that the name of the file or its folder must contain, because rows of another data set look the same.
     """
 
     name: str
@@ -35,10 +35,10 @@ class Form:
 
 
 def form_of(row: Row, path: Path) -> Form:
-    """The first of :data:`FORMS` that a row has the keys of.
+    """The first of :data:`FORMS` whose keys a row has.
 
     Raises:
-        DataError: it is of none; the message says what the plain form lacks.
+        DataError: no form fits; the message names the missing key of the plain form.
     """
     where = "/".join(path.resolve().parts[-2:]).lower()
     for form in FORMS:
@@ -47,7 +47,7 @@ def form_of(row: Row, path: Path) -> Form:
     lacking = next(names for names in PLAIN if not key_in(row, names))
     known = ", ".join(dict.fromkeys(form.name for form in FORMS))
     raise DataError(
-        f"no key {' or '.join(map(repr, lacking.split('/')))}; it has {', '.join(row)}. Forms that are known: {known}"
+        f"no key {' or '.join(map(repr, lacking.split('/')))}; it has {', '.join(row)}. Known forms: {known}"
     )
 
 
@@ -60,7 +60,7 @@ def _openbookqa(row: Row) -> Question:
 
 
 def _labelled(row: Row) -> tuple[list[str], int]:
-    """The texts of ``{"text": [...], "label": ["A", ...]}`` and the place of ``answerKey`` among the labels."""
+    """The texts of ``{"text": [...], "label": ["A", ...]}`` and the index of ``answerKey`` among the labels."""
     choices = row["choices"]
     if not isinstance(choices, dict) or not {"text", "label"} <= choices.keys():
         raise DataError(f'the choices must be {{"text": [...], "label": [...]}}; they are {choices!r}')
@@ -68,12 +68,12 @@ def _labelled(row: Row) -> tuple[list[str], int]:
     check(texts)
     if len(texts) != len(labels):
         raise DataError(f"{len(texts)} choices have {len(labels)} labels; each needs one")
-    return texts, place(row, "answerKey", labels)
+    return texts, label_index(row, "answerKey", labels)
 
 
 def _piqa(row: Row) -> Question:
     choices = [string(row, "sol1"), string(row, "sol2")]
-    return ask(ASKED.format(string(row, "goal")), choices, place(row, "label", "01"))
+    return ask(ASKED.format(string(row, "goal")), choices, label_index(row, "label", "01"))
 
 
 def _hellaswag(row: Row) -> Question:
@@ -84,29 +84,31 @@ def _hellaswag(row: Row) -> Question:
     endings = [_without_marks(ending) for ending in strings(row, "endings")]
     check(endings)
     return ask(
-        _without_marks(f"{string(row, 'activity_label')}: {context}"), endings, place(row, "label", _counted(endings))
+        _without_marks(f"{string(row, 'activity_label')}: {context}"),
+        endings,
+        label_index(row, "label", _counted(endings)),
     )
 
 
 def _without_marks(text: str) -> str:
-    """Rows that come from WikiHow have its section marks in brackets."""
+    """The text without section marks in brackets, which rows from WikiHow have."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def _winogrande(row: Row) -> Question:
     options = [string(row, "option1"), string(row, "option2")]
-    return fill(string(row, "sentence"), options, place(row, "answer", "12"))
+    return fill(string(row, "sentence"), options, label_index(row, "answer", "12"))
 
 
 def _boolq(row: Row) -> Question:
-    question = string(row, "question").rstrip("?") + "?"  # HF has it without, others with the mark
+    question = string(row, "question").rstrip("?") + "?"  # some copies of the data set lack the question mark
     answer = "label" if "label" in row else "answer"
-    return ask(f"{string(row, 'passage')}\n{ASKED.format(question)}", ("no", "yes"), place(row, answer, "01"))
+    return ask(f"{string(row, 'passage')}\n{ASKED.format(question)}", ("no", "yes"), label_index(row, answer, "01"))
 
 
 def _siqa(row: Row) -> Question:
     context = f"Q: {string(row, 'context')} {string(row, 'question')}\nA:"
-    return ask(context, [string(row, f"answer{letter}") for letter in "ABC"], place(row, "label", "123"))
+    return ask(context, [string(row, f"answer{letter}") for letter in "ABC"], label_index(row, "label", "123"))
 
 
 def _mmlu(row: Row) -> Question:
@@ -119,7 +121,7 @@ def _mmlu(row: Row) -> Question:
         f"The following are multiple choice questions (with answers) about {subject}.\n\n"
         f"{string(row, 'question').strip()}\n{listed}\nAnswer:"
     )
-    return ask(context, letters, place(row, "answer", _counted(choices)))
+    return ask(context, letters, label_index(row, "answer", _counted(choices)))
 
 
 def _counted(choices: list[str]) -> list[str]:
@@ -132,13 +134,13 @@ def _plain(row: Row) -> Question:
         raise DataError("the context must be a string and the choices a list of strings")
     check(choices)
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise DataError(f"the answer must be 0 to {len(choices) - 1}, the place of the right choice; it is {answer!r}")
+        raise DataError(f"the answer must be 0 to {len(choices) - 1}, the index of the right choice; it is {answer!r}")
     space = "" if not context or context[-1].isspace() else " "
     return Question(context, tuple(c if c[0].isspace() else space + c for c in choices), answer)
 
 
 def _answered(row: Row) -> OpenQuestion:
-    """The answer is what follows ``####``, where there is one; before it stands how it is reached."""
+    """The answer follows ``####`` if the row has that mark; the text before it is the reasoning."""
     answer = string(row, "answer").rpartition("####")[2].strip()
     if not answer:
         raise DataError("the answer is empty")

@@ -1,1 +1,1 @@
-"""How good a model is: perplexity, questions, comparisons, replies."""
+"""Quality of a model: perplexity, questions, comparisons, replies."""

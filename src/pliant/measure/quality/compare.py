@@ -1,4 +1,4 @@
-"""Whether two models really differ: the same windows and questions, compared pair by pair."""
+"""Compare two models on the same windows and questions, pair by pair."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _AT_ONCE = 2**21  # drawn indices held in memory
 
 
 def compare(a: dict[str, Any], b: dict[str, Any], *, seed: int = 0) -> dict[str, Any]:
-    """How much better or worse ``a`` is than ``b``, and how sure that is.
+    """The differences between two results, with confidence intervals.
 
     Arguments:
-        a, b: what :func:`pliant.evaluate` returned with ``items=True`` for two models, on the same texts and questions.
+        a, b: results of :func:`pliant.evaluate` with ``items=True`` for two models, on the same texts and questions.
         seed: of the resamples.
 
     Returns:
         In the layout of the results, for each text under ``loss`` (nats per token) and for each task under its metrics
         ``{"difference": mean of a - b, "low", "high", "p", "items"}``. ``low`` and ``high`` bound the 95 % interval of a
-        paired bootstrap with 10,000 resamples; ``p`` is the two-sided probability of a difference as far from 0 when there
-        is none. These three are None for a single item, and where an item has no number.
+        paired bootstrap with 10,000 resamples; ``p`` is the two-sided probability of a difference at least as far from 0 if
+        the models do not differ. These three are None for a single item, or if a value is not finite.
 
     Raises:
-        DataError: results without items, or not made on the same ones.
+        DataError: results without items, or on different items.
     """
     compared: dict[str, Any] = {}
     for part in dict.fromkeys([*a, *b]):
@@ -44,7 +44,7 @@ def compare(a: dict[str, Any], b: dict[str, Any], *, seed: int = 0) -> dict[str,
 
 
 def without_items(result: dict[str, Any]) -> dict[str, Any]:
-    """A result as it is without ``items=True``."""
+    """A result as :func:`pliant.evaluate` returns it without ``items=True``."""
     return {
         part: {name: {key: value for key, value in row.items() if key != "items"} for name, row in rows.items()}
         for part, rows in result.items()
@@ -75,9 +75,9 @@ def difference(paired: np.ndarray, seed: int = 0) -> dict[str, Any]:
         paired: shape ``(items,)``.
     """
     count = len(paired)
-    found: dict[str, Any] = {"difference": float(paired.mean()), "low": None, "high": None, "p": None, "items": count}
+    result: dict[str, Any] = {"difference": float(paired.mean()), "low": None, "high": None, "p": None, "items": count}
     if count < 2 or not np.isfinite(paired).all():
-        return found
+        return result
     random = np.random.default_rng(seed)
     each = max(1, _AT_ONCE // count)
     means = np.concatenate(
@@ -89,4 +89,4 @@ def difference(paired: np.ndarray, seed: int = 0) -> dict[str, Any]:
     low, high = np.quantile(means, (0.025, 0.975))
     beyond = min((means <= 0).sum(), (means >= 0).sum())
     # the sample itself counts as one more resample, so that p is never 0
-    return {**found, "low": float(low), "high": float(high), "p": min(1.0, 2 * float(beyond + 1) / (RESAMPLES + 1))}
+    return {**result, "low": float(low), "high": float(high), "p": min(1.0, 2 * float(beyond + 1) / (RESAMPLES + 1))}

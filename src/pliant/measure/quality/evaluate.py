@@ -1,4 +1,4 @@
-"""How good a model is: perplexity, divergence from another model, questions answered rightly."""
+"""Evaluate a model: perplexity, divergence from another model, accuracy on questions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pliant.forward.windows import (
     check_ids,
     check_model,
     longest_of,
-    no_number,
+    not_finite,
     tokens_at_once,
     windows_for,
     within_memory,
@@ -37,10 +37,10 @@ from pliant.pages import pages_of
 
 Source = str | Path | Text
 Questions = Sequence[Question] | Sequence[OpenQuestion] | Sequence[Continuation]
-MOST = math.log(sys.float_info.max)  # nats: the exponential of more overflows
+MOST = math.log(sys.float_info.max)  # nats whose exponential does not overflow
 
 SHARES = {"acc": "stderr", "acc_norm": "stderr_norm", "match": "stderr"}
-"""What a task may be measured by, and the name of the standard error."""
+"""Metrics of tasks -> the key of the standard error of each."""
 
 
 def evaluate(
@@ -59,20 +59,20 @@ def evaluate(
     dtype: Any = None,
     device: Any = None,
 ) -> dict[str, Any]:
-    """Measure a causal language model.
+    """Evaluate a causal language model.
 
     Arguments:
-        model: a transformers model, measured on the device that it is on; or what :func:`pliant.load` takes.
-        perplexity: text files (or ``pliant.text``) to predict, one figure each.
+        model: a transformers model, evaluated on its device; or what :func:`pliant.load` takes.
+        perplexity: text files (or ``pliant.text``), each evaluated on its own.
         tasks: question files, or questions by name; see :func:`pliant.questions`. Questions with choices are answered by
             likelihood, open ones by greedy generation; a continuation is correct if every token is the likeliest.
         harness: tasks of lm-eval, by name or YAML file; needs ``pip install 'pliant[eval]'``.
         reference: a model to compare next-token distributions with, on the same text; or what :func:`pliant.load` takes.
-        seqlen: tokens in a window; shortened to what the model can read.
-        windows: windows of each text at most.
-        limit: questions of each task at most.
-        max_new_tokens: tokens at most in the answer to an open question.
-        items: keep the figure of every window and question, for :func:`pliant.compare`.
+        seqlen: tokens in a window; at most the model's positions are used.
+        windows: maximum number of windows of each text.
+        limit: maximum number of questions of each task.
+        max_new_tokens: maximum length of the answer to an open question.
+        items: also return the figures of every window and question, for :func:`pliant.compare`.
         dtype, device: of models that are given by name or folder, as in :func:`pliant.load`.
 
     Returns:
@@ -85,9 +85,9 @@ def evaluate(
 
     Raises:
         ArchitectureError: a model that predicts no next tokens.
-        DataError: nothing to measure, or text or questions that cannot be used.
+        DataError: nothing to evaluate, or text or questions that cannot be used.
         WeightError: the loss, or the log-likelihood of a choice, is not finite.
-        PliantError: lm-eval is needed and not there, or fails.
+        PliantError: lm-eval is needed but not installed, or fails.
     """
     texts = [perplexity] if isinstance(perplexity, str | Path | Text) else list(perplexity)
     asked: dict[str, Questions] = dict(tasks) if isinstance(tasks, Mapping) else {}
@@ -99,34 +99,34 @@ def evaluate(
     model = loaded(model, dtype=dtype, device=device)
     reference = None if reference is None else loaded(reference, dtype=dtype, device=device)
     measured = [model] if reference is None else [model, reference]
-    for one in measured:
-        check_model(one)
+    for each in measured:
+        check_model(each)
     tokenizer = tokenizer or tokenizer_of(model)
     seqlen = min(seqlen, *map(longest_of, measured))
-    was_training = [one.training for one in measured]
-    for one in measured:
-        one.eval()
+    was_training = [each.training for each in measured]
+    for each in measured:
+        each.eval()
     try:
-        found: dict[str, Any] = {"perplexity": {}, "tasks": {}}
+        result: dict[str, Any] = {"perplexity": {}, "tasks": {}}
         for source in texts:
             rows = source if isinstance(source, Text) else text(source)
             ids = windows_for(model, tokenizer, rows, seqlen, windows)
             if reference is not None:
                 check_ids(reference, ids)
-            called = _unused(rows.source, found["perplexity"])
-            found["perplexity"][called] = _predict(model, called, ids, reference, items)
+            name = _unused(rows.source, result["perplexity"])
+            result["perplexity"][name] = _predict(model, name, ids, reference, items)
         for name, some in asked.items():
-            found["tasks"][name] = _ask(model, tokenizer, name, list(some)[:limit], max_new_tokens, items)
+            result["tasks"][name] = _ask(model, tokenizer, name, list(some)[:limit], max_new_tokens, items)
         if harness:
-            found["harness"] = run_harness(model, tokenizer, harness, limit=limit, items=items)
-        return found
+            result["harness"] = run_harness(model, tokenizer, harness, limit=limit, items=items)
+        return result
     finally:
-        for one, training in zip(measured, was_training, strict=True):
-            one.train(training)
+        for each, training in zip(measured, was_training, strict=True):
+            each.train(training)
 
 
 def _unused(name: str, taken: Container[str]) -> str:
-    """``name``, or ``name (2)`` when two files are called the same."""
+    """``name``, or ``name (2)`` if two files have the same name."""
     number = 1
     while (numbered := name if number == 1 else f"{name} ({number})") in taken:
         number += 1
@@ -134,13 +134,13 @@ def _unused(name: str, taken: Container[str]) -> str:
 
 
 def _predict(model: Any, name: str, ids: torch.Tensor, reference: Any, keep: bool) -> dict[str, Any]:
-    start = min(tokens_at_once(one) for one in (model, reference) if one is not None)
+    start = min(tokens_at_once(each) for each in (model, reference) if each is not None)
     if pages_of(model) is None:
         start = max(start, ids.shape[1])
     loss, divergence = within_memory(model, lambda tokens: _losses(model, ids, reference, tokens), start)
     mean = loss.mean().item()
     if not math.isfinite(mean):
-        raise no_number(model, f"the model's loss on {name!r} is {mean}")
+        raise not_finite(model, f"the model's loss on {name!r} is {mean}")
     if mean > MOST:
         raise WeightError(
             f"the model's loss on {name!r} is {mean:.4g} nats per token, and its perplexity overflows; check the model's weights"
@@ -155,7 +155,7 @@ def _predict(model: Any, name: str, ids: torch.Tensor, reference: Any, keep: boo
     if divergence is not None:
         result["kl"] = divergence.mean().item()
         if not math.isfinite(result["kl"]):
-            raise no_number(reference, f"the divergence on {name!r} from the reference is {result['kl']}")
+            raise not_finite(reference, f"the divergence on {name!r} from the reference is {result['kl']}")
     if keep:
         windows = digest([ids.numpy().tobytes()])
         result["items"] = {"digest": f"{windows}, {ids.shape[1]} tokens each", "loss": loss.tolist()}
@@ -167,7 +167,7 @@ def _losses(model: Any, ids: torch.Tensor, reference: Any, tokens: int) -> tuple
     """Mean loss of every window and, with a reference, mean divergence from it; float64, shape ``(windows,)``.
 
     Arguments:
-        tokens: in one forward pass; for a longer window, logits are computed for this many positions at a time.
+        tokens: tokens per forward pass; for a longer window, logits are computed for this many positions at a time.
     """
     losses, divergences = [], []
     stream = _stream(model) if reference is None and tokens < ids.shape[1] else None
@@ -191,7 +191,11 @@ def _losses(model: Any, ids: torch.Tensor, reference: Any, tokens: int) -> tuple
 
 
 def _stream(model: Any) -> Stream | None:
-    """A stream to compute logits in parts; None if the model has no anatomy, unless its memory is limited."""
+    """A stream to compute logits in parts; None if the model has no anatomy.
+
+    Raises:
+        PliantError: it has none, and its memory is limited.
+    """
     try:
         return Stream(model, anatomy_of(model))
     except PliantError:
@@ -203,7 +207,7 @@ def _stream(model: Any) -> Stream | None:
 def _ask(
     model: Any, tokenizer: Any, name: str, items: Sequence[Any], max_new_tokens: int, keep: bool
 ) -> dict[str, Any]:
-    """Shares of the questions that are answered rightly, and their standard errors."""
+    """Shares of correctly answered questions, and their standard errors."""
     if not items:
         raise DataError(f"task {name!r} has no questions")
     if all(isinstance(item, Continuation) for item in items):
@@ -220,9 +224,9 @@ def _ask(
     errors = {SHARES[metric]: (share * (1 - share) / len(items)) ** 0.5 for metric, share in shares.items()}
     row = {**shares, **errors, "questions": len(items)}
     if keep:
-        # how long an answer may get decides what it matches
+        # the maximum length of answers affects which ones match
         settings = f", {max_new_tokens} new tokens" if "match" in right else ""
-        figures = {metric: [int(one) for one in each] for metric, each in right.items()}
+        figures = {metric: [int(correct) for correct in each] for metric, each in right.items()}
         row["items"] = {"digest": questions_digest(items) + settings, **figures}
     return row
 
@@ -230,8 +234,8 @@ def _ask(
 def _continue(model: Any, tokenizer: Any, name: str, items: Sequence[Continuation], keep: bool) -> dict[str, Any]:
     """Share of continuations whose tokens are all the likeliest, and perplexity per continuation, as in lm-eval."""
     likely = continuations(model, tokenizer, name, items)
-    losses = [-one.log_likelihood for one in likely]
-    right = [int(one.greedy) for one in likely]
+    losses = [-each.log_likelihood for each in likely]
+    right = [int(each.greedy) for each in likely]
     mean, share = sum(losses) / len(losses), sum(right) / len(right)
     if mean > MOST:
         raise WeightError(

@@ -1,4 +1,4 @@
-"""Questions answered in the model's own words."""
+"""Answer open questions by greedy generation."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 
 from pliant.data import OpenQuestion
 from pliant.errors import DataError
-from pliant.forward.windows import check_ids, longest_of, no_number, open_ended, within_memory
+from pliant.forward.windows import check_ids, longest_of, not_finite, open_ended, within_memory
 
 ROWS_AT_ONCE = 16
 STOP = "Question:"
-"""A model that was not taught when to stop goes on with a question of its own."""
+"""A base model often continues with a new question after its answer; generation stops there."""
 
 
 def answer(
     model: Any, tokenizer: Any, name: str, items: Sequence[OpenQuestion], max_new_tokens: int
 ) -> dict[str, list[bool]]:
-    """Whether what a model writes after each prompt gives the answer, under ``match``.
+    """Whether the generated text after each prompt gives the answer, under ``match``.
 
     Raises:
-        DataError: an empty prompt, no room for an answer, or a tokenizer made for another model.
+        DataError: an empty prompt, no room for an answer, or the tokenizer of another model.
         WeightError: the model's logits are not finite.
     """
     written = generate(model, tokenizer, name, [item.context for item in items], max_new_tokens)
@@ -31,20 +31,20 @@ def answer(
 
 @torch.inference_mode()
 def generate(model: Any, tokenizer: Any, name: str, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """The likeliest token after each other, until the model stops or begins a new question.
+    """The greedily generated text after each prompt, until the model stops or begins a new question.
 
-    Prompts that leave less than ``max_new_tokens`` of the positions of the model lose their beginning.
+    A prompt that leaves less than ``max_new_tokens`` of the model's positions is cut at its beginning.
     """
     room = longest_of(model) - max_new_tokens
     if max_new_tokens < 1 or room < 1:
         raise DataError(
-            f"max_new_tokens={max_new_tokens} leaves no room for an answer and its question; the model reads "
-            f"{longest_of(model)} tokens"
+            f"max_new_tokens={max_new_tokens} leaves no room for a question and its answer; the model has {longest_of(model)} "
+            "positions"
         )
     rows = [ids[-room:] for ids in open_ended(tokenizer, prompts)]
     for number, ids in enumerate(rows, 1):
         if not ids:
-            raise DataError(f"task {name!r}, question {number}: the prompt gives no token to go on from")
+            raise DataError(f"task {name!r}, question {number}: the prompt has no token to continue from")
     check_ids(model, torch.tensor([max(max(ids) for ids in rows)]))
     each = max(len(ids) for ids in rows) + max_new_tokens
 
@@ -58,14 +58,14 @@ def _written(
     model: Any, tokenizer: Any, name: str, rows: list[list[int]], max_new_tokens: int, at_once: int
 ) -> list[str]:
     """The generated text after each row of token ids, in batches of ``at_once`` rows."""
-    pad = next((one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id) if one is not None), 0)
+    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     written = [""] * len(rows)
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
     for start in range(0, len(order), at_once):
         batch = order[start : start + at_once]
         _check_numbers(model, name, rows[batch[-1]])
         width = len(rows[batch[-1]])
-        # what is generated follows on the right, so the padding is on the left; the mask also says where positions begin
+        # generation continues on the right, so the padding is on the left; positions follow from the mask
         padded = torch.tensor([[pad] * (width - len(rows[number])) + rows[number] for number in batch])
         mask = torch.tensor([[0] * (width - len(rows[number])) + [1] * len(rows[number]) for number in batch])
         out = model.generate(
@@ -84,7 +84,7 @@ def _written(
 
 
 def _check_numbers(model: Any, name: str, ids: list[int]) -> None:
-    """Raise if the logits have no finite maximum: greedy generation would then pick an arbitrary token."""
+    """Raise if the largest logit is not finite: greedy generation would then pick an arbitrary token."""
     logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=1).logits
     if not torch.isfinite(logits.amax()):  # amax returns NaN if there is any
-        raise no_number(model, f"task {name!r}: the largest logit is {logits.amax().item()}")
+        raise not_finite(model, f"task {name!r}: the largest logit is {logits.amax().item()}")

@@ -16,15 +16,14 @@ _ROWS_AT_ONCE = 8
 def harness(
     model: Any, tokenizer: Any, tasks: Sequence[str], *, limit: int | None = None, items: bool = False
 ) -> dict[str, Any]:
-    """What lm-eval measures, under the names of its tasks, or of their parts.
+    """The results of lm-eval, under the names of tasks or of their subtasks.
 
     Arguments:
-        tasks: names that lm-eval knows, or paths of its YAML files.
+        tasks: names of lm-eval tasks, or paths of its YAML files.
 
     Returns:
-        ``{task: {METRIC: value, "METRIC_stderr": value, "questions": count}}``. A metric that is read from the output in
-        several ways is called ``metric,way``. With ``items``, for each task also ``"items"``: a digest and the figures of every
-        question.
+        ``{task: {METRIC: value, "METRIC_stderr": value, "questions": count}}``. A metric with a filter of the output is called
+        ``metric,filter``. With ``items``, for each task also ``"items"``: a digest and the figures of every question.
 
     Raises:
         WeightError: a result is not finite.
@@ -39,43 +38,43 @@ def harness(
             f"harness tasks ({', '.join(map(str, tasks))}) need lm-eval: pip install 'pliant[eval]' ({error})"
         ) from None
     try:
-        found = lm_eval.simple_evaluate(
+        output = lm_eval.simple_evaluate(
             models.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_ROWS_AT_ONCE),
             tasks=list(tasks),
             limit=limit,
             log_samples=items,
         )
-    except (KeyError, ValueError, OSError) as error:  # a task it does not know; data that is not there
+    except (KeyError, ValueError, OSError) as error:  # an unknown task, or missing data
         raise PliantError(
             f"lm-eval cannot run {', '.join(map(str, tasks))}: {error.args[0] if error.args else error}"
         ) from error
-    rows = {name: _row(name, row) for name, row in found["results"].items()}
-    for name, counts in found["n-samples"].items():
+    rows = {name: _row(name, row) for name, row in output["results"].items()}
+    for name, counts in output["n-samples"].items():
         rows[name]["questions"] = counts["effective"]
-    for name, samples in found["samples"].items() if items else ():
+    for name, samples in output["samples"].items() if items else ():
         rows[name]["items"] = _items(samples)
     return rows
 
 
 def _row(name: str, row: dict[str, Any]) -> dict[str, Any]:
-    """The results of a task: their keys are ``metric,way``; lm-eval writes a string where it has no result.
+    """The results of a task, whose keys are ``metric,filter``; lm-eval writes a string if it has no result.
 
     Raises:
         WeightError: a result is not finite.
     """
     figures: dict[str, Any] = {}
     for key, value in row.items():
-        metric, comma, way = key.partition(",")
+        metric, comma, output_filter = key.partition(",")
         if comma and not isinstance(value, str):
             ending = "_stderr" if metric.endswith("_stderr") else ""
             if isinstance(value, float) and not math.isfinite(value):
                 raise WeightError(f"lm-eval's {metric} of {name} is {value}; check the model's weights")
-            figures[_metric(metric.removesuffix("_stderr"), way) + ending] = value
+            figures[_metric(metric.removesuffix("_stderr"), output_filter) + ending] = value
     return figures
 
 
-def _metric(metric: str, way: str) -> str:
-    return metric if way == "none" else f"{metric},{way}"
+def _metric(metric: str, output_filter: str) -> str:
+    return metric if output_filter == "none" else f"{metric},{output_filter}"
 
 
 def _items(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -12,20 +12,20 @@ import torch.nn.functional as F
 
 from pliant.data import Continuation, Question
 from pliant.errors import DataError
-from pliant.forward.windows import check_ids, longest_of, no_number, open_ended, within_memory
+from pliant.forward.windows import check_ids, longest_of, not_finite, open_ended, within_memory
 
 Ids = tuple[int, ...]
 
 
 def choose(model: Any, tokenizer: Any, name: str, items: Sequence[Question]) -> dict[str, list[bool]]:
-    """Which questions a model gets right.
+    """Answer every question with its likeliest choice.
 
     Returns:
         For every question, under ``acc``, whether the likeliest choice is the right one; under ``acc_norm``, whether the
-        likeliest per character is, counted without the space before it as lm-eval does.
+        likeliest per character is, not counting the space before it, as in lm-eval.
 
     Raises:
-        DataError: an empty context, or a tokenizer made for another model.
+        DataError: an empty context, or the tokenizer of another model.
         WeightError: the log-likelihood of a choice is not finite.
     """
     right: dict[str, list[bool]] = {"acc": [], "acc_norm": []}
@@ -40,31 +40,30 @@ def continuations(model: Any, tokenizer: Any, name: str, items: Sequence[Continu
     """The log-likelihood of each continuation after its context, and whether greedy generation would write it.
 
     Raises:
-        DataError: an empty context, a continuation that is longer than the model's positions, or a tokenizer made for another
+        DataError: an empty context, a continuation that is longer than the model's positions, or the tokenizer of another
             model.
         WeightError: the log-likelihood of a continuation is not finite.
     """
-    found = _likelihoods(
+    likelihoods = _likelihoods(
         model, tokenizer, name, [(n, item.context, item.continuation) for n, item in enumerate(items, 1)]
     )
-    for number, one in enumerate(found, 1):
-        if one.cut:
+    for number, likelihood in enumerate(likelihoods, 1):
+        if likelihood.cut:
             raise DataError(
                 f"task {name!r}, row {number}: the continuation is longer than the {longest_of(model)} positions of this model; "
                 "shorten or remove it"
             )
-        if not math.isfinite(one.log_likelihood):
-            raise no_number(
-                model, f"task {name!r}, row {number}: the model gives a log-likelihood of {one.log_likelihood}"
-            )
-    return found
+        value = likelihood.log_likelihood
+        if not math.isfinite(value):
+            raise not_finite(model, f"task {name!r}, row {number}: the log-likelihood is {value}")
+    return likelihoods
 
 
 def log_likelihoods(model: Any, tokenizer: Any, name: str, items: Sequence[Question]) -> list[list[float]]:
-    """For every choice of every question the log-likelihood of its tokens, in nats.
+    """The log-likelihood of every choice of every question, in nats.
 
     Raises:
-        DataError: an empty context, or a tokenizer made for another model.
+        DataError: an empty context, or the tokenizer of another model.
         WeightError: the log-likelihood of a choice is NaN, or no choice of a question has a finite one.
     """
     pairs = [(number, *pair) for number, item in enumerate(items, 1) for pair in item.pairs]
@@ -73,7 +72,7 @@ def log_likelihoods(model: Any, tokenizer: Any, name: str, items: Sequence[Quest
     for number, each in enumerate(scores, 1):
         if any(math.isnan(value) for value in each) or not math.isfinite(max(each)):
             bad = next(value for value in each if not math.isfinite(value))
-            raise no_number(model, f"task {name!r}, question {number}: the model gives a log-likelihood of {bad}")
+            raise not_finite(model, f"task {name!r}, question {number}: the log-likelihood of a choice is {bad}")
     return scores
 
 
@@ -104,16 +103,16 @@ def _likelihoods(model: Any, tokenizer: Any, name: str, pairs: Sequence[tuple[in
     # tokens to read -> (index of the pair, tokens to predict at the end, whether they were cut)
     wanted: dict[Ids, list[tuple[int, Ids, bool]]] = {}
     longest = longest_of(model)
-    for place, (read, predicted) in enumerate(_tokens(tokenizer, name, pairs)):
-        kept = predicted[-longest:]
-        wanted.setdefault(read[-longest:], []).append((place, kept, len(kept) < len(predicted)))
+    for index, (read, predicted) in enumerate(_tokens(tokenizer, name, pairs)):
+        last = predicted[-longest:]
+        wanted.setdefault(read[-longest:], []).append((index, last, len(last) < len(predicted)))
     check_ids(model, torch.tensor([max(max(read) for read in wanted), _largest(wanted.values())]))
     return within_memory(model, lambda tokens: _scored(model, wanted, tokens))
 
 
 @torch.inference_mode()
 def _scored(model: Any, wanted: dict[Ids, list[tuple[int, Ids, bool]]], tokens: int) -> list[Likelihood]:
-    """:func:`_likelihoods` with at most ``tokens`` tokens in a forward pass, padding included."""
+    """:func:`_likelihoods` with at most ``tokens`` tokens per forward pass, padding included."""
     scores: dict[int, Likelihood] = {}
     for batch in _batches(wanted, tokens):
         width = len(batch[-1])
@@ -121,12 +120,12 @@ def _scored(model: Any, wanted: dict[Ids, list[tuple[int, Ids, bool]]], tokens: 
         padded = torch.tensor([read + (0,) * (width - len(read)) for read in batch], device=model.device)
         logits = model(input_ids=padded, use_cache=False).logits
         for row, read in enumerate(batch):
-            for place, predicted, cut in wanted[read]:
-                found = logits[row, len(read) - len(predicted) : len(read)].float()
-                target = torch.tensor(predicted, device=found.device)
-                value = -F.cross_entropy(found, target, reduction="sum").item()
-                scores[place] = Likelihood(value, bool((found.argmax(-1) == target).all()), cut)
-    return [scores[place] for place in range(len(scores))]
+            for index, predicted, cut in wanted[read]:
+                last = logits[row, len(read) - len(predicted) : len(read)].float()
+                target = torch.tensor(predicted, device=last.device)
+                value = -F.cross_entropy(last, target, reduction="sum").item()
+                scores[index] = Likelihood(value, bool((last.argmax(-1) == target).all()), cut)
+    return [scores[index] for index in range(len(scores))]
 
 
 def _tokens(tokenizer: Any, name: str, pairs: Sequence[tuple[int, str, str]]) -> Iterator[tuple[Ids, Ids]]:
@@ -136,7 +135,7 @@ def _tokens(tokenizer: Any, name: str, pairs: Sequence[tuple[int, str, str]]) ->
     wholes = open_ended(tokenizer, [context + continuation for _, context, continuation in pairs])
     for (number, _, _), context, whole in zip(pairs, contexts, wholes, strict=True):
         if not len(context) or len(whole) < 2:
-            raise DataError(f"task {name!r}, question {number}: the context gives no token to predict a choice from")
+            raise DataError(f"task {name!r}, question {number}: the context has no token to predict a choice from")
         tail = min(max(1, len(whole) - len(context)), len(whole) - 1)
         yield tuple(whole[:-1]), tuple(whole[-tail:])
 

@@ -18,10 +18,10 @@ def check_prompts(prompts: Sequence[str]) -> None:
         DataError: ``prompts`` is one string instead of a list of them, or one of them is empty.
     """
     if isinstance(prompts, str):
-        raise DataError(f"prompts are a list of strings, not one string; write [{prompts[:40]!r}]")
+        raise DataError(f"prompts must be a list of strings, not one string; write [{prompts[:40]!r}]")
     for prompt in prompts:
         if not isinstance(prompt, str) or not prompt:
-            raise DataError(f"a prompt is a text of at least one character, not {prompt!r}; leave it out")
+            raise DataError(f"a prompt must be a string of at least one character; not {prompt!r}")
 
 
 @torch.inference_mode()
@@ -35,23 +35,23 @@ def replies(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int = 64
         DataError: a prompt is empty, or fills all positions of the model.
     """
     check_prompts(prompts)
-    found = []
+    texts = []
     for prompt in prompts:
         if getattr(tokenizer, "chat_template", None):
             talk = [{"role": "user", "content": prompt}]
-            given = tokenizer.apply_chat_template(
+            inputs = tokenizer.apply_chat_template(
                 talk, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
         else:
-            given = tokenizer(prompt, return_tensors="pt")
-        given = {name: given[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        length = given["input_ids"].shape[1]
-        room = min(tokens, longest_of(model) - length)
+            inputs = tokenizer(prompt, return_tensors="pt")
+        inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        length, positions = inputs["input_ids"].shape[1], longest_of(model)
+        room = min(tokens, positions - length)
         if room < 1:
             raise DataError(
-                f"a prompt has {length} tokens, the model reads {longest_of(model)}; shorten the prompt {prompt[:40]!r}"
+                f"a prompt has {length} tokens, but the model has {positions} positions; shorten {prompt[:40]!r}"
             )
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        out = model.generate(**given, max_new_tokens=room, do_sample=False, pad_token_id=pad)
-        found.append(tokenizer.decode(out[0, length:], skip_special_tokens=True).strip())
-    return found
+        out = model.generate(**inputs, max_new_tokens=room, do_sample=False, pad_token_id=pad)
+        texts.append(tokenizer.decode(out[0, length:], skip_special_tokens=True).strip())
+    return texts

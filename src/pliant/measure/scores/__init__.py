@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from pliant.errors import DataError
-from pliant.measure.scores.divergence import Divergence
-from pliant.measure.scores.perplexity import Perplexity
+from collections.abc import Mapping
+from typing import Any
+
+from pliant.errors import StepError
 from pliant.measure.scores.score import Score
-
-SCORES: dict[str, type[Score]] = {score.name: score for score in (Perplexity, Divergence)}
-"""Scores that need nothing but the calibration text, and so can be given by name."""
+from pliant.registry import SCORES, find
 
 
-def score_of(metric: str | Score) -> Score:
-    """A score by its name; a score object is returned as it is.
+def score_of(metric: str | Mapping[str, Any] | Score) -> Score:
+    """A score by its name, or by what :meth:`Score.plain` wrote; a score object is returned as it is.
 
     Raises:
-        DataError: the name is not known.
+        StepError: the name is not known, or a setting is not.
     """
     if isinstance(metric, Score):
         return metric
-    if metric not in SCORES:
-        raise DataError(f"metric must be one of {', '.join(SCORES)}, or a Score; not {metric!r}")
-    return SCORES[metric]()
+    settings = {"score": metric, **(metric if isinstance(metric, Mapping) else {})}
+    name = settings.pop("score")
+    if "key" in settings:
+        raise StepError(
+            f"the score {name} was made in Python from data that a recipe does not hold. Apply the step in Python, or give another "
+            "metric"
+        )
+    kind = find(SCORES, name, "metric", base=Score)
+    try:
+        return kind(**settings)
+    except TypeError as error:
+        raise StepError(f"cannot make the score {name} with the settings {settings}: {error}") from error
 
 
-__all__ = ["SCORES", "Divergence", "Perplexity", "Score", "score_of"]
+__all__ = ["Score", "score_of"]

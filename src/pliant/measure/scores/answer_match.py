@@ -1,4 +1,4 @@
-"""Share of open questions that the model answers rightly in its own words."""
+"""Share of open questions that the model answers correctly by greedy generation."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class AnswerMatch(Score):
     """Share of open questions whose greedily generated answer matches.
 
     Arguments:
-        questions: from :func:`pliant.questions`, or made of ``OpenQuestion``.
-        max_new_tokens: tokens at most in an answer.
+        questions: from :func:`pliant.questions`, or ``OpenQuestion`` objects.
+        max_new_tokens: maximum length of an answer.
     """
 
     name: ClassVar[str] = "answer_match"

@@ -16,7 +16,7 @@ class ChoiceAccuracy(Score):
     """Share of questions whose likeliest choice is the right one.
 
     Arguments:
-        questions: from :func:`pliant.questions`, or made of ``Question``.
+        questions: from :func:`pliant.questions`, or ``Question`` objects.
         per_character: divide the log-likelihood of a choice by its length first (``acc_norm``).
     """
 

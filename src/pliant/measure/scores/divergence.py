@@ -1,4 +1,4 @@
-"""Divergence of the predictions from those of the dense model."""
+"""Divergence of the model's predictions from those of the dense model."""
 
 from __future__ import annotations
 

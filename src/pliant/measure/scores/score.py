@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar
 
 import torch
+
+from pliant.registry import SCORES, name_of
+
+PLAIN = (int, float, str, type(None))  # bool is an int
 
 
 class Score:
@@ -12,10 +17,9 @@ class Score:
 
     A score of logits implements :meth:`batch`. It is measured on the calibration windows, and sub-networks that begin alike share
     the hidden states of their first layers. A score of its own examples, or one that generates, implements :meth:`measure`
-    instead. Both return a sum and the number of things that were summed.
+    instead. Both return a sum and the number of things that were summed. A score with settings is a dataclass.
 
         class NextToken(Score):
-            name = "next_token"
             label = "next tokens predicted"
             lower_is_better = False
 
@@ -25,10 +29,10 @@ class Score:
     """
 
     name: ClassVar[str] = ""
-    """Name in recipes and in the archive. Scores that differ must have different names, or different keys."""
+    """Name in the archive and in messages; by default that of the class, in small letters."""
 
     label: ClassVar[str] = ""
-    """The shown value in a few words, for tables and curves."""
+    """The shown value in a few words, for tables and curves; by default the name."""
 
     lower_is_better: ClassVar[bool] = True
 
@@ -44,10 +48,25 @@ class Score:
     logits_copies: ClassVar[int] = 1
     """Tensors as large as the logits of a batch that are in memory at the same time."""
 
+    def __init_subclass__(cls, **others: Any) -> None:
+        super().__init_subclass__(**others)
+        if "name" not in vars(cls):
+            cls.name = cls.__name__.lower()
+        cls.label = cls.label or cls.name
+
     @property
     def key(self) -> str:
-        """What the score depends on besides the model and the calibration text, for recipes and the archive."""
-        return self.name
+        """What the score depends on besides the model and the calibration text, for the archive: its name, and the fields of a
+        dataclass. A score that holds anything else has a key of its own."""
+        return ":".join([self.name, *(f"{name}={value!r}" for name, value in _fields(self).items())])
+
+    def plain(self) -> str | dict[str, Any]:
+        """The score as plain data, for recipes: its name, with the fields of a dataclass. A recipe cannot repeat a score that holds
+        anything else, and has its key instead."""
+        name, fields = name_of(SCORES, type(self)), _fields(self)
+        if vars(self).keys() != fields.keys() or not all(isinstance(value, PLAIN) for value in fields.values()):
+            return {"score": name, "key": self.key}
+        return {"score": name, **fields} if fields else name
 
     @property
     def on_windows(self) -> bool:
@@ -77,3 +96,10 @@ class Score:
     def shown(self, loss: float) -> float:
         """The number that people read, from a :meth:`loss`."""
         return loss if self.lower_is_better else -loss
+
+
+def _fields(score: Score) -> dict[str, Any]:
+    """Name -> value, for every field of a dataclass."""
+    return (
+        {f.name: getattr(score, f.name) for f in dataclasses.fields(score)} if dataclasses.is_dataclass(score) else {}
+    )

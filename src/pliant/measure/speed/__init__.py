@@ -1,1 +1,1 @@
-"""How fast a model is on this machine."""
+"""Speed of a model on this machine."""

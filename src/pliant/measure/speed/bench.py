@@ -1,4 +1,4 @@
-"""How fast a model is here and now: prefill and decode, next to another model in the same minutes."""
+"""Time a model on this machine: prefill and decode, alternating with another model."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def bench(
     """Time prefill and decode on random tokens; with ``against``, both models in turn, A B A B …
 
     Arguments:
-        model, against: transformers models, timed on the device that they are on; or what :func:`pliant.load` takes.
+        model, against: transformers models, timed on their devices; or what :func:`pliant.load` takes.
         prompt: tokens in the prompt; default: 256, or as many as the models have positions for.
         tokens: tokens decoded after it, one at a time, with the key-value cache.
-        batch: sequences at once.
-        repeats: timed rounds, after one that is not timed.
+        batch: sequences in a batch.
+        repeats: timed rounds, after one untimed round.
         dtype, device: of models that are given by name or folder, as in :func:`pliant.load`.
 
     Returns:
@@ -54,25 +54,25 @@ def bench(
     """
     for name, value in {"prompt": prompt, "tokens": tokens, "batch": batch, "repeats": repeats}.items():
         if value is not None and value < 1:
-            raise DataError(f"{name} must be at least 1, it is {value}")
-    given = {"model": model, **({"against": against} if against is not None else {})}
-    models = {name: loaded(one, dtype=dtype, device=device) for name, one in given.items()}
+            raise DataError(f"{name} must be at least 1; not {value}")
+    sources = {"model": model, **({"against": against} if against is not None else {})}
+    models = {name: loaded(source, dtype=dtype, device=device) for name, source in sources.items()}
     prompt = prompt_for(models, prompt, tokens)
     rates: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
     generator = torch.Generator().manual_seed(seed)
-    configs = {name: one.config.get_text_config(decoder=True) for name, one in models.items()}
-    was_training = {name: one.training for name, one in models.items()}
+    configs = {name: timed.config.get_text_config(decoder=True) for name, timed in models.items()}
+    was_training = {name: timed.training for name, timed in models.items()}
     try:
         for round_ in range(repeats + 1):
-            for name, one in models.items():
+            for name, timed in models.items():
                 ids = torch.randint(configs[name].vocab_size, (batch, prompt), generator=generator)
-                prefill, decode = _once(one.eval(), ids.to(one.device), tokens)
+                prefill, decode = _once(timed.eval(), ids.to(timed.device), tokens)
                 if round_:
                     rates[name]["prefill"].append(batch * prompt / prefill)
                     rates[name]["decode"].append(batch * tokens / decode)
     finally:
-        for name, one in models.items():
-            one.train(was_training[name])
+        for name, timed in models.items():
+            timed.train(was_training[name])
     result: dict[str, Any] = {name: {k: _spread(v) for k, v in pair.items()} for name, pair in rates.items()}
     if against is not None:
         result["speedup"] = {
@@ -81,26 +81,26 @@ def bench(
         }
     result["settings"] = {"prompt": prompt, "tokens": tokens, "batch": batch, "repeats": repeats}
     result["on"] = {
-        name: {"device": str(one.device), "dtype": str(one.dtype).removeprefix("torch.")}
-        for name, one in models.items()
+        name: {"device": str(timed.device), "dtype": str(timed.dtype).removeprefix("torch.")}
+        for name, timed in models.items()
     }
     result["threads"] = torch.get_num_threads()
     result["peak_memory"] = peak_memory()
     return result
 
 
-def prompt_for(models: Mapping[str, Any], given: int | None, tokens: int, usual: int = PROMPT) -> int:
-    """Length of a prompt that is followed by ``tokens`` tokens: as given, or ``usual``, or as many as all models have positions for.
+def prompt_for(models: Mapping[str, Any], prompt: int | None, tokens: int, usual: int = PROMPT) -> int:
+    """Length of a prompt before ``tokens`` tokens: ``prompt``, or if that is None the smaller of ``usual`` and all models' positions.
 
     Raises:
         ArchitectureError: a model that predicts no next tokens.
-        DataError: more than a model has positions for.
+        DataError: more tokens than a model has positions for.
     """
-    for one in models.values():
-        check_model(one)
-    prompt = given or max(1, min(usual, *(longest_of(one) - tokens for one in models.values())))
-    for name, one in models.items():
-        check_room(one, prompt, tokens, name)
+    for model in models.values():
+        check_model(model)
+    prompt = prompt or max(1, min(usual, *(longest_of(model) - tokens for model in models.values())))
+    for name, model in models.items():
+        check_room(model, prompt, tokens, name)
     return prompt
 
 
@@ -121,7 +121,7 @@ def _once(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float]:
 
 
 def new_cache(model: Any) -> Any:
-    """An empty cache, as ``generate`` makes it."""
+    """An empty cache of the type that ``generate`` uses."""
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config)

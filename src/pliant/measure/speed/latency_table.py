@@ -1,4 +1,4 @@
-"""How long the blocks of a model take on this machine, by kind and width: a small table of measured milliseconds."""
+"""Latency table: measured milliseconds of the blocks of a model on this machine, by kind and width."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from pliant.elastic import Elastic, Subnet
 from pliant.forward.windows import longest_of
 from pliant.measure.speed.bench import wait
 
-NARROWED = (0.75, 0.5, 0.25)  # shares of an axis that go, to time what is left
+NARROWED = (0.75, 0.5, 0.25)  # shares of an axis that are removed to time the rest
 PHASES = ("prefill", "decode")
 PROMPT = 256
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of a forward pass, put together from its blocks.
+    """Milliseconds of a forward pass, as the sum over its blocks.
 
     Attributes:
-        phase: ``prefill`` (a prompt of 256 tokens, or as many as the model reads) or ``decode`` (one token).
-        rest: milliseconds outside the blocks: embeddings, output head, and what a layer costs with all its blocks gone.
-        blocks: kind of block -> milliseconds of one of them, whole.
-        axes: (kind, axis) -> (share of the axis kept, share of the block's milliseconds), rising; what is between two
-            of them is interpolated.
+        phase: ``prefill`` (a prompt of 256 tokens, or of the model's positions if it has fewer) or ``decode`` (one token).
+        rest: milliseconds outside the blocks: embeddings, output head, and layers without blocks.
+        blocks: kind of block -> milliseconds of one of them at full width.
+        axes: (kind, axis) -> (share of the axis kept, share of the block's milliseconds), ascending; values in between are
+            interpolated.
     """
 
     phase: str
@@ -44,7 +44,7 @@ class Latency:
         return self.rest + sum(self._block(block, subnet.kept(block)) for block in alive)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready form."""
+        """The table as JSON-ready data."""
         axes = [{"kind": kind, "axis": axis, "points": points} for (kind, axis), points in self.axes.items()]
         return {"phase": self.phase, "rest": self.rest, "blocks": dict(self.blocks), "axes": axes}
 
@@ -69,13 +69,13 @@ def _between(points: tuple[tuple[float, float], ...], share: float) -> float:
 
 
 def measure_latency(model: Any, anatomy: Anatomy, phase: str = "prefill", *, repeats: int = 5) -> Latency:
-    """Time the model with many of its blocks of one kind gone or narrowed, in turn, and take the difference.
+    """Time the model with many of its blocks of one kind removed or narrowed, in turn, and take the difference.
 
     Whole models are timed rather than single layers, so that weights come from memory as they do in use.
 
     Arguments:
         phase: ``prefill`` or ``decode``.
-        repeats: rounds; every round times each sub-network once, and the medians count.
+        repeats: number of rounds; every round times each sub-network once, and medians are used.
     """
     kinds = {block.kind: block for block in anatomy.blocks.values()}
     subnets: dict[tuple[str, ...], Subnet] = {("dense",): Subnet()}
@@ -83,8 +83,8 @@ def measure_latency(model: Any, anatomy: Anatomy, phase: str = "prefill", *, rep
     for kind, block in kinds.items():
         subnets["without", kind] = _without(anatomy, kind)
         for axis in block.leaders:
-            fewer = {axis.less(axis.size, round(axis.size * gone)) for gone in NARROWED}
-            for units in sorted(left for left in fewer if left is not None and left < axis.size):
+            fewer = {axis.less(axis.size, round(axis.size * share)) for share in NARROWED}
+            for units in sorted(units for units in fewer if units is not None and units < axis.size):
                 name = ("narrow", kind, axis.leader, str(units))
                 subnets[name] = _narrowed(anatomy, kind, axis.leader, units / axis.size)
                 narrower[name] = units / axis.size
@@ -105,8 +105,8 @@ def measure_latency(model: Any, anatomy: Anatomy, phase: str = "prefill", *, rep
     blocks, axes = {}, {}
     for kind, block in kinds.items():
         count = sum(other.kind == kind for other in anatomy.blocks.values())
-        gone = max(1, len(subnets["without", kind].skip))
-        whole = max(1e-6, (dense - median["without", kind]) / gone)
+        removed = max(1, len(subnets["without", kind].skip))
+        whole = max(1e-6, (dense - median["without", kind]) / removed)
         blocks[kind] = whole
         for axis in block.leaders:
             points = [(0.0, 0.0)]
@@ -120,7 +120,7 @@ def measure_latency(model: Any, anatomy: Anatomy, phase: str = "prefill", *, rep
 
 
 def _without(anatomy: Anatomy, kind: str) -> Subnet:
-    """As many blocks of a kind gone as can go."""
+    """The sub-network without all blocks of a kind that may be removed."""
     return Subnet().without(*(block.name for block in anatomy.may_all_go() if block.kind == kind))
 
 

@@ -1,4 +1,4 @@
-"""Where the time of a decoded token goes: matrix products, attention, the rest."""
+"""Split the time of a decoded token into matrix products, attention and the rest."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from pliant.runtime.packed_linear import Packed
 def token_time(model: Any, *, prompt: int = 64, tokens: int = 32, seed: int = 0) -> dict[str, float]:
     """Decode random tokens one at a time after a prompt, and time the parts.
 
-    Attention is what its module takes beside the matrix products in it: positions, cache, softmax. Where the layers run natively
-    it is the softmax attention and the cache alone.
+    Attention is the time of its modules without their matrix products: positions, cache, softmax. If the layers run natively
+    it is only softmax attention and cache.
 
     Returns:
-        ``linears``, ``attention``, ``rest`` and ``total``, in milliseconds a token.
+        ``linears``, ``attention``, ``rest`` and ``total``, in milliseconds per token.
 
     Raises:
-        DataError: more tokens than the model has positions.
+        DataError: more tokens than the model has positions for.
     """
     check_model(model)
     check_room(model, prompt, tokens)
@@ -60,7 +60,7 @@ def token_time(model: Any, *, prompt: int = 64, tokens: int = 32, seed: int = 0)
 
 
 def attention_modules(model: Any) -> set[nn.Module]:
-    """The modules of a model's attention blocks; none where its layout is not known."""
+    """The modules of a model's attention blocks; none if its layout is unknown."""
     try:
         anatomy = described(model)
     except ArchitectureError:
@@ -91,9 +91,9 @@ def _timed(roots: list[nn.Module], attention: set[nn.Module]) -> Iterator[dict[s
         spent["linears"] += took
         spent["within"] += took if inside else 0.0
 
-    wanted = [m for root in roots for m in root.modules() if _is_linear(m) or m in attention]
-    handles = [module.register_forward_pre_hook(before) for module in wanted]
-    handles += [module.register_forward_hook(after) for module in wanted]
+    modules = [m for root in roots for m in root.modules() if _is_linear(m) or m in attention]
+    handles = [module.register_forward_pre_hook(before) for module in modules]
+    handles += [module.register_forward_hook(after) for module in modules]
     try:
         yield spent
     finally:
