@@ -293,7 +293,7 @@ def test_a_recipe_and_prompts_are_checked_before_the_model_is_loaded(folder, tmp
     for last in (pliant.PackedLinear(), pliant.SparAMX(sparsity=0.5)):
         refused(StepError, "packing comes last", folder, [last, pliant.ChannelPruner(ratio=0.2)], None, out)
     refused(StepError, "a step is expected", folder, "packed", None, out)
-    for prompts, said in ((["Hello", ""], "at least one character, not ''"), ("Hello", "a list of strings")):
+    for prompts, said in ((["Hello", ""], "at least one character; not ''"), ("Hello", "a list of strings")):
         with pytest.raises(DataError, match=said):
             compress(
                 folder, pliant.PackedLinear(), None, out, measuring=Measuring(prompts=prompts), progress=Progress()
