@@ -47,8 +47,8 @@ def layers_of(model: nn.Module, source: Architecture | Traced, config: Any = Non
 def holders_of(model: nn.Module, config: Any = None) -> list[nn.Module]:
     """The modules that may hold the layers that a config describes.
 
-    That is the whole model. In a multimodal model it is the modules built from that config, because other parts may have layers at
-    the same path.
+    That is the whole model. In a multimodal model it is the modules built from that config, because other parts may have layers
+    at the same path.
 
     Arguments:
         config: see :func:`layers_of`.
@@ -73,8 +73,8 @@ def anatomy_of(model: Any, *, example: Any = None) -> Anatomy:
             for this model. Default: one image of the size in the config, or of 224 x 224.
 
     Raises:
-        ArchitectureError: the architecture is unknown, the file does not explain the shape or presence of a tensor, or the model
-            cannot be traced.
+        ArchitectureError: the architecture is unknown, the file does not explain the shape or presence of a tensor, or the
+            model cannot be traced.
     """
     from pliant.anatomy.trace import traceable, traced
 

@@ -1,4 +1,4 @@
-"""Load a model that may be larger than memory: its weights go from the checkpoint straight into files."""
+"""Load a model that may be larger than memory: its weights are copied from the checkpoint straight into files."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def load_paged(
 ) -> tuple[Any, dict[str, Any]]:
     """Load the model of ``folder`` with its weights in files, see :mod:`pliant.pages`.
 
-    transformers loads it like any other model, so it converts, renames and ties the same weights as without a limit. Each tensor is
-    read lazily, and copied into a file as soon as it becomes a parameter.
+    transformers loads it like any other model, so it converts, renames and ties the same weights as without a limit. Each
+    tensor is read lazily, and copied into a file as soon as it becomes a parameter.
 
     Arguments:
         auto_class: the class of transformers that finds the right one for a config.
@@ -94,13 +94,13 @@ def _check_plain(folder: Path) -> None:
         if method:
             name = method.get("quant_method", "unnamed") if isinstance(method, dict) else method
             raise ArtefactError(
-                f"{str(folder)!r} is quantised ({name}), and quantised weights are not read within a memory limit; load it without a "
-                "limit, or give the unquantised model"
+                f"{str(folder)!r} is quantised ({name}), and quantised weights are not read within a memory limit; load it "
+                "without a limit, or give the unquantised model"
             )
     if (folder / "adapter_config.json").exists():
         raise ArtefactError(
-            f"{str(folder)!r} holds a peft adapter beside the model, which is not read within a memory limit; load it without a limit, "
-            "or give the base model"
+            f"{str(folder)!r} holds a peft adapter beside the model, which is not read within a memory limit; load it without "
+            "a limit, or give the base model"
         )
 
 
@@ -113,8 +113,8 @@ def _check_limit(shapes: Any, stored: Mapping[str, Any], limit: int) -> None:
         largest = max(largest, parameter.nbytes * (1 if as_it_is else _COPIES))
     if largest > NEAR * limit:
         raise MemoryLimitError(
-            f"a limit of {human_bytes(limit)} is too low: the largest tensor of this model takes {human_bytes(largest)} while it is loaded; "
-            f"that may be at most {NEAR:.0%} of the limit"
+            f"a limit of {human_bytes(limit)} is too low: the largest tensor of this model takes {human_bytes(largest)} "
+            f"while it is loaded, and may take at most {NEAR:.0%} of the limit; give more than {human_bytes(largest / NEAR)}"
         )
 
 
