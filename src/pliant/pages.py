@@ -77,9 +77,9 @@ class Pages:
                 os.posix_fallocate(file.fileno(), 0, count)
                 storage = torch.UntypedStorage.from_file(file.name, shared=True, nbytes=count)
         except OSError as error:
-            where = self._folder or tempfile.gettempdir()
+            folder = self._folder or tempfile.gettempdir()
             raise ArtefactError(
-                f"cannot keep weights in {str(where)!r}: {error.strerror or error}; set the environment variable TMPDIR to "
+                f"cannot keep weights in {str(folder)!r}: {error.strerror or error}; set the environment variable TMPDIR to "
                 "another folder"
             ) from error
         self._stored.append(storage)  # pyright: ignore[reportArgumentType]

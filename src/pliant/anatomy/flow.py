@@ -144,20 +144,20 @@ class Flow:
         if node.name not in self.names:
             return self._dims[node]
         known = self.weights.setdefault(self.names[node.name], {})
-        for place, size in enumerate(shape(node)):
-            if place not in known:
-                known[place] = None if size == 1 else self.groups.new(size)
-        return tuple(known[place] for place in range(len(shape(node))))
+        for position, size in enumerate(shape(node)):
+            if position not in known:
+                known[position] = None if size == 1 else self.groups.new(size)
+        return tuple(known[position] for position in range(len(shape(node))))
 
-    def _bind(self, path: str, place: int, dim: Dim) -> Dim:
+    def _bind(self, path: str, position: int, dim: Dim) -> Dim:
         """Make a dimension of a parameter the same as ``dim``."""
         known = self.weights.setdefault(path, {})
-        known[place] = self.groups.same(known[place], dim) if place in known else dim
-        return known[place]
+        known[position] = self.groups.same(known[position], dim) if position in known else dim
+        return known[position]
 
-    def _bind_given(self, given: Any, place: int, dim: Dim) -> None:
+    def _bind_given(self, given: Any, position: int, dim: Dim) -> None:
         if isinstance(given, Node) and given.name in self.names:
-            self._bind(self.names[given.name], place, dim)
+            self._bind(self.names[given.name], position, dim)
         elif isinstance(given, Node):  # computed from others: its channels are unknown
             self.groups.fix(dim, *self._of(given))
 
@@ -241,12 +241,14 @@ class Flow:
         out = shape(node)
         made: list[Dim] = [None] * len(out)
         given = [(shape(source), self._of(source)) for source in tensors((node.args, node.kwargs))]
-        for place in range(1, len(out) + 1):  # broadcasting counts from the right
-            full = [dims[-place] for size, dims in given if len(size) >= place and size[-place] == out[-place]]
+        for position in range(1, len(out) + 1):  # broadcasting counts from the right
+            full = [
+                dims[-position] for size, dims in given if len(size) >= position and size[-position] == out[-position]
+            ]
             if full:
-                made[-place] = full[0]
+                made[-position] = full[0]
                 for other in full[1:]:
-                    made[-place] = self.groups.same(made[-place], other)
+                    made[-position] = self.groups.same(made[-position], other)
         return tuple(made)
 
     def _spatial(self, node: Node) -> Any:
@@ -267,19 +269,19 @@ class Flow:
         return tuple(dim if same else None for dim, same in zip(dims, unchanged, strict=True))
 
     def _select(self, node: Node) -> Dims:
-        given, place, _ = arguments(node)
+        given, position, _ = arguments(node)
         dims = list(self._of(given))
-        self.groups.fix(dims.pop(place))
+        self.groups.fix(dims.pop(position))
         return tuple(dims)
 
     def _cat(self, node: Node) -> Dims:
         parts, where = arguments(node)
         where %= len(shape(node))
-        given = [(shape(one), self._of(one)) for one in parts]
+        given = [(shape(part), self._of(part)) for part in parts]
         made: list[Dim] = []
-        for place in range(len(shape(node))):
-            dims = [one[place] for _, one in given]
-            if place != where:
+        for position in range(len(shape(node))):
+            dims = [of_part[position] for _, of_part in given]
+            if position != where:
                 dim = dims[0]
                 for other in dims[1:]:
                     dim = self.groups.same(dim, other)
@@ -287,7 +289,9 @@ class Flow:
             elif all(dim is None for dim in dims):
                 made.append(None)
             else:
-                made.append(tuple(s for size, one in given for s in one[place] or self._standing(size[place])))
+                made.append(
+                    tuple(s for size, of_part in given for s in of_part[position] or self._standing(size[position]))
+                )
         return tuple(made)
 
     def _standing(self, size: int) -> tuple[Stretch, ...]:
@@ -299,11 +303,11 @@ class Flow:
     def _reduce(self, node: Node) -> Dims:
         given, over, *_ = arguments(node)
         dims = self._of(given)
-        reduced = {place % len(dims) for place in (isinstance(over, Sequence) and over) or range(len(dims))}
-        self.groups.fix(*(dims[place] for place in reduced))
+        reduced = {position % len(dims) for position in (isinstance(over, Sequence) and over) or range(len(dims))}
+        self.groups.fix(*(dims[position] for position in reduced))
         if len(shape(node)) == len(dims):
-            return tuple(None if place in reduced else dim for place, dim in enumerate(dims))
-        return tuple(dim for place, dim in enumerate(dims) if place not in reduced)
+            return tuple(None if position in reduced else dim for position, dim in enumerate(dims))
+        return tuple(dim for position, dim in enumerate(dims) if position not in reduced)
 
     def _permute(self, node: Node) -> Dims:
         given, *places = arguments(node)
@@ -314,24 +318,24 @@ class Flow:
         else:
             a, b = places
             order[a], order[b] = order[b], order[a]
-        return tuple(dims[place] for place in order)
+        return tuple(dims[position] for position in order)
 
     def _reshape(self, node: Node) -> Dims:
         """Channels survive a reshape that leaves them alone or merges later dimensions into them: (C, H, W) -> (C·H·W)."""
         given = arguments(node)[0]
         before, after = shape(given), shape(node)
         dims = self._of(given)
-        sources = [place for place, size in enumerate(before) if size > 1]
-        targets = [place for place, size in enumerate(after) if size > 1]
-        self.groups.fix(*(dims[place] for place, size in enumerate(before) if size == 1))
+        sources = [position for position, size in enumerate(before) if size > 1]
+        targets = [position for position, size in enumerate(after) if size > 1]
+        self.groups.fix(*(dims[position] for position, size in enumerate(before) if size == 1))
         made: list[Dim] = [None] * len(after)
         while sources and targets:
             from_, to = [sources.pop(0)], [targets.pop(0)]
             while (a := prod(before[p] for p in from_)) != (b := prod(after[p] for p in to)):
                 from_, to = (from_, [*to, targets.pop(0)]) if a > b else ([*from_, sources.pop(0)], to)
-            outer, *inner = (dims[place] for place in from_)
+            outer, *inner = (dims[position] for position in from_)
             if outer is not None and len(to) == 1:
-                times = prod(before[place] for place in from_[1:])
+                times = prod(before[position] for position in from_[1:])
                 self.groups.fix(*inner)
                 made[to[0]] = tuple(Stretch(s.group, s.factor * times) for s in outer)
             else:
@@ -339,8 +343,8 @@ class Flow:
         return tuple(made)
 
     def _getitem(self, node: Node) -> Any:
-        several, place = arguments(node)
-        return self._dims[several][place]
+        several, position = arguments(node)
+        return self._dims[several][position]
 
     def _unknown(self, node: Node) -> Any:
         for given in tensors((node.args, node.kwargs)):

@@ -36,9 +36,9 @@ def layers_of(model: nn.Module, source: Architecture | Traced, config: Any = Non
         for path in whole:
             names = path.split(".")
             for start in range(len(names)):  # from inside the model the path is shorter
-                found = _find(holder, ".".join(names[start:]))
-                if isinstance(found, nn.ModuleList):
-                    return found
+                layers = _find(holder, ".".join(names[start:]))
+                if isinstance(layers, nn.ModuleList):
+                    return layers
     raise ArchitectureError(
         f"{type(model).__name__} has no list of layers at {whole[0]!r}, where {source.name}.yaml says it is"
     )
@@ -214,8 +214,8 @@ def _read_block(
             raise ArchitectureError(f"{name} has no {child!r}, which {file} lists")
         matrix = target if isinstance(target, torch.Tensor) else Weight("weight", ()).tensor(target)
         if dims is None:  # never cut: each dimension is fixed at its size
-            fixed |= {f"{child}.{place}": size for place, size in enumerate(matrix.shape)}
-            dims = tuple((Part(f"{child}.{place}"),) for place in range(matrix.dim()))
+            fixed |= {f"{child}.{position}": size for position, size in enumerate(matrix.shape)}
+            dims = tuple((Part(f"{child}.{position}"),) for position in range(matrix.dim()))
         if isinstance(target, torch.Tensor):
             weights.append(_tensor_weight(path, child, dims, target, spec))
             continue
@@ -224,7 +224,7 @@ def _read_block(
                 weights.append(Weight(f"{path}.weight", dims[::-1], reads=0))
             else:
                 weights.append(Weight(f"{path}.weight", dims, reads=1))
-            attributes += [Attribute(path, size, dims[place]) for place, size in enumerate(size_names(target))]
+            attributes += [Attribute(path, size, dims[position]) for position, size in enumerate(size_names(target))]
         elif isinstance(target, nn.Conv1d) and target.groups == target.in_channels == target.out_channels:
             weights.append(Weight(f"{path}.weight", dims, depthwise=True))
             attributes += [Attribute(path, size, dims[0]) for size in ("out_channels", "in_channels", "groups")]

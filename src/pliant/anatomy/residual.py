@@ -38,7 +38,7 @@ def residual_modules(model: nn.Module, inputs: Mapping[str, Any], graph: Graph, 
         if path and len(calls[path]) == 1 and (after := _activations(path, nodes, names)) is not None:
             found[path] = after
     inner = [path for path in found if not any(other.startswith(f"{path}.") for other in found)]
-    order = {node: place for place, node in enumerate(graph.nodes)}
+    order = {node: index for index, node in enumerate(graph.nodes)}
     inner.sort(key=lambda path: min(order[node] for node in inside[path]))
     return _proven(model, inputs, {path: found[path] for path in inner})
 

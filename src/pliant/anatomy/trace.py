@@ -165,11 +165,11 @@ class _Reader:
         flow = self.flow
         for path, parameter in self.model.named_parameters():
             known = flow.weights.get(path, {})
-            dims = tuple(self._parts(known.get(place), size) for place, size in enumerate(parameter.shape))
+            dims = tuple(self._parts(known.get(position), size) for position, size in enumerate(parameter.shape))
             yield Weight(path, dims, flow.reads.get(path), flow.uses.get(path, 1))
         for path, buffer in self.model.named_buffers():
             known = flow.weights.get(path, {})
-            dims = tuple(self._parts(known.get(place), size) for place, size in enumerate(buffer.shape))
+            dims = tuple(self._parts(known.get(position), size) for position, size in enumerate(buffer.shape))
             if any(not part.axis.isdigit() for dim in dims for part in dim):
                 yield Weight(path, dims, buffer=True)
 
@@ -188,23 +188,23 @@ class _Reader:
         path, _, _ = weight.path.rpartition(".")
         owner = self.model.get_submodule(path)
         first = weight.dims[0] if weight.dims else ()
-        found: dict[str, tuple[Part, ...]] = {}
+        sizes: dict[str, tuple[Part, ...]] = {}
         if isinstance(owner, CONVOLUTIONS) and weight.path in self.flow.depthwise:
             times = owner.out_channels // owner.in_channels
             read = tuple(Part(part.axis, max(1, part.factor // times)) for part in first)
-            found = {"out_channels": first, "in_channels": read, "groups": read}
+            sizes = {"out_channels": first, "in_channels": read, "groups": read}
         elif isinstance(owner, CONVOLUTIONS) and weight.reads is not None and owner.groups == 1:
-            found = {"out_channels": first, "in_channels": weight.dims[1]}
+            sizes = {"out_channels": first, "in_channels": weight.dims[1]}
         elif isinstance(owner, nn.Linear) and weight.reads is not None:
-            found = {"out_features": first, "in_features": weight.dims[1]}
+            sizes = {"out_features": first, "in_features": weight.dims[1]}
         elif isinstance(owner, CHANNEL_NORMS):
-            found = {"num_features": first}
+            sizes = {"num_features": first}
         elif isinstance(owner, nn.LayerNorm):
-            found = {"normalized_shape": first}
+            sizes = {"normalized_shape": first}
         elif isinstance(owner, nn.GroupNorm):
-            found = {"num_channels": first} | ({} if owner.num_groups == 1 else {"num_groups": first})
+            sizes = {"num_channels": first} | ({} if owner.num_groups == 1 else {"num_groups": first})
         return [
             Attribute(path, name, parts)
-            for name, parts in found.items()
+            for name, parts in sizes.items()
             if any(not part.axis.isdigit() for part in parts)
         ]

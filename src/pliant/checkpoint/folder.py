@@ -40,7 +40,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     """The content of a folder's config.json.
 
     Raises:
-        ArtefactError: it is missing, or not a model's; the message says what the folder seems to be.
+        ArtefactError: it is missing, or is not the config of a model; the message says what the folder seems to be.
     """
     path = folder / "config.json"
     try:
@@ -78,13 +78,13 @@ def _without_config(folder: Path) -> str:
         (".gguf", "GGUF files; give one of them"),
         (".onnx", "an ONNX model; give the model it was made from"),
     ):
-        found = sorted(
+        files = sorted(
             path.relative_to(folder).as_posix()
             for pattern in (f"*{suffix}", f"*/*{suffix}")
             for path in folder.glob(pattern)
         )
-        if found and not inside:
-            return f"{named} has no config.json, but {content}: {', '.join(found[:3])}"
+        if files and not inside:
+            return f"{named} has no config.json, but {content}: {', '.join(files[:3])}"
     if inside:
         return f"{named} has no config.json, but its sub-folders do; give one of them: {', '.join(inside[:5])}"
     return f"{named} has no config.json: it is not a model folder"
@@ -114,12 +114,12 @@ def weight_files(folder: Path, config: Mapping[str, Any], *, variant: str | None
 
     named = config.get("transformers_weights")
     names = [folder / str(named)] if named else [varied(stem + end) for stem in _STEMS for end in ("", INDEX)]
-    found = next((path for path in names if path.is_file()), None)
-    if found is None:
+    chosen = next((path for path in names if path.is_file()), None)
+    if chosen is None:
         raise ArtefactError(_without_weights(folder, names[0].name))
-    if found.suffix != ".json":
-        return [found]
-    return sorted({folder / file for file in weight_map(found).values()})
+    if chosen.suffix != ".json":
+        return [chosen]
+    return sorted({folder / file for file in weight_map(chosen).values()})
 
 
 _STEMS = ("model.safetensors", "pytorch_model.bin")

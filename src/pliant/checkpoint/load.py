@@ -97,9 +97,9 @@ def load(
                 f"within a memory limit the model runs on the CPU; leave out memory or device={str(device)!r}"
             )
         if not path.is_dir() or options:
-            given = ", ".join(options) if path.is_dir() else str(source)
+            refused = ", ".join(options) if path.is_dir() else str(source)
             raise ArtefactError(
-                f"within a memory limit, only a model folder is loaded, without other options; not {given}"
+                f"within a memory limit, only a model folder is loaded, without other options; not {refused}"
             )
         from pliant.checkpoint.paged import load_paged
 
@@ -107,9 +107,9 @@ def load(
             loaded: Any = load_paged(auto_class(str(path), options), path, dtype, memory, scratch)
     else:
         with _faults_named(source):
-            place = str(path if path.is_dir() else source)
-            loaded = auto_class(place, options).from_pretrained(
-                place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            location = str(path if path.is_dir() else source)
+            loaded = auto_class(location, options).from_pretrained(
+                location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     model, info = loaded
     if "gguf_file" in options:
@@ -244,9 +244,9 @@ def tokenizer_of(model: Any, source: str | Path | None = None) -> Any:
         )
     path = Path(where).expanduser()
     where = str(path) if path.exists() else where
-    place, options = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (where, {})
+    location, options = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (where, {})
     try:
-        return AutoTokenizer.from_pretrained(place, **options)
+        return AutoTokenizer.from_pretrained(location, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(
             f"no tokenizer found for {where!r} ({str(error).splitlines()[0]}); pass tokenizer="

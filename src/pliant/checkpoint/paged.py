@@ -88,7 +88,7 @@ class _Stored:
 
 
 def _check_plain(folder: Path) -> None:
-    """Raise if the weights are quantised, which would have to be decoded all at once, or if a peft adapter lies beside them."""
+    """Raise for quantised weights, which would be decoded all at once, and for a peft adapter in the folder."""
     for of in parts_of(config_of(folder)):
         method = of.get("quantization_config") or of.get("compression_config")
         if method:
@@ -146,12 +146,12 @@ def _as_stored(model: Any, tensors: Mapping[str, torch.Tensor], pages: Pages) ->
     for name, tensor in tensors.items():
         layer = re.match(r".*?\.\d+\.", name)
         layers.setdefault(layer.group() if layer else "", {})[name] = tensor.detach()
-    found: dict[str, torch.Tensor] = {}
+    converted: dict[str, torch.Tensor] = {}
     for layer in within_limit(model, layers.values()):
         held = {id(tensor) for tensor in layer.values()}
         for name, tensor in revert_weight_conversion(model, layer).items():
-            found[name] = tensor if id(tensor) in held or in_file(tensor) else pages.copy(tensor)
-    return found
+            converted[name] = tensor if id(tensor) in held or in_file(tensor) else pages.copy(tensor)
+    return converted
 
 
 @contextmanager
@@ -202,6 +202,6 @@ def _stored(folder: Path) -> dict[str, _Stored]:
 
 
 def _dtype_of(stored: Mapping[str, _Stored]) -> torch.dtype:
-    """The dtype of the first floating-point tensor; torch's default if there is none."""
+    """The dtype of the first floating-point tensor; torch's default if no tensor is one."""
     dtypes = (tensor[...].dtype for tensor in stored.values())
     return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.get_default_dtype())

@@ -75,28 +75,28 @@ def shape_by(model: Any, record: Mapping[str, Mapping[str, Any]]) -> None:
         ArtefactError: the model lacks a module that the record removes.
     """
     for path, arguments in record["removed"].items():
-        found = find_path(model, path, model.get_submodule)
-        if found is None:
+        own_path = find_path(model, path, model.get_submodule)
+        if own_path is None:
             raise ArtefactError(
                 f"{type(model).__name__} has no module {path!r}, which config.json lists as removed; open the folder with the "
                 "class that wrote it"
             )
-        model.set_submodule(found, Null(**arguments))
+        model.set_submodule(own_path, Null(**arguments))
     for path, size in record["tensors"].items():
         for kind, of_kind in (("_parameters", model.get_parameter), ("_buffers", model.get_buffer)):
-            found = find_path(model, path, of_kind)
-            if found is not None:
-                full = of_kind(found)
+            own_path = find_path(model, path, of_kind)
+            if own_path is not None:
+                full = of_kind(own_path)
                 own = full[tuple(slice(0, length) for length in size)].clone()
-                holder, _, name = found.rpartition(".")
+                holder, _, name = own_path.rpartition(".")
                 getattr(model.get_submodule(holder), kind)[name] = (
                     nn.Parameter(own, requires_grad=full.requires_grad) if kind == "_parameters" else own
                 )
     for path, value in record["attributes"].items():
         holder, _, name = path.rpartition(".")
-        found = find_path(model, holder, model.get_submodule)
-        if found is not None:
-            setattr(model.get_submodule(found), name, tuple(value) if isinstance(value, list) else value)
+        own_path = find_path(model, holder, model.get_submodule)
+        if own_path is not None:
+            setattr(model.get_submodule(own_path), name, tuple(value) if isinstance(value, list) else value)
 
 
 def find_path(model: Any, path: str, get: Callable[[str], Any]) -> str | None:

@@ -253,8 +253,8 @@ def run_natively(model: nn.Module) -> str:
         base.__class__ = native_class(own)
         base._pliant_native = plan, watch
         for start, a, b in zip(_starts(base), expected, nudged, strict=True):
-            found = _ran(plan, 1, lambda start=start: _try(base, start))
-            _compare(found, a, b, f"at position {start}")
+            output = _ran(plan, 1, lambda start=start: _try(base, start))
+            _compare(output, a, b, f"at position {start}")
         _generates(model, plan)
         agreed = True
     except (UnlikeError, ArchitectureError, PackedError) as reason:
@@ -329,7 +329,7 @@ def _generates(model: Any, plan: NativePlan, tokens: int = 4) -> None:
     settings = model.generation_config
     model.generation_config = GenerationConfig()  # the model's own may change the logits
     try:
-        made = _ran(
+        generated = _ran(
             plan,
             tokens,
             lambda: model.generate(
@@ -344,8 +344,8 @@ def _generates(model: Any, plan: NativePlan, tokens: int = 4) -> None:
         )
     finally:
         model.generation_config = settings
-    whole = model(made.sequences[:, :-1], use_cache=False).logits[:, -tokens:]
-    off = _apart(torch.stack(made.logits, 1), whole)
+    whole = model(generated.sequences[:, :-1], use_cache=False).logits[:, -tokens:]
+    off = _apart(torch.stack(generated.logits, 1), whole)
     if not off <= AGREEMENT:
         raise UnlikeError(f"logits with and without a cache differ by {off:.1%}")
 

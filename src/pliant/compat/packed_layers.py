@@ -40,15 +40,15 @@ def record_packed(model: Any, cache: Mapping[str, Any]) -> None:
     modules: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Packed):
-            found = module.header()
-            modules[name] = {"format": found.format, "sparse": found.sparse, "bytes": found.size}
+            header = module.header()
+            modules[name] = {"format": header.format, "sparse": header.sparse, "bytes": header.size}
             if module.tied:
                 modules[name]["tied"] = True
     if not modules:
         return
-    kept: Any = PackedConfig
+    packed_config: Any = PackedConfig
     config: Any = model.config
-    config.quantization_config = kept(modules=modules, cache=dict(cache))
+    config.quantization_config = packed_config(modules=modules, cache=dict(cache))
     if _untie(model, modules) and not getattr(model, "all_tied_weights_keys", None):
         config.tie_word_embeddings = False
 
@@ -127,10 +127,10 @@ def _untie(model: Any, modules: Collection[str]) -> bool:
         return not packed & {key.rpartition(".")[0], source.rpartition(".")[0]}
 
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    left = {key: source for key, source in tied.items() if stays(key, source)}
-    if len(left) == len(tied):
+    remaining = {key: source for key, source in tied.items() if stays(key, source)}
+    if len(remaining) == len(tied):
         return False
-    model.all_tied_weights_keys = left
+    model.all_tied_weights_keys = remaining
     for name, part in model.named_modules():
         own = getattr(part, "_tied_weights_keys", None)
         if isinstance(own, dict):

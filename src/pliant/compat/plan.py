@@ -169,7 +169,7 @@ class _Reader:
         Raises:
             UnlikeError: a native run does not support it.
         """
-        given: dict[str, Any] = {"packed": {}, "norms": {}}
+        fields: dict[str, Any] = {"packed": {}, "norms": {}}
         self.slots.append(None)
         for spec in self.anatomy.specs(index):
             block = self.anatomy.blocks.get(f"layers.{index}.{spec.kind}")
@@ -179,15 +179,15 @@ class _Reader:
             packed = {role: module for role, module in modules.items() if not role.endswith("_norm")}
             if not all(isinstance(module, Packed) for module in packed.values()) or not spec.roles:
                 raise UnlikeError("not all of its linear layers are packed")
-            given["packed"] |= packed
-            given["norms"] |= {r: self.norms.weight(module) for r, module in modules.items() if r.endswith("_norm")}
+            fields["packed"] |= packed
+            fields["norms"] |= {r: self.norms.weight(module) for r, module in modules.items() if r.endswith("_norm")}
             name = "attention_norm" if "q" in packed else "mlp_norm"
-            given["norms"][name] = self.norms.weight(layer.get_submodule(spec.norms[0]))
+            fields["norms"][name] = self.norms.weight(layer.get_submodule(spec.norms[0]))
             if "q" in packed:
-                given |= self._attention(layer, layer.get_submodule(spec.module), block, index)
+                fields |= self._attention(layer, layer.get_submodule(spec.module), block, index)
             else:
                 self._check_activation(layer.get_submodule(spec.module), modules)
-        return Layer(**given)
+        return Layer(**fields)
 
     def _check_activation(self, mlp: nn.Module, weights: Mapping[str, nn.Module]) -> None:
         """Raise unless the rest of an MLP is the activation that the config names."""

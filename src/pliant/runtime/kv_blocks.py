@@ -100,8 +100,8 @@ class Blocks:
             raise PackedError(
                 "a BlockCache needs pliant's kernels, which are not available; run 'pliant doctor' for the reason"
             )
-        kept = keeping.native()
-        self._take(keeping, heads, width, native.pliant_cache_new(heads, width, ctypes.byref(kept)))
+        settings = keeping.native()
+        self._take(keeping, heads, width, native.pliant_cache_new(heads, width, ctypes.byref(settings)))
 
     def _take(self, keeping: Keeping, heads: int, width: int, handle: int) -> None:
         native: Any = library()

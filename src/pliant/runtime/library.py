@@ -132,9 +132,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _find() -> Path | None:
-    beside = Path(__file__).with_name(_FILE)
-    if beside.exists():
-        return beside
+    installed = Path(__file__).with_name(_FILE)
+    if installed.exists():
+        return installed
     try:  # an editable install keeps the library elsewhere
         files = metadata.files("pliant") or []
     except metadata.PackageNotFoundError:

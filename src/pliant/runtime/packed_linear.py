@@ -159,9 +159,9 @@ class Packed(nn.Module):
     @property
     def packed(self) -> torch.Tensor:
         """The packed matrix, shape ``(bytes,)``, uint8."""
-        found = own_tensors(self, buffers=True)["weight"]
-        assert found is not None
-        return found
+        packed = own_tensors(self, buffers=True)["weight"]
+        assert packed is not None
+        return packed
 
     @property
     def weight(self) -> torch.Tensor:

@@ -45,8 +45,8 @@ def pack(weight: torch.Tensor, kind: int, sparse: bool, group: int, scales: torc
         at = _aligned(at + len(part))
     size = _aligned(places[3] + len(values) + SLACK)
     packed = np.zeros(size, np.uint8)
-    for place, part in zip(places, (scale_bytes, offsets, masks, values), strict=True):
-        packed[place : place + len(part)] = np.frombuffer(part, np.uint8)
+    for start, part in zip(places, (scale_bytes, offsets, masks, values), strict=True):
+        packed[start : start + len(part)] = np.frombuffer(part, np.uint8)
     fields = (MAGIC, VERSION, kind, int(sparse), group if kind == INT4 else 0, rows, columns, stored, *places, size, 0)
     header = RawHeader._make(fields)
     packed[:SIZE] = np.frombuffer(header.to_bytes(), np.uint8)
@@ -61,11 +61,11 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
     kind, group, rows, columns = header.format, header.group, header.rows, header.columns
     panels, steps, groups = -(-rows // PANEL), -(-columns // INPUTS[kind]), -(-columns // (group or columns))
     if header.sparse:
-        there = _bits(data[header.masks :][: panels * steps * MASK[kind]])
+        present = _bits(data[header.masks :][: panels * steps * MASK[kind]])
         ends = np.frombuffer(data[header.offsets :][: 8 * (panels + 1)].tobytes(), "<i8")
         values = data[header.values :][: int(ends[-1])]
-        stream = np.zeros(there.shape, "<i2" if kind == BF16 else np.uint8)
-        stream[there] = values.view("<i2") if kind == BF16 else values if kind == INT8 else _nibbles(values)
+        stream = np.zeros(present.shape, "<i2" if kind == BF16 else np.uint8)
+        stream[present] = values.view("<i2") if kind == BF16 else values if kind == INT8 else _nibbles(values)
         if kind == INT4:
             stream = stream[0::2] | stream[1::2] << 4
     else:
@@ -142,15 +142,15 @@ def _stream(elements: np.ndarray, kind: int, panels: int, steps: int) -> np.ndar
 def _sparse(stream: np.ndarray, kind: int, panels: int) -> tuple[bytes, bytes, bytes, int]:
     """Masks, values, offsets of panels, and the number of stored elements."""
     elements = _nibbles(stream) if kind == INT4 else stream
-    there = elements != 0
+    present = elements != 0
     if kind == INT4:  # an even number of every 16
-        sixteens = there.reshape(-1, 16)
+        sixteens = present.reshape(-1, 16)
         odd = sixteens.sum(1) % 2 == 1
         sixteens[odd, (~sixteens[odd]).argmax(1)] = True
-    masks = np.packbits(there, bitorder="little").tobytes()
-    kept = elements[there]
+    masks = np.packbits(present, bitorder="little").tobytes()
+    kept = elements[present]
     values = (kept[0::2] | kept[1::2] << 4).tobytes() if kind == INT4 else kept.tobytes()
-    ends = np.cumsum([0, *there.reshape(panels, -1).sum(1)])
+    ends = np.cumsum([0, *present.reshape(panels, -1).sum(1)])
     in_bytes = ends * 2 if kind == BF16 else ends if kind == INT8 else ends // 2
     return masks, values, in_bytes.astype("<i8").tobytes(), len(kept)
 

@@ -453,7 +453,7 @@ void quantise(const float* x, int64_t padded, int8_t* codes, float* scales, int3
     __m256i sum = _mm256_setzero_si256();
     for (int64_t i = 0; i < n; i += 8) {
       const __m256 steps = _mm256_mul_ps(_mm256_loadu_ps(x + first + i), inverse);
-      const __m256 numbers = _mm256_cmp_ps(steps, steps, _CMP_ORD_Q);  // what is none is 0
+      const __m256 numbers = _mm256_cmp_ps(steps, steps, _CMP_ORD_Q);  // NaN becomes 0
       const __m256i code = _mm256_cvtps_epi32(_mm256_and_ps(steps, numbers));
       sum = _mm256_add_epi32(sum, code);
       const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));

@@ -28,8 +28,8 @@ constexpr int64_t kSlice = 32;   // inputs of x that share a scale: fewer than o
 constexpr int64_t kStepBytes = 64;
 constexpr uint32_t kVersion = 1;
 constexpr char kMagic[8] = {'P', 'L', 'I', 'A', 'N', 'T', 'W', '\n'};
-constexpr int64_t kSlack =
-    64;  // readable bytes behind the values: a vector is loaded whole where one element is wanted
+// readable bytes after the values, because a whole vector is loaded even for one element
+constexpr int64_t kSlack = 64;
 
 // The first 128 bytes. Positions are bytes from the beginning; everything is little-endian.
 struct Header {
@@ -89,8 +89,8 @@ struct Matrix {
 struct Input {
   int64_t rows;
   int64_t stride;       // elements from one row to the next, of values and of codes
-  const float* values;  // [rows][stride], zeros behind the last column
-  const int8_t* codes;  // [rows][stride], zeros behind the last column
+  const float* values;  // [rows][stride], zeros after the last column
+  const int8_t* codes;  // [rows][stride], zeros after the last column
   const float* scales;  // [rows][slices]
   const int32_t* sums;  // [rows][slices], of the codes
   int64_t slices;

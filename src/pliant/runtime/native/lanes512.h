@@ -120,7 +120,7 @@ struct Intrinsics {
   static void store_f16(void* p, Floats v) {
     _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
-  static void store_flushed_bf16(void* p, Floats v) {  // that instruction: what is below 2^-126 becomes zero
+  static void store_flushed_bf16(void* p, Floats v) {  // the instruction for it: numbers below 2^-126 become zero
     const __m256bh out = _mm512_cvtneps_pbh(v);
     std::memcpy(p, &out, sizeof out);
   }

@@ -21,7 +21,7 @@ class Packing {
   void write(uint8_t* out, int threads) const;
 
  private:
-  void stream(int64_t panel, int64_t first, int64_t count, uint8_t* out) const;  // so many steps, 64 bytes each
+  void stream(int64_t panel, int64_t first, int64_t count, uint8_t* out) const;  // `count` steps of 64 bytes each
 
   Header header_{};
   int64_t panels_, steps_, group_, groups_;
