@@ -48,8 +48,8 @@ def load(
     Arguments:
         source: a folder, a ``.gguf`` file (dequantised; needs the ``gguf`` extra), or the id of a model on a hub.
         dtype: as in transformers: ``auto`` keeps the stored dtype.
-        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``auto``, the first available of cuda, mps, cpu; with ``auto``, a packed
-            model stays on the CPU. Default: the CPU, unless ``device_map`` is given.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``auto``, the first available of cuda, mps, cpu; with ``auto``, a
+            packed model stays on the CPU. Default: the CPU, unless ``device_map`` is given.
         memory: bytes, or ``"2GB"``, that the process may take on top of what it has already. The weights then stay in files,
             and only the part that fits is in memory, so that a model larger than memory can be pruned. Needs Linux and a
             folder with safetensors weights.

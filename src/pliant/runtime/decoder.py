@@ -153,8 +153,8 @@ def decoder(
             return _Vector(None, 0)
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.dtype not in TYPES:
             raise PackedError(
-                f"a norm or a bias is {tensor.dtype} on {tensor.device}, or not contiguous; it must be a contiguous float on the "
-                "CPU"
+                f"a norm or a bias is {tensor.dtype} on {tensor.device}, or not contiguous; it must be a contiguous float "
+                "on the CPU"
             )
         held.append(tensor)
         return _Vector(tensor.data_ptr(), TYPES[tensor.dtype])
