@@ -44,6 +44,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/clang-format --dry-run --Werror src/pliant/runtime/native/*.cpp src/pliant/runtime/native/*.h
 
 unit: $(VENV)/.dev
 	$(PYTEST) -m 'not slow'

@@ -42,13 +42,13 @@ def test_every_file_that_ships_is_valid_and_tested():
         ({"colour": "red"}, "unknown key 'colour'"),
         ({"layers": None}, "'layers' is missing"),
         ({"blocks": {"mlp": {"weights": {}}}}, "needs 'module'"),
-        ({"blocks": {"mlp": {"module": "m", "weights": {"up": ["width", "hidden"]}}}}, "'width' is no axis"),
+        ({"blocks": {"mlp": {"module": "m", "weights": {"up": ["width", "hidden"]}}}}, "unknown axis 'width'"),
         ({"blocks": {"mlp": {"module": "m", "output": "list", "weights": {}}}}, "'tensor' or 'tuple'"),
         ({"native": {"models": {"toy": {}}, "norm": "norm"}}, "native needs 'embedding'"),
         ({"native": {"models": ["toy"]}}, "models must map model types to window and rotates"),
         ({"native": {"models": {"toy": {"windows": "w"}}}}, "models must map model types to window and rotates"),
         ({"native": {"colour": "red"}}, "native has the unknown key 'colour'"),
-        ({"output": "list"}, "output of a layer is 'tensor' or 'tuple', not 'list'"),
+        ({"output": "list"}, "output of a layer must be 'tensor' or 'tuple', not 'list'"),
         ({"parts": []}, "the key 'parts': models with several lists of layers are not supported yet"),
     ],
 )
@@ -62,35 +62,35 @@ def test_a_faulty_file_is_refused_with_the_fault(change, told):
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [
-        ("module", [], r"module is a name or a list of names, not \[\]"),
-        ("module", {"up": "down"}, "module is a name or a list of names"),
-        ("norms", "norm", "norms is a list of names, not 'norm'"),
-        ("residual", -1, "residual is the place of an argument, counted from 0; not -1"),
-        ("residual", True, "residual is the place of an argument"),
-        ("residual", "hidden_states", "residual is the place of an argument"),
-        ("guard", 7, "guard is a config key, not 7"),
+        ("module", [], r"module must be a name or a list of names, not \[\]"),
+        ("module", {"up": "down"}, "module must be a name or a list of names"),
+        ("norms", "norm", "norms must be a list of names, not 'norm'"),
+        ("residual", -1, "residual must be the index of an argument, counted from 0; not -1"),
+        ("residual", True, "residual must be the index of an argument"),
+        ("residual", "hidden_states", "residual must be the index of an argument"),
+        ("guard", 7, "guard must be a config key, not 7"),
         ("roles", {"up": "middle"}, "roles must map q, k, .* to weights of the block"),
         ("roles", {"top": "up"}, "roles must map q, k, .* to weights of the block"),
         ("roles", ["up"], "roles must map q, k, .* to weights of the block"),
-        ("scores", "heads", "scores of block 'mlp': 'heads' is no axis"),
-        ("cached", 1, "cached maps config keys to heads, it is 1"),
+        ("scores", "heads", "scores of block 'mlp': unknown axis 'heads'; choose from: channels, hidden"),
+        ("cached", 1, "cached must map config keys to numbers of heads, not 1"),
         (
             "weights",
             {"up": "part"},
-            "weight 'up' of block 'mlp': a list of dimensions or 'whole' is expected, not 'part'",
+            "weight 'up' of block 'mlp' must be a list of dimensions or 'whole', not 'part'",
         ),
-        ("weights", {"up?": ["wide", "hidden"]}, "weight 'up' of block 'mlp': 'wide' is no axis"),
+        ("weights", {"up?": ["wide", "hidden"]}, "weight 'up' of block 'mlp': unknown axis 'wide'"),
         ("cached", {"multi_query": "n_head - 1"}, "cached 'multi_query' of block 'mlp': 'n_head - 1' is not a size"),
-        ("attributes", {"width": "wide"}, "attribute 'width' of block 'mlp': 'wide' is no axis"),
+        ("attributes", {"width": "wide"}, "attribute 'width' of block 'mlp': unknown axis 'wide'"),
         ("norm", ["norm"], "block 'mlp' has the unknown key 'norm'"),
         ("role", "memory", "role must be one of attention, mlp, experts, conv, scan, other; not 'memory'"),
         ("state", "kv", "block 'mlp' has a state and needs 'slot'"),
         ("state", ["ring"], r"state must be one of kv, conv, scan, or a list of these; not \['ring'\]"),
-        ("when", "conv", "when is a list of names, not 'conv'"),
-        ("tied", "yes", "tied is true or false, not 'yes'"),
+        ("when", "conv", "when must be a list of names, not 'conv'"),
+        ("tied", "yes", "tied must be true or false, not 'yes'"),
         ("transposed", ["side"], "transposed names 'side', which is not one of its weights"),
         ("elementwise", ["side"], "elementwise names 'side', which is not one of its weights"),
-        ("either", {}, "either is a list of two or more variants, not {}"),
+        ("either", {}, "either must be a list of two or more variants, not {}"),
         ("either", [{"slot": "a"}, {}], "variant 1 of block 'mlp' has the unknown key 'slot'"),
         ("rescale", True, "the key 'rescale': a norm is not rescaled yet"),
     ],
@@ -105,11 +105,11 @@ def test_a_faulty_word_about_a_block_is_refused_with_the_fault(key, value, told)
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [
-        ("cut", "no way", "axis 'channels': cut is true or false, not 'no way'"),
-        ("multiple", 0, "axis 'channels': multiple is a whole number from 1, not 0"),
-        ("multiple", "8", "multiple is a whole number from 1, not '8'"),
-        ("multiple", True, "multiple is a whole number from 1"),
-        ("active", 2, "axis 'channels': active is a config key, not 2"),
+        ("cut", "no way", "axis 'channels': cut must be true or false, not 'no way'"),
+        ("multiple", 0, "axis 'channels': multiple must be a whole number of at least 1, not 0"),
+        ("multiple", "8", "multiple must be a whole number of at least 1, not '8'"),
+        ("multiple", True, "multiple must be a whole number of at least 1, not True"),
+        ("active", 2, "axis 'channels': active must be a config key, not 2"),
         ("activ", "k", "axis 'channels' has the unknown key 'activ'"),
         ("size", "intermediate_size - 1", "size of axis 'channels': 'intermediate_size - 1' is not a size"),
         ("size", "a or b c", "size of axis 'channels': 'b c' is not a size"),
@@ -117,8 +117,8 @@ def test_a_faulty_word_about_a_block_is_refused_with_the_fault(key, value, told)
         ("size", ["a"], "size of axis 'channels'"),
         ("unit", "a / b", "unit of axis 'channels': 'a / b' is not a size.*'\\+', '\\*' and '//'"),
         ("unit", True, "unit of axis 'channels': True is not a size"),
-        ("normed", 1, "normed is true or false, not 1"),
-        ("least", -1, "least is a whole number from 0, not -1"),
+        ("normed", 1, "normed must be true or false, not 1"),
+        ("least", -1, "least must be a whole number of at least 0, not -1"),
         ("per", "n_groups", "the key 'per': an axis cannot exist once per group yet"),
     ],
 )
@@ -376,7 +376,7 @@ def test_the_self_check_finds_a_file_that_swaps_two_axes():
         weights["gate_proj"], weights["down_proj"] = weights["down_proj"], weights["gate_proj"]
 
     anatomy = _lie(model, change)
-    with pytest.raises(ArchitectureError, match="reordering units moved the logits"):
+    with pytest.raises(ArchitectureError, match="reordering units changed the logits"):
         check(model, anatomy)
 
 

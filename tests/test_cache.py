@@ -165,23 +165,24 @@ def test_it_takes_the_place_of_any_cache(name):
 
 def test_settings_that_make_no_sense_are_refused():
     for settings, said in (
-        ({"format": "int4"}, "float32, bf16 or int8"),
-        ({"key_sparsity": 1.0}, "from 0 to below 1"),
-        ({"value_sparsity": -0.1}, "from 0 to below 1"),
+        ({"format": "int4"}, "format must be one of float32, bf16, int8; not 'int4'"),
+        ({"key_sparsity": 1.0}, "key_sparsity must be a number of at least 0 and below 1; not 1.0"),
+        ({"value_sparsity": -0.1}, "value_sparsity must be a number of at least 0 and below 1; not -0.1"),
         ({"format": "float32", "key_sparsity": 0.5}, "needs packed blocks"),
-        ({"recent": -1}, "numbers of tokens"),
-        ({"recent": 1.5}, r"numbers of tokens; recent is 1\.5"),
-        ({"first": "4"}, "numbers of tokens; first is '4'"),
-        ({"key_sparsity": "0.3"}, "key_sparsity is a share from 0 to below 1, not '0.3'"),
-        ({"value_sparsity": None}, "value_sparsity is a share"),
-        ({"key_sparsity": False}, "key_sparsity is a share"),
+        ({"recent": -1}, "recent must be a whole number of tokens, at least 0; not -1"),
+        ({"recent": 1.5}, r"recent must be a whole number of tokens, at least 0; not 1\.5"),
+        ({"first": "4"}, "first must be a whole number of tokens, at least 0; not '4'"),
+        ({"key_sparsity": "0.3"}, "key_sparsity must be a number of at least 0 and below 1; not '0.3'"),
+        ({"value_sparsity": None}, "value_sparsity must be a number"),
+        ({"key_sparsity": False}, "key_sparsity must be a number"),
     ):
         with pytest.raises(PackedError, match=said):
             Keeping(**settings)
         with pytest.raises(PackedError, match=said):
             BlockCache(config("llama"), **settings)
     with pytest.raises(
-        PackedError, match="no setting 'foo'; it has format, key_sparsity, value_sparsity, recent, first"
+        PackedError,
+        match="unknown cache setting 'foo'; choose from: format, key_sparsity, value_sparsity, recent, first",
     ):
         BlockCache(config("llama"), foo=1)
     for wrong in (None, {}, "llama", pico()):

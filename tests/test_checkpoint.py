@@ -245,7 +245,7 @@ def test_a_folder_that_is_no_model_is_refused(folder, tmp_path):
 def test_a_path_that_is_not_there_is_refused_without_asking_a_hub(tmp_path):
     with pytest.raises(ArtefactError, match="is not a model folder"):
         pliant.load(tmp_path / "gone")
-    with pytest.raises(ArtefactError, match="no file"):
+    with pytest.raises(ArtefactError, match="does not exist; give a folder"):
         pliant.load(tmp_path / "gone.gguf")
 
 

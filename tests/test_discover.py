@@ -86,7 +86,7 @@ def test_heads_stay_together_where_a_norm_spans_them():
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("codegen", "modules that look like its attention"), ("mamba", "modules that look like its attention")],
+    [("codegen", "modules that could be its attention"), ("mamba", "modules that could be its attention")],
 )
 def test_an_uncommon_layout_is_refused_with_the_reason(name, told):
     model = unknown(name)
@@ -106,7 +106,7 @@ def test_a_wrong_guess_is_refused_by_the_self_check(monkeypatch):
         return out + self.q_proj(hidden_states), weights  # leaks a head's queries past the output matrix
 
     monkeypatch.setattr(attention, "forward", other)
-    with pytest.raises(ArchitectureError, match="proves wrong"):
+    with pytest.raises(ArchitectureError, match="the inferred layout failed the self-check"):
         described(model)
 
 

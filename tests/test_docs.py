@@ -1,5 +1,6 @@
 """What the documentation shows works."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -76,3 +77,30 @@ def test_any_module_is_packed_as_the_page_shows(capsys):
     shown = re.search(r"## Any module\n.*?```python\n(.*?)```", page, flags=re.S)[1]
     exec(shown.replace("int8", "bf16"), {"pliant": pliant})
     assert "parameters of MultiheadAttention outside linear layers" in capsys.readouterr().out
+
+
+FORBIDDEN = re.compile(r"\btold\b|\b[Tt]here is no |\bis no (?!longer\b)|(^ *|[.!?:;] )What ", re.MULTILINE)
+
+
+def _texts(path: Path):
+    """Line and text of every docstring and string literal in a file; the parts of an f-string are joined by ``{}``."""
+    tree = ast.parse(path.read_text("utf-8"))
+    parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield (
+                node.lineno,
+                "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values),
+            )
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
+            yield node.lineno, node.value
+
+
+def test_messages_and_docstrings_have_none_of_the_phrases_that_the_style_page_forbids():
+    root = Path(pliant.__file__).parent
+    faults = []
+    for path in sorted(root.rglob("*.py")):
+        for line, text in _texts(path):
+            plain = re.sub(r"(?<!\n)\n[ ]*(?!\n)", " ", text)  # a sentence may be wrapped
+            faults += [f"{path.relative_to(root)}:{line}: {match[0].strip()}" for match in FORBIDDEN.finditer(plain)]
+    assert not faults, "\n".join(faults)

@@ -395,5 +395,5 @@ def test_a_subnet_survives_json_and_hashes_by_value(skip, keep):
 
 
 def test_what_is_not_a_subnet_is_refused():
-    with pytest.raises(SubnetError, match="a sub-network is"):
+    with pytest.raises(SubnetError, match="a sub-network must be"):
         Subnet.from_dict({"width": 3})

@@ -206,7 +206,7 @@ def test_the_layout_is_read_and_proven(model):
         "layers.4.mlp.channels",
     }
     assert len(anatomy.may_go()) == len(anatomy.blocks)
-    with pytest.raises(SubnetError, match="every looker block of the full_attention layers would be gone"):
+    with pytest.raises(SubnetError, match="every looker block of the full_attention layers would be removed"):
         validate(Subnet().without("layers.0.looker", "layers.2.looker", "layers.4.looker"), anatomy)
 
 

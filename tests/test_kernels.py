@@ -249,15 +249,15 @@ def test_another_size_or_kind_is_refused():
     if library.library() is not None:
         with pytest.raises(PackedError, match="40 outputs of 200 inputs, not 40 of 100"):
             linear(torch.zeros(1, 100), packed, None, 40)
-    with pytest.raises(PackedError, match="no format 'int3'"):
+    with pytest.raises(PackedError, match="unknown format 'int3'; choose from: bf16, int8, int4"):
         pack(weights(4, 4), "int3")
-    with pytest.raises(PackedError, match="a group has 32, 64, 128 inputs"):
+    with pytest.raises(PackedError, match="group must be one of 32, 64, 128; not 16"):
         pack(weights(4, 4), "int4", group=16)
-    with pytest.raises(PackedError, match="a matrix is packed"):
+    with pytest.raises(PackedError, match="only a matrix with elements can be packed"):
         pack(torch.zeros(3), "int8")
-    with pytest.raises(WeightError, match="not a finite number"):
+    with pytest.raises(WeightError, match="holds NaN or infinity"):
         pack(torch.tensor([[1.0, float("inf")]]), "int8")
-    with pytest.raises(PackedError, match="tensor of bytes"):
+    with pytest.raises(PackedError, match="must be a tensor of at least 128 bytes"):
         header(torch.zeros(200))
 
 
@@ -270,7 +270,7 @@ def test_where_there_is_a_compiler_there_are_kernels():
 
 @needs_kernels
 def test_instruction_sets_are_chosen_by_name():
-    with pytest.raises(ValueError, match="no instruction set 'mmx'"):
+    with pytest.raises(ValueError, match="unknown instruction set 'mmx' on this machine; choose from: "):
         library.choose("mmx")
     assert library.isa() in library.state()
 
@@ -337,7 +337,7 @@ packed.settle()
 
 @needs_kernels
 @pytest.mark.parametrize(
-    ("name", "said"), [("scalar", ""), ("avx1024", "PLIANT_ISA names 'avx1024', which is not here")]
+    ("name", "said"), [("scalar", ""), ("avx1024", "PLIANT_ISA names 'avx1024', which this machine does not have")]
 )
 def test_the_environment_chooses_kernels_or_is_told_that_it_cannot(name, said):
     program = "from pliant.runtime import library; print(library.isa())"

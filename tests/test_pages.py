@@ -411,7 +411,7 @@ def test_bad_memory_on_the_command_line_is_one_line(stored, tmp_path):
     command += ["--out", str(tmp_path / "small"), "--memory", "much"]
     outcome = subprocess.run([*PROGRAM, *command], capture_output=True, text=True, check=False)
     assert outcome.returncode == 1
-    assert outcome.stderr.splitlines()[-1].startswith("pliant: an amount of memory is a number with a unit")
+    assert outcome.stderr.splitlines()[-1].startswith("pliant: memory must be a number with a unit")
     assert not list(tmp_path.glob("small*"))
 
 

@@ -406,9 +406,9 @@ class Literal(nn.Module):
     [
         (Attends(), "matmul, whose cost no weight accounts for"),
         (Standardised(), "computes its weights while it runs"),
-        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(7, 5)), "pass one that it runs on"),
-        (nn.Sequential(nn.Conv1d(3, 4, 3)), "pass an example"),
-        (nn.Linear(3, 4), "nor has it convolutions"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(7, 5)), "pass an example that it runs on"),
+        (nn.Sequential(nn.Conv1d(3, 4, 3)), "is unknown; pass an example"),
+        (nn.Linear(3, 4), "and no convolutions to trace"),
     ],
     ids=["attention", "computed weights", "wrong size", "no images", "no convolutions"],
 )

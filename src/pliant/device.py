@@ -19,28 +19,27 @@ def device_of(name: str | torch.device) -> torch.device:
     """The torch device of a name.
 
     Arguments:
-        name: ``cpu``, ``cuda``, ``mps``, one of several such as ``cuda:1``, or ``auto``: cuda if there is one, else mps, else cpu.
+        name: ``cpu``, ``cuda``, ``mps``, a numbered one such as ``cuda:1``, or ``auto``, the first available of cuda, mps, cpu.
 
     Raises:
         DeviceError: the name is unknown, or this machine has no such device.
     """
-    there = {"cuda": torch.cuda.device_count, "mps": lambda: int(torch.backends.mps.is_available()), "cpu": lambda: 1}
+    counts = {"cuda": torch.cuda.device_count, "mps": lambda: int(torch.backends.mps.is_available()), "cpu": lambda: 1}
     if name == "auto":
-        return torch.device(next(kind for kind, count in there.items() if count()))
+        return torch.device(next(kind for kind, count in counts.items() if count()))
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in there:
+    if device is None or device.type not in counts:
         raise DeviceError(
             f"unknown device {str(name)!r}; choose one of {', '.join(DEVICES)}, or cuda:1 for the second of several"
         )
-    count = there[device.type]()
-    if (device.index or 0) >= count:
-        having = [f"{kind}:{index}" if index else kind for kind, counted in there.items() for index in range(counted())]
+    if (device.index or 0) >= counts[device.type]():
+        names = [f"{kind}:{index}" if index else kind for kind, count in counts.items() for index in range(count())]
         raise DeviceError(
-            f"torch {torch.__version__} finds no device {str(name)!r} on this machine; it finds {', '.join(having)}. Name one of "
-            "these, or auto for the first"
+            f"torch {torch.__version__} finds no device {str(name)!r} on this machine; it finds {', '.join(names)}. Choose "
+            "one of these, or auto for the first"
         )
     return device
 
@@ -61,14 +60,14 @@ def wait(device: torch.device) -> None:
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be allocated on a device; None if the system does not report it."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch, for reuse
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps it for reuse
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type == "mps":
         return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     if _MEMINFO.exists():
-        found = [line.split()[1] for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:")]
-        if found:
-            return int(found[0]) * 1024
+        available = [line.split()[1] for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:")]
+        if available:
+            return int(available[0]) * 1024
     with contextlib.suppress(ValueError, OSError, AttributeError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     return None

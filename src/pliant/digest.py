@@ -1,4 +1,4 @@
-"""Digests (BLAKE2b, as hexadecimal text) that recipes, archives and resumed runs are compared by."""
+"""BLAKE2b digests as hexadecimal text, by which recipes, archives and resumed runs are compared."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 
 def digest(parts: Iterable[str | bytes], size: int = 16) -> str:
-    """The digest of texts and bytes, one after the other, of ``size`` bytes."""
-    found = hashlib.blake2b(digest_size=size)
+    """The digest of concatenated texts and bytes; it has ``size`` bytes."""
+    hasher = hashlib.blake2b(digest_size=size)
     for part in parts:
-        found.update(part.encode() if isinstance(part, str) else part)
-    return found.hexdigest()
+        hasher.update(part.encode() if isinstance(part, str) else part)
+    return hasher.hexdigest()
 
 
 def json_digest(value: Any) -> str:
-    """The digest of plain data, by its JSON; anything else in it counts by its text."""
+    """The digest of plain data, computed from its JSON. Other values in it count as their text."""
     return digest([json.dumps(value, default=str)])
 
 

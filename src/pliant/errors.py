@@ -1,4 +1,4 @@
-"""What can go wrong, as types. Each also is the builtin error a caller would expect, so plain ``except ValueError`` works."""
+"""The errors that pliant raises. Each is also the builtin error that a caller expects, so plain ``except ValueError`` works."""
 
 
 class PliantError(Exception):
@@ -14,7 +14,7 @@ class UnknownArchitectureError(ArchitectureError):
 
 
 class SubnetError(PliantError, ValueError):
-    """A sub-network names blocks or axes the model does not have, or keeps an impossible amount of one."""
+    """A sub-network names blocks or axes that the model does not have, or keeps an impossible number of units."""
 
 
 class DataError(PliantError, ValueError):
@@ -22,11 +22,11 @@ class DataError(PliantError, ValueError):
 
 
 class StepError(PliantError, ValueError):
-    """A setting of a step is outside what it can be."""
+    """A setting of a step is unknown or out of range."""
 
 
 class RatioError(PliantError, ValueError):
-    """The wanted ratio is outside what is meaningful or reachable."""
+    """The requested ratio is meaningless or out of reach."""
 
 
 class WeightError(PliantError, ValueError):
@@ -34,7 +34,7 @@ class WeightError(PliantError, ValueError):
 
 
 class PackedError(PliantError, ValueError):
-    """A packed matrix is damaged, cut short, or none; or a layer cannot be packed as asked."""
+    """A tensor is not a packed matrix, or a damaged one; or a layer cannot be packed as requested."""
 
 
 class ArtefactError(PliantError, OSError):
@@ -42,7 +42,7 @@ class ArtefactError(PliantError, OSError):
 
 
 class MemoryLimitError(PliantError, MemoryError):
-    """The work needs more memory than the limit allows, or the limit cannot be held here."""
+    """The work needs more memory than the limit allows, or the limit cannot be enforced on this machine."""
 
 
 class DeviceError(PliantError, RuntimeError):
@@ -58,8 +58,8 @@ class MissingExtraError(PliantError, ImportError):
 
 
 class ResumeError(PliantError, ValueError):
-    """What an interrupted training left on disk belongs to another one, or is damaged."""
+    """The saved state of an interrupted training is damaged or belongs to another training."""
 
 
 class DivergedError(PliantError, ArithmeticError):
-    """The loss is no longer a number."""
+    """The loss is no longer finite."""

@@ -1,4 +1,4 @@
-"""Replace files and folders as a whole: write beside them, push to the disk, rename. A crash leaves the old or the new one."""
+"""Replace files and folders as a whole: write beside them, flush to disk, rename. A crash leaves the old or the new one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file by a text, as UTF-8. Its folder is created if it is missing."""
+    """Replace a file by a text in UTF-8. Its folder is created if it is missing."""
     with replacing(path) as aside:
         aside.write_text(text, "utf-8")
 
@@ -25,10 +25,10 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside ``path``. The file or folder written there replaces ``path`` if the block succeeds, and is deleted if it fails."""
+    """Yield a temporary path, which replaces ``path`` if the block succeeds and is deleted if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")
-    _remove(aside)  # of a process that was killed
+    _remove(aside)  # left by a process that was killed
     try:
         yield aside
         settle(aside)
@@ -40,9 +40,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def settle(written: Path) -> None:
-    """Push a file, or a folder with all it holds, to the disk, with the permissions of new files.
+    """Flush a file, or a folder and everything in it, to disk, and give it the permissions of new files.
 
-    Temporary folders, and the files that safetensors writes, can be read by their owner only.
+    Without this, temporary folders and the files that safetensors writes can be read only by their owner.
     """
     mode = _mode_of_new(written)
     for path in (*written.rglob("*"), written):
@@ -51,7 +51,7 @@ def settle(written: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Push one file, or the list of names in a folder, to the disk."""
+    """Flush one file, or the list of names in a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -67,7 +67,7 @@ def _remove(path: Path) -> None:
 
 
 def _mode_of_new(written: Path) -> int:
-    """The permissions that a new folder beside ``written`` gets: a folder can have its own, so one is made to see."""
+    """The permissions of a new folder beside ``written``, read from one: the parent folder can have its own rules."""
     probe = written.with_name(written.name + ".mode")
     probe.mkdir(exist_ok=True)
     try:

@@ -1,4 +1,4 @@
-"""Quantities for people: bytes and seconds as text, and bytes from text."""
+"""Format bytes and seconds as text, and parse bytes from text."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def parse_bytes(text: str) -> int:
     """``2GB`` -> ``2000000000``, ``2GiB`` -> ``2147483648``.
 
     Raises:
-        MemoryLimitError: it is no amount of memory.
+        MemoryLimitError: the text is not an amount of memory.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
     count = 0
-    if found is not None:
-        number, unit, binary = found.groups()
+    if match is not None:
+        number, unit, binary = match.groups()
         count = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " "))
     if count <= 0:
-        raise MemoryLimitError(f"an amount of memory is a number with a unit, such as 500MB or 2GB; not {text!r}")
+        raise MemoryLimitError(f"memory must be a number with a unit, such as 500MB or 2GB; not {text!r}")
     return count

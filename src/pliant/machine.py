@@ -1,4 +1,4 @@
-"""The machine that this runs on, without importing anything heavy."""
+"""Describe this machine without importing anything heavy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ISA = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asim
 
 
 def machine() -> dict[str, Any]:
-    """Processor, its instruction sets as far as kernels care, cores, and the threads torch uses once it is imported."""
+    """The processor, its instruction sets that kernels use, its cores, and torch's threads if torch is imported."""
     name, flags = _processor()
     torch = sys.modules.get("torch")
     return {

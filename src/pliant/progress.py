@@ -1,4 +1,4 @@
-"""What long work shows while it runs: lines with an ETA and the peak memory; a bar on a terminal."""
+"""Report the progress of long work: lines with an ETA and the peak memory, a live line on a terminal."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def peak_memory() -> int:
 
 
 class Progress:
-    """Where long work reports to. The base class is silent.
+    """Receives the progress of long work. The base class is silent.
 
-    A stage has a share done between 0 and 1; the ETA is the time so far, scaled.
+    The finished share of a stage goes from 0 to 1; the ETA extrapolates the time so far.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Progress:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Progress]:
-        """A named stretch of work."""
+        """Report a named stage of the work, its duration and the peak memory."""
         self._name, self._start, self._done = name, time.monotonic(), 0.0
         self.note(name)
         try:
@@ -41,22 +41,22 @@ class Progress:
         self.emit("stage", name=name, seconds=time.monotonic() - self._start, peak_memory=peak_memory())
 
     def step(self, done: float, text: str) -> None:
-        """Work has come to share ``done`` of the stage."""
+        """Report that the share ``done`` of the stage is finished."""
         self._done = max(self._done, min(1.0, done))
         elapsed = time.monotonic() - self._start
         eta = elapsed * (1 - self._done) / self._done if self._done > 0.02 else None
         self.emit("step", name=self._name, done=self._done, seconds=elapsed, eta=eta, text=text)
 
     def note(self, text: str) -> None:
-        """Something worth a line."""
+        """Report one line of text."""
         self.emit("note", text=text)
 
     def emit(self, event: str, **fields: Any) -> None:
-        """One event; subclasses show it."""
+        """Show one event; the base class ignores it."""
 
 
 class Events(Progress):
-    """One JSON object a line, for programs."""
+    """Progress for programs: one JSON object per line."""
 
     def __init__(self, write: Callable[[str], Any] | None = None):
         super().__init__()
@@ -67,7 +67,7 @@ class Events(Progress):
 
 
 class Console(Progress):
-    """For people: a live line on a terminal, a plain line now and then elsewhere."""
+    """Progress for people: a live line on a terminal, elsewhere a plain line now and then."""
 
     def __init__(self, every: float = 15.0):
         super().__init__()

@@ -1,4 +1,4 @@
-"""How a step shows what it did: notes, tables and curves that the report, the card and the command line draw."""
+"""Notes, tables and curves that show what a step did; the report, the card and the command line draw them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Note:
-    """Whole sentences. The card and the command line show them, too."""
+    """Complete sentences. The card and the command line show them, too."""
 
     text: str
 
@@ -19,9 +19,9 @@ class Table:
     """Rows of text below a heading.
 
     Attributes:
-        columns: headings; the first column is set on the left.
-        title: what a folded table shows while it is closed; a heading otherwise.
-        folded: closed until it is clicked on.
+        columns: headings; the first column is left-aligned.
+        title: a heading, or the line that a folded table shows while it is closed.
+        folded: closed until someone clicks on it.
     """
 
     columns: list[str]
@@ -35,11 +35,11 @@ class Curve:
     """A line with a dot for every point. It is drawn if it has two points or more and runs to the right of 0.
 
     Attributes:
-        title: what is drawn against what.
-        labels: for every dot, what it says when it is pointed at.
-        marks: number of a point, as text -> a word written beside it.
+        title: names the quantities on both axes.
+        labels: the tooltip of every dot.
+        marks: index of a point, as text -> a word written beside it.
         x_format: Python format of the values on the horizontal axis.
-        caption: sentences below it.
+        caption: sentences below the curve.
     """
 
     title: str
@@ -61,7 +61,7 @@ def to_dict(section: Section) -> dict[str, Any]:
 
 
 def sections_of(record: Mapping[str, Any]) -> list[Section]:
-    """The sections in the record of a step; none in those of pliant 0.1."""
+    """The sections in the record of a step; records of pliant 0.1 have none."""
     return [
         _KINDS[raw["section"]](**{name: value for name, value in raw.items() if name != "section"})
         for raw in record.get("sections", [])

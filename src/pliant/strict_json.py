@@ -8,26 +8,26 @@ from typing import Any
 from pliant.errors import WeightError
 
 
-def to_json(found: Any) -> str:
+def to_json(data: Any) -> str:
     """Plain data as indented JSON.
 
     Raises:
         WeightError: a number is not finite; the message gives its path.
     """
     try:
-        return json.dumps(found, indent=1, allow_nan=False)
+        return json.dumps(data, indent=1, allow_nan=False)
     except ValueError:
-        where, value = next(_infinite(found, ""), ("it", "none"))
-        raise WeightError(f"{where} is {value}, which is not finite; check the model's weights and the text") from None
+        path, value = next(_infinite(data, ""), ("it", "none"))
+        raise WeightError(f"{path} is {value}, which is not finite; check the model's weights and the text") from None
 
 
-def _infinite(found: Any, where: str) -> Any:
+def _infinite(data: Any, path: str) -> Any:
     """The path and value of every number that is not finite."""
-    if isinstance(found, dict):
-        for key, value in found.items():
-            yield from _infinite(value, f"{where}.{key}" if where else str(key))
-    elif isinstance(found, list | tuple):
-        for place, value in enumerate(found):
-            yield from _infinite(value, f"{where}[{place}]")
-    elif isinstance(found, float) and (found != found or abs(found) == float("inf")):
-        yield where, found
+    if isinstance(data, dict):
+        for key, value in data.items():
+            yield from _infinite(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(data, list | tuple):
+        for index, value in enumerate(data):
+            yield from _infinite(value, f"{path}[{index}]")
+    elif isinstance(data, float) and (data != data or abs(data) == float("inf")):
+        yield path, data

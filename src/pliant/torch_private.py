@@ -1,6 +1,6 @@
-"""The private names of torch that parts below ``compat`` need. ``tests/test_torch_private.py`` tests each against the torch in use.
+"""The private names of torch that are used below ``compat``; ``tests/test_torch_private.py`` tests each of them.
 
-It stands below ``compat`` because packed layers need it at every call, and an anatomy before there is anything to patch.
+This module is not in ``compat`` because the packed layers and the anatomy, which are below ``compat``, use it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def forward_differentiation() -> bool:
 def observed() -> bool:
     """Whether a mode of torch, a transform of ``torch.func``, a trace or forward-mode differentiation is active.
 
-    A call of the kernels outside torch's dispatcher would escape these.
+    They would miss a direct call of the kernels, which bypasses torch's dispatcher.
     """
     return bool(
         _dispatch_modes() or _function_modes() or _transform() is not None or _tracing() or forward_differentiation()
@@ -62,20 +62,20 @@ def is_compiled(module: nn.Module) -> bool:
 def own_tensors(module: nn.Module, buffers: bool = False) -> dict[str, Any]:
     """The dict in which a module holds its own parameters or buffers.
 
-    ``setattr`` takes only a Parameter in the place of one; a view must stay attached to the tensor it looks at.
+    ``setattr`` accepts only a Parameter where there was one; a view must stay attached to its tensor.
     """
     return module._buffers if buffers else module._parameters
 
 
 def copy_with_child(module: nn.Module, name: str, child: nn.Module) -> Any:
-    """A copy of a module that shares everything with it but has another child of one name."""
+    """A shallow copy of a module in which one child is replaced."""
     copied = copy.copy(module)
     copied._modules = {**module._modules, name: child}
     return copied
 
 
 def operator_name(target: Any) -> str:
-    """``add_`` for ``aten.add_.Tensor``; empty for what is not an operator of torch."""
+    """``add_`` for ``aten.add_.Tensor``; an empty string for anything but an operator of torch."""
     return target._schema.name.partition("::")[2] if isinstance(target, torch._ops.OpOverload) else ""
 
 

@@ -1,4 +1,4 @@
-"""What a model is made of: blocks in order, and the axes that tie their tensors together."""
+"""The parts of a model: its blocks in order, and the axes that tie their tensors together."""
 
 from pliant.anatomy.anatomy import Anatomy, Traced, counted_once
 from pliant.anatomy.block import Attribute, Axis, Block, Weight

@@ -14,7 +14,7 @@ NONE: frozenset[str] = frozenset()
 
 @dataclass(frozen=True)
 class Traced:
-    """The source of an anatomy that was read from the operations of a model, not with an architecture file.
+    """The source of an anatomy that was read from the operations of a model, without an architecture file.
 
     Attributes:
         name: the model's ``model_type``, or its class.
@@ -25,12 +25,12 @@ class Traced:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What a model is made of.
+    """The blocks and axes of a model.
 
     Attributes:
         source: the architecture file it was read with, or the trace.
-        blocks: the blocks it has, by name, in the order in which they run. Removed blocks are not in it.
-        depth: layers, counting those whose blocks are all gone.
+        blocks: its blocks by name, in the order in which they run. Removed blocks are left out.
+        depth: number of layers, including those whose blocks were all removed.
         layer_types: the type of each layer (``full_attention``, ``sliding_attention``, ``conv``).
         rest: parameters outside every block: embeddings, output head, final norm.
         head: multiply-accumulates per token of the output head.
@@ -45,7 +45,7 @@ class Anatomy:
 
     @property
     def traced(self) -> bool:
-        """Whether it was read from the operations of the model, not with an architecture file."""
+        """Whether it was read from the operations of the model, without an architecture file."""
         return isinstance(self.source, Traced)
 
     @property
@@ -53,7 +53,7 @@ class Anatomy:
         """The architecture file it was read with.
 
         Raises:
-            ArchitectureError: it was traced.
+            ArchitectureError: the model was traced.
         """
         if isinstance(self.source, Traced):
             raise ArchitectureError(f"{self.source.name} was traced, so it has no architecture file")
@@ -61,36 +61,36 @@ class Anatomy:
 
     @property
     def axes(self) -> dict[str, Axis]:
-        """Every axis that can be chosen, by full name. Several blocks may share one; it is then named within none of them
-        that can be removed."""
+        """Every axis whose width can be chosen, by full name. If several blocks share one, its name does not begin with
+        the name of a removable one of them."""
         return {axis.name: axis for block in self.blocks.values() for axis in block.leaders}
 
     def specs(self, layer: int) -> tuple[BlockSpec, ...]:
-        """The blocks that a layer has in the dense model; none are known of a traced one."""
+        """The blocks that a layer has in the dense model; empty for a traced model."""
         return () if isinstance(self.source, Traced) else self.source.blocks_of(self.layer_types[layer])
 
     def removed(self) -> list[str]:
-        """The names of the blocks that the dense model has and this one has not."""
+        """The names of the blocks that the dense model has and this one lacks."""
         names = [f"layers.{layer}.{spec.kind}" for layer in range(self.depth) for spec in self.specs(layer)]
         return [name for name in names if name not in self.blocks]
 
     def alive(self, skip: Collection[str] = NONE) -> list[Block]:
-        """The blocks that are left without those in ``skip``."""
+        """The blocks except those in ``skip``."""
         return [block for block in self.blocks.values() if block.name not in skip]
 
     def holders(self, skip: Collection[str] = NONE) -> dict[tuple[tuple[str, ...], str], list[Block]]:
-        """(state, layer type) -> the blocks that keep it and are left without those in ``skip``, in running order.
+        """(state, layer type) -> the blocks that keep it, except those in ``skip``, in running order.
 
-        A model counts the tokens it has seen in one of them, so the last that is left must stay.
+        A model counts the tokens it has seen in one of them, so the last one must stay.
         """
-        found: dict[tuple[tuple[str, ...], str], list[Block]] = {}
+        holders: dict[tuple[tuple[str, ...], str], list[Block]] = {}
         for block in self.alive(skip):
             if block.spec.state:
-                found.setdefault((block.spec.state, self.layer_types[block.layer]), []).append(block)
-        return found
+                holders.setdefault((block.spec.state, self.layer_types[block.layer]), []).append(block)
+        return holders
 
     def may_go(self, skip: Collection[str] = NONE, roles: Collection[str] | None = None) -> list[Block]:
-        """The blocks of which any one may go next when those in ``skip`` are gone.
+        """The blocks any one of which may be removed next, after those in ``skip``.
 
         Arguments:
             roles: only blocks of these roles; None for all.
@@ -103,7 +103,7 @@ class Anatomy:
         ]
 
     def may_all_go(self) -> list[Block]:
-        """The blocks that may all be gone at once: the last holder of each state stays."""
+        """The blocks that may all be removed at once: the last holder of each state stays."""
         last = {blocks[-1].name for blocks in self.holders().values()}
         return [block for block in self.blocks.values() if block.removable and block.name not in last]
 
@@ -113,7 +113,7 @@ class Anatomy:
 
 
 def counted_once(blocks: Iterable[Block]) -> Iterator[tuple[Block, bool]]:
-    """Each block, and whether its tensors count: those that tied blocks share count for the first of these blocks."""
+    """Each block, and whether its tensors count: tensors that tied blocks share count only for the first of them."""
     seen = set()
     for block in blocks:
         yield block, block.tied not in seen

@@ -1,4 +1,4 @@
-"""One residual block: its axes and every tensor slice that hangs on an axis."""
+"""One residual block: its axes and every tensor slice that depends on an axis."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class Axis:
 
     Attributes:
         name: full name, e.g. ``layers.3.mlp.channels``.
-        size: units there are now.
+        size: current number of units.
         unit: elements in one unit (1 for channels, ``head_dim`` for heads).
-        leader: short name of the axis that decides; itself unless it follows another.
+        leader: short name of the axis that it follows, or of itself.
         ratio: units of this axis for one unit of the leader (query heads per key-value head).
-        config_key: the config.json key that holds the size, if one does.
-        cut: whether a sub-network may choose it.
-        active: units that one token uses, so the fewest that can stay; None when a token uses all there are.
-        multiple: units come and go in such numbers.
-        normed: a norm is taken over all units together, so that to cut one is not to silence it.
-        least: the fewest units that can stay, where a token does not use more.
+        config_key: the config.json key that holds the size; None if no key does.
+        cut: whether a sub-network may choose its width.
+        active: units that one token uses, so the fewest that can stay; None if a token uses all of them.
+        multiple: a cut axis keeps a multiple of this many units.
+        normed: a norm is taken over all units together, so cutting a unit differs from zeroing it.
+        least: the fewest units that can stay, unless a token uses more.
     """
 
     name: str
@@ -49,13 +49,13 @@ class Axis:
         return max(self.active or 0, self.least)
 
     def allows(self, units: int) -> bool:
-        """Whether so many units can be kept."""
+        """Whether this number of units can be kept."""
         return units == self.size or (self.fewest <= units < self.size and units % self.multiple == 0)
 
     def less(self, units: int, group: int) -> int | None:
-        """What is left of ``units`` kept units when at least ``group`` go; None when that cannot be."""
-        left = (units - group) // self.multiple * self.multiple
-        return left if self.allows(left) else None
+        """The units that remain of ``units`` after at least ``group`` are removed; None if that is not allowed."""
+        remaining = (units - group) // self.multiple * self.multiple
+        return remaining if self.allows(remaining) else None
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ class Weight:
     """One parameter of a block and the axes its dimensions live on.
 
     Attributes:
-        path: where it is inside the layer, e.g. ``self_attn.q_proj.weight``.
-        dims: for each tensor dimension, the stretches it is made of, in order.
+        path: its path inside the layer, e.g. ``self_attn.q_proj.weight``.
+        dims: for each tensor dimension, its stretches in order.
         reads: for the matrix of a linear layer, the tensor dimension that runs over its inputs; None for other tensors.
             A matrix costs one multiply-accumulate per element and token that uses it.
-        uses: how often one token (or image) uses it: a convolution once at every place of its output.
-        buffer: it is no parameter but a buffer, such as the running mean of a batch norm.
-        depthwise: it is the weight of a depthwise convolution: no matrix, but each element is multiplied once per token.
+        uses: how often one token (or image) uses it: a convolution once per position of its output.
+        buffer: it is a buffer, such as the running mean of a batch norm, and not a parameter.
+        depthwise: it is the weight of a depthwise convolution: not a matrix, but each element is multiplied once per token.
     """
 
     path: str
@@ -80,12 +80,12 @@ class Weight:
     depthwise: bool = False
 
     def identity(self, layer: nn.Module) -> int:
-        """A number that two weights have in common if they are the same tensor."""
+        """A number that is equal for two weights exactly if they are the same tensor."""
         holder = layer.get_submodule(self.path.rpartition(".")[0])
         return id(holder if isinstance(holder, Packed) else self.tensor(layer))
 
     def tensor(self, layer: nn.Module) -> torch.Tensor:
-        """The parameter or buffer itself; of a packed layer, which has no such tensor, one of its shape without values."""
+        """The parameter or buffer itself; for a packed layer, a tensor of its shape on the meta device."""
         owner, _, name = self.path.rpartition(".")
         holder = layer.get_submodule(owner)
         if isinstance(holder, Packed):
@@ -99,8 +99,8 @@ class Attribute:
     """A plain attribute that must follow an axis: ``out_features`` of a linear layer, ``num_heads`` of an attention.
 
     Attributes:
-        path: the module inside the layer; ``config.x`` as ``name`` means x of the config this module reads.
-        parts: what it adds up to. ``in_units`` says whether that is counted in units or in elements.
+        path: the module inside the layer; ``config.x`` as ``name`` means x of the config that this module reads.
+        parts: the stretches whose sum it holds, counted in units if ``in_units``, else in elements.
     """
 
     path: str
@@ -118,11 +118,11 @@ class Block:
         layer: index of the layer it is in.
         axes: its axes by short name; only leaders can be chosen, the others follow.
         fixed: sizes of the dimensions that do not change.
-        removed: the other modules that disappear with the block: its norms, and what f is made of besides the last.
+        removed: the other modules that are removed with the block: its norms, and all modules of f but the last.
         norm_parameters: parameters of those norms.
-        removable: False for what a model cannot do without: a stem, a classifier.
-        cached: heads that one token adds to the cache, where they are not those of its axis.
-        tied: the name of the first block whose tensors are the same, of several that share them; None if it shares none.
+        removable: False for a block that the model needs: a stem, a classifier.
+        cached: heads that one token adds to the cache, if they are not those of its axis.
+        tied: the name of the first of the blocks that share its tensors; None if it shares none.
     """
 
     name: str
@@ -144,16 +144,16 @@ class Block:
 
     @property
     def role(self) -> str:
-        """What it is: attention, mlp, experts, conv, scan or other."""
+        """The kind of block: attention, mlp, experts, conv, scan or other."""
         return self.spec.role
 
     @property
     def leaders(self) -> tuple[Axis, ...]:
-        """The axes that can be chosen."""
+        """The axes whose width can be chosen."""
         return tuple(axis for short, axis in self.axes.items() if axis.leader == short and axis.cut)
 
     def units(self, part: Part, kept: Mapping[str, int]) -> int:
-        """Units of ``part.axis`` when ``kept[leader]`` units are kept of each leader; leaders left out are full."""
+        """Units of ``part.axis`` if ``kept[leader]`` units are kept of each leader; a missing leader is full."""
         axis = self.axes[part.axis]
         return axis.ratio * kept.get(axis.leader, self.axes[axis.leader].size)
 
@@ -164,11 +164,11 @@ class Block:
         return self.units(part, kept) * self.axes[part.axis].unit * part.factor
 
     def shape(self, weight: Weight, kept: Mapping[str, int]) -> tuple[int, ...]:
-        """Shape of a parameter when ``kept`` units are kept."""
+        """Shape of a parameter if ``kept`` units are kept."""
         return tuple(sum(self.width(part, kept) for part in dim) for dim in weight.dims)
 
     def active(self, weight: Weight, kept: Mapping[str, int]) -> int:
-        """Elements of a parameter that one token uses: all, except in a stack of matrices, one for each expert."""
+        """Elements of a parameter that one token uses: all, except in a stack of one matrix per expert."""
         experts = self.axes.get(weight.dims[0][0].axis) if len(weight.dims) == 3 else None
         if experts is not None and experts.active is not None:
             return prod(self.shape(weight, kept)[1:]) * experts.active

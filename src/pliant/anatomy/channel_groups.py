@@ -1,6 +1,6 @@
-"""What tensor dimensions are made of: stretches of channel groups that turn out to be the same or not.
+"""Groups of channels in tensor dimensions, merged when two dimensions must keep the same channels.
 
-Every dimension of every tensor is either nobody's business (``None``: a batch, a height) or made of stretches.
+Every dimension of every tensor is either of no interest (``None``: a batch, a height) or a sequence of stretches.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Stretch(NamedTuple):
-    """``factor`` elements side by side for each channel of a group."""
+    """A stretch of a dimension: ``factor`` elements side by side for each channel of a group."""
 
     group: int
     factor: int = 1
@@ -20,7 +20,7 @@ Dims = tuple[Dim, ...]
 
 
 class Groups:
-    """Groups of channels, merged as they turn out to be the same (union-find).
+    """Groups of channels, merged when they prove to be the same (union-find).
 
     Attributes:
         sizes: channels of each group.
@@ -28,43 +28,43 @@ class Groups:
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
-        self._made_of: dict[int, tuple[Stretch, ...]] = {}  # a group that is another, or several side by side
+        self._made_of: dict[int, tuple[Stretch, ...]] = {}  # a group that equals another, or several side by side
         self._fixed: set[int] = set()
         self._normed: set[int] = set()
 
     def new(self, size: int) -> tuple[Stretch, ...]:
-        """A dimension of ``size`` channels that nothing is known about yet."""
+        """A dimension of ``size`` channels, in a new group."""
         self.sizes.append(size)
         return (Stretch(len(self.sizes) - 1),)
 
     def resolve(self, dim: Dim) -> tuple[Stretch, ...]:
-        """The same dimension in groups that are made of no others."""
-        found: list[Stretch] = []
+        """The same dimension in groups that do not consist of others."""
+        resolved: list[Stretch] = []
         for stretch in dim or ():
             if stretch.group in self._made_of:
                 own = self._made_of[stretch.group] = self.resolve(self._made_of[stretch.group])
-                found += [Stretch(inner.group, inner.factor * stretch.factor) for inner in own]
+                resolved += [Stretch(inner.group, inner.factor * stretch.factor) for inner in own]
             else:
-                found.append(stretch)
-        return tuple(found)
+                resolved.append(stretch)
+        return tuple(resolved)
 
     def fix(self, *dims: Dim) -> None:
-        """These dimensions are not to be cut."""
+        """Mark dimensions that must not be cut."""
         self._fixed.update(stretch.group for dim in dims for stretch in self.resolve(dim))
 
     def norm(self, dim: Dim) -> None:
-        """A norm is taken over these channels together."""
+        """Mark channels over which a norm is taken together."""
         self._normed.update(stretch.group for stretch in self.resolve(dim))
 
     def is_fixed(self, group: int) -> bool:
-        """Whether a group that is made of no others is not to be cut."""
+        """Whether a group that does not consist of others must not be cut."""
         return group in self._fixed
 
     def is_normed(self, group: int) -> bool:
         return group in self._normed
 
     def same(self, one: Dim, other: Dim) -> Dim:
-        """Two dimensions keep the same channels, or, when they are made in ways that do not meet, all of theirs."""
+        """Make two dimensions keep the same channels; if their stretches do not match, fix both and return None."""
         if one is None or other is None:
             self.fix(one, other)
             return None

@@ -23,8 +23,8 @@ def is_cut(config: Any) -> bool:
     """Whether a config's ``per_layer_config`` describes a cut by pliant.
 
     Some dense families use ``per_layer_config`` themselves (Gemma 4). A config that pliant wrote has the key ``DENSE_LAYERS``.
-    Folders written by pliant 0.1.0 lack it; at that time transformers built none of their families from ``per_layer_config``. So
-    a config without the key is one of those, unless transformers builds the family from it.
+    Folders of pliant 0.1.0 lack it; at that time transformers built none of their families from ``per_layer_config``. So a
+    config without the key is one of those, unless transformers builds the family from it.
     """
     if not getattr(config, "is_heterogeneous", False):
         return False
@@ -69,7 +69,7 @@ def layer_config(plain: Any, index: int) -> Any:
 
 
 def layer_types_of(plain: Any, depth: int) -> tuple[str, ...]:
-    """The type of each layer; ``full_attention`` where the config has none.
+    """The type of each layer; ``full_attention`` if the config has none.
 
     Arguments:
         plain: the dense model's config.
@@ -84,13 +84,13 @@ def text_config_of(config: Any) -> Any:
         ArchitectureError: the config creates the nested one at every access (older encoder-decoders: BART, T5), so that changes
             to it would not be saved.
     """
-    found = config.get_text_config(decoder=True)
-    if found is not config and config.get_text_config(decoder=True) is not found:
+    text_config = config.get_text_config(decoder=True)
+    if text_config is not config and config.get_text_config(decoder=True) is not text_config:
         raise ArchitectureError(
             f"the config of a {config.model_type} model has no separate decoder config, so a cut could not be recorded; "
             "encoder-decoder models of this kind cannot be cut"
         )
-    return found
+    return text_config
 
 
 def global_size(config: Any, size: int | str) -> int:
@@ -133,15 +133,15 @@ def guards(spec: BlockSpec, architecture: Architecture, config: Any) -> dict[str
     """The config keys and values written where a block is removed, so that transformers without pliant refuses the config.
 
     transformers ignores ``skip`` and would build the block with random weights; but it refuses as soon as it reads a key whose
-    value differs in one layer. The written value is the next float of the norm epsilon, or of the key that the architecture file
-    names, so that the layer can still be built from it. Sizes are written as 0: that of a named key, or, if the config has no norm
-    epsilon, those of the block's axes.
+    value differs in one layer. The written value is the next float of the norm epsilon, or of the key that the architecture
+    file names, so that the layer can still be built from it. Sizes are written as 0: that of a named key, or, if the config
+    has no norm epsilon, those of the block's axes.
 
     Arguments:
         config: the dense config of the layer.
 
     Raises:
-        ArchitectureError: there is no such key, or the written value would equal the dense model's.
+        ArchitectureError: the config has no such key, or the written value would equal the dense model's.
     """
     where = f"block {spec.kind!r} of {architecture.name}.yaml"
     keys = (spec.guard,) if spec.guard else epsilons(config)
@@ -159,8 +159,8 @@ def guards(spec: BlockSpec, architecture: Architecture, config: Any) -> dict[str
         other = math.nextafter(value, math.inf) if isinstance(value, float) else 0
         if isinstance(value, bool) or not isinstance(value, float | int) or not abs(other - value) > 0:
             raise ArchitectureError(
-                f"{where} has the guard {key!r}, which is {value!r} in this {config.model_type} model; a guard must be a float or "
-                "a nonzero int, or transformers without pliant would not notice that a block is gone. Name another key"
+                f"{where} has the guard {key!r}, which is {value!r} in this {config.model_type} model; a guard must be a float "
+                "or a nonzero int, or transformers without pliant would not notice that a block was removed. Name another key"
             )
         written[key] = other
     return written
@@ -187,9 +187,7 @@ def guard_keys(blocks: Iterable[BlockSpec], config: Any) -> set[str]:
 
 
 def is_guard(value: Any, dense: Any) -> bool:
-    """Whether a value in a layer's entry is what pliant writes for a guard: the next float of the dense model's, or the 0 that
-    pliant 0.1.0 wrote.
-    """
+    """Whether a value in a layer's entry is a guard: the next float of the dense model's value, or the 0 of pliant 0.1.0."""
     if isinstance(value, bool) or not isinstance(value, float | int):
         return False
     return value == 0 or (isinstance(dense, float) and value == math.nextafter(dense, math.inf))

@@ -1,7 +1,7 @@
-"""Which tensor dimensions of a model must have the same channels: followed through the graph of its operations.
+"""Find the tensor dimensions of a model that must keep the same channels, by following channels through its graph.
 
-A convolution starts a group of channels; an addition makes two groups one; a concatenation puts stretches side by side.
-What an operation does that is not known here fixes the groups that go in: they are still right, only not to be cut.
+A convolution starts a group of channels; an addition merges two groups; a concatenation puts stretches side by side. An
+operation that is not known here fixes the groups of its inputs: the result is still right, but they cannot be cut.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pliant.anatomy.channel_groups import Dim, Dims, Groups, Stretch
 from pliant.errors import ArchitectureError
 from pliant.torch_private import operator_arguments, operator_name
 
-# operations without torch's pointwise tag that treat every element by itself all the same
+# operations that treat every element by itself but lack torch's pointwise tag
 _POINTWISE = {
     "to",
     "_to_copy",
@@ -42,7 +42,7 @@ _RULES = {
     "expand": "_pointwise",
 }
 _SPATIAL = re.compile(r"(max_pool|avg_pool|adaptive_avg_pool|adaptive_max_pool|upsample_\w+?)(\d)d.*")
-# multiply-accumulates that no weight accounts for; counting would go wrong in silence
+# no weight accounts for the multiply-accumulates of these, so the count would silently be wrong
 _PRODUCTS = {
     *("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "bilinear", "lstm", "gru", "_convolution"),
     *("scaled_dot_product_attention", "_native_multi_head_attention", "_transformer_encoder_layer_fwd"),
@@ -50,59 +50,59 @@ _PRODUCTS = {
 
 
 def operation(node: Node) -> str:
-    """The plain name of what a node does: ``add`` for ``aten.add_.Tensor``."""
+    """The plain name of a node's operation: ``add`` for ``aten.add_.Tensor``."""
     if node.target is operator.getitem:
         return "getitem"
     return operator_name(node.target).rstrip("_")
 
 
 def pointwise(node: Node) -> bool:
-    """Whether every element of the output depends on the elements of the same place alone."""
+    """Whether every element of the output depends only on the input elements at the same position."""
     tags = getattr(node.target, "tags", ())
     return torch.Tag.pointwise in tags or operation(node) in _POINTWISE
 
 
 def shape(node: Node) -> tuple[int, ...]:
-    """Shape of the tensor that a node gives."""
+    """Shape of the tensor that a node returns."""
     return tuple(node.meta["val"].shape)
 
 
 def tensors(given: Any) -> list[Node]:
-    """The nodes among (nested) arguments that give one tensor."""
+    """The nodes among (nested) arguments that return one tensor."""
     if isinstance(given, Node):
         return [given] if isinstance(given.meta.get("val"), torch.Tensor) else []
     if isinstance(given, Mapping):
         given = given.values()
     return (
-        [node for one in given for node in tensors(one)]
+        [node for item in given for node in tensors(item)]
         if isinstance(given, Iterable) and not isinstance(given, str)
         else []
     )
 
 
 def arguments(node: Node) -> list[Any]:
-    """All arguments of an operation in the order of its schema, those left out with their defaults."""
-    known = operator_arguments(node.target)[len(node.args) :]
-    return [*node.args, *(node.kwargs.get(one.name, one.default_value) for one in known)]
+    """All arguments of an operation in the order of its schema, with defaults for those left out."""
+    named = operator_arguments(node.target)[len(node.args) :]
+    return [*node.args, *(node.kwargs.get(argument.name, argument.default_value) for argument in named)]
 
 
 class Flow:
     """Follows channels through a graph.
 
     Arguments:
-        graph: what ``torch.export`` made of a model.
+        graph: the graph that ``torch.export`` made of a model.
         names: input node -> path, for parameters and buffers.
         batch: images in the example it was exported with.
 
     Attributes:
-        weights: path -> tensor dimension -> what it is made of; what is not in it is not to be cut.
+        weights: path -> tensor dimension -> its stretches; a missing dimension must not be cut.
         reads: path -> the dimension of a matrix that runs over its inputs.
-        uses: path -> places at which one image uses a matrix.
-        producers: (channels, path of the matrix that made them) in the order in which they run.
+        uses: path -> number of positions at which one image uses a matrix.
+        producers: (channels, path of the matrix that produced them) in running order.
         depthwise: weights of convolutions in which each channel reads only itself.
 
     Raises:
-        ArchitectureError: an operation whose cost cannot be told from the weights.
+        ArchitectureError: the cost of an operation does not follow from the weights.
     """
 
     def __init__(self, graph: Graph, names: Mapping[str, str], batch: int):
@@ -129,7 +129,7 @@ class Flow:
         if name in _PRODUCTS or name.startswith("conv_") or not name:
             raise ArchitectureError(
                 f"{_where(node)} uses {name or node.target}, whose cost no weight accounts for; tracing is for convolutional "
-                "networks, an architecture file describes any other model"
+                "networks, so write an architecture file for this model"
             )
         if name in _RULES:
             return getattr(self, _RULES[name])
@@ -137,46 +137,46 @@ class Flow:
             return self._spatial
         return self._pointwise if pointwise(node) else self._unknown
 
-    # what a tensor is made of
+    # the dimensions of tensors
 
     def _of(self, node: Node) -> Dims:
-        """What the dimensions of a tensor are made of. A parameter starts groups of its own; whoever uses it joins them."""
+        """The dimensions of a tensor. A parameter starts new groups, which merge with those of its users."""
         if node.name not in self.names:
             return self._dims[node]
         known = self.weights.setdefault(self.names[node.name], {})
-        for place, size in enumerate(shape(node)):
-            if place not in known:
-                known[place] = None if size == 1 else self.groups.new(size)
-        return tuple(known[place] for place in range(len(shape(node))))
+        for position, size in enumerate(shape(node)):
+            if position not in known:
+                known[position] = None if size == 1 else self.groups.new(size)
+        return tuple(known[position] for position in range(len(shape(node))))
 
-    def _bind(self, path: str, place: int, dim: Dim) -> Dim:
-        """A dimension of a parameter is made like ``dim``."""
+    def _bind(self, path: str, position: int, dim: Dim) -> Dim:
+        """Make a dimension of a parameter the same as ``dim``."""
         known = self.weights.setdefault(path, {})
-        known[place] = self.groups.same(known[place], dim) if place in known else dim
-        return known[place]
+        known[position] = self.groups.same(known[position], dim) if position in known else dim
+        return known[position]
 
-    def _bind_given(self, given: Any, place: int, dim: Dim) -> None:
+    def _bind_given(self, given: Any, position: int, dim: Dim) -> None:
         if isinstance(given, Node) and given.name in self.names:
-            self._bind(self.names[given.name], place, dim)
-        elif isinstance(given, Node):  # computed from others: who knows from which channels
+            self._bind(self.names[given.name], position, dim)
+        elif isinstance(given, Node):  # computed from others: its channels are unknown
             self.groups.fix(dim, *self._of(given))
 
     def _matrix(self, node: Node) -> str:
         weight: Any = node.args[1]
         if weight.name not in self.names:
-            raise ArchitectureError(f"{_where(node)} computes its weights while it runs; it cannot be traced")
+            raise ArchitectureError(f"{_where(node)} computes its weights while it runs, so it cannot be traced")
         path = self.names[weight.name]
         self.reads[path] = 1
         self.uses[path] = self.uses.get(path, 0) + prod(shape(node)) // (shape(weight)[0] * self.batch)
         return path
 
     def _made(self, path: str, size: int) -> Dim:
-        """The channels that a matrix gives."""
+        """The channels that a matrix produces."""
         if 0 not in self.weights.setdefault(path, {}):
             self.producers.append((self._bind(path, 0, self.groups.new(size)), path))
         return self.weights[path][0]
 
-    # rules: what the dimensions of the output of an operation are made of
+    # rules: the dimensions of the output of an operation
 
     def _convolution(self, node: Node) -> Dims:
         given, weight, bias, _, _, _, count = arguments(node)
@@ -193,7 +193,7 @@ class Flow:
             made = None if read is None else tuple(Stretch(s.group, s.factor * times) for s in read)
             made = self._bind(path, 0, made)
             self.depthwise.add(path)
-        else:  # which inputs meet which outputs depends on where they lie
+        else:  # the position of a channel decides which inputs it meets
             self.groups.fix(read, self._bind(path, 0, None))
             made = None
         self._bind_given(bias, 0, made)
@@ -211,9 +211,9 @@ class Flow:
     def _by_channel(self, node: Node) -> Dims:
         given, *affine = arguments(node)
         dims = self._of(given)
-        for one in affine:
-            if isinstance(one, Node) and shape(one) == (shape(node)[1],):
-                self._bind_given(one, 0, dims[1])
+        for parameter in affine:
+            if isinstance(parameter, Node) and shape(parameter) == (shape(node)[1],):
+                self._bind_given(parameter, 0, dims[1])
         return dims
 
     def _layer_norm(self, node: Node) -> Dims:
@@ -222,8 +222,8 @@ class Flow:
         if len(normed) > 1:
             return self._unknown(node)
         self.groups.norm(dims[-1])
-        for one in affine[:2]:
-            self._bind_given(one, 0, dims[-1])
+        for parameter in affine[:2]:
+            self._bind_given(parameter, 0, dims[-1])
         return dims
 
     def _group_norm(self, node: Node) -> Dims:
@@ -233,20 +233,22 @@ class Flow:
             self.groups.norm(dims[1])
         elif count != shape(node)[1]:
             self.groups.fix(dims[1])
-        for one in affine[:2]:
-            self._bind_given(one, 0, dims[1])
+        for parameter in affine[:2]:
+            self._bind_given(parameter, 0, dims[1])
         return dims
 
     def _pointwise(self, node: Node) -> Dims:
         out = shape(node)
         made: list[Dim] = [None] * len(out)
-        given = [(shape(one), self._of(one)) for one in tensors((node.args, node.kwargs))]
-        for place in range(1, len(out) + 1):  # broadcasting counts from the right
-            full = [dims[-place] for size, dims in given if len(size) >= place and size[-place] == out[-place]]
+        given = [(shape(source), self._of(source)) for source in tensors((node.args, node.kwargs))]
+        for position in range(1, len(out) + 1):  # broadcasting counts from the right
+            full = [
+                dims[-position] for size, dims in given if len(size) >= position and size[-position] == out[-position]
+            ]
             if full:
-                made[-place] = full[0]
+                made[-position] = full[0]
                 for other in full[1:]:
-                    made[-place] = self.groups.same(made[-place], other)
+                    made[-position] = self.groups.same(made[-position], other)
         return tuple(made)
 
     def _spatial(self, node: Node) -> Any:
@@ -259,27 +261,27 @@ class Flow:
         return made if isinstance(node.meta["val"], torch.Tensor) else [made] * len(node.meta["val"])
 
     def _lengthen(self, node: Node) -> Dims:
-        """Padding and slicing: a dimension whose length changes stays as it is."""
+        """Padding and slicing fix a dimension whose length changes."""
         given = arguments(node)[0]
         dims = self._of(given)
-        same = [a == b for a, b in zip(shape(given), shape(node), strict=True)]
-        self.groups.fix(*(dim for dim, kept in zip(dims, same, strict=True) if not kept))
-        return tuple(dim if kept else None for dim, kept in zip(dims, same, strict=True))
+        unchanged = [a == b for a, b in zip(shape(given), shape(node), strict=True)]
+        self.groups.fix(*(dim for dim, same in zip(dims, unchanged, strict=True) if not same))
+        return tuple(dim if same else None for dim, same in zip(dims, unchanged, strict=True))
 
     def _select(self, node: Node) -> Dims:
-        given, place, _ = arguments(node)
+        given, position, _ = arguments(node)
         dims = list(self._of(given))
-        self.groups.fix(dims.pop(place))
+        self.groups.fix(dims.pop(position))
         return tuple(dims)
 
     def _cat(self, node: Node) -> Dims:
         parts, where = arguments(node)
         where %= len(shape(node))
-        given = [(shape(one), self._of(one)) for one in parts]
+        given = [(shape(part), self._of(part)) for part in parts]
         made: list[Dim] = []
-        for place in range(len(shape(node))):
-            dims = [one[place] for _, one in given]
-            if place != where:
+        for position in range(len(shape(node))):
+            dims = [of_part[position] for _, of_part in given]
+            if position != where:
                 dim = dims[0]
                 for other in dims[1:]:
                     dim = self.groups.same(dim, other)
@@ -287,11 +289,13 @@ class Flow:
             elif all(dim is None for dim in dims):
                 made.append(None)
             else:
-                made.append(tuple(s for size, one in given for s in one[place] or self._standing(size[place])))
+                made.append(
+                    tuple(s for size, of_part in given for s in of_part[position] or self._standing(size[position]))
+                )
         return tuple(made)
 
     def _standing(self, size: int) -> tuple[Stretch, ...]:
-        """A dimension that is not to be cut, beside others that are."""
+        """A fixed dimension, beside others that can be cut."""
         dim = self.groups.new(size)
         self.groups.fix(dim)
         return dim
@@ -299,11 +303,11 @@ class Flow:
     def _reduce(self, node: Node) -> Dims:
         given, over, *_ = arguments(node)
         dims = self._of(given)
-        gone = {place % len(dims) for place in (isinstance(over, Sequence) and over) or range(len(dims))}
-        self.groups.fix(*(dims[place] for place in gone))
+        reduced = {position % len(dims) for position in (isinstance(over, Sequence) and over) or range(len(dims))}
+        self.groups.fix(*(dims[position] for position in reduced))
         if len(shape(node)) == len(dims):
-            return tuple(None if place in gone else dim for place, dim in enumerate(dims))
-        return tuple(dim for place, dim in enumerate(dims) if place not in gone)
+            return tuple(None if position in reduced else dim for position, dim in enumerate(dims))
+        return tuple(dim for position, dim in enumerate(dims) if position not in reduced)
 
     def _permute(self, node: Node) -> Dims:
         given, *places = arguments(node)
@@ -314,24 +318,24 @@ class Flow:
         else:
             a, b = places
             order[a], order[b] = order[b], order[a]
-        return tuple(dims[place] for place in order)
+        return tuple(dims[position] for position in order)
 
     def _reshape(self, node: Node) -> Dims:
-        """Channels survive a reshape where they stay alone or where what lies inside them joins them: (C, H, W) -> (C·H·W)."""
+        """Channels survive a reshape that leaves them alone or merges later dimensions into them: (C, H, W) -> (C·H·W)."""
         given = arguments(node)[0]
         before, after = shape(given), shape(node)
         dims = self._of(given)
-        sources = [place for place, size in enumerate(before) if size > 1]
-        targets = [place for place, size in enumerate(after) if size > 1]
-        self.groups.fix(*(dims[place] for place, size in enumerate(before) if size == 1))
+        sources = [position for position, size in enumerate(before) if size > 1]
+        targets = [position for position, size in enumerate(after) if size > 1]
+        self.groups.fix(*(dims[position] for position, size in enumerate(before) if size == 1))
         made: list[Dim] = [None] * len(after)
         while sources and targets:
             from_, to = [sources.pop(0)], [targets.pop(0)]
             while (a := prod(before[p] for p in from_)) != (b := prod(after[p] for p in to)):
                 from_, to = (from_, [*to, targets.pop(0)]) if a > b else ([*from_, sources.pop(0)], to)
-            outer, *inner = (dims[place] for place in from_)
+            outer, *inner = (dims[position] for position in from_)
             if outer is not None and len(to) == 1:
-                times = prod(before[place] for place in from_[1:])
+                times = prod(before[position] for position in from_[1:])
                 self.groups.fix(*inner)
                 made[to[0]] = tuple(Stretch(s.group, s.factor * times) for s in outer)
             else:
@@ -339,18 +343,18 @@ class Flow:
         return tuple(made)
 
     def _getitem(self, node: Node) -> Any:
-        several, place = arguments(node)
-        return self._dims[several][place]
+        several, position = arguments(node)
+        return self._dims[several][position]
 
     def _unknown(self, node: Node) -> Any:
         for given in tensors((node.args, node.kwargs)):
             self.groups.fix(*self._of(given))
         if isinstance(node.meta["val"], torch.Tensor):
             return (None,) * len(shape(node))
-        return [(None,) * one.dim() if isinstance(one, torch.Tensor) else None for one in node.meta["val"]]
+        return [(None,) * value.dim() if isinstance(value, torch.Tensor) else None for value in node.meta["val"]]
 
 
 def _where(node: Node) -> str:
-    """The module that a node is in, for people."""
+    """The module that a node is in, for error messages."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     return repr(stack[-1][0]) if stack and stack[-1][0] else "the model"

@@ -1,4 +1,4 @@
-"""The module that stands where a block was removed."""
+"""The module that replaces a removed block."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import nn
 
 
 class Null(nn.Module):
-    """Changes nothing in the residual stream.
+    """Leaves the residual stream unchanged.
 
-    It returns zeros shaped like its input; or, where the module it replaces adds the residual itself, that residual.
+    It returns zeros shaped like its input; or, if the module it replaces adds the residual itself, that residual.
 
     Arguments:
         returns_tuple: whether the module it replaces returns ``(tensor, None)``, as attention does.
-        residual: which argument the module adds to; None when its layer does the adding.
-        guard: path of a weight of the module it replaces. A tensor of one element takes its name, so that whoever loads the
-            weights into a model that still has the module gets a size mismatch.
+        residual: the argument to which the module adds; None if its layer adds.
+        guard: path of a weight of the module it replaces. A tensor of one element gets this path, so that loading the weights
+            into a model that still has the module fails with a size mismatch.
         attention: whether it replaces an attention module, which would have returned attention weights.
     """
 
@@ -45,10 +45,10 @@ class Null(nn.Module):
                 owner = owner.get_submodule(holder)
             owner.register_buffer(name, torch.zeros(1))
 
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs):  # noqa: ARG002 - takes what any block takes
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs):  # noqa: ARG002 - any block's arguments
         if self.attention:
             for call in self.on_attention:
                 call()
-        given = (hidden_states, *args)
-        out = torch.zeros_like(hidden_states) if self.residual is None else given[self.residual]
+        inputs = (hidden_states, *args)
+        out = torch.zeros_like(hidden_states) if self.residual is None else inputs[self.residual]
         return (out, None) if self.returns_tuple else out

@@ -1,4 +1,4 @@
-"""A small input that any model runs on, for checks that compare what it computes with itself."""
+"""A small input that any model accepts, for checks that compare the outputs of a model."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _examples: WeakKeyDictionary[nn.Module, dict[str, torch.Tensor]] = WeakKeyDictio
 
 
 def remember(model: nn.Module, example: Any) -> None:
-    """Let :func:`probe` give this example from now on, as long as the model lives.
+    """Make :func:`probe` return this example for a model from now on.
 
     Arguments:
-        example: what ``forward`` takes: a tensor, a sequence of tensors, or a mapping from names to tensors.
+        example: input of ``forward``: a tensor, a sequence of tensors, or a mapping from names to tensors.
     """
     if isinstance(example, Mapping):
         named = dict(example)
     else:
-        given = [example] if isinstance(example, torch.Tensor) else list(example)
+        values = [example] if isinstance(example, torch.Tensor) else list(example)
         names = list(inspect.signature(model.forward).parameters)
-        named = dict(zip(names, given, strict=False))
+        named = dict(zip(names, values, strict=False))
     _examples[model] = named
 
 
@@ -36,16 +36,16 @@ def probe(model: Any, *, tokens: int = 8, seed: int = 0) -> dict[str, Any]:
     """Keyword arguments for one forward pass: random tokens, or random pixels for a vision model.
 
     Arguments:
-        tokens: how many tokens; shape ``(1, tokens)``. Images have the size that the config names, else 224 x 224; a model
-            that was read with an example of its own gets that.
+        tokens: number of tokens; shape ``(1, tokens)``. Images have the size in the config, else 224 x 224. A model for which
+            an example was remembered gets that example.
     """
     generator = torch.Generator().manual_seed(seed)
     first = next(model.parameters())
     config: Any = getattr(model, "config", None)
     if model in _examples:
         return {
-            name: one.to(first.device) if isinstance(one, torch.Tensor) else one
-            for name, one in _examples[model].items()
+            name: value.to(first.device) if isinstance(value, torch.Tensor) else value
+            for name, value in _examples[model].items()
         }
     if not isinstance(config, PreTrainedConfig):  # a plain module
         name = next(iter(inspect.signature(model.forward).parameters))
@@ -68,37 +68,37 @@ def _colours(model: nn.Module) -> int:
         if isinstance(module, nn.Conv2d):
             return module.in_channels
     raise ArchitectureError(
-        f"{type(model).__name__} tells nothing of its input: pass an example, anatomy_of(model, example=…)"
+        f"the input of a {type(model).__name__} is unknown; pass an example: anatomy_of(model, example=…)"
     )
 
 
 def answer(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """The tensor that a model gives, or the first of those it gives: logits, shape ``(batch, …)``."""
-    given = model(**inputs)
-    if isinstance(given, torch.Tensor):
-        return given
-    return given[0] if isinstance(given, Sequence) else next(iter(given.values()))
+    """The tensor that a model returns, or the first of several: logits, shape ``(batch, …)``."""
+    output = model(**inputs)
+    if isinstance(output, torch.Tensor):
+        return output
+    return output[0] if isinstance(output, Sequence) else next(iter(output.values()))
 
 
-def agree(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether two answers differ only by the order in which sums are taken; what is no number agrees with nothing.
+def agree(output: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether two outputs differ only by rounding, as by another order of summation; NaN agrees with nothing.
 
     Arguments:
         dtype: of the weights; a coarser one than float32 rounds more.
     """
-    one, other = one.float(), other.float()
-    return (one - other).abs().max().item() <= 1e-4 * rounding(other, dtype)
+    output, reference = output.float(), reference.float()
+    return (output - reference).abs().max().item() <= 1e-4 * rounding(reference, dtype)
 
 
 def rounding(reference: torch.Tensor, dtype: torch.dtype) -> float:
-    """What a tolerance is a share of: the largest value of an answer, times how much coarser than float32 its weights are."""
+    """The unit of a tolerance: the largest value of an output, times how much coarser than float32 the weights are."""
     coarse = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
     return min(coarse, 100.0) * max(1.0, reference.abs().max().item())
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards each module is in the mode that it was in."""
+    """Set evaluation mode; afterwards restore the mode of each module."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

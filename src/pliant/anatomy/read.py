@@ -21,8 +21,7 @@ from pliant.runtime.packed_linear import Packed
 
 
 def layers_of(model: nn.Module, source: Architecture | Traced, config: Any = None) -> nn.ModuleList:
-    """The list of layers of a model, with or without a head on top of it, or of the text decoder inside a model. A traced model is
-    one layer, the model itself.
+    """The list of layers of a model, with or without a head, or of the text decoder inside it; a traced model is one layer.
 
     Arguments:
         config: the part of the model's config that describes the layers; default: that of its text decoder.
@@ -37,17 +36,19 @@ def layers_of(model: nn.Module, source: Architecture | Traced, config: Any = Non
         for path in whole:
             names = path.split(".")
             for start in range(len(names)):  # from inside the model the path is shorter
-                found = _find(holder, ".".join(names[start:]))
-                if isinstance(found, nn.ModuleList):
-                    return found
+                layers = _find(holder, ".".join(names[start:]))
+                if isinstance(layers, nn.ModuleList):
+                    return layers
     raise ArchitectureError(
         f"{type(model).__name__} has no list of layers at {whole[0]!r}, where {source.name}.yaml says it is"
     )
 
 
 def holders_of(model: nn.Module, config: Any = None) -> list[nn.Module]:
-    """The modules in which to look for the layers that a config describes: the whole model, or, in a multimodal model, the modules
-    built from that config, because other parts may have layers at the same path.
+    """The modules that may hold the layers that a config describes.
+
+    That is the whole model. In a multimodal model it is the modules built from that config, because other parts may have layers
+    at the same path.
 
     Arguments:
         config: see :func:`layers_of`.
@@ -65,15 +66,15 @@ def holders_of(model: nn.Module, config: Any = None) -> list[nn.Module]:
 def anatomy_of(model: Any, *, example: Any = None) -> Anatomy:
     """Read the anatomy of a model, dense or already pruned, and check it against the tensors.
 
-    A model with an architecture file is read with that. A convolutional network needs none: it is traced.
+    A model with an architecture file is read with it. A convolutional network without one is traced.
 
     Arguments:
-        example: what a model that is traced runs on, if not one image of the size its config names (224 x 224 where it names
-            none): a tensor, a sequence of them, or a mapping from names to them. It is remembered for this model.
+        example: the input for tracing: a tensor, a sequence of tensors, or a mapping from names to tensors. It is remembered
+            for this model. Default: one image of the size in the config, or of 224 x 224.
 
     Raises:
-        ArchitectureError: unknown architecture, a tensor whose shape or presence the file does not explain, or a model that
-            cannot be traced.
+        ArchitectureError: the architecture is unknown, the file does not explain the shape or presence of a tensor, or the
+            model cannot be traced.
     """
     from pliant.anatomy.trace import traceable, traced
 
@@ -85,8 +86,8 @@ def anatomy_of(model: Any, *, example: Any = None) -> Anatomy:
         return traced(model, example)
     if model_type is None:
         raise ArchitectureError(
-            f"{type(model).__name__} is not a transformers model, it has no config with a model_type; nor has it convolutions "
-            "to trace"
+            f"{type(model).__name__} cannot be read: it has no config with a model_type, as transformers models have, and no "
+            "convolutions to trace"
         )
     architecture = described_by(config.get_text_config(decoder=True))
     text_config = text_config_of(config)
@@ -112,10 +113,10 @@ def anatomy_of(model: Any, *, example: Any = None) -> Anatomy:
 
 
 def _tie(blocks: Mapping[str, Block], layers: nn.ModuleList) -> dict[str, Block]:
-    """The blocks, where those that share their tensors share their axes.
+    """The blocks; those that share their tensors share their axes.
 
     Raises:
-        ArchitectureError: blocks share tensors and the architecture file does not say so, or they share only some.
+        ArchitectureError: blocks share tensors but the architecture file does not say so, or they share only some.
     """
     owners: dict[int, str] = {}
     twins: dict[str, str] = {}
@@ -140,10 +141,10 @@ def _tie(blocks: Mapping[str, Block], layers: nn.ModuleList) -> dict[str, Block]
 
 
 def described_by(config: Any) -> Architecture:
-    """The architecture of a model: the one its config carries, else the one known for its ``model_type``.
+    """The architecture for a config: the one that it carries, else the one known for its ``model_type``.
 
     Raises:
-        ArchitectureError: when there is neither.
+        ArchitectureError: neither exists.
     """
     carried = getattr(config, "pliant_architecture", None)
     return parse(config.model_type, carried) if carried else architecture_of(config.model_type)
@@ -172,10 +173,10 @@ def blocks_of(layer: nn.Module, index: int, architecture: Architecture, plain: A
 
 
 def _layout(layer: nn.Module, spec: BlockSpec, architecture: Architecture, index: int) -> BlockSpec | None:
-    """The layout that a block has in one layer, or None when the block was removed.
+    """The layout that a block has in one layer; None if the block was removed.
 
     Raises:
-        ArchitectureError: it has none of those in the architecture file.
+        ArchitectureError: it has none of the layouts in the architecture file.
     """
     if any(isinstance(_find(layer, layout.module), Null) for layout in spec.layouts):
         return None
@@ -198,7 +199,7 @@ def _read_block(
     """One block of one layer.
 
     Arguments:
-        norms: those of its norms that no other block of the layer has.
+        norms: its norms that no other block of the layer has.
     """
     name, file = f"layers.{index}.{spec.kind}", f"{architecture.name}.yaml"
     used = {part.axis for dims in spec.weights.values() for dim in dims or () for part in dim}
@@ -212,9 +213,9 @@ def _read_block(
         if target is None:
             raise ArchitectureError(f"{name} has no {child!r}, which {file} lists")
         matrix = target if isinstance(target, torch.Tensor) else Weight("weight", ()).tensor(target)
-        if dims is None:  # never cut: its dimensions are what they are
-            fixed |= {f"{child}.{place}": size for place, size in enumerate(matrix.shape)}
-            dims = tuple((Part(f"{child}.{place}"),) for place in range(matrix.dim()))
+        if dims is None:  # never cut: each dimension is fixed at its size
+            fixed |= {f"{child}.{position}": size for position, size in enumerate(matrix.shape)}
+            dims = tuple((Part(f"{child}.{position}"),) for position in range(matrix.dim()))
         if isinstance(target, torch.Tensor):
             weights.append(_tensor_weight(path, child, dims, target, spec))
             continue
@@ -223,7 +224,7 @@ def _read_block(
                 weights.append(Weight(f"{path}.weight", dims[::-1], reads=0))
             else:
                 weights.append(Weight(f"{path}.weight", dims, reads=1))
-            attributes += [Attribute(path, size, dims[place]) for place, size in enumerate(size_names(target))]
+            attributes += [Attribute(path, size, dims[position]) for position, size in enumerate(size_names(target))]
         elif isinstance(target, nn.Conv1d) and target.groups == target.in_channels == target.out_channels:
             weights.append(Weight(f"{path}.weight", dims, depthwise=True))
             attributes += [Attribute(path, size, dims[0]) for size in ("out_channels", "in_channels", "groups")]
@@ -253,7 +254,9 @@ def _read_block(
                 raise ArchitectureError(f"{name} holds {path!r}, which {file} does not list")
             expected = block.shape(listed[path], {})
             if tuple(parameter.shape) != expected:
-                raise ArchitectureError(f"{name}: {path} has shape {tuple(parameter.shape)}, {file} gives {expected}")
+                raise ArchitectureError(
+                    f"{name}: {path} has shape {tuple(parameter.shape)}, but {file} describes shape {expected}"
+                )
     return block
 
 
@@ -272,15 +275,17 @@ def _norms(layer: nn.Module, spec: BlockSpec) -> list[str]:
     """The norms of a block that this layer has: the first of each ``a or b``.
 
     Raises:
-        ArchitectureError: when it has none of them.
+        ArchitectureError: the layer has none of them.
     """
-    found = []
+    norms = []
     for listed in spec.norms:
-        there = [norm for norm in listed.split(" or ") if _find(layer, norm) is not None]
-        if not there:
-            raise ArchitectureError(f"{type(layer).__name__} has no norm {listed!r}, which is listed for {spec.kind}")
-        found.append(there[0])
-    return found
+        present = [norm for norm in listed.split(" or ") if _find(layer, norm) is not None]
+        if not present:
+            raise ArchitectureError(
+                f"{type(layer).__name__} has no norm {listed!r}, which the architecture file lists for {spec.kind!r}"
+            )
+        norms.append(present[0])
+    return norms
 
 
 def _read_axes(
@@ -292,7 +297,7 @@ def _read_axes(
     weights: list[Weight],
     fixed: Mapping[str, int],
 ) -> dict[str, Axis]:
-    """Sizes of a block's axes, from the tensors themselves: a pruned model differs from layer to layer."""
+    """Read the sizes of a block's axes from its tensors, because the layers of a pruned model differ."""
     axes: dict[str, Axis] = {}
     used = {part.axis for weight in weights for dim in weight.dims for part in dim}
     pending = [
@@ -302,14 +307,14 @@ def _read_axes(
         or any(architecture.axes[axis].follows == leader for axis in used if axis in architecture.axes)
     ]
     while pending:
-        # a dimension may be made of several axes: the size of one shows once the others are known
+        # a dimension may consist of several axes: the size of one follows once the others are known
         sized = None
         for alone in (True, False):
             for leader in pending:
                 known = {} if alone else {**axes, **fixed}
                 sized = sized or _read_family(layer, leader, architecture, plain, name, weights, known)
         if sized is None:
-            raise ArchitectureError(f"{name}: no dimension of any weight shows the size of axis {pending[0]!r} alone")
+            raise ArchitectureError(f"{name}: no dimension of any weight determines the size of axis {pending[0]!r}")
         axes |= sized
         pending = [leader for leader in pending if leader not in axes]
     overlap = set(axes) & set(fixed)
@@ -327,10 +332,13 @@ def _read_family(
     weights: list[Weight],
     known: Mapping[str, Axis | int],
 ) -> dict[str, Axis] | None:
-    """A leading axis and those that follow it, from the first dimension made of them and of ``known`` axes; None without one.
+    """Read a leading axis and its followers from the first dimension that consists of them and of ``known`` axes.
 
     Arguments:
         known: axes, and sizes of fixed dimensions.
+
+    Returns:
+        Short name -> axis; None if no dimension is of this kind.
     """
     family = [leader, *(n for n, a in architecture.axes.items() if a.follows == leader)]
     sizes = {member: global_size(plain, architecture.axes[member].size) for member in family}
@@ -349,11 +357,11 @@ def _read_family(
                 continue
             per_unit = sum(ratios[part.axis] * wide[part.axis] * part.factor for part in dim if part.axis in family)
             length = weight.tensor(layer).shape[position] - sum(map(width, others))
-            size, left = divmod(length, per_unit)
-            if left or size < min(1, least):
+            size, remainder = divmod(length, per_unit)
+            if remainder or size < min(1, least):
                 raise ArchitectureError(
-                    f"{name}: dimension {position} of {weight.path} is not a multiple of {per_unit}, the width "
-                    f"of one unit of {leader!r}"
+                    f"{name}: dimension {position} of {weight.path} has {length} elements of {leader!r}; it must have a "
+                    f"multiple of {per_unit}, the width of one unit"
                 )
             return {
                 member: Axis(
@@ -379,7 +387,7 @@ def _active(plain: Any, key: str | None) -> int | None:
 
 
 def _find(layer: nn.Module, path: str) -> Any:
-    """The module or parameter at a path of a layer, None when there is none."""
+    """The module or parameter at a path of a layer; None if it is missing."""
     owner, _, name = path.rpartition(".")
     try:
         return getattr(layer.get_submodule(owner), name, None)

@@ -1,4 +1,4 @@
-"""Which modules of a traced model can be skipped: those that only add something to what they are given."""
+"""Find the modules of a traced model that can be skipped: those that only add something to their input."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _SAME = {"dropout", "feature_dropout", "contiguous", "clone", "alias", "detach"}
 def residual_modules(model: nn.Module, inputs: Mapping[str, Any], graph: Graph, names: Mapping[str, str]) -> list[str]:
     """Paths of the modules that can be skipped, in the order in which they run.
 
-    Such a module gives ``act(x + f(x))``, and ``act`` leaves the ``x`` that really flows there as it is: the ReLU after a
-    ResNet layer, because ``x`` comes out of a ReLU. That is tried out on the inputs, and so is that the rest of the model
-    runs without them.
+    Such a module returns ``act(x + f(x))``, and ``act`` does not change the ``x`` that flows there: the ReLU after a ResNet
+    layer, because ``x`` comes out of a ReLU. This is tested on the inputs, and so is that the rest of the model runs without
+    these modules.
 
     Arguments:
         names: input node -> path, for parameters and buffers.
@@ -38,13 +38,13 @@ def residual_modules(model: nn.Module, inputs: Mapping[str, Any], graph: Graph, 
         if path and len(calls[path]) == 1 and (after := _activations(path, nodes, names)) is not None:
             found[path] = after
     inner = [path for path in found if not any(other.startswith(f"{path}.") for other in found)]
-    order = {node: place for place, node in enumerate(graph.nodes)}
+    order = {node: index for index, node in enumerate(graph.nodes)}
     inner.sort(key=lambda path: min(order[node] for node in inside[path]))
     return _proven(model, inputs, {path: found[path] for path in inner})
 
 
 def _activations(path: str, nodes: set[Node], names: Mapping[str, str]) -> list[Node] | None:
-    """What a module does after it has added its input to something, first to last; None when it does not add it."""
+    """The operations of a module after the addition of its input, in order; None if it does not add its input."""
     given, own = set(), set()
     for node in nodes:
         for source in node.all_input_nodes:
@@ -77,7 +77,7 @@ def _adds(node: Node, start: Node, nodes: set[Node]) -> bool:
 
 @torch.no_grad()
 def _proven(model: nn.Module, inputs: Mapping[str, Any], found: Mapping[str, Sequence[Node]]) -> list[str]:
-    """Those for which skipping is what is meant: tried with all of them there and with none."""
+    """The modules that can be skipped, tested with all of them present and with all of them skipped."""
     with evaluating(model):
         proven = _unchanged(model, inputs, found)
         aside = {path: model.get_submodule(path) for path in proven}
@@ -93,7 +93,7 @@ def _proven(model: nn.Module, inputs: Mapping[str, Any], found: Mapping[str, Seq
 
 
 def _unchanged(model: nn.Module, inputs: Mapping[str, Any], found: Mapping[str, Sequence[Node]]) -> list[str]:
-    """The modules that take one tensor, give one like it, and whose activations leave it as it is."""
+    """The modules that take one tensor, return one of its shape, and whose activations do not change it."""
     seen: dict[str, torch.Tensor] = {}
     proven = set()
 

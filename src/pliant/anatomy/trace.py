@@ -1,8 +1,8 @@
-"""The anatomy of a convolutional network, read from the operations that it runs instead of from an architecture file.
+"""Read the anatomy of a convolutional network from the operations that it runs, without an architecture file.
 
-The model is exported once, only to be looked at: which channels must be cut together (``flow.py``) and which modules can be
-skipped (``residual.py``). What comes out is an anatomy like any other, of one layer, the model itself, so that everything
-that works on axes and blocks works on it. An axis is shared by all blocks that its channels run through.
+The model is exported once to find which channels must be cut together (``flow.py``) and which modules can be skipped
+(``residual.py``). The result is an anatomy like any other, of one layer, the model itself, so that everything that works on
+axes and blocks works on it. An axis is shared by all blocks that its channels run through.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ def traceable(model: Any) -> bool:
 def traced(model: nn.Module, example: Any = None) -> Anatomy:
     """Read the anatomy of a model by following an example through it.
 
-    The same model with the same shapes is looked at once; the answer is kept as long as the model lives.
+    A model is traced again only if its modules, its shapes or those of the example have changed.
 
     Arguments:
-        example: what ``forward`` takes; see :func:`pliant.anatomy.probe.remember`. Left out, it is the one given last,
-            else random pixels.
+        example: input of ``forward``; see :func:`pliant.anatomy.probe.remember`. Default: the last example given for this
+            model, else random pixels.
 
     Raises:
-        ArchitectureError: the model does not run on the example, or does what cannot be followed.
+        ArchitectureError: the model does not run on the example, or has operations that cannot be followed.
     """
     if example is not None:
         remember(model, example)
     inputs = probe(model)
     modules = tuple((name, type(module)) for name, module in model.named_modules())
     shapes = tuple((name, tuple(tensor.shape)) for name, tensor in model.state_dict().items())
-    now = (modules, shapes, {name: getattr(one, "shape", one) for name, one in inputs.items()})
+    now = (modules, shapes, {name: getattr(value, "shape", value) for name, value in inputs.items()})
     if model not in _read or _read[model][0] != now:
         _read[model] = (now, _trace(model, inputs))
     return _read[model][1]
@@ -64,11 +64,11 @@ def _trace(model: nn.Module, inputs: dict[str, Any]) -> Anatomy:
     try:
         with evaluating(model), torch.no_grad():
             exported = torch.export.export(model, (), inputs, strict=False)
-    except Exception as error:  # whatever a model's own code raises on an input that does not suit it
-        told = {name: tuple(getattr(one, "shape", ())) for name, one in inputs.items()}
+    except Exception as error:  # a model's own code can raise anything on an unsuitable input
+        shapes = {name: tuple(getattr(value, "shape", ())) for name, value in inputs.items()}
         raise ArchitectureError(
-            f"{type(model).__name__} cannot be traced on an input of shape {told} ({str(error).splitlines()[0]}); pass one that "
-            "it runs on: anatomy_of(model, example=…)"
+            f"{type(model).__name__} cannot be traced on an input of shape {shapes} ({str(error).splitlines()[0]}); pass an "
+            "example that it runs on: anatomy_of(model, example=…)"
         ) from error
     first_name = {
         **_first_names(model.named_parameters(remove_duplicate=False)),
@@ -77,7 +77,7 @@ def _trace(model: nn.Module, inputs: dict[str, Any]) -> Anatomy:
     signature = exported.graph_signature
     held: dict[str, Any] = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     names: dict[str, str] = {node: first_name.get(path) or path for node, path in held.items()}
-    batch = next(one.shape[0] for one in inputs.values() if isinstance(one, torch.Tensor))
+    batch = next(value.shape[0] for value in inputs.values() if isinstance(value, torch.Tensor))
     flow = Flow(exported.graph, names, batch)
     for path in _held_twice(model):
         flow.groups.fix(*flow.weights.get(first_name[path], {}).values())
@@ -104,7 +104,7 @@ def _first_names(named: Iterable[tuple[str, torch.Tensor]]) -> dict[Any, str]:
 
 
 def _held_twice(model: nn.Module) -> list[str]:
-    """Parameters that two different modules hold: cutting one of them would part them."""
+    """Parameters that two different modules hold: cutting one of them would separate them."""
     holders: dict[int, dict[tuple[int, str], str]] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, name = path.rpartition(".")
@@ -113,7 +113,7 @@ def _held_twice(model: nn.Module) -> list[str]:
 
 
 class _Reader:
-    """Turns what a flow found into blocks and axes."""
+    """Turns the results of a flow into blocks and axes."""
 
     def __init__(self, model: nn.Module, flow: Flow):
         self.model, self.flow = model, flow
@@ -128,7 +128,7 @@ class _Reader:
                     self.axes[group] = Axis(name, groups.sizes[group], 1, name, 1, None, normed=groups.is_normed(group))
 
     def blocks(self, removable: list[str]) -> dict[str, Block]:
-        """What must stay, then what can go."""
+        """The block of everything that must stay, then the removable blocks."""
         weights = list(self._weights())
         own = [path for path in removable if self._is_whole(path, weights)]
         members: dict[str, list[Weight]] = {REST: [], **{path: [] for path in own}}
@@ -139,7 +139,7 @@ class _Reader:
 
     @staticmethod
     def _is_whole(path: str, weights: list[Weight]) -> bool:
-        """Whether no weight outside a module lives on an axis that has its name from within."""
+        """Whether no weight outside a module lives on an axis that is named after a matrix inside."""
         outside = [weight for weight in weights if not weight.path.startswith(f"{path}.")]
         return not any(part.axis.startswith(f"{path}.") for w in outside for dim in w.dims for part in dim)
 
@@ -165,16 +165,16 @@ class _Reader:
         flow = self.flow
         for path, parameter in self.model.named_parameters():
             known = flow.weights.get(path, {})
-            dims = tuple(self._parts(known.get(place), size) for place, size in enumerate(parameter.shape))
+            dims = tuple(self._parts(known.get(position), size) for position, size in enumerate(parameter.shape))
             yield Weight(path, dims, flow.reads.get(path), flow.uses.get(path, 1))
         for path, buffer in self.model.named_buffers():
             known = flow.weights.get(path, {})
-            dims = tuple(self._parts(known.get(place), size) for place, size in enumerate(buffer.shape))
+            dims = tuple(self._parts(known.get(position), size) for position, size in enumerate(buffer.shape))
             if any(not part.axis.isdigit() for dim in dims for part in dim):
                 yield Weight(path, dims, buffer=True)
 
     def _parts(self, dim: Dim, size: int) -> tuple[Part, ...]:
-        """A dimension in the terms of an anatomy; what is fixed is named by its size."""
+        """The parts of a dimension; a fixed stretch is named by its size."""
         if dim is None:
             return (Part(str(size)),)
         return tuple(self._part(stretch) for stretch in self.flow.groups.resolve(dim))
@@ -184,27 +184,27 @@ class _Reader:
         return Part(str(self.flow.groups.sizes[stretch.group]) if axis is None else axis.leader, stretch.factor)
 
     def _attributes(self, weight: Weight) -> list[Attribute]:
-        """The plain attributes of the module that holds a weight and that its ``forward`` or its ``repr`` reads."""
+        """The plain attributes that hold sizes and that ``forward`` or ``repr`` of a weight's module read."""
         path, _, _ = weight.path.rpartition(".")
         owner = self.model.get_submodule(path)
         first = weight.dims[0] if weight.dims else ()
-        found: dict[str, tuple[Part, ...]] = {}
+        sizes: dict[str, tuple[Part, ...]] = {}
         if isinstance(owner, CONVOLUTIONS) and weight.path in self.flow.depthwise:
             times = owner.out_channels // owner.in_channels
             read = tuple(Part(part.axis, max(1, part.factor // times)) for part in first)
-            found = {"out_channels": first, "in_channels": read, "groups": read}
+            sizes = {"out_channels": first, "in_channels": read, "groups": read}
         elif isinstance(owner, CONVOLUTIONS) and weight.reads is not None and owner.groups == 1:
-            found = {"out_channels": first, "in_channels": weight.dims[1]}
+            sizes = {"out_channels": first, "in_channels": weight.dims[1]}
         elif isinstance(owner, nn.Linear) and weight.reads is not None:
-            found = {"out_features": first, "in_features": weight.dims[1]}
+            sizes = {"out_features": first, "in_features": weight.dims[1]}
         elif isinstance(owner, CHANNEL_NORMS):
-            found = {"num_features": first}
+            sizes = {"num_features": first}
         elif isinstance(owner, nn.LayerNorm):
-            found = {"normalized_shape": first}
+            sizes = {"normalized_shape": first}
         elif isinstance(owner, nn.GroupNorm):
-            found = {"num_channels": first} | ({} if owner.num_groups == 1 else {"num_groups": first})
+            sizes = {"num_channels": first} | ({} if owner.num_groups == 1 else {"num_groups": first})
         return [
             Attribute(path, name, parts)
-            for name, parts in found.items()
+            for name, parts in sizes.items()
             if any(not part.axis.isdigit() for part in parts)
         ]

@@ -1,4 +1,4 @@
-"""The architecture files that are known: those that ship with pliant, and those that a process adds."""
+"""The known architecture files: those that ship with pliant, and those that this process has added."""
 
 from __future__ import annotations
 
@@ -16,33 +16,36 @@ from pliant.errors import ArchitectureError, UnknownArchitectureError
 @cache
 def shipped() -> dict[str, Architecture]:
     """Every architecture file that ships with pliant, by ``model_type``."""
-    found: dict[str, Architecture] = {}
+    architectures: dict[str, Architecture] = {}
     for file in sorted(resources.files("pliant.architecture").iterdir(), key=lambda f: f.name):
         if file.name.endswith(".yaml"):
             name = file.name.removesuffix(".yaml")
             architecture = parse(name, yaml.safe_load(file.read_text("utf-8")))
             for model_type in architecture.models:
-                if model_type in found:
-                    raise ArchitectureError(f"{model_type!r} is in both {found[model_type].name}.yaml and {name}.yaml")
-                found[model_type] = architecture
-    return found
+                if model_type in architectures:
+                    other = architectures[model_type].name
+                    raise ArchitectureError(
+                        f"{model_type!r} is in both {other}.yaml and {name}.yaml; delete one of them"
+                    )
+                architectures[model_type] = architecture
+    return architectures
 
 
 _added: dict[str, Architecture] = {}
 
 
 def catalogue() -> dict[str, Architecture]:
-    """Every architecture known, by ``model_type``: what ships with pliant and what was added."""
+    """All known architectures, by ``model_type``: those that ship with pliant and those that were added."""
     return {**shipped(), **_added}
 
 
 def add_architecture(file: str | Path) -> Architecture:
-    """Make an architecture file of your own known, for this process; it goes before one that ships with pliant.
+    """Add an architecture file of your own for this process; it takes precedence over one that ships with pliant.
 
-    Models cut with it carry it in their config.json, so that they load where the file is not.
+    Models cut with it carry it in their config.json, so that they load where the file is missing.
 
     Raises:
-        ArchitectureError: no such file, or its content is no architecture; every fault is listed.
+        ArchitectureError: the file cannot be read, or its content has faults; the message lists all of them.
     """
     path = Path(file)
     try:
@@ -58,19 +61,19 @@ def architecture_of(model_type: str) -> Architecture:
     """The architecture of a ``model_type``.
 
     Raises:
-        UnknownArchitectureError: when no file describes it; the message lists those that are.
+        UnknownArchitectureError: no file describes it; the message lists the known ones.
     """
     known = catalogue()
     if model_type not in known:
         raise UnknownArchitectureError(
-            f"no architecture file describes model_type {model_type!r}; known are {', '.join(sorted(known))}. "
-            "One YAML file adds it: see docs/architectures.md, pliant.add_architecture, and the option --architecture"
+            f"no architecture file describes model_type {model_type!r}; known types: {', '.join(sorted(known))}. Write one: see "
+            "docs/architectures.md, pliant.add_architecture, and the option --architecture"
         )
     return known[model_type]
 
 
 def families() -> dict[str, str]:
-    """model_type -> what of it can be cut."""
+    """The blocks of each ``model_type``, with the axes that can be cut."""
     return {
         model_type: ", ".join(_cuttable(architecture, spec) for spec in architecture.blocks)
         for model_type, architecture in sorted(catalogue().items())

@@ -1,4 +1,4 @@
-"""Architecture files: what a model family is made of, as data.
+"""Architecture files: the blocks and axes of a model family, as data.
 
 One YAML file beside this one describes the repeated layer of a family::
 
@@ -9,39 +9,39 @@ One YAML file beside this one describes the repeated layer of a family::
     axes:                           # dimensions that can shrink
       kv:      {size: num_key_value_heads, unit: head_dim}
       heads:   {size: num_attention_heads, unit: head_dim, follows: kv}
-      experts: {size: num_local_experts, active: num_experts_per_tok}  # units that one token uses; so many stay
-      wide:    {size: intermediate_size, multiple: 8}                  # only in eights, for the sake of a kernel
-      whole:   {size: num_heads, unit: head_dim, cut: false}           # known, but not to be cut
-      rank:    {size: q_lora_rank, normed: true}                       # a norm is taken over it: cutting is not silencing
-      shared:  {size: shared_size, least: 0}                           # how few may stay; default 1
+      experts: {size: num_local_experts, active: num_experts_per_tok}  # units that one token uses; at least these stay
+      wide:    {size: intermediate_size, multiple: 8}                  # cut only to multiples of 8, as a kernel requires
+      whole:   {size: num_heads, unit: head_dim, cut: false}           # never cut
+      rank:    {size: q_lora_rank, normed: true}                       # normalised as a whole: cutting a unit is not zeroing it
+      shared:  {size: shared_size, least: 0}                           # the fewest units that can stay; default 1
     blocks:                         # residual blocks, in the order in which they run
       attention:
         role: attention             # attention, mlp, experts, conv, scan or other; default: the block's name if it is one of
                                     # these, else attention if it has ``scores``, else other
         when: [full_attention]      # only in layers of these types (``layer_types`` in config.json); default: in all layers
-        state: kv                   # what it keeps between tokens, beside ``slot``: kv, conv, scan or a list of these
-        tied: true                  # its tensors may be those of the same block in other layers: cut alike, counted once
+        state: kv                   # the state it keeps between tokens: kv, conv, scan or a list of these; needs ``slot``
+        tied: true                  # it may share its tensors with the same block of other layers: cut alike, counted once
         module: self_attn           # the module that computes f in ``x + f(norm(x))``; see below for a list
-        norms: [input_layernorm]    # what disappears with it; ``a or b`` is the first that is there
-        output: tuple               # what the module returns: a tensor (default) or (tensor, None)
-        residual: 0                 # the argument to which the module itself adds f; left out when the layer adds
+        norms: [input_layernorm]    # the norms that are removed with it; ``a or b`` is the first that exists
+        output: tuple               # the module returns a tensor (default) or (tensor, None)
+        residual: 0                 # the argument to which the module itself adds f; omitted if the layer adds it
         guard: norm_eps             # a config key that transformers reads when it builds the layer. It is overridden where
-                                    # the block is gone, so that transformers alone refuses: a float by the next float, a
-                                    # size by 0. Default: the config's norm epsilon, or the keys of the axes if there is none
-        slot: layer_idx             # the attribute that names its cache slot; default state: kv
+                                    # the block is removed, so that transformers alone refuses: a float by the next float, a
+                                    # size by 0. Default: the config's norm epsilon, or the keys of the axes without one
+        slot: layer_idx             # the attribute that names its cache slot; it makes kv the default state
         scores: heads               # the axis that attention scores are computed over (for counting MACs)
-        cached: {multi_query: 1}    # heads in the cache by the first of these config keys that is set; else those of scores
+        cached: {multi_query: 1}    # heads in the cache if this config key is set (the first set key counts); else ``scores``
         attributes: {num_heads: heads, split_size: heads.width}    # plain attributes that must follow an axis
         weights:
           q_proj: [heads, hidden]   # (out, in) of a linear layer; the bias follows ``out``
           qkv_proj: [[heads, kv, kv], hidden]    # a fused weight lists its parts
           packed: [{heads: 3}, hidden]           # 3 units wide per head, interleaved
-          experts.down_proj: [experts, hidden, channels]    # a parameter: a stack of matrices, one an expert
-          q_norm?: [head]           # there only in some models of the family
-          odd: whole                # goes with its block and is never cut
+          experts.down_proj: [experts, hidden, channels]    # a parameter: a stack of one matrix per expert
+          q_norm?: [head]           # only some models of the family have it
+          odd: whole                # never cut, only removed with its block
           gate.correction: [experts]                     # a buffer is listed like a parameter
         transposed: [experts.up]    # stacks of matrices that are stored (in, out)
-        elementwise: [gate.bias]    # of two or more dimensions, but not a matrix that inputs are multiplied by
+        elementwise: [gate.bias]    # tensors of two or more dimensions that are not matrices
         roles: {q: q_proj, k: k_proj, v: v_proj, o: o_proj}    # the role of each weight, for native runs
     native:                         # optional: the parts that pliant's kernels need to run all layers in one call
       models: {llama: {}, mistral: {window: config.sliding_window}, smollm3: {window: sliding_window, rotates: use_rope}}
@@ -51,31 +51,31 @@ One YAML file beside this one describes the repeated layer of a family::
       activation: hidden_act        # the config key of the MLP's activation
       scale: scaling                # the attribute of attention that its scores are multiplied by
 
-An axis counts in units (heads, channels); ``unit`` is the width of one in elements. Sizes and units are numbers or config keys, or
-sums and products of those (``a * b``, ``a // b``, ``a + b``). If a key may be absent, ``n_inner or 4 * hidden_size`` gives its
-default. If the layer computes f without a module of its own, ``module: [fc1, fc2]`` lists the modules f is made of, and weights are
-named from the layer; the last module returns f. A norm that several blocks of a layer list is shared: it stays.
+An axis counts in units (heads, channels); ``unit`` is the width of one in elements. Sizes and units are numbers or config
+keys, or sums and products of those (``a * b``, ``a // b``, ``a + b``). If a key may be absent, ``n_inner or 4 * hidden_size``
+gives its default. If f has no module of its own, ``module: [fc1, fc2]`` lists the modules of the layer that compute it, and
+weights are named from the layer; the last module returns f. A norm that several blocks of a layer list is shared and stays.
 
-A block that has another layout in some layers lists its variants::
+A block whose layout differs between layers lists its variants::
 
       mlp:
         module: mlp
         norms: [norm]
-        either:                     # the first whose weights are all there; each may have any word of a block but role, state,
-          - weights: {gate.weight: [experts, hidden], experts.up: [experts, channels, hidden]}      # slot, tied and guard
+        either:                     # the first whose weights all exist; any key of a block but role, state, slot, tied, guard
+          - weights: {gate.weight: [experts, hidden], experts.up: [experts, channels, hidden]}
             attributes: {gate.num_experts: experts}
           - weights: {up_proj: [dense, hidden], down_proj: [hidden, dense]}
 
-An axis exists only in the layers that have a weight on it. Blocks of different ``when`` may share a module path. The last block
-of each layer type that keeps a state stays, because models count tokens in it. The ``weights`` of a depthwise convolution are
-``[[channels], one, kernel]`` with ``fixed: {one: 1}``; what it runs over follows by itself. Words of other families that are known
-but not supported yet are refused with a sentence: ``per``, ``rescale``, ``own``, ``scale``, ``stays``, ``parts``, ``part``,
-``record``, ``has``, ``inside``, ``removes``, ``count``.
+An axis exists only in the layers that have a weight on it. Blocks of different ``when`` may share a module path. The last
+block of each layer type that keeps a state stays, because models count tokens in it. The ``weights`` of a depthwise convolution
+are ``[[channels], one, kernel]`` with ``fixed: {one: 1}``; its sizes follow by themselves. Keys that other families need but
+that are not supported yet are refused with an explanation: ``per``, ``rescale``, ``own``, ``scale``, ``stays``, ``parts``,
+``part``, ``record``, ``has``, ``inside``, ``removes``, ``count``.
 
-The ``roles`` of an attention are q, k, v, o and, if it has them, q_norm and k_norm; those of an MLP are gate, up and down. ``native``
-lists the model types whose layers have an RMS norm before each block, rotary positions, softmax attention and a gated MLP. Each type
-names the attributes of its attention that hold the number of tokens a token attends to (``window``) and whether it applies rotary
-positions (``rotates``); ``config.x`` is a key of the config.
+The ``roles`` of an attention are q, k, v, o and, if it has them, q_norm and k_norm; those of an MLP are gate, up and down.
+``native`` lists the model types whose layers have an RMS norm before each block, rotary positions, softmax attention and a
+gated MLP. Each type names the attributes of its attention that hold the number of tokens a token attends to (``window``) and
+whether it applies rotary positions (``rotates``); ``config.x`` is a key of the config.
 """
 
 from __future__ import annotations
@@ -92,10 +92,10 @@ class AxisSpec:
     """A dimension of a block: the config key of its size, the width of one unit, and the axis it follows.
 
     Attributes:
-        cut: whether a sub-network may choose it.
-        active: the config key that says how many units one token uses (experts); None when it uses all.
-        multiple: units come and go in such numbers.
-        normed: a norm is taken over all units together, so that to cut one is not to silence it.
+        cut: whether a sub-network may choose its width.
+        active: the config key that holds how many units one token uses (experts); None if it uses all.
+        multiple: a cut axis keeps a multiple of this many units.
+        normed: a norm is taken over all units together, so cutting a unit differs from zeroing it.
         least: the fewest units that can stay.
     """
 
@@ -110,14 +110,14 @@ class AxisSpec:
 
     @property
     def config_key(self) -> str | None:
-        """The config key that holds the size, None when it is computed from others."""
+        """The config key that holds the size; None if the size is computed from others."""
         first = self.size.split(" or ")[0]
         return first if first.isidentifier() else None
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a tensor dimension: ``factor`` units of ``axis`` side by side for each unit kept."""
+    """A stretch of a tensor dimension: ``factor`` units of ``axis`` side by side for each kept unit."""
 
     axis: str
     factor: int = 1
@@ -134,18 +134,18 @@ class BlockSpec:
     """One residual block of the repeated layer.
 
     Attributes:
-        modules: what computes f; the last one returns it.
-        weights: name -> axes of each dimension, or None for one that is never cut.
+        modules: the modules that compute f; the last one returns it.
+        weights: name -> axes of each dimension, or None for a weight that is never cut.
         optional: the weights that only some models of the family have.
-        residual: which argument the module adds f to, None when the layer does the adding.
-        guard: the config key that is overridden where the block is gone, so that transformers alone refuses the config; None for
-            the norm epsilon, or the keys of its axes.
-        cached: config key -> how many heads are in the cache when it is set and none before it is.
+        residual: the argument to which the module adds f; None if the layer adds it.
+        guard: the config key that is overridden where the block is removed, so that transformers alone refuses the config;
+            None for the norm epsilon, or the keys of its axes.
+        cached: config key -> number of heads in the cache if this is the first key that is set.
         roles: role -> name of the weight.
-        role: what the block is: attention, mlp, experts, conv, scan or other.
-        state: what it keeps between tokens; empty if it keeps nothing.
+        role: the kind of block: attention, mlp, experts, conv, scan or other.
+        state: the states that it keeps between tokens; empty if none.
         when: the types of the layers that have it; None for all layers.
-        either: the layouts that it may have; the first whose weights are there holds.
+        either: the layouts that it may have; the first whose weights all exist applies.
         transposed: stacks of matrices that are stored (in, out).
         elementwise: weights of two or more dimensions that are not matrices.
         tied: its tensors may be shared with the same block of other layers.
@@ -174,7 +174,7 @@ class BlockSpec:
 
     @property
     def layouts(self) -> tuple[BlockSpec, ...]:
-        """Its variants, or itself when it has only one layout."""
+        """Its variants, or itself if it has only one layout."""
         return self.either or (self,)
 
     @property
@@ -184,7 +184,7 @@ class BlockSpec:
 
     @property
     def prefix(self) -> str:
-        """What the names of weights are relative to, inside the layer."""
+        """The prefix of its weights' names inside the layer."""
         return f"{self.module}." if len(self.modules) == 1 else ""
 
 
@@ -231,18 +231,18 @@ class Architecture:
         return tuple(block for block in self.blocks if block.when is None or layer_type in block.when)
 
     def leader(self, axis: str) -> str:
-        """The axis that decides: ``heads`` follows ``kv`` in grouped-query attention."""
+        """The axis that an axis follows, or itself: ``heads`` follows ``kv`` in grouped-query attention."""
         return self.axes[axis].follows or axis
 
     def leaders(self, block: BlockSpec) -> tuple[str, ...]:
-        """The axes of a block that others follow or that stand alone, in file order."""
+        """The axes of a block that follow no other axis, in file order."""
         weights = (dims for layout in block.layouts for dims in layout.weights.values())
         used = {part.axis for dims in weights for dim in dims or () for part in dim}
         return tuple(name for name, axis in self.axes.items() if axis.follows is None and name in used)
 
 
 def factors(alternative: str) -> list[list[str]]:
-    """Split one alternative of a size into the products that it sums: ``a * b + c`` into ``[["a", "*", "b"], ["c"]]``.
+    """Split one alternative of a size into the products of its sum: ``a * b + c`` into ``[["a", "*", "b"], ["c"]]``.
 
     Raises:
         ArchitectureError: it does not alternate between operands (numbers, config keys) and operators (``+``, ``*``, ``//``).

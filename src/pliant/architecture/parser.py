@@ -28,7 +28,7 @@ _KEYS = {
     "block": {*_LAYOUT, "guard", "slot", "role", "state", "when", "either", "tied"},
     "variant": _LAYOUT,
 }
-_LATER = {  # words that some families would need: a file that has one would be misread without it
+_LATER = {  # keys that other families need and that are not supported yet; ignoring one would misread the file
     "per": "an axis cannot exist once per group yet; leave it out and set cut: false for the axes of the groups",
     "rescale": "a norm is not rescaled yet when its axis narrows; set normed: true or cut: false instead",
     "own": "per-layer sizes of the family are not read yet; set cut: false for these axes",
@@ -39,7 +39,7 @@ _LATER = {  # words that some families would need: a file that has one would be 
     "record": "only traced models record shapes instead of per_layer_config yet",
     "has": "list the layouts under 'either', or the layer types under 'when'",
     "inside": "a block inside another block is not supported yet",
-    "removes": "list what goes along under 'norms'",
+    "removes": "list the modules that are removed with the block under 'norms'",
     "count": "a removed block cannot write into the cache yet",
     "buffers": "list a buffer under 'weights', like a parameter",
 }
@@ -49,13 +49,13 @@ def parse(name: str, raw: Any) -> Architecture:
     """Build an ``Architecture`` from the content of a YAML file; every fault is reported at once.
 
     Raises:
-        ArchitectureError: with a numbered list of faults.
+        ArchitectureError: the content has faults; the message numbers them.
     """
     return _Parser().file(name, raw)
 
 
 class _Parser:
-    """Reads one file; what is wrong with it is collected in ``faults``."""
+    """Reads one file and collects its faults in ``faults``."""
 
     def __init__(self) -> None:
         self.faults: list[str] = []
@@ -74,12 +74,12 @@ class _Parser:
         for axis, spec in self.axes.items():
             if spec.follows and (spec.follows not in self.axes or self.axes[spec.follows].follows):
                 self.faults.append(
-                    f"axis {axis!r} follows {spec.follows!r}, which is not an axis that stands on its own"
+                    f"axis {axis!r} follows {spec.follows!r}; it must follow a declared axis that follows no other"
                 )
         blocks = tuple(self.block(kind, spec) for kind, spec in (top.get("blocks") or {}).items())
         native = self.native(top["native"]) if "native" in top else None
         if top.get("output", "tensor") not in ("tensor", "tuple"):
-            self.faults.append(f"the output of a layer is 'tensor' or 'tuple', not {top['output']!r}")
+            self.faults.append(f"the output of a layer must be 'tensor' or 'tuple', not {top['output']!r}")
         if self.faults:
             listed = "\n".join(f"  {i}. {fault}" for i, fault in enumerate(self.faults, 1))
             raise ArchitectureError(f"architecture file {name!r} has {len(self.faults)} fault(s):\n{listed}")
@@ -103,7 +103,7 @@ class _Parser:
             if key in _LATER:
                 self.faults.append(f"{where} has the key {key!r}: {_LATER[key]}")
                 continue
-            self.faults.append(f"{where} has the unknown key {key!r}; known are {', '.join(sorted(_KEYS[kind]))}")
+            self.faults.append(f"{where} has the unknown key {key!r}; choose from: {', '.join(sorted(_KEYS[kind]))}")
         return given
 
     def size(self, where: str, given: Any) -> None:
@@ -119,19 +119,19 @@ class _Parser:
     def axis(self, axis: str, given: Any) -> AxisSpec:
         spec = self.known(f"axis {axis!r}", given, "axis")
         if "size" not in spec:
-            self.faults.append(f"axis {axis!r} needs 'size': the config key that holds how many units there are")
+            self.faults.append(f"axis {axis!r} needs 'size': the config key that holds its number of units")
         for word in ("size", "unit"):
             if word in spec:
                 self.size(f"{word} of axis {axis!r}", spec[word])
         for word in ("cut", "normed"):
             if not isinstance(spec.get(word, True), bool):
-                self.faults.append(f"axis {axis!r}: {word} is true or false, not {spec[word]!r}")
+                self.faults.append(f"axis {axis!r}: {word} must be true or false, not {spec[word]!r}")
         for word, lowest in (("multiple", 1), ("least", 0)):
             number = spec.get(word, 1)
             if isinstance(number, bool) or not isinstance(number, int) or number < lowest:
-                self.faults.append(f"axis {axis!r}: {word} is a whole number from {lowest}, not {number!r}")
+                self.faults.append(f"axis {axis!r}: {word} must be a whole number of at least {lowest}, not {number!r}")
         if spec.get("active") is not None and not isinstance(spec["active"], str):
-            self.faults.append(f"axis {axis!r}: active is a config key, not {spec['active']!r}")
+            self.faults.append(f"axis {axis!r}: active must be a config key, not {spec['active']!r}")
         return AxisSpec(
             size=str(spec.get("size")),
             unit=spec.get("unit", 1),
@@ -146,7 +146,8 @@ class _Parser:
     def part(self, where: str, given: Any) -> Part:
         axis, factor = next(iter(given.items())) if isinstance(given, dict) and len(given) == 1 else (given, 1)
         if not isinstance(axis, str) or (axis not in self.axes and axis not in self.fixed):
-            self.faults.append(f"{where}: {given!r} is no axis; declared are {', '.join([*self.axes, *self.fixed])}")
+            declared = ", ".join([*self.axes, *self.fixed])
+            self.faults.append(f"{where}: unknown axis {given!r}; choose from: {declared}")
         return Part(str(axis), factor)
 
     def block(self, kind: str, given: Any) -> BlockSpec:
@@ -154,9 +155,9 @@ class _Parser:
         spec = self.known(where, given, "block")
         whole = {key: spec[key] for key in ("guard", "slot") if key in spec}
         if spec.get("guard") is not None and not isinstance(spec["guard"], str):
-            self.faults.append(f"{where}: guard is a config key, not {spec['guard']!r}")
+            self.faults.append(f"{where}: guard must be a config key, not {spec['guard']!r}")
         if not isinstance(spec.get("tied", False), bool):
-            self.faults.append(f"{where}: tied is true or false, not {spec['tied']!r}")
+            self.faults.append(f"{where}: tied must be true or false, not {spec['tied']!r}")
         whole |= {"tied": spec.get("tied", False), "when": self.words(where, spec, "when")}
         role = spec.get("role", kind if kind in ROLES else "attention" if spec.get("scores") else "other")
         if role not in ROLES:
@@ -174,17 +175,17 @@ class _Parser:
             return self.layout(kind, where, spec, whole)
         variants = spec["either"]
         if not isinstance(variants, list) or len(variants) < 2:
-            self.faults.append(f"{where}: either is a list of two or more variants, not {variants!r}")
+            self.faults.append(f"{where}: either must be a list of two or more variants, not {variants!r}")
             variants = []
         common = {key: value for key, value in spec.items() if key in _LAYOUT}
         either = []
-        for place, one in enumerate(variants, 1):
-            own = self.known(f"variant {place} of {where}", one, "variant")
+        for number, variant in enumerate(variants, 1):
+            own = self.known(f"variant {number} of {where}", variant, "variant")
             merged = {**common, **own}
-            for word in ("weights", "attributes"):  # those of the block are those of all variants
+            for word in ("weights", "attributes"):  # every variant has those of the block, too
                 if isinstance(common.get(word), dict) and isinstance(own.get(word), dict):
                     merged[word] = common[word] | own[word]
-            either.append(self.layout(kind, f"variant {place} of {where}", merged, whole))
+            either.append(self.layout(kind, f"variant {number} of {where}", merged, whole))
         first = either[0] if either else None
         return BlockSpec(
             kind=kind,
@@ -203,15 +204,15 @@ class _Parser:
         for attribute, value in attributes.items():
             self.part(f"attribute {attribute!r} of {where}", str(value).removesuffix(".width"))
         if spec.get("output", "tensor") not in ("tensor", "tuple"):
-            self.faults.append(f"{where}: output is 'tensor' or 'tuple', not {spec['output']!r}")
+            self.faults.append(f"{where}: output must be 'tensor' or 'tuple', not {spec['output']!r}")
         residual = spec.get("residual")
         if residual is not None and (isinstance(residual, bool) or not isinstance(residual, int) or residual < 0):
-            self.faults.append(f"{where}: residual is the place of an argument, counted from 0; not {residual!r}")
+            self.faults.append(f"{where}: residual must be the index of an argument, counted from 0; not {residual!r}")
         modules = spec.get("module")
         if "module" in spec and not (isinstance(modules, str) or (isinstance(modules, list) and modules)):
-            self.faults.append(f"{where}: module is a name or a list of names, not {modules!r}")
+            self.faults.append(f"{where}: module must be a name or a list of names, not {modules!r}")
         if not isinstance(spec.get("cached", {}), dict):
-            self.faults.append(f"{where}: cached maps config keys to heads, it is {spec['cached']!r}")
+            self.faults.append(f"{where}: cached must map config keys to numbers of heads, not {spec['cached']!r}")
         else:
             for key, given in (spec.get("cached") or {}).items():
                 self.size(f"cached {key!r} of {where}", given)
@@ -248,7 +249,7 @@ class _Parser:
         )
 
     def weights(self, where: str, given: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
-        """Name -> axes of each dimension, and the names of those that only some models have."""
+        """Name -> axes of each dimension, and the names of the weights that only some models have."""
         weights: dict[str, tuple[tuple[Part, ...], ...] | None] = {}
         optional = set()
         for listed, dims in given.items():
@@ -259,26 +260,26 @@ class _Parser:
             if dims == WHOLE:
                 weights[weight] = None
             elif not isinstance(dims, list):
-                self.faults.append(f"{here}: a list of dimensions or {WHOLE!r} is expected, not {dims!r}")
+                self.faults.append(f"{here} must be a list of dimensions or {WHOLE!r}, not {dims!r}")
             else:
                 weights[weight] = tuple(
-                    tuple(self.part(here, one) for one in (dim if isinstance(dim, list) else [dim])) for dim in dims
+                    tuple(self.part(here, part) for part in (dim if isinstance(dim, list) else [dim])) for dim in dims
                 )
         return weights, optional
 
     def words(self, where: str, spec: dict[str, Any], key: str) -> tuple[str, ...] | None:
-        """A list of names; None when the key is not there."""
-        given = spec.get(key, [])
-        if not isinstance(given, list):
-            self.faults.append(f"{where}: {key} is a list of names, not {given!r}")
+        """A list of names; None if the key is missing."""
+        names = spec.get(key, [])
+        if not isinstance(names, list):
+            self.faults.append(f"{where}: {key} must be a list of names, not {names!r}")
             return None
-        return tuple(map(str, given)) if key in spec else None
+        return tuple(map(str, names)) if key in spec else None
 
     def native(self, given: Any) -> NativeSpec | None:
         spec = self.known("native", given, "native")
         self.faults += [f"native needs {key!r}" for key in _NATIVE if key not in spec]
         models = spec.get("models")
-        words = models.values() if isinstance(models, dict) else [None]
-        if not all(isinstance(one, dict) and set(one) <= {"window", "rotates"} for one in words):
+        settings = models.values() if isinstance(models, dict) else [None]
+        if not all(isinstance(words, dict) and set(words) <= {"window", "rotates"} for words in settings):
             self.faults.append(f"native: models must map model types to window and rotates, or to {{}}; not {models!r}")
         return None if self.faults else NativeSpec(**spec)

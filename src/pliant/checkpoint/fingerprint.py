@@ -1,4 +1,4 @@
-"""Look at all weights of a model: are they numbers, and which model is it?"""
+"""Read all weights of a model, to check that they are finite and to identify the model."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from pliant.digest import digest
 from pliant.errors import WeightError
 from pliant.pages import within_limit
 
-SAMPLE = 4096  # elements looked at per tensor when a model is told from another
+SAMPLE = 4096  # elements of each tensor in a fingerprint
 
 
 @torch.no_grad()
 def check_finite(model: nn.Module) -> None:
-    """Raises:
-    WeightError: naming the first tensor that holds NaN or infinity.
+    """Raise if a weight is not finite.
+
+    Raises:
+        WeightError: a tensor holds NaN or infinity; the message names the first one.
     """
     for name, parameter in within_limit(model, model.named_parameters()):
         if parameter.is_floating_point() and parameter.element_size() == 1:
             parameter = parameter.float()  # torch computes nothing in 8-bit floats
         if not torch.isfinite(parameter.sum()) and not torch.isfinite(parameter).all():
             bad = int((~torch.isfinite(parameter)).sum())
-            raise WeightError(f"{name} holds {bad} value(s) that are not finite; the model is broken")
+            raise WeightError(f"{name} holds {bad} value(s) that are not finite; give an undamaged copy of the model")
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Check a model folder before its weights are read, and say what kind of folder it is if it is not one."""
+"""Check a model folder before its weights are read, and recognise other kinds of folders for the error message."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def check_folder(folder: Path, *, variant: str | None = None) -> None:
         variant: as in transformers: a word in the names of the weight files.
 
     Raises:
-        ArtefactError: config.json is missing or unreadable, weights are missing, or a shard is missing or shorter than its header
-            says.
+        ArtefactError: config.json is missing or unreadable, weights are missing, or a shard is missing or has another length
+            than its header declares.
     """
     config = config_of(folder)
     quantised = any(of.get("quantization_config") or of.get("compression_config") for of in parts_of(config))
@@ -40,7 +40,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     """The content of a folder's config.json.
 
     Raises:
-        ArtefactError: it is missing, or not a model's; the message says what the folder seems to be.
+        ArtefactError: it is missing, or is not the config of a model; the message says what the folder seems to be.
     """
     path = folder / "config.json"
     try:
@@ -72,18 +72,19 @@ def _without_config(folder: Path) -> str:
     inside = sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob("*/config.json"))
     inside += sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob("snapshots/*/config.json"))
     if (folder / "model_index.json").is_file():
-        return f"{named} is a diffusers pipeline; give a sub-folder with a transformers model: {', '.join(inside) or 'none here'}"
-    for suffix, what in (
+        models = ", ".join(inside) or "none here"
+        return f"{named} is a diffusers pipeline; give a sub-folder with a transformers model: {models}"
+    for suffix, content in (
         (".gguf", "GGUF files; give one of them"),
         (".onnx", "an ONNX model; give the model it was made from"),
     ):
-        found = sorted(
+        files = sorted(
             path.relative_to(folder).as_posix()
             for pattern in (f"*{suffix}", f"*/*{suffix}")
             for path in folder.glob(pattern)
         )
-        if found and not inside:
-            return f"{named} has no config.json, but {what}: {', '.join(found[:3])}"
+        if files and not inside:
+            return f"{named} has no config.json, but {content}: {', '.join(files[:3])}"
     if inside:
         return f"{named} has no config.json, but its sub-folders do; give one of them: {', '.join(inside[:5])}"
     return f"{named} has no config.json: it is not a model folder"
@@ -104,7 +105,7 @@ def weight_files(folder: Path, config: Mapping[str, Any], *, variant: str | None
     """The files that transformers reads the weights from. As in transformers, a single file takes precedence over an index.
 
     Raises:
-        ArtefactError: the weights are missing, or the index is damaged; the message says what is there instead.
+        ArtefactError: the weights are missing, or the index is damaged; the message says what the folder holds instead.
     """
 
     def varied(name: str) -> Path:
@@ -113,12 +114,12 @@ def weight_files(folder: Path, config: Mapping[str, Any], *, variant: str | None
 
     named = config.get("transformers_weights")
     names = [folder / str(named)] if named else [varied(stem + end) for stem in _STEMS for end in ("", INDEX)]
-    found = next((path for path in names if path.is_file()), None)
-    if found is None:
+    chosen = next((path for path in names if path.is_file()), None)
+    if chosen is None:
         raise ArtefactError(_without_weights(folder, names[0].name))
-    if found.suffix != ".json":
-        return [found]
-    return sorted({folder / file for file in weight_map(found).values()})
+    if chosen.suffix != ".json":
+        return [chosen]
+    return sorted({folder / file for file in weight_map(chosen).values()})
 
 
 _STEMS = ("model.safetensors", "pytorch_model.bin")
@@ -135,8 +136,9 @@ def _without_weights(folder: Path, expected: str) -> str:
     if all(name.endswith(".gguf") for name in other):
         return f"{str(folder)!r} has no {expected}, but GGUF files; give one of them: {', '.join(other[:3])}"
     variants = {parts[1] for name in other if len(parts := name.split(".")) == 3 and f"{parts[0]}.{parts[2]}" in _STEMS}
-    said = f"; pass variant={min(variants)!r}" if variants else ""
-    return f"{str(folder)!r} has no {expected}; transformers cannot load {', '.join(dict.fromkeys(other[:3]))} under these names{said}"
+    hint = f"; pass variant={min(variants)!r}" if variants else ""
+    listed = ", ".join(dict.fromkeys(other[:3]))
+    return f"{str(folder)!r} has no {expected}; transformers cannot load {listed} under these names{hint}"
 
 
 def weight_map(index: Path) -> dict[str, str]:
@@ -146,8 +148,8 @@ def weight_map(index: Path) -> dict[str, str]:
         ArtefactError: the file is not such an index.
     """
     try:
-        found = json.loads(index.read_text("utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in found.items()}
+        files = json.loads(index.read_text("utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in files.items()}
     except (ValueError, KeyError, AttributeError, TypeError):
         raise ArtefactError(
             _fetch(index) if is_lfs_pointer(index) else f"{str(index)!r} is not the index of a sharded model"
@@ -187,11 +189,11 @@ def _check_safetensors(path: Path, quantised: bool) -> None:
     Arguments:
         quantised: whether the config declares a quantisation, so that 8-bit codes are expected.
     """
-    found = path.stat().st_size
+    size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
-            header = json.loads(file.read(length)) if 0 < length <= found else None
+            header = json.loads(file.read(length)) if 0 < length <= size else None
             ends = [entry["data_offsets"][1] for name, entry in (header or {}).items() if name != "__metadata__"]
         except (ValueError, KeyError, TypeError, UnicodeDecodeError):
             header = None
@@ -199,17 +201,17 @@ def _check_safetensors(path: Path, quantised: bool) -> None:
     if header is None:
         raise ArtefactError(f"{str(path)!r} is damaged: it has no safetensors header")
     expected = 8 + length + max(ends, default=0)
-    if found != expected:
+    if size != expected:
         raise ArtefactError(
-            f"{str(path)!r} is truncated or damaged: it has {found} bytes, its header declares {expected}"
+            f"{str(path)!r} is truncated or damaged: it has {size} bytes, but its header declares {expected}"
         )
     codes = [
         name for name, entry in header.items() if name != "__metadata__" and entry.get("dtype", "").startswith("F8")
     ]
     if codes and not quantised:
         raise ArtefactError(
-            f"{str(path)!r} holds 8-bit codes ({codes[0]!r}), but the config.json beside it has no quantization_config to decode them; "
-            "read as weights they would be noise. Add the quantization_config, or give the unquantised model"
+            f"{str(path)!r} holds 8-bit codes ({codes[0]!r}), but the config.json beside it has no quantization_config to "
+            "decode them; read as weights they would be noise. Add the quantization_config, or give the unquantised model"
         )
 
 

@@ -1,4 +1,4 @@
-"""Load a model, dense or cut, from a folder, a GGUF file or a hub id, and refuse anything that is not whole."""
+"""Load a model, dense or cut, from a folder, a GGUF file or a hub id, and refuse incomplete ones."""
 
 from __future__ import annotations
 
@@ -43,18 +43,17 @@ def load(
     scratch: str | Path | None = None,
     **options: Any,
 ) -> Any:
-    """Load an ordinary transformers model, in evaluation mode: of the class that its config names, or a causal language model if
-    the config names none.
+    """Load a transformers model in evaluation mode, of the class that its config names, else as a causal language model.
 
     Arguments:
         source: a folder, a ``.gguf`` file (dequantised; needs the ``gguf`` extra), or the id of a model on a hub.
         dtype: as in transformers: ``auto`` keeps the stored dtype.
-        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``auto``: cuda if there is one, else mps, else cpu; always cpu for a
-            packed model. Default: the CPU, unless ``device_map`` is given.
-        memory: bytes, or ``"2GB"``, that the process may take beside what it has already. The weights then stay in files, and
-            only as much of them as fits is in memory: the way to prune a model that is larger than that. Needs Linux and
-            weights as safetensors in a folder.
-        scratch: folder for these files, the temporary folder when left out. They are gone with the model.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``auto``, the first available of cuda, mps, cpu; with ``auto``, a
+            packed model stays on the CPU. Default: the CPU, unless ``device_map`` is given.
+        memory: bytes, or ``"2GB"``, that the process may take on top of what it has already. The weights then stay in files,
+            and only the part that fits is in memory, so that a model larger than memory can be pruned. Needs Linux and a
+            folder with safetensors weights.
+        scratch: folder for these files; default: the temporary folder. They disappear with the model.
         options: passed on to ``from_pretrained``: ``device_map``, ``revision``, ``token``, ``attn_implementation`` …
 
     Raises:
@@ -62,19 +61,19 @@ def load(
         DeviceError: the device is missing, or cannot hold this model.
         MemoryLimitError: the memory limit is too small for this model, or cannot be enforced on this machine.
     """
-    where = None if device is None else device_of(device)
-    if where is not None and "device_map" in options:
+    target = None if device is None else device_of(device)
+    if target is not None and "device_map" in options:
         raise DeviceError("give device or device_map, not both")
     if "torch_dtype" in options:
         warnings.warn("torch_dtype is now called dtype", FutureWarning, stacklevel=2)
         dtype = options.pop("torch_dtype")
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ArtefactError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    forgiven = options.pop("ignore_mismatched_sizes", False)
+    ignore_mismatched = options.pop("ignore_mismatched_sizes", False)
     path = Path(source).expanduser()
     if path.suffix == ".gguf" and not path.is_dir():
         if not path.is_file():
-            raise ArtefactError(f"there is no file {str(source)!r}")
+            raise ArtefactError(f"the file {str(source)!r} does not exist; give a folder, a .gguf file or a hub id")
         if is_lfs_pointer(path):
             raise ArtefactError(
                 f"{str(source)!r} is a git-lfs pointer, not the file itself; run 'git lfs pull' in its folder"
@@ -89,18 +88,18 @@ def load(
         check_folder(path / options.get("subfolder", ""), variant=options.get("variant"))
     elif not _HUB_ID.fullmatch(str(source)) or path.exists():
         raise ArtefactError(
-            f"{str(source)!r} is not a model folder: give a folder with a config.json, a .gguf file, or the id of a model on a hub "
-            "(owner/name)"
+            f"{str(source)!r} is not a model folder: give a folder with a config.json, a .gguf file, or the id of a model on a "
+            "hub (owner/name)"
         )
     if memory is not None:
-        if where is not None and where.type != "cpu" and device != "auto":
+        if target is not None and target.type != "cpu" and device != "auto":
             raise DeviceError(
                 f"within a memory limit the model runs on the CPU; leave out memory or device={str(device)!r}"
             )
         if not path.is_dir() or options:
-            given = ", ".join(options) if path.is_dir() else str(source)
+            refused = ", ".join(options) if path.is_dir() else str(source)
             raise ArtefactError(
-                f"within a memory limit, only a model folder is loaded, without other options; not {given}"
+                f"within a memory limit, only a model folder is loaded, without other options; not {refused}"
             )
         from pliant.checkpoint.paged import load_paged
 
@@ -108,9 +107,9 @@ def load(
             loaded: Any = load_paged(auto_class(str(path), options), path, dtype, memory, scratch)
     else:
         with _faults_named(source):
-            place = str(path if path.is_dir() else source)
-            loaded = auto_class(place, options).from_pretrained(
-                place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            location = str(path if path.is_dir() else source)
+            loaded = auto_class(location, options).from_pretrained(
+                location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     model, info = loaded
     if "gguf_file" in options:
@@ -120,14 +119,14 @@ def load(
         raise ArtefactError(
             f"{str(source)!r} lacks {len(missing)} tensor(s), such as {missing[0]!r}; they would have random values"
         )
-    if info["mismatched_keys"] and not forgiven:
+    if info["mismatched_keys"] and not ignore_mismatched:
         name, stored, built = min(info["mismatched_keys"])
         raise ArtefactError(
             f"{name!r} has shape {tuple(stored)} in {str(source)!r}, but its config.json describes shape {tuple(built)}; "
             "config and weights are of different models, or another tool has changed one of them"
         )
-    if where is not None and where.type != "cpu":
-        _move(model, where, chosen=device != "auto")
+    if target is not None and target.type != "cpu":
+        _move(model, target, chosen=device != "auto")
     return model.eval()
 
 
@@ -169,16 +168,16 @@ def _move(model: Any, device: torch.device, *, chosen: bool) -> None:
     except RuntimeError as error:
         if not is_short_of_memory(error):
             raise
-        room = free_memory(device)
+        free = free_memory(device)
         raise DeviceError(
-            f"the weights take {human_bytes(needs)}, {device} has {'less' if room is None else human_bytes(room)} free; load the model with "
-            "dtype='bfloat16', or on the CPU"
+            f"the weights take {human_bytes(needs)}, {device} has {'less' if free is None else human_bytes(free)} free; "
+            "load the model with dtype='bfloat16', or on the CPU"
         ) from error
 
 
 @contextmanager
 def _faults_named(source: str | Path) -> Iterator[None]:
-    """What transformers has to say about a model that it cannot load, as one kind of error."""
+    """Turn any error of transformers about a model that it cannot load into an ``ArtefactError``."""
     try:
         yield
     except PliantError:
@@ -212,8 +211,8 @@ def auto_class(source: str, options: dict[str, Any]) -> Any:
     if own and kind not in transformers.CONFIG_MAPPING:
         if not options.get("trust_remote_code"):
             raise ArtefactError(
-                f"{source!r} runs custom code ({', '.join(sorted(set(map(str, own.values()))))}); read that code, and if you trust it, "
-                "load the model in Python with trust_remote_code=True"
+                f"{source!r} runs custom code ({', '.join(sorted(set(map(str, own.values()))))}); read that code, and if you "
+                "trust it, load the model in Python with trust_remote_code=True"
             )
         return getattr(transformers, next((name for name, _ in _KINDS if name in own), "AutoModelForCausalLM"))
     return getattr(transformers, auto_name(kind, named))
@@ -234,19 +233,21 @@ def tokenizer_of(model: Any, source: str | Path | None = None) -> Any:
     """The tokenizer that belongs to a model: from ``source``, or from where the model was loaded.
 
     Raises:
-        ArtefactError: when there is none.
+        ArtefactError: no tokenizer is found.
     """
     from transformers import AutoTokenizer
 
     where = str(source or getattr(model, "name_or_path", "") or "")
     if not where:
-        raise ArtefactError("this model was not loaded from anywhere; pass tokenizer=")
+        raise ArtefactError(
+            "this model was not loaded from a folder, a file or a hub, so it has no tokenizer; pass tokenizer="
+        )
     path = Path(where).expanduser()
     where = str(path) if path.exists() else where
-    place, options = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (where, {})
+    location, options = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (where, {})
     try:
-        return AutoTokenizer.from_pretrained(place, **options)
+        return AutoTokenizer.from_pretrained(location, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(
-            f"there is no tokenizer with {where!r} ({str(error).splitlines()[0]}); pass tokenizer="
+            f"no tokenizer found for {where!r} ({str(error).splitlines()[0]}); pass tokenizer="
         ) from error

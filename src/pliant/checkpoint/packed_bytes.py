@@ -1,4 +1,4 @@
-"""Which layers of a model are packed, and how many bytes they take."""
+"""Count the packed layers of a model and their bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def is_packed(model: nn.Module) -> bool:
 
 
 def packed_formats(model: nn.Module) -> dict[str, int]:
-    """How many layers are packed in every format."""
+    """The number of layers packed in each format."""
     return dict(Counter(module.header().format for module in model.modules() if isinstance(module, Packed)))
 
 
@@ -31,5 +31,5 @@ def unpacked_bytes(model: nn.Module, element: int) -> int:
 
 
 def held_bytes(model: nn.Module) -> int:
-    """Bytes of everything that a model with packed layers holds, and its folder stores."""
+    """Bytes of all tensors that a model with packed layers holds and its folder stores."""
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())

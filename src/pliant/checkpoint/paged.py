@@ -1,4 +1,4 @@
-"""Load a model that may be larger than memory: its weights go from the checkpoint straight into files."""
+"""Load a model that may be larger than memory: its weights are copied from the checkpoint straight into files."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def load_paged(
 ) -> tuple[Any, dict[str, Any]]:
     """Load the model of ``folder`` with its weights in files, see :mod:`pliant.pages`.
 
-    transformers loads it like any other model, so it converts, renames and ties the same weights as without a limit. Each tensor is
-    read lazily, and copied into a file as soon as it becomes a parameter.
+    transformers loads it like any other model, so it converts, renames and ties the same weights as without a limit. Each
+    tensor is read lazily, and copied into a file as soon as it becomes a parameter.
 
     Arguments:
         auto_class: the class of transformers that finds the right one for a config.
@@ -88,19 +88,19 @@ class _Stored:
 
 
 def _check_plain(folder: Path) -> None:
-    """Raise if the weights are quantised, which would have to be decoded all at once, or if a peft adapter lies beside them."""
+    """Raise for quantised weights, which would be decoded all at once, and for a peft adapter in the folder."""
     for of in parts_of(config_of(folder)):
         method = of.get("quantization_config") or of.get("compression_config")
         if method:
             name = method.get("quant_method", "unnamed") if isinstance(method, dict) else method
             raise ArtefactError(
-                f"{str(folder)!r} is quantised ({name}), and quantised weights are not read within a memory limit; load it without a "
-                "limit, or give the unquantised model"
+                f"{str(folder)!r} is quantised ({name}), and quantised weights are not read within a memory limit; load it "
+                "without a limit, or give the unquantised model"
             )
     if (folder / "adapter_config.json").exists():
         raise ArtefactError(
-            f"{str(folder)!r} holds a peft adapter beside the model, which is not read within a memory limit; load it without a limit, "
-            "or give the base model"
+            f"{str(folder)!r} holds a peft adapter beside the model, which is not read within a memory limit; load it without "
+            "a limit, or give the base model"
         )
 
 
@@ -113,8 +113,8 @@ def _check_limit(shapes: Any, stored: Mapping[str, Any], limit: int) -> None:
         largest = max(largest, parameter.nbytes * (1 if as_it_is else _COPIES))
     if largest > NEAR * limit:
         raise MemoryLimitError(
-            f"a limit of {human_bytes(limit)} is too low: the largest tensor of this model takes {human_bytes(largest)} while it is loaded; "
-            f"that may be at most {NEAR:.0%} of the limit"
+            f"a limit of {human_bytes(limit)} is too low: the largest tensor of this model takes {human_bytes(largest)} "
+            f"while it is loaded, and may take at most {NEAR:.0%} of the limit; give more than {human_bytes(largest / NEAR)}"
         )
 
 
@@ -146,12 +146,12 @@ def _as_stored(model: Any, tensors: Mapping[str, torch.Tensor], pages: Pages) ->
     for name, tensor in tensors.items():
         layer = re.match(r".*?\.\d+\.", name)
         layers.setdefault(layer.group() if layer else "", {})[name] = tensor.detach()
-    found: dict[str, torch.Tensor] = {}
+    converted: dict[str, torch.Tensor] = {}
     for layer in within_limit(model, layers.values()):
         held = {id(tensor) for tensor in layer.values()}
         for name, tensor in revert_weight_conversion(model, layer).items():
-            found[name] = tensor if id(tensor) in held or in_file(tensor) else pages.copy(tensor)
-    return found
+            converted[name] = tensor if id(tensor) in held or in_file(tensor) else pages.copy(tensor)
+    return converted
 
 
 @contextmanager
@@ -202,6 +202,6 @@ def _stored(folder: Path) -> dict[str, _Stored]:
 
 
 def _dtype_of(stored: Mapping[str, _Stored]) -> torch.dtype:
-    """The dtype of the first floating-point tensor; torch's default if there is none."""
+    """The dtype of the first floating-point tensor; torch's default if no tensor is one."""
     dtypes = (tensor[...].dtype for tensor in stored.values())
     return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.get_default_dtype())

@@ -1,8 +1,8 @@
 """Per-layer shapes in config.json, in transformers' own vocabulary: ``per_layer_config`` with ``skip``.
 
-A layer that differs from the rest is written as ``{"intermediate_size": 5888}``; a removed block as ``{"skip": ["mlp"]}``
-together with a guard: transformers alone ignores ``skip`` and would build the block with random weights; an override of
-a key that it reads makes it refuse instead. See :func:`pliant.anatomy.guards`.
+A layer that differs from the rest is written as ``{"intermediate_size": 5888}``, a removed block as ``{"skip": ["mlp"]}``
+together with a guard. transformers alone ignores ``skip`` and would build the block with random weights; overriding a key that
+it reads makes it refuse instead. See :func:`pliant.anatomy.guards`.
 
 Some dense families have per-layer entries of their own. pliant merges its entries into them. ``pliant_dense_layers`` keeps the
 dense entries, and its presence marks a config that pliant wrote.
@@ -49,7 +49,7 @@ _ALLOW = "allow_global_per_layer_attribute_access"
 
 
 def describe(anatomy: Anatomy, config: Any) -> dict[int, dict[str, Any]]:
-    """The ``per_layer_config`` of a cut model: for each layer that differs from the dense one, what differs."""
+    """The ``per_layer_config`` of a cut model: for each layer that differs from the dense one, the keys that differ."""
     plain = plain_config(config)
     overrides: dict[int, dict[str, Any]] = {}
     for layer in range(anatomy.depth):
@@ -70,9 +70,9 @@ def describe(anatomy: Anatomy, config: Any) -> dict[int, dict[str, Any]]:
 
 
 def write(model: Any) -> None:
-    """Make a model's config say what its tensors are, so that ``save_pretrained`` writes a folder that reloads.
+    """Record the shapes of a model's tensors in its config, so that ``save_pretrained`` writes a folder that reloads.
 
-    A plain module has no such config and nothing that would read one.
+    A plain module has no such config and is left alone.
     """
     if not isinstance(getattr(model, "config", None), PreTrainedConfig):
         return
@@ -85,9 +85,8 @@ def write(model: Any) -> None:
     overrides = describe(anatomy, config)
     config.per_layer_config = None
     vars(config).pop(DENSE_LAYERS, None)
-    if (
-        overrides
-    ):  # transformers reads a key of one layer only if the config has it, so a key of pliant's own must be there
+    if overrides:
+        # transformers reads a key of one layer only if the config has it, so a key of pliant's own must exist
         plain = plain_config(config)
         for axis in {short for block in anatomy.blocks.values() for short in block.axes}:
             spec = anatomy.architecture.axes[axis]
@@ -97,16 +96,16 @@ def write(model: Any) -> None:
         config.per_layer_config = written
     if overrides:
         setattr(config, DENSE_LAYERS, {str(layer): entry for layer, entry in dense.items()})
-    if anatomy.architecture != shipped().get(config.model_type):  # elsewhere nobody may have added it
+    if anatomy.architecture != shipped().get(config.model_type):  # another machine may lack this file
         config.pliant_architecture = dict(anatomy.architecture.raw)
-    # families whose config validates its head count, or whose head on top asks for the number of experts, can only be
-    # read back with leave to look at the global value; there the narrower tensors themselves make transformers alone refuse
-    asked_for = any(
+    # a family whose config validates its head count, or whose output head asks for the number of experts, can only be read back
+    # if the global value may be read; there the narrower tensors themselves make transformers alone refuse
+    reads_global = any(
         (block.spec.scores or axis.active) and axis.config_key in overrides.get(block.layer, {})
         for block in anatomy.blocks.values()
         for axis in block.axes.values()
     )
-    if asked_for:
+    if reads_global:
         setattr(config, _ALLOW, True)
         return
     if overrides or cut_before:
@@ -137,9 +136,9 @@ def _prove_refusal(model: PreTrainedModel) -> None:
     config = text_config_of(model.config)
     guarded = sorted({key for entry in entries_of(config).values() for key in entry} - {"skip"})
     raise ArchitectureError(
-        f"transformers alone would build the blocks that were removed from this {config.model_type} model, with random weights: "
-        f"it does not read {', '.join(guarded)}. Name another 'guard' in {described_by(config).name}.yaml: a config key that the "
-        "layer reads when it is built"
+        f"transformers alone would build the blocks that were removed from this {config.model_type} model with random weights, "
+        f"because it does not read {', '.join(guarded)}. Name another 'guard' in {described_by(config).name}.yaml: a config "
+        "key that the layer reads when it is built"
     )
 
 
@@ -158,8 +157,9 @@ def _cut_by_layer(config: Any) -> Iterator[Any]:
 
 
 def uncut(config: Any) -> tuple[Any, list[tuple[Any, Any]]]:
-    """The dense model's config, with nested configs made dense as well. Shape records in nested configs are left alone: the model
-    of the nested config reads them.
+    """The dense model's config, with nested configs made dense as well.
+
+    Shape records in nested configs are left alone, because the model of the nested config reads them.
 
     Returns:
         The dense config, and a list of pairs ``(copy, original)`` of all configs that were copied.
@@ -182,11 +182,10 @@ def _parts(config: Any) -> Iterator[tuple[str, PreTrainedConfig]]:
 
 
 def shape_model(model: nn.Module, config: Any) -> None:
-    """Cut the full-size layers of a model, fresh from its constructor, to what ``config.per_layer_config`` says; or, where
-    the config has a record of shapes, the whole model to that.
+    """Cut a freshly built full-size model to the shapes in its config: per layer, or those of a shape record.
 
     Arguments:
-        config: the model's, or the part of it that describes these layers.
+        config: the model's config, or the part of it that describes these layers.
 
     Raises:
         ArchitectureError: no architecture file describes the family, or the model has no layers at the path in that file, for
@@ -205,9 +204,7 @@ def shape_model(model: nn.Module, config: Any) -> None:
 
 
 def _check_entries(config: Any, architecture: Architecture) -> None:
-    """Raise for entries that would have no effect: unknown keys, blocks that the family does not have, and values that
-    neither are the dense model's nor guard a removed block.
-    """
+    """Raise for entries without an effect: unknown keys and blocks, and values that are neither dense ones nor guards."""
     plain = plain_config(config)
     dense = entries_of(plain)
     types = layer_types_of(plain, len(config.per_layer_config))
@@ -233,8 +230,8 @@ def _check_entries(config: Any, architecture: Architecture) -> None:
             value = entry[key]
             if value != plainly and not (key in allowed and is_guard(value, plainly)):
                 raise ArtefactError(
-                    f"per_layer_config sets {key!r} of layer {layer} to {value!r}, which has no effect; the layer is built with "
-                    f"{plainly!r}. Leave the key out"
+                    f"per_layer_config sets {key!r} of layer {layer} to {value!r}, which has no effect; the layer is built "
+                    f"with {plainly!r}. Leave the key out"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Shapes of a traced model in config.json: a plain record of what its tensors are where the config would build others.
+"""Shapes of a traced model in config.json: a record of its tensors whose shapes differ from those the config would build.
 
 ::
 
@@ -8,8 +8,8 @@
       "removed": {"resnet.encoder.stages.2.layers.4": {"residual": 0, "guard": "layer.0.convolution.weight"}}
     }
 
-A convolutional network has no list of equal layers for ``per_layer_config`` to speak of. Without pliant the narrower tensors
-make any loader refuse; where a block was removed, its guard does: a tensor of one element that has the name of a weight.
+A convolutional network has no list of equal layers that ``per_layer_config`` could describe. Without pliant, the narrower
+tensors make any loader refuse; if a block was removed, its guard does: a tensor of one element with the name of a weight.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pliant.anatomy import Null, plain_config
 from pliant.errors import ArtefactError
 
 RECORD = "pliant_shapes"
-# the plain attributes of torch's modules that say how large their tensors are
+# the plain attributes of torch's modules that hold the sizes of their tensors
 SIZES = (
     *("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features"),
     *("normalized_shape", "num_channels", "num_groups"),
@@ -33,7 +33,7 @@ SIZES = (
 
 
 def write_shapes(model: Any) -> None:
-    """Make the config of a traced model say what its tensors are; removed blocks get their guards."""
+    """Record the shapes of a traced model in its config, and give removed blocks their guards."""
     with torch.device("meta"):
         dense = type(model)(plain_config(model.config))
     removed = {path: module for path, module in model.named_modules() if isinstance(module, Null)}
@@ -44,8 +44,8 @@ def write_shapes(model: Any) -> None:
             removed[path] = Null(null.returns_tuple, null.residual, guard)
             model.set_submodule(path, removed[path])
     full = dense.state_dict()
-    left = [path for path, _ in model.named_modules() if not any(f"{path}.".startswith(f"{gone}.") for gone in removed)]
-    sizes = [(path, name, getattr(model.get_submodule(path), name, None)) for path in left for name in SIZES]
+    kept = [path for path, _ in model.named_modules() if not any(f"{path}.".startswith(f"{gone}.") for gone in removed)]
+    sizes = [(path, name, getattr(model.get_submodule(path), name, None)) for path in kept for name in SIZES]
     record = {
         "tensors": {
             path: list(tensor.shape)
@@ -69,37 +69,38 @@ def write_shapes(model: Any) -> None:
 
 @torch.no_grad()
 def shape_by(model: Any, record: Mapping[str, Mapping[str, Any]]) -> None:
-    """Cut a model, fresh from its constructor, to what a record says; with a head on top or without.
+    """Cut a freshly built model, with or without a head, to the shapes in a record.
 
     Raises:
-        ArtefactError: the model has no such module as one that was removed.
+        ArtefactError: the model lacks a module that the record removes.
     """
     for path, arguments in record["removed"].items():
-        found = find_path(model, path, model.get_submodule)
-        if found is None:
+        own_path = find_path(model, path, model.get_submodule)
+        if own_path is None:
             raise ArtefactError(
-                f"{type(model).__name__} has no module {path!r}, which this model is said to do without"
+                f"{type(model).__name__} has no module {path!r}, which config.json lists as removed; open the folder with the "
+                "class that wrote it"
             )
-        model.set_submodule(found, Null(**arguments))
+        model.set_submodule(own_path, Null(**arguments))
     for path, size in record["tensors"].items():
         for kind, of_kind in (("_parameters", model.get_parameter), ("_buffers", model.get_buffer)):
-            found = find_path(model, path, of_kind)
-            if found is not None:
-                full = of_kind(found)
+            own_path = find_path(model, path, of_kind)
+            if own_path is not None:
+                full = of_kind(own_path)
                 own = full[tuple(slice(0, length) for length in size)].clone()
-                holder, _, name = found.rpartition(".")
+                holder, _, name = own_path.rpartition(".")
                 getattr(model.get_submodule(holder), kind)[name] = (
                     nn.Parameter(own, requires_grad=full.requires_grad) if kind == "_parameters" else own
                 )
     for path, value in record["attributes"].items():
         holder, _, name = path.rpartition(".")
-        found = find_path(model, holder, model.get_submodule)
-        if found is not None:
-            setattr(model.get_submodule(found), name, tuple(value) if isinstance(value, list) else value)
+        own_path = find_path(model, holder, model.get_submodule)
+        if own_path is not None:
+            setattr(model.get_submodule(own_path), name, tuple(value) if isinstance(value, list) else value)
 
 
 def find_path(model: Any, path: str, get: Callable[[str], Any]) -> str | None:
-    """Where something is in a model that may lack, or have, the head that the one written had. None for what is the head's."""
+    """The path of a part in a model that may have another head, or none, than the saved one; None if the part is missing."""
     prefix = f"{model.base_model_prefix}."
     for candidate in (path, path.removeprefix(prefix), prefix + path):
         with suppress(AttributeError):

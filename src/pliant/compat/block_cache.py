@@ -34,10 +34,10 @@ class ReadOnly(torch.Tensor):
                 "keys and values in blocks cannot be changed in place; pass a cache of another kind, or clone them first"
             )
         with torch._C.DisableTorchFunctionSubclass():
-            own = {_memory(one) for one in tree_leaves((args, kwargs)) if isinstance(one, cls)}
+            own = {_memory(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)}
             result = func(*args, **kwargs)
             return tree_map_only(
-                torch.Tensor, lambda one: one.as_subclass(cls if _memory(one) in own else torch.Tensor), result
+                torch.Tensor, lambda leaf: leaf.as_subclass(cls if _memory(leaf) in own else torch.Tensor), result
             )
 
 
@@ -69,7 +69,7 @@ class BlockLayer(CacheLayerMixin):
 
     @property
     def values(self) -> torch.Tensor | None:
-        """The same of values."""
+        """A copy of all values, of the same shape."""
         return self._states(1)
 
     @values.setter
@@ -92,7 +92,7 @@ class BlockLayer(CacheLayerMixin):
         """The blocks of this layer, created at the first token.
 
         Raises:
-            PackedError: they hold another number of sequences or heads, or heads of another width.
+            PackedError: the blocks hold another number of sequences or heads, or heads of another width.
         """
         if self.blocks is None:
             self.blocks = Blocks(self.keeping, batch * heads, width)
@@ -162,8 +162,8 @@ class BlockLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last ``-tokens_to_remove`` tokens; a positive number is the number of tokens to keep (transformers 5.14)."""
         if self.blocks is not None and tokens_to_remove:
-            left = tokens_to_remove if tokens_to_remove > 0 else self.blocks.length() + tokens_to_remove
-            self.blocks.crop(max(0, left))
+            length = tokens_to_remove if tokens_to_remove > 0 else self.blocks.length() + tokens_to_remove
+            self.blocks.crop(max(0, length))
 
     def reset(self) -> None:
         self.blocks = None
@@ -197,8 +197,9 @@ def may_be_blocks(layer: Any) -> bool:
 
 
 class BlockCache(Cache):
-    """A key-value cache in blocks for ``generate`` of any decoder. Layers with another state, such as convolutions, keep it as in
-    transformers.
+    """A key-value cache in blocks for ``generate`` of any decoder.
+
+    Layers with another state, such as convolutions, keep it as in transformers.
 
     Arguments:
         config: the model's config, which describes the layers.
@@ -218,7 +219,8 @@ class BlockCache(Cache):
         if not any(isinstance(layer, BlockLayer) for layer in layers):
             kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
             raise PackedError(
-                f"no cache layer of {config.model_type} holds only keys and values (they are {kinds}); use the model's own cache"
+                f"no cache layer of {config.model_type} holds only keys and values (they are {kinds}); use the model's own "
+                "cache"
             )
         super().__init__(layers=layers)
 

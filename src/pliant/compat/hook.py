@@ -1,6 +1,6 @@
-"""What pliant adds to transformers, done when the module that it concerns is imported, or at once where it has been.
+"""Patch modules of transformers when they are imported, or at once if they already are.
 
-``import pliant`` itself so loads neither transformers nor torch.
+So ``import pliant`` itself loads neither transformers nor torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from pliant.compat import dequantized, layers, outputs, quiet, remote
 
 _MODELS = "transformers.models."
-_SEEN_TO = {
+_PATCHES = {
     "transformers.quantizers.auto": lambda _: importlib.import_module("pliant.compat.packed_quantizer"),
     outputs.MODULE: outputs.register,
     dequantized.MODULE: dequantized.forget_with_the_config,
@@ -25,48 +25,48 @@ _SEEN_TO = {
 
 
 def install() -> None:
-    """Arrange for every module that concerns pliant to be seen to when, or because already, it is imported."""
+    """Patch the modules that are imported already, and arrange for the others to be patched when they are imported."""
     quiet.silence()
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     for name, module in list(sys.modules.items()):
-        if (see_to := _concern(name)) is not None:
-            see_to(module)
+        if (patch := _patch_of(name)) is not None:
+            patch(module)
 
 
-def _concern(name: str) -> Callable[[ModuleType], Any] | None:
-    """What is done with a module of that name, if anything."""
+def _patch_of(name: str) -> Callable[[ModuleType], Any] | None:
+    """The patch for a module of that name; None if it needs none."""
     if name.startswith(_MODELS) and name.rpartition(".")[2].startswith("modeling_"):
         return layers.wrap_models
-    return _SEEN_TO.get(name)
+    return _PATCHES.get(name)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds such modules the usual way and has them seen to once they are executed."""
+    """Finds such modules the usual way and has them patched once they are executed."""
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        see_to = _concern(fullname)
-        if see_to is None:
+        patch = _patch_of(fullname)
+        if patch is None:
             return None
         for finder in sys.meta_path:
             if finder is not self and (spec := finder.find_spec(fullname, path, target)) is not None:
                 if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader, see_to)
+                    spec.loader = _Loader(spec.loader, patch)
                 return spec
         return None
 
 
 class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: Any, see_to: Callable[[ModuleType], None]):
+    def __init__(self, loader: Any, patch: Callable[[ModuleType], None]):
         self._loader = loader
-        self._see_to = see_to
+        self._patch = patch
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        self._see_to(module)
+        self._patch(module)
 
     def __getattr__(self, name: str) -> Any:  # get_source, get_data …: inspect and the debugger ask for them
         return getattr(self._loader, name)

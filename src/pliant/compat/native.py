@@ -1,8 +1,8 @@
 """Run the layers of a transformers model in one native call, if that computes the same.
 
-The base of a packed model gets a subclass of its own class. Its ``forward`` passes all layers to :mod:`pliant.runtime.decoder` if
-every argument is known, no module is hooked or replaced, and the model is in evaluation mode without gradients. Otherwise the class
-of transformers computes layer by layer, with the same packed weights.
+The base of a packed model gets a subclass of its own class. Its ``forward`` passes all layers to :mod:`pliant.runtime.decoder`
+if every argument is known, no module is hooked or replaced, and the model is in evaluation mode without gradients. Otherwise
+the class of transformers computes layer by layer, with the same packed weights.
 """
 
 from __future__ import annotations
@@ -43,9 +43,8 @@ CALLED = ("logits_processor", "stopping_criteria")  # arguments of generate: lis
 CALLING = (*CALLED, "prefix_allowed_tokens_fn", "streamer")  # those that run code of the caller
 BRING = ("assistant_model", "custom_generate")  # arguments of generate that add a model or a loop of their own
 
-_checked = (
-    threading.local()
-)  # known: plan and watch of a base that does not change until generate returns in this thread
+# known: plan and watch of a base that does not change until generate returns in this thread
+_checked = threading.local()
 
 
 class Native:
@@ -172,8 +171,10 @@ def _renamed(kwargs: dict[str, Any], word: str) -> dict[str, Any]:
 
 
 def _in_blocks(cache: Any, base: Any, plan: NativePlan) -> bool:
-    """Whether a cache stores blocks of one sequence. An empty dynamic cache, as ``generate`` creates it, is converted to blocks with
-    the settings in the model's config."""
+    """Whether a cache stores blocks of one sequence.
+
+    An empty dynamic cache, as ``generate`` creates it, is converted to blocks with the settings in the model's config.
+    """
     layers = getattr(cache, "layers", [])
     if len(layers) <= max(slot for slot in plan.slots if slot is not None):
         return False
@@ -203,7 +204,7 @@ def _keeping(base: Any) -> Keeping:
 
 
 def plan_of(base: Any) -> NativePlan | None:
-    """The plan of a base model's native run in its current state; None if it has none. The plan is remade after a change."""
+    """The plan of a base model's native run in its current state; None if it has none. A change causes a new plan."""
     known: tuple[NativePlan | None, Watch] | None = vars(base).get("_pliant_native")
     checked = known is not None and known is getattr(_checked, "known", None)
     if not checked and (known is None or not known[1].unchanged()):
@@ -211,7 +212,7 @@ def plan_of(base: Any) -> NativePlan | None:
     assert known is not None
     plan, watch = known
     if plan is None or len(plan.slots) != base.config.num_hidden_layers or not (checked or watch.evaluating()):
-        return None  # some of its layers are left out, or in training
+        return None  # some of its layers are skipped, or in training mode
     return plan
 
 
@@ -234,7 +235,7 @@ def run_natively(model: nn.Module) -> str:
     """
     base: Any = getattr(model, "base_model", model)
     if library() is None:
-        return "there are no kernels"
+        return "the kernels are not available"
     if not hasattr(base, "config"):
         return "it is not a transformers model"
     if isinstance(base, Native):
@@ -252,8 +253,8 @@ def run_natively(model: nn.Module) -> str:
         base.__class__ = native_class(own)
         base._pliant_native = plan, watch
         for start, a, b in zip(_starts(base), expected, nudged, strict=True):
-            found = _ran(plan, 1, lambda start=start: _try(base, start))
-            _compare(found, a, b, f"at position {start}")
+            output = _ran(plan, 1, lambda start=start: _try(base, start))
+            _compare(output, a, b, f"at position {start}")
         _generates(model, plan)
         agreed = True
     except (UnlikeError, ArchitectureError, PackedError) as reason:
@@ -269,7 +270,7 @@ def run_natively(model: nn.Module) -> str:
 
 
 def how_it_runs(model: nn.Module) -> dict[str, Any]:
-    """Of a packed model: ``native``, whether all its layers run in one native call, and ``why_not_native``, the reason if not."""
+    """Make a packed model run natively if it can; return ``native`` (whether it does) and ``why_not_native`` (the reason)."""
     why_not = run_natively(model)
     return {"native": not why_not, "why_not_native": why_not}
 
@@ -310,9 +311,8 @@ def _compare(found: torch.Tensor, expected: torch.Tensor, nudged: torch.Tensor, 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
     """Relative distance of hidden states at the median token."""
-    length = (
-        b.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-    )  # the state of a padding token may be zero
+    # the state of a padding token may be zero
+    length = b.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
     return float(((a.float() - b.float()).norm(dim=-1) / length).median())
 
 
@@ -329,7 +329,7 @@ def _generates(model: Any, plan: NativePlan, tokens: int = 4) -> None:
     settings = model.generation_config
     model.generation_config = GenerationConfig()  # the model's own may change the logits
     try:
-        made = _ran(
+        generated = _ran(
             plan,
             tokens,
             lambda: model.generate(
@@ -344,8 +344,8 @@ def _generates(model: Any, plan: NativePlan, tokens: int = 4) -> None:
         )
     finally:
         model.generation_config = settings
-    whole = model(made.sequences[:, :-1], use_cache=False).logits[:, -tokens:]
-    off = _apart(torch.stack(made.logits, 1), whole)
+    whole = model(generated.sequences[:, :-1], use_cache=False).logits[:, -tokens:]
+    off = _apart(torch.stack(generated.logits, 1), whole)
     if not off <= AGREEMENT:
         raise UnlikeError(f"logits with and without a cache differ by {off:.1%}")
 
@@ -377,8 +377,9 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def _checked_once(model: Any, calling: bool) -> Iterator[None]:
-    """Check for changes once instead of at every token, if only code of transformers runs in between. Each check reads thousands of
-    objects that the weights have displaced from the processor's caches.
+    """Check for changes once instead of at every token, if only code of transformers runs in between.
+
+    Each check reads thousands of objects that the weights have displaced from the processor's caches.
 
     Arguments:
         calling: whether code of the caller runs.
@@ -395,10 +396,10 @@ def _all_on_all(functions: Any) -> Any:
     """The same list of functions, each running with all threads.
 
     Raises:
-        TypeError: the list or one of the functions is of a kind that cannot be made anew.
+        TypeError: the list or one of the functions is of a kind that cannot be rebuilt.
     """
     if type(functions) not in (list, LogitsProcessorList, StoppingCriteriaList):
-        raise TypeError(f"a {type(functions).__name__} cannot be made anew")
+        raise TypeError(f"a {type(functions).__name__} cannot be rebuilt")
     return type(functions)(map(_on_all, functions))
 
 
@@ -406,7 +407,7 @@ def _on_all(function: Any) -> Any:
     """The same function or callable object, running with all threads.
 
     Raises:
-        TypeError: the object cannot be made anew.
+        TypeError: the object cannot be rebuilt.
     """
     kind = type(function)
     if kind.__module__.startswith("transformers."):

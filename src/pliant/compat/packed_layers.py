@@ -1,4 +1,4 @@
-"""Packed layers of transformers models, and in config.json: ``quantization_config``, in transformers' own place for it.
+"""Record packed layers in config.json, under transformers' own key ``quantization_config``, and rebuild them.
 
 ::
 
@@ -8,8 +8,8 @@
       "cache": {"format": "int8"}
     }
 
-The bytes of a packed layer are stored as the tensor that its weight would be. Without pliant, transformers says that it
-does not know this method, and then refuses the folder because that tensor has another shape.
+The bytes of a packed layer are stored under the name of its weight. Without pliant, transformers reports that it does not know
+this method, and then refuses the folder because that tensor has another shape.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from pliant.runtime.packed_linear import Packed
 
 
 def record_packed(model: Any, cache: Mapping[str, Any]) -> None:
-    """Record in a transformers model's config which of its layers are packed, and how its caches keep tokens. In any other module,
-    do so for the transformers models inside it.
+    """Record in a model's config which of its layers are packed, and how its caches keep tokens.
+
+    In a module that is not a transformers model, this is done for the transformers models inside it.
     """
     if not isinstance(model, PreTrainedModel):
         for child in model.children():
@@ -39,15 +40,15 @@ def record_packed(model: Any, cache: Mapping[str, Any]) -> None:
     modules: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Packed):
-            found = module.header()
-            modules[name] = {"format": found.format, "sparse": found.sparse, "bytes": found.size}
+            header = module.header()
+            modules[name] = {"format": header.format, "sparse": header.sparse, "bytes": header.size}
             if module.tied:
                 modules[name]["tied"] = True
     if not modules:
         return
-    kept: Any = PackedConfig
+    packed_config: Any = PackedConfig
     config: Any = model.config
-    config.quantization_config = kept(modules=modules, cache=dict(cache))
+    config.quantization_config = packed_config(modules=modules, cache=dict(cache))
     if _untie(model, modules) and not getattr(model, "all_tied_weights_keys", None):
         config.tie_word_embeddings = False
 
@@ -56,16 +57,17 @@ def make_room(model: Any, packing: Any) -> None:
     """Replace linear layers by empty packed layers, before weights are loaded.
 
     Arguments:
-        packing: the :class:`PackedConfig` of the model's config. If it came from the config of the text model inside, its names are
-            extended to those of the whole model, and it is removed from the text config. Layers of a head that the model lacks
-            are removed from it, and names get the prefix that they have in this model.
+        packing: the :class:`PackedConfig` of the model's config. If it came from the config of the text model inside, its names
+            are extended to those of the whole model, and it is removed from the text config. Layers of a head that the model
+            lacks are removed from it, and names get the prefix that they have in this model.
 
     Raises:
         ArtefactError: the version is unknown, no listed layer is in the model, or one is not linear.
     """
     if packing.version != VERSION:
         raise ArtefactError(
-            f"the packed layers have version {packing.version}, this pliant reads version {VERSION}; use the pliant that wrote them"
+            f"the packed layers have version {packing.version}, this pliant reads version {VERSION}; use the pliant that wrote "
+            "them"
         )
     _complete(model, packing)
     packing.modules = _named_here(model, packing.modules)
@@ -73,7 +75,7 @@ def make_room(model: Any, packing: Any) -> None:
     for name, entry in packing.modules.items():
         layer: Any = model.get_submodule(name)
         if isinstance(layer, Packed):
-            continue  # the same layer under another name, which is replaced already
+            continue  # the same layer under another name, already replaced
         if id(layer) not in placed:
             if not is_linear(layer):
                 raise ArtefactError(
@@ -89,7 +91,7 @@ def make_room(model: Any, packing: Any) -> None:
 
 
 def _named_here(model: Any, modules: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of the layers that this model has, under its own names: the folder may be of a model with another head, or none.
+    """The entries of the layers that this model has, under its names: the folder may hold a model with another head, or none.
 
     Raises:
         ArtefactError: it has none of them, and they are not just the layers of a head.
@@ -125,10 +127,10 @@ def _untie(model: Any, modules: Collection[str]) -> bool:
         return not packed & {key.rpartition(".")[0], source.rpartition(".")[0]}
 
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    left = {key: source for key, source in tied.items() if stays(key, source)}
-    if len(left) == len(tied):
+    remaining = {key: source for key, source in tied.items() if stays(key, source)}
+    if len(remaining) == len(tied):
         return False
-    model.all_tied_weights_keys = left
+    model.all_tied_weights_keys = remaining
     for name, part in model.named_modules():
         own = getattr(part, "_tied_weights_keys", None)
         if isinstance(own, dict):
@@ -140,10 +142,10 @@ def _untie(model: Any, modules: Collection[str]) -> bool:
 
 
 def settle(model: nn.Module) -> None:
-    """Look at all packed layers of a loaded model and move them to where they are read fastest.
+    """Check all packed layers of a loaded model and move them to the memory that is read fastest.
 
     Raises:
-        ArtefactError: one is damaged, or packed bytes were loaded into a layer that is not packed.
+        ArtefactError: a layer is damaged, or packed bytes were loaded into a layer that is not packed.
     """
     for name, module in model.named_modules():
         if is_linear(module) and module.weight.dtype == torch.uint8:

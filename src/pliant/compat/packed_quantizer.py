@@ -1,7 +1,7 @@
-"""Packed layers in transformers' registry of quantisation methods: the ``quantization_config``, and the quantiser that loads them.
+"""Register packed layers as a quantisation method of transformers: their config, and the quantiser that loads them.
 
-``import pliant`` is all it takes for transformers to know ``"quant_method": "pliant"``. This module is imported right after that
-registry, while the rest of transformers may not be there yet.
+``import pliant`` is enough for transformers to know ``"quant_method": "pliant"``. This module is imported right after that
+registry, when the rest of transformers may not be imported yet.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def read_plan(base: Any, watch: Watch) -> NativePlan:
     """The native decoder of a base model's current layers.
 
     Raises:
-        UnlikeError, pliant.PliantError: the layers are of another kind.
+        UnlikeError, pliant.PliantError: native runs do not support the layers.
     """
     if (foreign := watch.foreign()) != "":
         raise UnlikeError(foreign)
@@ -92,7 +92,7 @@ def read_plan(base: Any, watch: Watch) -> NativePlan:
     _refuse_config(config, watch)
     activation = watch.setting(words.activation)
     if activation not in ACTIVATIONS:
-        raise UnlikeError(f"its activation is {activation}")
+        raise UnlikeError(f"its activation is {activation!r}, which native runs do not support")
     if name := watch.functions(type(base)):
         raise UnlikeError(f"{name} of its modeling file was replaced")
     norms = _Norms(base.get_submodule(words.norm), watch)
@@ -145,15 +145,15 @@ class _Norms:
     def weight(self, norm: nn.Module) -> torch.Tensor:
         """The weight of a norm, shape ``(hidden,)``, or ``(width,)`` for a norm over heads."""
         if not self.kind.__module__.startswith("transformers.models."):
-            raise UnlikeError(f"its norms are {self.kind.__name__}")
+            raise UnlikeError(f"its norms are of class {self.kind.__name__}, which native runs do not support")
         if type(norm) is not self.kind or self._epsilon(norm) != self.epsilon:
-            raise UnlikeError("its norms are not all alike")
+            raise UnlikeError("its norms differ in class or epsilon")
         weight: Any = norm.weight
         return weight.detach()
 
     def _epsilon(self, norm: nn.Module) -> float:
-        found = [self.watch.read(norm, key) for key in ("variance_epsilon", "eps")]
-        return next((value for value in found if value is not None), float("nan"))
+        values = [self.watch.read(norm, key) for key in ("variance_epsilon", "eps")]
+        return next((value for value in values if value is not None), float("nan"))
 
 
 class _Reader:
@@ -169,7 +169,7 @@ class _Reader:
         Raises:
             UnlikeError: a native run does not support it.
         """
-        given: dict[str, Any] = {"packed": {}, "norms": {}}
+        fields: dict[str, Any] = {"packed": {}, "norms": {}}
         self.slots.append(None)
         for spec in self.anatomy.specs(index):
             block = self.anatomy.blocks.get(f"layers.{index}.{spec.kind}")
@@ -179,22 +179,23 @@ class _Reader:
             packed = {role: module for role, module in modules.items() if not role.endswith("_norm")}
             if not all(isinstance(module, Packed) for module in packed.values()) or not spec.roles:
                 raise UnlikeError("not all of its linear layers are packed")
-            given["packed"] |= packed
-            given["norms"] |= {r: self.norms.weight(module) for r, module in modules.items() if r.endswith("_norm")}
+            fields["packed"] |= packed
+            fields["norms"] |= {r: self.norms.weight(module) for r, module in modules.items() if r.endswith("_norm")}
             name = "attention_norm" if "q" in packed else "mlp_norm"
-            given["norms"][name] = self.norms.weight(layer.get_submodule(spec.norms[0]))
+            fields["norms"][name] = self.norms.weight(layer.get_submodule(spec.norms[0]))
             if "q" in packed:
-                given |= self._attention(layer, layer.get_submodule(spec.module), block, index)
+                fields |= self._attention(layer, layer.get_submodule(spec.module), block, index)
             else:
                 self._check_activation(layer.get_submodule(spec.module), modules)
-        return Layer(**given)
+        return Layer(**fields)
 
     def _check_activation(self, mlp: nn.Module, weights: Mapping[str, nn.Module]) -> None:
         """Raise unless the rest of an MLP is the activation that the config names."""
         others = [child for child in mlp.children() if all(child is not weight for weight in weights.values())]
         expected = type(ACT2FN[self.watch.setting(self.words.activation)])
         if [*map(type, others)] != [expected]:
-            raise UnlikeError(f"its MLP has {', '.join(type(o).__name__ for o in others)}, not a {expected.__name__}")
+            names = ", ".join(type(other).__name__ for other in others) or "no activation"
+            raise UnlikeError(f"its MLP has {names}, not a {expected.__name__}")
 
     def _attention(self, layer: nn.Module, attention: nn.Module, block: Block, index: int) -> dict[str, Any]:
         heads, kv_heads = (

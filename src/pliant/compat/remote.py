@@ -1,6 +1,6 @@
 """Rebuild a model with custom code from its per-layer shapes, like a model of transformers.
 
-transformers executes custom code itself, outside the import system, so the wrapping happens when it looks up a class of that code.
+transformers executes custom code itself, outside the import system, so the classes are wrapped when it looks one of them up.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def wrap_remote_models(module: Any) -> None:
 
     @functools.wraps(look_up)
     def look_up_and_wrap(*args: Any, **kwargs: Any) -> type:
-        found = look_up(*args, **kwargs)
-        wrap_models(sys.modules[found.__module__])
-        return found
+        model_class = look_up(*args, **kwargs)
+        wrap_models(sys.modules[model_class.__module__])
+        return model_class
 
     module.get_class_in_module = look_up_and_wrap

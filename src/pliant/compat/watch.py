@@ -93,7 +93,7 @@ class Watch:
         return self._note(vars(self.config), key)
 
     def functions(self, kind: type) -> str:
-        """Watch the functions that a class's modeling file calls; the name of one that transformers does not ship, or nothing."""
+        """Watch the functions that a class's modeling file calls; return the name of a replaced one, or an empty string."""
         names = vars(sys.modules[kind.__module__])
         called = {name: self._note(names, name) for name in FUNCTIONS}
         return next((n for n, f in called.items() if f and not f.__module__.startswith("transformers.")), "")

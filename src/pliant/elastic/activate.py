@@ -28,10 +28,10 @@ class Follower:
 
 
 def narrow(tensor: torch.Tensor, block: Block, weight: Weight, kept: Mapping[str, int]) -> torch.Tensor:
-    """The part of a full tensor that ``kept`` units keep.
+    """The part of a full tensor that belongs to the kept units.
 
-    A view wherever each dimension is one stretch; a fused dimension (q, k and v in one matrix, channels that were
-    concatenated) is gathered, i.e. copied.
+    It is a view if each dimension is one stretch; a fused dimension (q, k and v in one matrix, concatenated channels) is
+    gathered into a copy.
     """
     for position, dim in enumerate(weight.dims):
         pieces, start = [], 0
@@ -45,10 +45,10 @@ def narrow(tensor: torch.Tensor, block: Block, weight: Weight, kept: Mapping[str
 
 @torch.no_grad()
 def give_back(part: torch.Tensor, full: torch.Tensor, block: Block, weight: Weight, kept: Mapping[str, int]) -> None:
-    """Write what became of a gathered buffer into the full one: the statistics that a batch norm took in training.
+    """Write a gathered buffer back into the full one, such as the statistics that a batch norm collected in training.
 
     Arguments:
-        part: what :func:`narrow` made of ``full``, which has one dimension; a view has nothing to give back.
+        part: the result of :func:`narrow` for ``full``, which has one dimension; a view needs no writing back.
     """
     if part.untyped_storage().data_ptr() == full.untyped_storage().data_ptr():
         return
@@ -60,7 +60,7 @@ def give_back(part: torch.Tensor, full: torch.Tensor, block: Block, weight: Weig
 
 
 def follow(layer: nn.Module, block: Block, kept: Mapping[str, int]) -> None:
-    """Set the plain attributes of a block's modules (``out_features``, ``num_heads`` …) to what ``kept`` makes them."""
+    """Set the plain attributes of a block's modules (``out_features``, ``num_heads`` …) to the kept sizes."""
     for attribute in block.attributes:
         module: Any = layer.get_submodule(attribute.path)
         measure = block.units if attribute.in_units else block.width
@@ -77,7 +77,7 @@ def follow(layer: nn.Module, block: Block, kept: Mapping[str, int]) -> None:
 
 
 def stand_in(block: Block, path: str) -> nn.Module:
-    """What takes the place of a module of a block that is gone."""
+    """The module that replaces one of a removed block."""
     if path != block.spec.module:
         return nn.Identity()
     return Null(block.spec.returns_tuple, block.spec.residual, attention=block.spec.scores is not None)
@@ -100,7 +100,7 @@ def place_in_cache(layers: nn.ModuleList, anatomy: Anatomy, skip: Collection[str
     """Give every block that keeps a state its cache slot, see :func:`slot`.
 
     Arguments:
-        skip: the blocks that are not there.
+        skip: the blocks that are skipped.
     """
     for holders in anatomy.holders(skip).values():
         alive = [block.layer for block in holders]
@@ -110,14 +110,14 @@ def place_in_cache(layers: nn.ModuleList, anatomy: Anatomy, skip: Collection[str
 
 
 class Elastic:
-    """A model whose active sub-network can be changed in about a millisecond, and put back.
+    """A model whose active sub-network can be changed, and restored, in about a millisecond.
 
-    The full parameters stay where they are in memory; gradients flow into the kept part of them. While a sub-network is
-    active, ``model.parameters()`` yields the views.
+    The full parameters stay where they are in memory; gradients flow into their kept part. While a sub-network is active,
+    ``model.parameters()`` yields the views.
 
     Arguments:
         model: a transformers model.
-        anatomy: what :func:`pliant.anatomy.anatomy_of` read from it.
+        anatomy: its anatomy; default: read from the model.
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy | None = None):
@@ -135,10 +135,10 @@ class Elastic:
             }
 
     def activate(self, subnet: Subnet, *, stretch: bool = False) -> None:
-        """Make the model compute as ``subnet`` from now on. Only blocks that differ from the active one are touched.
+        """Make the model compute as ``subnet`` from now on. Only blocks that change are touched.
 
         Arguments:
-            stretch: only a stretch of layers will run, without a cache: every attention may be gone.
+            stretch: only a stretch of layers will run, without a cache, so all attention may be skipped.
         """
         if subnet == self.active:
             return
@@ -148,9 +148,9 @@ class Elastic:
             self._set_skipped(block, block.name in subnet.skip)
         touched = {block.tied for block in changed} - {
             None
-        }  # tied blocks may be one module: their state is not known now
+        }  # tied blocks may be one module, whose state is now unknown
         for block in self.anatomy.alive(subnet.skip):
-            # what was put aside is full, whatever is kept of a shared axis
+            # a module that was put aside is full, whatever is kept of a shared axis
             held = Subnet() if block.name in self.active.skip else self.active
             if block.tied in touched or subnet.kept(block) != held.kept(block):
                 self._set_kept(block, subnet.kept(block))
@@ -160,7 +160,7 @@ class Elastic:
 
     def _set_skipped(self, block: Block, skipped: bool) -> None:
         layer = self.layers[block.layer]
-        if skipped:  # what was narrowed comes back whole, so that the modules that are put aside are always full
+        if skipped:  # widen first, so that a module that is put aside is always full
             self._set_kept(block, {})
         for path, module in self._modules[block.name].items():
             layer.set_submodule(path, stand_in(block, path) if skipped else module)
@@ -179,7 +179,7 @@ class Elastic:
 
 @contextmanager
 def activate(model: nn.Module, subnet: Subnet) -> Iterator[nn.Module]:
-    """``with activate(model, subnet): model(...)`` runs the sub-network; afterwards the model is as before."""
+    """Run a sub-network: ``with activate(model, subnet): model(...)``. Afterwards the model is as before."""
     elastic = Elastic(model)
     try:
         elastic.activate(subnet)

@@ -1,4 +1,4 @@
-"""The self-check: does the architecture file describe what this model really computes?"""
+"""The self-check: test whether the anatomy describes what a model really computes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pliant.elastic.reorder import reorder
 from pliant.elastic.subnet import Subnet
 from pliant.errors import ArchitectureError, WeightError
 
-TOLERANCE = 2e-4  # of the largest logit, in float32; sums are taken in another order, nothing else changes
+TOLERANCE = 2e-4  # share of the largest logit, in float32: only the order of summation differs
 
 
 @torch.no_grad()
 def check(model: Any, anatomy: Anatomy | None = None, *, tokens: int = 8, seed: int = 0) -> None:
-    """Prove on a few random tokens that the anatomy tells the truth; the model is left as it was.
+    """Check on a few random tokens that the anatomy is right; the model is left as it was.
 
-    Three properties: reordering the units of every axis keeps the logits; a layer whose blocks are all skipped is the
-    identity; a narrowed block computes what the full block computes with its dropped units silenced.
+    Three properties are checked: reordering the units of every axis keeps the logits; a layer whose blocks are all skipped is
+    the identity; a narrowed block computes the same as the full block with the dropped units zeroed.
 
     Raises:
-        ArchitectureError: a property fails, and the message names it and the block; or the model has no blocks left.
+        ArchitectureError: a property fails, and the message names it; or all blocks of the model were removed.
         WeightError: the model's outputs are not finite.
     """
     anatomy = anatomy or anatomy_of(model)
@@ -47,9 +47,9 @@ def _output(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 
 
 def _source(anatomy: Anatomy) -> str:
-    """What to blame."""
+    """The description that is wrong if a check fails."""
     name = anatomy.source.name
-    return f"what was traced of {name}" if anatomy.traced else f"{name}.yaml"
+    return f"the trace of {name}" if anatomy.traced else f"{name}.yaml"
 
 
 def _check_reorder(
@@ -65,12 +65,12 @@ def _check_reorder(
         raise WeightError("the model's outputs on a few tokens are not finite numbers; check its weights")
     if not difference <= TOLERANCE * rounding(dense, next(model.parameters()).dtype):
         raise ArchitectureError(
-            f"{_source(anatomy)} is wrong for this model: reordering units moved the logits by {difference:.3g}"
+            f"{_source(anatomy)} is wrong for this model: reordering units changed the logits by {difference:.3g}"
         )
 
 
 def _check_skip(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any]) -> None:
-    if anatomy.traced:  # what can be removed was found by its being the identity
+    if anatomy.traced:  # a trace calls a block removable only if skipping it is the identity
         return
     layers = layers_of(model, anatomy.source)
     blocks = [block for block in anatomy.blocks.values() if block.layer == _layer_to_skip(anatomy)]
@@ -96,17 +96,17 @@ def _check_skip(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any]) -> N
 
 
 def _layer_to_skip(anatomy: Anatomy) -> int:
-    """The last layer all of whose blocks may go: none is the only one of its layer type that keeps a state."""
+    """The last layer whose blocks may all be removed: none is the only one of its layer type that keeps a state."""
     only = {blocks[0].layer for blocks in anatomy.holders().values() if len(blocks) == 1}
     layers = {block.layer for block in anatomy.blocks.values()}
     return max(layers - only or layers)
 
 
 def _check_narrow(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any], generator: torch.Generator) -> None:
-    """Silencing dropped units (zeroing the matrix columns that read them) must equal cutting them.
+    """Cutting units must equal zeroing the matrix columns that read them.
 
-    Experts are left out: what a token would have sent to a dropped one goes to another. Where a norm is taken over units,
-    too: silent ones count in it. There the model only has to run.
+    Experts are exempt, because a token that would use a dropped expert uses another one. So are units over which a norm is
+    taken, because zeroed units count in it. There the model only has to run.
     """
     layers = layers_of(model, anatomy.source)
     subnet = everything = Subnet()
@@ -132,26 +132,26 @@ def _check_narrow(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any], ge
                 parameter.narrow(weight.reads, start + width, whole - width).zero_()
                 start += whole
     try:
-        silenced = _output(model, inputs)
+        zeroed = _output(model, inputs)
     finally:
-        for parameter, saved in reversed(touched):  # tied blocks share a parameter: what was saved first is whole
+        for parameter, saved in reversed(touched):  # tied blocks share a parameter: the first copy is whole
             parameter.copy_(saved)
     elastic = Elastic(model, anatomy)
     try:
         elastic.activate(subnet)
-        difference = (_output(model, inputs) - silenced).abs().max().item()
+        difference = (_output(model, inputs) - zeroed).abs().max().item()
         if everything != subnet:
             elastic.activate(everything)
             _output(model, inputs)
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:  # shapes that do not meet
-        told = str(error).splitlines()[0]
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:  # shapes that do not match
+        reason = str(error).splitlines()[0]
         raise ArchitectureError(
-            f"{_source(anatomy)} is wrong for this model: with units cut it does not run ({told})"
+            f"{_source(anatomy)} is wrong for this model: with units cut it does not run ({reason})"
         ) from error
     finally:
         elastic.activate(Subnet())
-    if not difference <= TOLERANCE * rounding(silenced, next(model.parameters()).dtype):
+    if not difference <= TOLERANCE * rounding(zeroed, next(model.parameters()).dtype):
         raise ArchitectureError(
-            f"{_source(anatomy)} is wrong for this model: cutting units moved the logits by {difference:.3g} "
-            "against silencing them"
+            f"{_source(anatomy)} is wrong for this model: cutting units and zeroing them give logits that differ by "
+            f"{difference:.3g}"
         )

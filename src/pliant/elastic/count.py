@@ -1,4 +1,4 @@
-"""What a sub-network costs, counted from the anatomy alone: parameters, multiply-accumulates, bytes."""
+"""The cost of a sub-network, counted from the anatomy alone: parameters, multiply-accumulates, bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pliant.elastic.subnet import Subnet
 
 
 def parameters(anatomy: Anatomy, subnet: Subnet = Subnet()) -> int:
-    """Parameters of the model under ``subnet``, embeddings and head included, tied ones once."""
+    """Parameters of the model under ``subnet``, including embeddings and head, tied ones once."""
     return anatomy.rest + sum(
         block.parameters(subnet.kept(block)) if own else block.norm_parameters
         for block, own in counted_once(anatomy.alive(subnet.skip))
@@ -20,7 +20,7 @@ def macs(anatomy: Anatomy, subnet: Subnet = Subnet(), *, tokens: int = 1, contex
 
     Arguments:
         tokens: tokens in the pass.
-        context: keys that every token attends to; ``tokens`` when left out (a prefill, counted without the causal saving).
+        context: keys that every token attends to; default: ``tokens`` (a prefill, counted without the causal saving).
     """
     context = tokens if context is None else context
     total = anatomy.head

@@ -1,6 +1,6 @@
-"""Read the layout of a model that no architecture file describes, where it is a common one.
+"""Infer the architecture of a model that no file describes, if its layout is a common one.
 
-What is found is an architecture like any other, and has to pass the self-check: a wrong guess is refused, not used.
+The result is an architecture like any other and has to pass the self-check: a wrong guess is refused, not used.
 """
 
 from __future__ import annotations
@@ -14,14 +14,19 @@ from pliant.anatomy import Anatomy, anatomy_of, holders_of, layer_config, plain_
 from pliant.elastic.check import check
 from pliant.errors import ArchitectureError, UnknownArchitectureError
 
-ATTENTION = {"q": ("q",), "k": ("k",), "v": ("v",), "o": ("o", "dense", "c_proj", "proj")}  # how their names begin
+ATTENTION = {
+    "q": ("q",),
+    "k": ("k",),
+    "v": ("v",),
+    "o": ("o", "dense", "c_proj", "proj"),
+}  # how the names of the matrices begin
 
 
 def described(model: Any) -> Anatomy:
-    """The anatomy of any model: by its architecture file, or else discovered.
+    """The anatomy of any model, read with its architecture file or else discovered.
 
     Raises:
-        ArchitectureError: when neither is to be had.
+        ArchitectureError: neither is possible.
     """
     try:
         return anatomy_of(model)
@@ -30,13 +35,13 @@ def described(model: Any) -> Anatomy:
 
 
 def discover(model: Any) -> Anatomy:
-    """Find out what the layers of an unknown model are made of, prove it, and note it in ``model.config``.
+    """Infer the architecture of an unknown model, check it, and record it in ``model.config``.
 
-    Understood are layers with one attention of separate query, key, value and output matrices and one MLP of two or three
-    matrices, each a module of its own, with norms before or after them or shared.
+    Layers may have one attention of separate query, key, value and output matrices and one MLP of two or three matrices, each
+    a module of its own, with norms before or after them or shared.
 
     Raises:
-        ArchitectureError: another layout, with what is not understood, or one that fails the self-check.
+        ArchitectureError: the layout is another one, and the message says where; or it fails the self-check.
     """
     held: Any = text_config_of(model.config)
     config = layer_config(plain_config(held), 0)
@@ -44,8 +49,8 @@ def discover(model: Any) -> Anatomy:
         raw = _read(model, config)
     except ArchitectureError as error:
         raise ArchitectureError(
-            f"no architecture file describes model_type {config.model_type!r}, and its layout is no common one: {error}. One "
-            "YAML file adds it: see docs/architectures.md, pliant.add_architecture, and the option --architecture"
+            f"no architecture file describes model_type {config.model_type!r}, and its layout could not be inferred: {error}. "
+            "Write an architecture file: see docs/architectures.md, pliant.add_architecture, and the option --architecture"
         ) from None
     held.pliant_architecture = raw
     try:
@@ -54,8 +59,8 @@ def discover(model: Any) -> Anatomy:
     except ArchitectureError as error:
         del held.pliant_architecture
         raise ArchitectureError(
-            f"no architecture file describes model_type {config.model_type!r}, and what its layout looks like proves wrong: "
-            f"{error}"
+            f"no architecture file describes model_type {config.model_type!r}, and the inferred layout failed the self-check: "
+            f"{error}. Write an architecture file: see 'Add an architecture' in CONTRIBUTING.md"
         ) from None
     return anatomy
 
@@ -67,10 +72,10 @@ def _read(model: Any, config: Any) -> dict[str, Any]:
     attention = [name for name, child in children.items() if _roles(child)]
     mlps = [name for name, child in children.items() if name not in attention and _mlp(child, hidden)]
     norms = [name for name, child in children.items() if _is_norm(child, hidden)]
-    for what, found in (("attention", attention), ("MLP", mlps)):
-        if len(found) != 1:
+    for part, candidates in (("attention", attention), ("MLP", mlps)):
+        if len(candidates) != 1:
             raise ArchitectureError(
-                f"a layer has {len(found)} modules that look like its {what}; exactly 1 is understood"
+                f"a layer has {len(candidates)} modules that could be its {part}; it must have exactly 1"
             )
     others = [
         name
@@ -99,8 +104,8 @@ def _read(model: Any, config: Any) -> dict[str, Any]:
 
 
 def _layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The path and modules of the longest list of modules of one class; in a multimodal model, within the part that its text config
-    describes."""
+    """The path and modules of the longest list of modules of one class; in a multimodal model, the longest in the part that its
+    text config describes."""
     inside = {module for holder in holders_of(model) for module in holder.modules()}
     lists = [
         (name, module)
@@ -123,21 +128,21 @@ def _is_norm(module: nn.Module, hidden: int) -> bool:
 
 
 def _roles(module: nn.Module) -> dict[str, str]:
-    """Which of a module's four matrices is what, when it is an attention."""
+    """Role -> name of each of an attention's four matrices; empty if the module is not an attention."""
     linears = _linears(module)
     if len(linears) != 4:
         return {}
-    found = {}
+    roles: dict[str, str] = {}
     for role, begins in ATTENTION.items():
-        names = [name for name in linears if name.startswith(begins) and name not in found.values()]
+        names = [name for name in linears if name.startswith(begins) and name not in roles.values()]
         if len(names) != 1:
             return {}
-        found[role] = names[0]
-    return found
+        roles[role] = names[0]
+    return roles
 
 
 def _mlp(module: nn.Module, hidden: int) -> dict[str, list[str]]:
-    """The matrices of a module that is an MLP: those that read the stream, and the one that writes it."""
+    """The matrices of an MLP that read the residual stream, and the one that writes it; empty if the module is not an MLP."""
     linears = _linears(module)
     ups = [name for name, linear in linears.items() if linear.in_features == hidden and linear.out_features != hidden]
     downs = [name for name, linear in linears.items() if linear.out_features == hidden and name not in ups]
@@ -155,7 +160,8 @@ def _attention(module: Any, config: Any) -> tuple[dict[str, Any], dict[str, Any]
     out = {role: linears[name].out_features for role, name in roles.items()}
     if out["q"] != heads * width or out["k"] != (groups or heads) * width or out["v"] != out["k"]:
         raise ArchitectureError(
-            f"queries, keys and values are {out['q']}, {out['k']} and {out['v']} wide for {heads} heads"
+            f"queries, keys and values have {out['q']}, {out['k']} and {out['v']} elements, which do not make {heads} heads of "
+            f"width {width}"
         )
     unit = "head_dim or hidden_size // num_attention_heads"
     if groups is None:
@@ -173,7 +179,7 @@ def _attention(module: Any, config: Any) -> tuple[dict[str, Any], dict[str, Any]
     for name, child in module.named_children():
         sizes = {tuple(parameter.shape) for parameter in child.parameters()}
         if name not in weights and sizes:
-            if sizes != {(width,)}:  # a norm over all heads at once, or something else that heads cannot leave
+            if sizes != {(width,)}:  # a norm over all heads, or another tensor from which heads cannot be cut
                 next(iter(axes.values()))["cut"] = False
             weights[name] = ["head"] if sizes == {(width,)} else "whole"
     block: dict[str, Any] = {"scores": "heads", "weights": weights}
@@ -186,14 +192,14 @@ def _attention(module: Any, config: Any) -> tuple[dict[str, Any], dict[str, Any]
 
 def _mlp_block(module: nn.Module, config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Axes and block of an MLP."""
-    found = _mlp(module, config.hidden_size)
-    width = _linears(module)[found["down"][0]].in_features
+    matrices = _mlp(module, config.hidden_size)
+    width = _linears(module)[matrices["down"][0]].in_features
     keys = [key for key, value in vars(config).items() if type(value) is int and value == width and key != "vocab_size"]
     if not keys:
         raise ArchitectureError(f"no key of the config holds the {width} channels of the MLP")
     key = "intermediate_size" if "intermediate_size" in keys else keys[0]
-    weights: dict[str, Any] = {name: ["channels", "hidden"] for name in found["ups"]}
-    weights |= {found["down"][0]: ["hidden", "channels"]}
+    weights: dict[str, Any] = {name: ["channels", "hidden"] for name in matrices["ups"]}
+    weights |= {matrices["down"][0]: ["hidden", "channels"]}
     others = [name for name, _ in module.named_parameters() if name.partition(".")[0] not in weights]
     weights |= dict.fromkeys(others, "whole")  # the parameters of an activation function
     return {"channels": {"size": key}}, {"weights": weights}
@@ -203,7 +209,7 @@ def _mlp_block(module: nn.Module, config: Any) -> tuple[dict[str, Any], dict[str
 def _run(
     model: Any, layer: nn.Module, blocks: list[str], norms: list[str]
 ) -> tuple[dict[str, list[str]], dict[str, bool], bool]:
-    """Run the model once and watch one layer: which norms stand right before or after which block.
+    """Run the model once and record of one layer which norms come right before or after which block.
 
     Returns:
         The norms of each block; which blocks return a tuple; whether the layer does.

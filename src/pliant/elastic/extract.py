@@ -19,7 +19,7 @@ def extract(model: nn.Module, anatomy: Anatomy, subnet: Subnet) -> Anatomy:
     """Cut ``model`` down to ``subnet`` in place.
 
     Returns:
-        The anatomy of what is left.
+        The anatomy of the cut model.
     """
     validate(subnet, anatomy)
     layers = layers_of(model, anatomy.source)
@@ -34,13 +34,13 @@ def extract(model: nn.Module, anatomy: Anatomy, subnet: Subnet) -> Anatomy:
             if block.tied is not None:
                 shared[block.tied] = {weight.path: weight.tensor(layers[block.layer]) for weight in block.weights}
     correct_ties(model)
-    left = anatomy_of(model)
-    place_in_cache(layers, left)
-    return left
+    cut = anatomy_of(model)
+    place_in_cache(layers, cut)
+    return cut
 
 
 def _share(layer: nn.Module, block: Block, kept: Mapping[str, int], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give a block the tensors that a block tied to it was cut to."""
+    """Give a block the cut tensors of a block that it is tied to."""
     for path, tensor in tensors.items():
         owner, _, name = path.rpartition(".")
         setattr(layer.get_submodule(owner), name, tensor)
@@ -48,20 +48,20 @@ def _share(layer: nn.Module, block: Block, kept: Mapping[str, int], tensors: Map
 
 
 def remove(layer: nn.Module, block: Block) -> None:
-    """Take a block out of its layer: null module, no norms."""
+    """Remove a block from its layer: a null module replaces it, and its norms do nothing."""
     for path in (block.spec.module, *block.removed):
         layer.set_submodule(path, stand_in(block, path))
 
 
 def shrink(layer: nn.Module, block: Block, kept: Mapping[str, int]) -> None:
-    """Make the tensors of a block as small as ``kept`` says (their first units stay)."""
+    """Cut the tensors of a block to the kept units, which are their first ones."""
     for weight in block.weights:
         full = weight.tensor(layer)
         part = narrow(full, block, weight, kept)
         if part is not full:
             path, _, name = weight.path.rpartition(".")
             own = part.clone(memory_format=torch.contiguous_format)
-            if in_file(full):  # the model is larger than memory: what is left of a tensor stays where it was
+            if in_file(full):  # the model is larger than memory: the rest of a tensor stays in its file
                 own = full.detach().view(-1)[: own.numel()].view(own.shape).copy_(own)
             if not weight.buffer:
                 own = nn.Parameter(own, requires_grad=full.requires_grad)

@@ -18,16 +18,16 @@ def reorder(model: nn.Module, anatomy: Anatomy, orders: Mapping[str, torch.Tenso
     """Permute units in place, in every tensor that the axis touches.
 
     Arguments:
-        orders: axis name -> the old index of each new unit, shape ``(units,)``. Axes that follow go along.
+        orders: axis name -> the old index of each new unit, shape ``(units,)``. Axes that follow are reordered, too.
 
     Raises:
-        SubnetError: unknown axis, or not a permutation.
+        SubnetError: an axis is unknown, or its order is not a permutation.
     """
     layers = layers_of(model, anatomy.source)
     axes = anatomy.axes
     for name, order in orders.items():
         if name not in axes:
-            raise SubnetError(f"the model has no axis {name!r} to reorder")
+            raise SubnetError(f"the model has no axis {name!r} to reorder; anatomy_of(model).axes lists them")
         if sorted(order.tolist()) != list(range(axes[name].size)):
             raise SubnetError(f"the order given for {name} is not a permutation of {axes[name].size} units")
     for block, own in counted_once(anatomy.blocks.values()):

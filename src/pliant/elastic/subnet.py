@@ -24,7 +24,7 @@ class Subnet:
     keep: tuple[tuple[str, int], ...] = ()
 
     def without(self, *blocks: str) -> Subnet:
-        """This sub-network with more blocks removed; what was kept inside them no longer matters."""
+        """This sub-network with more blocks removed; the kept units of axes inside them are dropped."""
         inside = tuple(f"{block}." for block in blocks)
         keep = tuple((axis, units) for axis, units in self.keep if not axis.startswith(inside))
         return Subnet(self.skip | set(blocks), keep)
@@ -47,11 +47,11 @@ class Subnet:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            SubnetError: when ``raw`` has another form.
+            SubnetError: ``raw`` has another form.
         """
         skip, keep = raw.get("skip", []), raw.get("keep", {})
         if set(raw) - {"skip", "keep"} or not isinstance(skip, Iterable) or not isinstance(keep, Mapping):
-            raise SubnetError(f"a sub-network is {{'skip': [blocks], 'keep': {{axis: units}}}}, not {raw!r}")
+            raise SubnetError(f"a sub-network must be {{'skip': [blocks], 'keep': {{axis: units}}}}, not {raw!r}")
         return cls(frozenset(skip), tuple(sorted((str(axis), int(units)) for axis, units in keep.items())))
 
     def __str__(self) -> str:
@@ -59,13 +59,14 @@ class Subnet:
 
 
 def validate(subnet: Subnet, anatomy: Anatomy, *, stretch: bool = False) -> None:
-    """Refuse a sub-network that the model cannot take.
+    """Raise if a sub-network does not fit the model.
 
     Arguments:
-        stretch: only a stretch of the layers will run, so that there need be no attention left.
+        stretch: only a stretch of layers will run, so all attention may be skipped.
 
     Raises:
-        SubnetError: unknown names, nothing kept of an axis, or no attention left of a type that a layer uses.
+        SubnetError: a name is unknown, an axis does not allow the kept units, a block is needed, or no block of a layer type
+            that keeps a state remains.
     """
     unknown = sorted(subnet.skip - set(anatomy.blocks))
     if unknown:
@@ -74,25 +75,25 @@ def validate(subnet: Subnet, anatomy: Anatomy, *, stretch: bool = False) -> None
     if needed:
         raise SubnetError(f"{needed[0]} cannot be removed, only made narrower: the model needs it")
     axes = anatomy.axes
-    gone = tuple(f"{block}." for block in subnet.skip)
+    removed = tuple(f"{block}." for block in subnet.skip)
     for name, units in subnet.keep:
         if name not in axes:
             raise SubnetError(f"the model has no axis {name!r} to choose; its axes are {_some(axes)}")
         axis = axes[name]
         if not axis.allows(units):
-            some = f" in multiples of {axis.multiple}" if axis.multiple > 1 else ""
+            steps = f" in multiples of {axis.multiple}" if axis.multiple > 1 else ""
             raise SubnetError(
-                f"{name} can keep {axis.fewest} to {axis.size} units{some}, not {units}; to keep none, skip the block"
+                f"{name} can keep {axis.fewest} to {axis.size} units{steps}, not {units}; to keep none, skip the block"
             )
-        if name.startswith(gone):
-            raise SubnetError(f"{name} is kept at {units} but its block is skipped")
+        if name.startswith(removed):
+            raise SubnetError(f"{name} is kept at {units}, but its block is skipped; leave out one of the two")
     if not stretch:
-        left = anatomy.holders(subnet.skip)
+        remaining = anatomy.holders(subnet.skip)
         for key, blocks in anatomy.holders().items():
-            if key not in left:
+            if key not in remaining:
                 raise SubnetError(
-                    f"every {blocks[0].kind} block of the {key[1]} layers would be gone; at least one must stay, because the "
-                    "model keeps count of the tokens it has seen in it"
+                    f"every {blocks[0].kind} block of the {key[1]} layers would be removed; at least one must stay, because "
+                    "the model counts the tokens it has seen there"
                 )
 
 

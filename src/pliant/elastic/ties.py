@@ -1,4 +1,4 @@
-"""Keep the record of tied tensors true when some of their places go."""
+"""Keep transformers' map of tied tensors correct when a cut removes some of them."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from transformers import PreTrainedModel
 
 
 def correct_ties(model: nn.Module) -> None:
-    """Drop the names that a cut model no longer has from the map of tied tensors that transformers loads and saves by.
+    """Drop the names that a cut model no longer has from transformers' map of tied tensors, which loading and saving use.
 
-    transformers maps each tied name to the name of the tensor that it shares. Where that one is gone, the first of the others takes
-    its place.
+    transformers maps each tied name to the name of the tensor that it shares. If that name is gone, the first of the others
+    replaces it.
     """
     parts: list[Any] = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     for part in parts:
         tied = getattr(part, "all_tied_weights_keys", None) or {}
-        there = {name for name, _ in part.named_parameters(remove_duplicate=False)}
-        if there.issuperset({*tied, *tied.values()}):
+        present = {name for name, _ in part.named_parameters(remove_duplicate=False)}
+        if present.issuperset({*tied, *tied.values()}):
             continue
         groups: dict[str, list[str]] = {}
         for target, source in tied.items():
             groups.setdefault(source, [source]).append(target)
-        left = [[name for name in names if name in there] for names in groups.values()]
-        part.all_tied_weights_keys = {name: names[0] for names in left for name in names[1:]}
+        remaining = [[name for name in names if name in present] for names in groups.values()]
+        part.all_tied_weights_keys = {name: names[0] for names in remaining for name in names[1:]}
         part._tied_weights_keys = dict(part.all_tied_weights_keys)  # of this model, not of its class

@@ -1,1 +1,1 @@
-"""The CPU runtime: packed weights, the kernels that multiply with them, and the layers that use those."""
+"""The CPU runtime: packed weights, the kernels that multiply with them, and the layers that use them."""

@@ -1,7 +1,7 @@
 """Run all layers of a Llama-like decoder in one native call.
 
-Eager PyTorch spends several times as long between the matrix products of a small model as in them. Here layers are packed matrices
-and vectors; :mod:`pliant.compat.native` decides which models they can replace.
+Eager PyTorch spends several times as long between the matrix products of a small model as in them. Here layers are packed
+matrices and vectors; :mod:`pliant.compat.native` decides which models they can replace.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Layer:
 
     Attributes:
         packed: role (``q``, ``k``, ``v``, ``o``, ``gate``, ``up``, ``down``) -> packed layer.
-        norms: ``attention_norm`` and ``mlp_norm``, shape ``(hidden,)``; ``q_norm`` and ``k_norm``, shape ``(width,)``, in layers
-            that have them.
+        norms: ``attention_norm`` and ``mlp_norm``, shape ``(hidden,)``; ``q_norm`` and ``k_norm``, shape ``(width,)``, in
+            layers that have them.
         heads, kv_heads: numbers of query heads and of key-value heads.
         window: number of tokens that a token attends to, 0 for all.
         rotates: whether its attention applies rotary positions.
@@ -76,7 +76,7 @@ class Decoder:
 
     Attributes:
         handle: of the native object.
-        heads: key-value heads of each layer, 0 where attention was removed.
+        heads: key-value heads of each layer, 0 if attention was removed.
         width: elements of a head.
         held: tensors that the native side points into.
         spent: nanoseconds in matrix products and in attention, since it was last set to 0.
@@ -98,7 +98,7 @@ class Decoder:
         Arguments:
             stream: embeddings in, the normed hidden state out; shape ``(tokens, hidden)``, float32.
             cosine, sine: of the rotary positions, shape ``(tokens, rotated)``, float32.
-            caches: one for every layer, None where attention was removed.
+            caches: one per layer, None if attention was removed.
 
         Returns:
             False, without computing anything, if the header of a packed matrix has changed.
@@ -141,11 +141,11 @@ def decoder(
         final_norm: weight of the norm after the last layer, shape ``(hidden,)``.
 
     Raises:
-        PackedError: sizes do not match, tensors are not on the CPU, or there are no kernels.
+        PackedError: sizes do not match, tensors are not on the CPU, or the kernels are not available.
     """
     native: Any = library()
     if native is None:
-        raise PackedError("there are no kernels")
+        raise PackedError("pliant's kernels are not available; run 'pliant doctor' for the reason")
     held: list[torch.Tensor] = []
 
     def vector(tensor: torch.Tensor | None) -> _Vector:
@@ -153,7 +153,8 @@ def decoder(
             return _Vector(None, 0)
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.dtype not in TYPES:
             raise PackedError(
-                f"a norm or a bias is {tensor.dtype} on {tensor.device}, or not contiguous; it must be a contiguous float on the CPU"
+                f"a norm or a bias is {tensor.dtype} on {tensor.device}, or not contiguous; it must be a contiguous float "
+                "on the CPU"
             )
         held.append(tensor)
         return _Vector(tensor.data_ptr(), TYPES[tensor.dtype])
@@ -170,10 +171,10 @@ def decoder(
     made = Decoder(handle, [layer.kv_heads for layer in layers], width, held)
     weakref.finalize(made, native.pliant_decoder_end, handle)
     for layer in layers:
-        one = _Layer(heads=layer.heads, kv_heads=layer.kv_heads, window=layer.window, rotary=layer.rotates)
+        fields = _Layer(heads=layer.heads, kv_heads=layer.kv_heads, window=layer.window, rotary=layer.rotates)
         for name, packed in layer.packed.items():
-            setattr(one, name, projection(packed))
+            setattr(fields, name, projection(packed))
         for name, norm in layer.norms.items():
-            setattr(one, name, vector(norm))
-        check(native.pliant_decoder_add(handle, ctypes.byref(one)))
+            setattr(fields, name, vector(norm))
+        check(native.pliant_decoder_add(handle, ctypes.byref(fields)))
     return made

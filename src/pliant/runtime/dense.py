@@ -79,8 +79,10 @@ def why_kept(layer: Any) -> str:
 
 @torch.no_grad()
 def _is_product(layer: Any) -> bool:
-    """Whether a layer computes exactly ``x W^T + bias``. A derived class with its own ``forward`` is tested on three random rows;
-    one with other parameters, buffers or children is not accepted, because its output may depend on them.
+    """Whether a layer computes exactly ``x W^T + bias``.
+
+    A derived class with its own ``forward`` is tested on three random rows; one with other parameters, buffers or children is
+    not accepted, because its output may depend on them.
     """
     if "forward" in vars(layer):
         return False
@@ -92,10 +94,10 @@ def _is_product(layer: Any) -> bool:
     weight = weight_of(layer)
     x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(weight)
     try:
-        found = layer.forward(x)
+        output = layer.forward(x)
     except Exception:  # a forward with another signature can raise anything
         return False
     expected = F.linear(x, weight, layer.bias)
-    return isinstance(found, torch.Tensor) and torch.allclose(
-        found, expected, rtol=1e-2, atol=1e-3 * float(weight.abs().max())
+    return isinstance(output, torch.Tensor) and torch.allclose(
+        output, expected, rtol=1e-2, atol=1e-3 * float(weight.abs().max())
     )

@@ -36,12 +36,12 @@ class Keeping:
     """How a cache keeps its tokens.
 
     Attributes:
-        format: what older blocks are packed to: bf16, int8, or float32 to keep all as they are.
-        key_sparsity: share of each block's keys, the smallest ones, that is zeroed when it is packed; after the rotary
-            positions, for every head on its own.
-        value_sparsity: the same of values.
-        recent: tokens at the end that stay float32.
-        first: tokens at the beginning of which nothing is zeroed.
+        format: format of older blocks: bf16, int8, or float32 to pack none.
+        key_sparsity: share of each block's keys that is zeroed when the block is packed: the smallest ones of each head, after
+            rotary positions are applied.
+        value_sparsity: the same for values.
+        recent: number of tokens at the end that stay float32.
+        first: number of tokens at the beginning in which nothing is zeroed.
     """
 
     format: str = "bf16"
@@ -52,26 +52,26 @@ class Keeping:
 
     def __post_init__(self) -> None:
         if self.format not in ("float32", "bf16", "int8"):
-            raise PackedError(f"a cache is kept as float32, bf16 or int8, not {self.format!r}")
+            raise PackedError(f"format must be one of float32, bf16, int8; not {self.format!r}")
         for name, share in (("key_sparsity", self.key_sparsity), ("value_sparsity", self.value_sparsity)):
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
-                raise PackedError(f"{name} is a share from 0 to below 1, not {share!r}")
+                raise PackedError(f"{name} must be a number of at least 0 and below 1; not {share!r}")
             if share and self.format == "float32":
                 raise PackedError(f"{name} needs packed blocks: format bf16 or int8")
         for name, tokens in (("recent", self.recent), ("first", self.first)):
             if isinstance(tokens, bool) or not isinstance(tokens, int) or not 0 <= tokens < 2**63:
-                raise PackedError(f"recent and first are numbers of tokens; {name} is {tokens!r}")
+                raise PackedError(f"{name} must be a whole number of tokens, at least 0; not {tokens!r}")
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Keeping:
-        """From settings by name.
+        """Build from settings by name.
 
         Raises:
-            PackedError: there is no such setting, or it is out of range.
+            PackedError: a setting is unknown or out of range.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(settings) - {*known}):
-            raise PackedError(f"a cache has no setting {unknown[0]!r}; it has {', '.join(known)}")
+            raise PackedError(f"unknown cache setting {unknown[0]!r}; choose from: {', '.join(known)}")
         return cls(**settings)
 
     def native(self) -> _Keeping:
@@ -97,9 +97,11 @@ class Blocks:
     def __init__(self, keeping: Keeping, heads: int, width: int):
         native: Any = library()
         if native is None:
-            raise PackedError("a BlockCache needs pliant's kernels, which cannot be loaded; run 'pliant doctor'")
-        kept = keeping.native()
-        self._take(keeping, heads, width, native.pliant_cache_new(heads, width, ctypes.byref(kept)))
+            raise PackedError(
+                "a BlockCache needs pliant's kernels, which are not available; run 'pliant doctor' for the reason"
+            )
+        settings = keeping.native()
+        self._take(keeping, heads, width, native.pliant_cache_new(heads, width, ctypes.byref(settings)))
 
     def _take(self, keeping: Keeping, heads: int, width: int, handle: int) -> None:
         native: Any = library()
@@ -125,8 +127,10 @@ class Blocks:
         native.pliant_cache_settle(self.handle, threads())
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values, shape ``(heads, tokens, width)``, float32. Values of packed blocks lie on the rounding grid, so packing
-        them again in another cache is exact."""
+        """All keys and values, shape ``(heads, tokens, width)``, float32.
+
+        Values of packed blocks lie on the rounding grid, so packing them again in another cache is exact.
+        """
         native: Any = library()
         shape = (self.heads, self.length(), self.width)
         keys, values = (torch.empty(shape, dtype=torch.float32) for _ in range(2))

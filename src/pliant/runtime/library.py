@@ -1,7 +1,7 @@
-"""The compiled kernels: found, loaded and described without importing torch.
+"""Find, load and describe the compiled kernels, without importing torch.
 
-Plain C behind ``ctypes``, so that one build serves every version of Python and torch. Without them (no compiler when pliant
-was installed, an unknown processor) everything is computed with PyTorch.
+They are plain C behind ``ctypes``, so that one build serves every version of Python and torch. Without them (no compiler when
+pliant was installed, an unknown processor) everything is computed with PyTorch.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ _SIGNATURES = {
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The kernels, or None where there are none; :func:`state` says why."""
+    """The kernels; None if they are not available, for the reason that :func:`state` gives."""
     return _load()[0]
 
 
 def state() -> str:
-    """In words: which kernels are used here, or why none are."""
+    """The kernels in use, in words, or the reason why none are."""
     loaded, why = _load()
     return why if loaded is None else f"{isa()} of {', '.join(available())}"
 
@@ -72,25 +72,25 @@ def available() -> list[str]:
 
 
 def isa() -> str:
-    """The instruction set in use; ``torch`` where there are no kernels."""
+    """The instruction set in use; ``torch`` without kernels."""
     loaded = library()
     return "torch" if loaded is None else loaded.pliant_isa().decode()
 
 
 def bandwidth(threads: int, size: int = 3 << 25) -> float:
-    """Bytes a second that so many threads read from memory, the best of a few looks; 0 where there are no kernels."""
+    """Bytes per second that this number of threads reads from memory, the best of five passes; 0 without kernels."""
     loaded = library()
     if loaded is None:
         return 0.0
     memory = loaded.pliant_allocate(size)
     try:
         ctypes.memset(memory, 1, size)
-        looks = []
+        rates = []
         for _ in range(5):
             began = time.perf_counter()
             loaded.pliant_stream(memory, size, threads)
-            looks.append(size / (time.perf_counter() - began))
-        return max(looks)
+            rates.append(size / (time.perf_counter() - began))
+        return max(rates)
     finally:
         loaded.pliant_free(memory)
 
@@ -99,11 +99,13 @@ def choose(name: str) -> None:
     """Use another instruction set from now on, as the environment variable ``PLIANT_ISA`` does from the start.
 
     Raises:
-        ValueError: there is no such set here.
+        ValueError: this machine does not have the set.
     """
     loaded = library()
-    if loaded is None or loaded.pliant_choose(name.encode()):
-        raise ValueError(f"there is no instruction set {name!r} here; there are {', '.join(available()) or 'none'}")
+    if loaded is None:
+        raise ValueError(f"instruction set {name!r} cannot be chosen: the kernels are not available; {state()}")
+    if loaded.pliant_choose(name.encode()):
+        raise ValueError(f"unknown instruction set {name!r} on this machine; choose from: {', '.join(available())}")
 
 
 @functools.cache
@@ -125,15 +127,15 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"PyTorch's own: {path} belongs to another version of pliant; install pliant again"
     wanted = os.environ.get("PLIANT_ISA")
     if wanted and loaded.pliant_choose(wanted.encode()):
-        warnings.warn(f"PLIANT_ISA names {wanted!r}, which is not here: nothing was chosen", stacklevel=2)
+        warnings.warn(f"PLIANT_ISA names {wanted!r}, which this machine does not have; it is ignored", stacklevel=2)
     return loaded, ""
 
 
 def _find() -> Path | None:
-    beside = Path(__file__).with_name(_FILE)
-    if beside.exists():
-        return beside
-    try:  # an editable install keeps what was compiled elsewhere
+    installed = Path(__file__).with_name(_FILE)
+    if installed.exists():
+        return installed
+    try:  # an editable install keeps the library elsewhere
         files = metadata.files("pliant") or []
     except metadata.PackageNotFoundError:
         return None

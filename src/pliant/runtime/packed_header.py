@@ -1,4 +1,4 @@
-"""The header of a packed matrix: the first 128 bytes, as ``native/format.h`` declares them too. A test compares the two."""
+"""The header of a packed matrix, its first 128 bytes. ``native/format.h`` declares it as well; a test compares the two."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ VERSION = 1
 
 
 class RawHeader(NamedTuple):
-    """The fields in their order. ``scales``, ``offsets``, ``masks`` and ``values`` are where these parts begin, in bytes.
+    """The fields in order. ``scales``, ``offsets``, ``masks`` and ``values`` are the positions of these parts in bytes.
 
     Attributes:
         format: 0 bf16, 1 int8, 2 int4.
-        sparse: 1 where zeros are left out.
-        group: inputs that share a scale in int4; 0 in others.
+        sparse: 1 if zeros are left out.
+        group: inputs that share a scale in int4; 0 in other formats.
         rows: outputs of the layer.
         columns: inputs of the layer.
-        stored: weights that are stored.
-        size: bytes of everything.
-        checksum: of all words of 8 bytes, with this one as 0.
+        stored: number of stored weights.
+        size: bytes in total.
+        checksum: of all words of 8 bytes, counting itself as 0.
     """
 
     magic: bytes

@@ -25,8 +25,8 @@ _ops.define("linear(Tensor x, Tensor weight, Tensor? bias, int out_features) -> 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
     """``x W^T + bias`` with a packed W.
 
-    In int8 and int4, x is rounded to 8 bits as well, with a scale for every row and 32 inputs. A row's result does not
-    depend on the rows beside it, nor on the number of threads.
+    In int8 and int4, x is rounded to 8 bits as well, with a scale per row and 32 inputs. The result of a row does not depend
+    on the other rows, nor on the number of threads.
 
     Arguments:
         x: shape ``(..., in_features)``, float32, bfloat16 or float16.
@@ -85,7 +85,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None: 
 
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor | None, None]:
-    """The gradient of x goes back through the weights as they are; the weights themselves have none."""
+    """The gradient of x, computed with the unpacked weights; the weights themselves get none."""
     (weight,) = ctx.saved_tensors
     of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
     return gradient @ unpack(weight).to(gradient.dtype), None, of_bias, None
@@ -140,7 +140,7 @@ class Packed(nn.Module):
             packed: the packed matrix, if another layer with the same weight was packed already.
 
         Raises:
-            PackedError: for any other layer.
+            PackedError: the layer is of another kind, or cannot be replaced by a packed one.
         """
         if not is_linear(layer):
             raise PackedError(
@@ -159,13 +159,13 @@ class Packed(nn.Module):
     @property
     def packed(self) -> torch.Tensor:
         """The packed matrix, shape ``(bytes,)``, uint8."""
-        found = own_tensors(self, buffers=True)["weight"]
-        assert found is not None
-        return found
+        packed = own_tensors(self, buffers=True)["weight"]
+        assert packed is not None
+        return packed
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight as a read-only tensor, shape ``(out_features, in_features)``; on the meta device, the buffer of its bytes."""
+        """The weight as a read-only tensor, shape ``(out_features, in_features)``; on the meta device, its bytes."""
         packed = own_tensors(self, buffers=True).get("weight")
         if packed is None:
             raise AttributeError("weight")
@@ -180,7 +180,7 @@ class Packed(nn.Module):
         return linear(x, self.packed, self.bias, self.out_features)
 
     def _plain(self, x: torch.Tensor) -> bool:
-        """Whether the dispatcher has nothing to do: no gradient or trace is wanted, everything is on the CPU."""
+        """Whether torch's dispatcher can be bypassed: no gradient or trace is wanted, and x is on the CPU."""
         return x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad) and not observed()
 
     def header(self) -> Header:
@@ -188,7 +188,7 @@ class Packed(nn.Module):
         return header(self.packed)
 
     def parameters_held(self) -> int:
-        """Parameters that it stands for."""
+        """Parameters of the layer that it replaces, without a tied weight."""
         own = 0 if self.tied else self.in_features * self.out_features
         return own + (0 if self.bias is None else self.out_features)
 
@@ -202,10 +202,10 @@ class Packed(nn.Module):
         return layer
 
     def settle(self) -> None:
-        """After the weight has come from a file: look at all of it, then move it to where it is read fastest.
+        """Check a weight that was read from a file, and move it to the memory that is read fastest.
 
         Raises:
-            PackedError: it is damaged, or of another size than the layer.
+            PackedError: it is damaged, or its size differs from the layer's.
         """
         self._check(self.packed)
         own_tensors(self, buffers=True)["weight"] = room(self.packed.numel()).copy_(self.packed)
@@ -217,25 +217,25 @@ class Packed(nn.Module):
             PackedError: they are damaged, or belong to a layer of another size.
         """
         verify(packed)
-        found = header(packed)
-        if (found.rows, found.columns) != (self.out_features, self.in_features):
+        size = header(packed)
+        if (size.rows, size.columns) != (self.out_features, self.in_features):
             raise PackedError(
-                f"a packed matrix of {found.rows} x {found.columns} was loaded into a layer of "
+                f"a packed matrix of {size.rows} x {size.columns} was loaded into a layer of "
                 f"{self.out_features} x {self.in_features}"
             )
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        given = state_dict.get(f"{prefix}weight")
-        if isinstance(given, torch.Tensor):
-            if given.dtype != torch.uint8:
+        weight = state_dict.get(f"{prefix}weight")
+        if isinstance(weight, torch.Tensor):
+            if weight.dtype != torch.uint8:
                 raise PackedError(
-                    f"{prefix}weight is a dense weight of shape {tuple(given.shape)}, but this layer is packed; load it into the "
-                    "model before packing"
+                    f"{prefix}weight is a dense weight of shape {tuple(weight.shape)}, but this layer is packed; load it into "
+                    "the model before packing"
                 )
-            self._check(given)
-            own_tensors(self, buffers=True)["weight"] = room(given.numel())  # its size depends on the sparsity
+            self._check(weight)
+            own_tensors(self, buffers=True)["weight"] = room(weight.numel())  # its size depends on the sparsity
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
         if local_metadata.get("assign_to_params_buffers"):
             self.settle()

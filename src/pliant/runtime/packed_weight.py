@@ -1,4 +1,4 @@
-"""The weight of a packed layer as a read-only tensor, for code that reads the weight instead of calling the layer, and its product."""
+"""The weight of a packed layer as a read-only tensor, for code that reads the weight instead of calling the layer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ADDRESS = {
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
     """The op ``pliant::linear``, with a tangent of x or of the bias in forward-mode differentiation.
 
-    The op has no rule for tangents and would drop them. A tangent passes through the weights as they are, as a gradient does.
+    The op has no rule for tangents and would drop them. A tangent is multiplied with the unpacked weights, like a gradient.
     """
     apply = torch.ops.pliant.linear
     if not forward_differentiation():
@@ -51,8 +51,8 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ou
 class PackedWeight(torch.Tensor):
     """The tensor that ``layer.weight`` of a packed layer returns, shape ``(out_features, in_features)``, in the layer's dtype.
 
-    ``F.linear`` with it computes the packed product. Every other operation unpacks it first, which is slow. PyTorch's fused encoder
-    layers, which would read its memory directly, are skipped because it is not a plain tensor. It is read-only.
+    ``F.linear`` with it computes the packed product. Every other operation unpacks it first, which is slow. PyTorch's fused
+    encoder layers, which would read its memory directly, are skipped because it is not a plain tensor. It is read-only.
     """
 
     packed: torch.Tensor
@@ -129,5 +129,5 @@ def _dense(value: Any) -> Any:
     if isinstance(value, PackedWeight):
         return unpack(value.packed).to(value.dtype)
     if isinstance(value, dict):
-        return {key: _dense(one) for key, one in value.items()}
+        return {key: _dense(item) for key, item in value.items()}
     return type(value)(map(_dense, value)) if _held(value) or type(value) is tuple else value

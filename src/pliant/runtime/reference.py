@@ -1,4 +1,4 @@
-"""The packed form in plain PyTorch and numpy: what is used where there are no kernels, and what they are tested against."""
+"""The packed form in plain PyTorch and numpy: used without kernels, and to test the kernels."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pliant.runtime.packed_header import MAGIC, SIZE, VERSION, RawHeader
 from pliant.runtime.rounding_grid import codes_of, scales_of
 
 PANEL, STEP = 16, 64
-INPUTS = (2, 4, 8)  # of a step, in bf16, int8, int4
-MASK = (4, 8, 16)  # bytes of mask of a step
-SLACK = 64  # bytes behind the values that can be read
+INPUTS = (2, 4, 8)  # inputs per step, in bf16, int8, int4
+MASK = (4, 8, 16)  # bytes of mask per step
+SLACK = 64  # readable bytes after the values
 BF16, INT8, INT4 = range(3)
 
 
 def pack(weight: torch.Tensor, kind: int, sparse: bool, group: int, scales: torch.Tensor | None) -> torch.Tensor:
-    """Shape ``(out, in)`` float32 to shape ``(bytes,)``."""
+    """Pack a weight of shape ``(out, in)``, float32, into shape ``(bytes,)``."""
     rows, columns = weight.shape
     panels, steps, groups = -(-rows // PANEL), -(-columns // INPUTS[kind]), -(-columns // group)
     scale_bytes = b""
@@ -45,8 +45,8 @@ def pack(weight: torch.Tensor, kind: int, sparse: bool, group: int, scales: torc
         at = _aligned(at + len(part))
     size = _aligned(places[3] + len(values) + SLACK)
     packed = np.zeros(size, np.uint8)
-    for place, part in zip(places, (scale_bytes, offsets, masks, values), strict=True):
-        packed[place : place + len(part)] = np.frombuffer(part, np.uint8)
+    for start, part in zip(places, (scale_bytes, offsets, masks, values), strict=True):
+        packed[start : start + len(part)] = np.frombuffer(part, np.uint8)
     fields = (MAGIC, VERSION, kind, int(sparse), group if kind == INT4 else 0, rows, columns, stored, *places, size, 0)
     header = RawHeader._make(fields)
     packed[:SIZE] = np.frombuffer(header.to_bytes(), np.uint8)
@@ -55,17 +55,17 @@ def pack(weight: torch.Tensor, kind: int, sparse: bool, group: int, scales: torc
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:
-    """Shape ``(bytes,)`` to shape ``(out, in)`` float32."""
+    """Unpack a matrix of shape ``(bytes,)`` into shape ``(out, in)``, float32."""
     data = packed.numpy()
     header = RawHeader.read(data[:SIZE].tobytes())
     kind, group, rows, columns = header.format, header.group, header.rows, header.columns
     panels, steps, groups = -(-rows // PANEL), -(-columns // INPUTS[kind]), -(-columns // (group or columns))
     if header.sparse:
-        there = _bits(data[header.masks :][: panels * steps * MASK[kind]])
+        present = _bits(data[header.masks :][: panels * steps * MASK[kind]])
         ends = np.frombuffer(data[header.offsets :][: 8 * (panels + 1)].tobytes(), "<i8")
         values = data[header.values :][: int(ends[-1])]
-        stream = np.zeros(there.shape, "<i2" if kind == BF16 else np.uint8)
-        stream[there] = values.view("<i2") if kind == BF16 else values if kind == INT8 else _nibbles(values)
+        stream = np.zeros(present.shape, "<i2" if kind == BF16 else np.uint8)
+        stream[present] = values.view("<i2") if kind == BF16 else values if kind == INT8 else _nibbles(values)
         if kind == INT4:
             stream = stream[0::2] | stream[1::2] << 4
     else:
@@ -90,29 +90,29 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
 
 
 def verify(packed: torch.Tensor) -> str:
-    """What is wrong with a packed matrix, or nothing."""
+    """The fault of a packed matrix; an empty string if it has none."""
     data = packed.numpy()
     header = RawHeader.read(data[:SIZE].tobytes())
     kind = header.format
     if header.version != VERSION:
-        return f"it has version {header.version}, known is {VERSION}"
+        return f"it has version {header.version}, this pliant reads version {VERSION}"
     if header.size != data.size or header.size % 8:
-        return f"it has {data.size} bytes, its header speaks of {header.size}"
+        return f"it has {data.size} bytes, but its header declares {header.size}"
     if checksum(data) != header.checksum:
-        return "checksum mismatch: it was damaged"
+        return "checksum mismatch: it is damaged"
     panels, steps = -(-header.rows // PANEL), -(-header.columns // INPUTS[kind])
     if not SIZE <= header.scales <= header.offsets <= header.masks <= header.values <= header.size:
-        return "the parts that its header speaks of do not fit into it"
+        return "the parts that its header declares do not fit into it"
     if not header.sparse:
         return "" if header.values + panels * steps * STEP <= header.size else "its values do not fit into it"
     counts = _bits(data[header.masks :][: panels * steps * MASK[kind]]).reshape(panels, -1).sum(1)
     ends = np.frombuffer(data[header.offsets :][: 8 * (panels + 1)].tobytes(), "<i8")
-    wanted = np.cumsum([0, *(counts * 2 if kind == BF16 else counts if kind == INT8 else counts // 2)])
-    return "" if (ends == wanted).all() else "its masks and its values do not belong together"
+    expected = np.cumsum([0, *(counts * 2 if kind == BF16 else counts if kind == INT8 else counts // 2)])
+    return "" if (ends == expected).all() else "its masks do not match its values"
 
 
 def checksum(data: np.ndarray) -> int:
-    """Of all 8-byte words with their places, the word of the checksum itself as 0."""
+    """The checksum of all 8-byte words and their positions, counting the word of the checksum itself as 0."""
     words = data.view("<u8").copy()
     words[11] = 0
     with np.errstate(over="ignore"):
@@ -140,17 +140,17 @@ def _stream(elements: np.ndarray, kind: int, panels: int, steps: int) -> np.ndar
 
 
 def _sparse(stream: np.ndarray, kind: int, panels: int) -> tuple[bytes, bytes, bytes, int]:
-    """Masks, values, offsets of panels, and how many elements are stored."""
+    """Masks, values, offsets of panels, and the number of stored elements."""
     elements = _nibbles(stream) if kind == INT4 else stream
-    there = elements != 0
+    present = elements != 0
     if kind == INT4:  # an even number of every 16
-        sixteens = there.reshape(-1, 16)
+        sixteens = present.reshape(-1, 16)
         odd = sixteens.sum(1) % 2 == 1
         sixteens[odd, (~sixteens[odd]).argmax(1)] = True
-    masks = np.packbits(there, bitorder="little").tobytes()
-    kept = elements[there]
+    masks = np.packbits(present, bitorder="little").tobytes()
+    kept = elements[present]
     values = (kept[0::2] | kept[1::2] << 4).tobytes() if kind == INT4 else kept.tobytes()
-    ends = np.cumsum([0, *there.reshape(panels, -1).sum(1)])
+    ends = np.cumsum([0, *present.reshape(panels, -1).sum(1)])
     in_bytes = ends * 2 if kind == BF16 else ends if kind == INT8 else ends // 2
     return masks, values, in_bytes.astype("<i8").tobytes(), len(kept)
 
@@ -160,6 +160,6 @@ def _bits(masks: np.ndarray) -> np.ndarray:
 
 
 def _nibbles(data: np.ndarray) -> np.ndarray:
-    """Two of every byte, the low one first."""
+    """The two nibbles of every byte, the low one first."""
     data = data.view(np.uint8)
     return np.stack([data & 15, data >> 4], -1).reshape(-1)

@@ -1,33 +1,27 @@
-"""Grids that weights are rounded to: whole multiples of a scale for every output, or for every output and group of inputs."""
+"""Grids to which weights are rounded: whole multiples of a scale per output, or per output and group of inputs."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
 
-SLACK = (
-    1.0,
-    0.9375,
-    1.0625,
-    1.125,
-    1.1875,
-    1.25,
-)  # grids tried beside the plain one: steps in the largest weight, over half
+# of the other candidates: steps in the largest weight, as a multiple of half the number of codes
+SLACK = (1.0, 0.9375, 1.0625, 1.125, 1.1875, 1.25)
 TINY = 1e-30
 
 
 def scales_of(weight: torch.Tensor, bits: int, group: int | None) -> torch.Tensor:
     """The scale of every row, or of every row and group, of a symmetric grid.
 
-    With 8 bits the largest weight is 127 steps. With fewer, a scale is a bf16 number and the one that leaves the least squared
-    error: clipping the largest weight may pay, and with a negative scale the code that has no counterpart is used, too.
-    Weights that lie on such a grid find their scale again.
+    With 8 bits the largest weight is 127 steps. With fewer bits the scale is a bf16 number, the one of seven candidates with
+    the smallest squared error: some clip the largest weight, and a negative one makes use of the lowest code, which has no
+    positive counterpart. Weights that lie on such a grid already get the same scale again.
 
     Arguments:
         weight: shape ``(out, in)``, float32.
 
     Returns:
-        Shape ``(out, groups)``, float32; one group where ``group`` is None. 0 for a group of zeros.
+        Shape ``(out, groups)``, float32; one group if ``group`` is None. 0 for a group of zeros.
     """
     width = group or weight.shape[1]
     groups = F.pad(weight, (0, -weight.shape[1] % width)).unflatten(1, (-1, width))
@@ -35,9 +29,8 @@ def scales_of(weight: torch.Tensor, bits: int, group: int | None) -> torch.Tenso
     largest, half = torch.maximum(-low, high), 2 ** (bits - 1)
     if bits == 8:
         return torch.where(largest > TINY, largest / (half - 1), 0)
-    sign = torch.where(-low >= high, 1.0, -1.0).to(
-        weight
-    )  # the lowest code is that of the largest weight, whatever its sign
+    # the largest weight gets the lowest code, whatever its sign
+    sign = torch.where(-low >= high, 1.0, -1.0).to(weight)
     best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
     for scale in (largest / (half - 1), *(sign * largest / (half * slack) for slack in SLACK)):
         scale = scale.to(torch.bfloat16).float()
@@ -57,11 +50,11 @@ def codes_of(weight: torch.Tensor, scales: torch.Tensor, bits: int, group: int |
 
 
 def wide_scales(scales: torch.Tensor, columns: int, group: int | None) -> torch.Tensor:
-    """Scales of every group as one for every weight, or one for every row."""
+    """The scales of groups, repeated for every weight; scales of rows are returned as they are."""
     return scales if group is None else scales.repeat_interleave(group, 1)[:, :columns]
 
 
 def round_to_grid(weight: torch.Tensor, bits: int, group: int | None) -> torch.Tensor:
-    """Weights as the nearest points of their grid, shape ``(out, in)``, float32."""
+    """Weights rounded to the nearest points of their grid, shape ``(out, in)``, float32."""
     scales = scales_of(weight, bits, group)
     return codes_of(weight, scales, bits, group) * wide_scales(scales, weight.shape[1], group)

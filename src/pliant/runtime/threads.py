@@ -1,4 +1,4 @@
-"""How many threads the kernels take: as many as torch, also while torch itself is held to one."""
+"""The number of threads of the kernels: torch's, even while torch itself is limited to one."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _held: ContextVar[int] = ContextVar("held", default=0)
 
 
 def threads() -> int:
-    """As ``torch.set_num_threads`` says, or said before :func:`torch_on_one`."""
+    """The number that ``torch.set_num_threads`` set, before :func:`torch_on_one` if that is active."""
     return _held.get() or torch.get_num_threads()
 
 
 @contextmanager
 def torch_on_one() -> Iterator[None]:
-    """Everything but the kernels on one thread, in this thread of Python.
+    """Run everything but the kernels on one thread, in this Python thread.
 
-    For code that does little between them. torch's threads wait for milliseconds, busily, after each operation that they
-    share, on the cores that the kernels' threads are about to use.
+    This is for code that does little between kernels. After each operation that they share, torch's threads wait busily for
+    milliseconds on the cores that the kernels' threads are about to use.
     """
     before, held = torch.get_num_threads(), _held.set(threads())
     _here(1)
@@ -35,7 +35,7 @@ def torch_on_one() -> Iterator[None]:
 
 @contextmanager
 def torch_on_all() -> Iterator[None]:
-    """Within :func:`torch_on_one`, torch's threads for code that does much."""
+    """Within :func:`torch_on_one`, give torch its threads back for code that does much."""
     if not _held.get():
         yield
         return
@@ -48,7 +48,10 @@ def torch_on_all() -> Iterator[None]:
 
 
 def _here(count: int) -> None:
-    """Threads of torch in this thread of Python. torch has it hold for those, too, that have not used it yet: they get all."""
+    """Set the number of torch's threads in this Python thread.
+
+    Python threads that have not used torch yet would inherit it, so the full number is restored for them.
+    """
     torch.set_num_threads(count)
     if count != threads():
         restoring = Thread(target=torch.set_num_threads, args=(threads(),))

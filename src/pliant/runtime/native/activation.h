@@ -1,4 +1,4 @@
-// What stands between the halves of a gated MLP. Compiled for each instruction set.
+// The activation between the halves of a gated MLP. Compiled for each instruction set.
 #pragma once
 
 #include <cmath>
@@ -11,9 +11,9 @@ enum class Activation : int32_t { none = 0, silu = 1, gelu = 2, gelu_tanh = 3, r
 
 namespace {
 
-// e^x within one unit in the last place for x from -87 to 88, and what lies beyond, NaN too, as its end. Without a
-// branch, so that it is vectorised; the ends by whole numbers, which are ordered as floats of one sign are: compilers
-// make branches of floats.
+// e^x within one unit in the last place for x from -87 to 88; x outside of this range, NaN too, counts as its end.
+// Without a branch, so that it is vectorised. The ends are compared as integers, which are ordered like floats of one
+// sign, because compilers turn comparisons of floats into branches.
 inline float exponential(float x) {
   int32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -21,7 +21,7 @@ inline float exponential(float x) {
   auto pattern = static_cast<uint32_t>(bits);
   pattern = pattern < 0xc2ae0000 ? pattern : 0xc2ae0000;
   std::memcpy(&x, &pattern, 4);
-  constexpr float whole = 12582912;  // 1.5 * 2^23: what is added to it is rounded, and stands in its last bits
+  constexpr float whole = 12582912;  // 1.5 * 2^23: a number added to it is rounded into its last bits
   const float moved = x * 1.44269504f + whole;
   const float n = moved - whole;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;

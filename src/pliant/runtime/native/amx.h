@@ -1,13 +1,13 @@
 // Kernels for AMX, over the operations `L` of lanes512.h and the tiles `T` of tiles.h.
 //
-// A step of the stream is a row of a tile of weights, in int4 it is two. What is dense is loaded from where it lies;
-// what is sparse, packed two in a byte or short of a whole tile is made ready first, chunk by chunk.
+// A step of the stream is one row of a tile of weights, in int4 two rows. Dense weights are loaded in place; weights
+// that are sparse, packed two in a byte or fewer than a whole tile are expanded first, chunk by chunk.
 //
-// int8 and int4: tiles multiply slices, whole numbers, which are then added in the order of the other sets, with the
-// same results. Few rows are left to AVX-512, which needs no tiles.
+// int8 and int4: tiles multiply slices to integers, which are then added in the order of the other sets, with the same
+// results. Few rows are left to AVX-512, which needs no tiles.
 //
-// bf16: always tiles, with one row, too. They round x to bf16 and sum in an order of their own, so that a row's result
-// would otherwise depend on how many others there are. It differs from that of the other sets by the rounding of x.
+// bf16: always tiles, even for one row. They round x to bf16 and sum in an order of their own, so that a row's result
+// would otherwise depend on the number of rows. It differs from that of the other sets by the rounding of x.
 #pragma once
 
 #include "avx512.h"
@@ -17,19 +17,19 @@ namespace pliant {
 namespace {
 
 constexpr int64_t kFewRows = 4;
-constexpr int64_t kManyRows = 2 * kTileRows;  // that pass by a chunk together
+constexpr int64_t kManyRows = 2 * kTileRows;  // rows multiplied with a chunk together
 
 // The weights of a panel, chunk by chunk, as rows of tiles: 64 bytes for every 4 bytes of x.
 template <class L, Format F>
 struct Weights {
-  static constexpr int64_t room = F == Format::bf16 ? 4096 : 2048;  // bytes that a chunk needs
+  static constexpr int64_t room = F == Format::bf16 ? 4096 : 2048;  // bytes for one chunk
   const uint8_t* masks;
   const uint8_t* values;
 
   Weights(const Matrix& w, int64_t panel)
       : masks(w.sparse ? w.panel_masks(panel) : nullptr), values(w.panel_values(panel)) {}
 
-  // Whatever lies behind the last step is zero.
+  // Everything after the last step is zero.
   const uint8_t* next(int64_t steps, uint8_t* out) {
     const uint8_t* at = out;
     int64_t bytes = steps * kStepBytes * registers(F);
@@ -118,7 +118,7 @@ struct Amx {
     int32_t dots[kChunk / kSlice][N * kTileRows][kPanel];
   };
 
-  // A slice. Odd ones use other tiles than even ones, so as not to wait for each other.
+  // One slice. Odd and even ones use different tiles, so that they do not wait for each other.
   template <int odd, int N>
   static void slice(T& tiles, const int8_t* x, int64_t stride, const uint8_t* w, int32_t (*dots)[kPanel]) {
     tiles.template load<6 + odd>(w, kStepBytes);

@@ -1,4 +1,4 @@
-// What Python calls, as plain C: pointers and numbers, no types of Python's or torch's.
+// The functions that Python calls, as plain C: pointers and numbers, no types of Python or torch.
 #include <atomic>
 #include <cstddef>
 #include <cstdlib>
@@ -21,9 +21,9 @@ namespace {
 
 thread_local std::string message;
 
-int failed(const std::string& what) {
-  message = what;
-  return what.empty() ? 0 : 1;
+int failed(const std::string& reason) {
+  message = reason;
+  return reason.empty() ? 0 : 1;
 }
 
 }  // namespace
@@ -33,8 +33,7 @@ int failed(const std::string& what) {
 // Raised whenever a signature below or the packed form changes.
 PLIANT_API int pliant_abi() { return 3; }
 
-// The fields of the header of a packed matrix, "name offset size" each, with spaces between: Python declares them as
-// well.
+// The fields of a packed matrix's header, "name offset size" each, separated by spaces. Python declares them as well.
 PLIANT_API const char* pliant_header() {
 #define PLIANT_FIELD(name) \
   #name " " + std::to_string(offsetof(Header, name)) + " " + std::to_string(sizeof(Header::name)) + " "
@@ -50,7 +49,7 @@ PLIANT_API const char* pliant_header() {
 // Why the last call of this thread failed.
 PLIANT_API const char* pliant_message() { return message.c_str(); }
 
-// Name of the i-th instruction set that can be chosen, null behind the last.
+// Name of the i-th instruction set that can be chosen, null after the last.
 PLIANT_API const char* pliant_available(int i) {
   return i < static_cast<int>(available().size()) ? available()[static_cast<size_t>(i)]->name : nullptr;
 }
@@ -59,8 +58,7 @@ PLIANT_API const char* pliant_isa() { return kernels().name; }
 
 PLIANT_API int pliant_choose(const char* name) { return choose(name) ? 0 : 1; }
 
-// Memory for packed matrices: in huge pages where the system has them, which a matrix that is read from end to end is
-// read faster from.
+// Memory for packed matrices, in huge pages if the system has them: a matrix is read faster from those.
 PLIANT_API void* pliant_allocate(int64_t size) {
   constexpr int64_t page = 2 << 20;
   const int64_t whole = size >= page ? ceil_div(size, page) * page : ceil_div(size, 64) * 64;
@@ -73,8 +71,8 @@ PLIANT_API void* pliant_allocate(int64_t size) {
 
 PLIANT_API void pliant_free(void* memory) { std::free(memory); }
 
-// Does nothing with memory but read it, on every thread in three places at once: what any kernel can hope for. `size`
-// is a multiple of 3 << 18 bytes.
+// Reads memory and does nothing else, on every thread at three positions at once: an upper bound for the kernels.
+// `size` is a multiple of 3 << 18 bytes.
 PLIANT_API uint64_t pliant_stream(const uint64_t* memory, int64_t size, int threads) {
   constexpr int64_t part = (1 << 18) / sizeof(uint64_t);
   std::atomic<uint64_t> all{0};
@@ -106,7 +104,7 @@ PLIANT_API void pliant_pack_write(void* packing, uint8_t* out, int threads) {
 
 PLIANT_API void pliant_pack_end(void* packing) { delete static_cast<Packing*>(packing); }
 
-// Looks at every part of a packed matrix before anything else does.
+// Checks every part of a packed matrix before it is used.
 PLIANT_API int pliant_verify(const uint8_t* data, int64_t size, int threads) {
   Matrix w;
   return failed(open(data, size, true, threads, &w));
@@ -119,8 +117,8 @@ PLIANT_API int pliant_unpack(const uint8_t* data, int64_t size, float* out, int 
   return failed(wrong);
 }
 
-// y[rows][stride_y] = x[rows][stride_x] W^T + bias, of floats, bf16 or f16 (0, 1, 2); bias is of floats or null.
-// `columns` and `outputs` are what the caller has room for.
+// y[rows][stride_y] = x[rows][stride_x] W^T + bias, in floats, bf16 or f16 (0, 1, 2); bias is in floats or null.
+// `columns` and `outputs` are the sizes for which the caller has room.
 PLIANT_API int pliant_linear(const uint8_t* data, int64_t size, int64_t columns, int64_t outputs, const void* x,
                              int x_type, int64_t rows, int64_t x_stride, const float* bias, void* y, int y_type,
                              int64_t y_stride, int threads) {

@@ -1,4 +1,4 @@
-// What softmax attention is made of: scores and mixtures by blocks of 64 tokens. Compiled for each instruction set.
+// The parts of softmax attention: scores and mixtures by blocks of 64 tokens. Compiled for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ constexpr int64_t kLaneBytes = 16;
 #endif
 using Lanes = float __attribute__((vector_size(kLaneBytes)));
 
-// a * b + c, rounded once like the vector lanes: otherwise a compiler may split a loop of these into products and sums.
+// a * b + c, rounded once like the vector lanes; otherwise a compiler may split a loop of these into products and sums.
 inline float fused(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fmaf(a, b, c);
@@ -93,7 +93,7 @@ inline void product(const float* a, int64_t a_stride, int64_t rows, const float*
   rows_of_product<4>(a, a_stride, rows, b, b_stride, n, columns, out, out_stride, add);
 }
 
-// Compared as whole numbers that are ordered as the floats are: of these, a compiler may take the largest in any order.
+// Compared as integers in the order of the floats: a compiler may take the largest integer in any order.
 inline float largest_score(const float* scores, int64_t n) {
   const auto ordered = [](int32_t bits) { return bits ^ (bits >> 31 & 0x7fffffff); };
   int32_t most = ordered(static_cast<int32_t>(0xff800000));  // -infinity

@@ -1,9 +1,9 @@
 // AVX2 with FMA, F16C, BMI2 and POPCNT.
 //
-// There is no instruction here that spreads packed elements over the places that a mask names. 16-bit elements are
-// moved by a byte shuffle from a table of 256 patterns, and straight into the upper halves of floats where one row is
-// multiplied; 8- and 4-bit ones by PDEP, eight bytes at a time, into masks that vectors widen from bits. Both need more
-// cycles than memory does bytes on most cores: sparse int8 and int4 save memory here, seldom time.
+// AVX2 has no instruction that spreads packed elements over the positions in a mask. A byte shuffle from a table of 256
+// patterns moves 16-bit elements, straight into the upper halves of floats if one row is multiplied; PDEP moves 8- and
+// 4-bit ones, eight bytes at a time, into masks that vectors widen from bits. On most cores both are slower than
+// memory: here, sparse int8 and int4 save memory and seldom time.
 #include <immintrin.h>
 
 #include <cstring>
@@ -17,9 +17,9 @@ namespace {
 __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
-// A line of a stream is fetched 1024 bytes before its use: what the processor fetches by itself does not keep memory
-// busy, least of all where a panel begins. Of two panels that are read at once, the next but one is next. Of a small
-// matrix, the line of the following matrix is fetched.
+// A line of a stream is fetched 1024 bytes before its use: the processor's own prefetching does not keep memory busy,
+// least of all at the beginning of a panel. If two panels are read at once, the one after the next follows. At the end
+// of a small matrix, the line of the following matrix is fetched.
 template <int P>
 struct Ahead {
   int64_t last, bytes, in_last;
@@ -35,10 +35,10 @@ __m256 bf16_to_float(const uint8_t* p) {  // 8 of them
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(p)), 16));
 }
 
-// Where a byte shuffle takes each byte from, for every mask of 8 elements of 16 bits.
+// The source of each byte of a byte shuffle, for every mask of 8 elements of 16 bits.
 struct Tables {
-  alignas(
-      32) uint8_t upper[256][32];  // element i into the upper half of float i; the same 16 source bytes in both lanes
+  // element i into the upper half of float i; both lanes have the same 16 source bytes
+  alignas(32) uint8_t upper[256][32];
   alignas(16) uint8_t pairs[256][16];  // element i into element i
   constexpr Tables() : upper(), pairs() {
     for (int mask = 0; mask < 256; ++mask) {
@@ -52,7 +52,7 @@ struct Tables {
     }
   }
 };
-constexpr Tables tables;  // not filled in when the library is loaded: the processor may lack AVX2
+constexpr Tables tables;  // constexpr, because the processor that loads the library may lack AVX2
 
 template <Format F, bool fused, int R, int P>
 struct SumOf;
@@ -155,7 +155,7 @@ struct SumOf<Format::bf16, fused, R, P> {
   }
 };
 
-// |w| times x with the sign of w: bytes times bytes stay within 16 bits.
+// |w| times x with the sign of w, so that products of bytes stay within 16 bits.
 template <int R, int P>
 struct SumOf<Format::int8, false, R, P> {
   Rows<R> x;
@@ -322,7 +322,7 @@ struct Avx2 {
   template <Format F, bool fused, int R, int P>
   using Sum = SumOf<F, fused, R, P>;
 
-  // A bit for each of the codes in 32 bytes, made as wide as a code.
+  // The bits of the codes in 32 bytes, each widened to a code.
   template <Format F>
   static __m256i widened(const uint8_t* masks) {
     if constexpr (F == Format::int8) {
@@ -341,7 +341,7 @@ struct Avx2 {
     }
   }
 
-  // How many bytes of values come before each eight of 32 bytes, and how many there are.
+  // The number of value bytes before each eight of 32 bytes, and in total.
   template <Format F>
   static void places(const uint8_t* masks, int64_t (&before)[5]) {
     before[0] = 0;
@@ -370,7 +370,7 @@ struct Avx2 {
         values += 2 * _mm_popcnt_u32(masks[i]);
       }
     } else {
-      constexpr int64_t most = 16;  // steps whose masks are made at once: what is stored is not read back too soon
+      constexpr int64_t most = 16;  // steps whose masks are made at once, so that stores are not read back too soon
       for (int64_t begin = 0; begin < steps; begin += most) {
         const int64_t count = begin + most < steps ? most : steps - begin;
         uint8_t* to = out + begin * kStepBytes;
@@ -453,7 +453,7 @@ void quantise(const float* x, int64_t padded, int8_t* codes, float* scales, int3
     __m256i sum = _mm256_setzero_si256();
     for (int64_t i = 0; i < n; i += 8) {
       const __m256 steps = _mm256_mul_ps(_mm256_loadu_ps(x + first + i), inverse);
-      const __m256 numbers = _mm256_cmp_ps(steps, steps, _CMP_ORD_Q);  // what is none is 0
+      const __m256 numbers = _mm256_cmp_ps(steps, steps, _CMP_ORD_Q);  // NaN becomes 0
       const __m256i code = _mm256_cvtps_epi32(_mm256_and_ps(steps, numbers));
       sum = _mm256_add_epi32(sum, code);
       const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));

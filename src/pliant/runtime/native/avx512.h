@@ -1,12 +1,12 @@
 // Kernels for AVX-512 with VBMI2 and VNNI, in operations on 512 bits: `L` is one of the two kinds in lanes512.h.
 //
-// A step of the stream is a register. In a sparse one, VPEXPAND puts a step's values where its mask says, and the step
-// is multiplied at once, for up to four rows of x: nothing goes through memory. Dot products take unsigned bytes times
-// signed ones, so codes of W are shifted to 0 and up, and what that adds, a multiple of the sum of x, is taken away
-// again.
+// A step of the stream is a register. In a sparse one, VPEXPAND puts a step's values at the positions in its mask, and
+// the step is multiplied at once, for up to four rows of x: nothing goes through memory. Dot products multiply unsigned
+// bytes with signed ones, so codes of W are shifted to 0 and up. That adds a multiple of the sum of x, which is
+// subtracted again.
 //
-// bf16 is summed as AVX2 does it, even and odd inputs apart. In int8 and int4 a slice is a whole number, and slices are
-// added in AVX2's order, too: all formats have the results of AVX2, to the bit.
+// bf16 is summed as in AVX2, even and odd inputs apart. In int8 and int4 the sum of a slice is an integer, and slices
+// are added in AVX2's order, too: all formats have the results of AVX2, to the bit.
 #pragma once
 
 #include "lanes512.h"
@@ -92,7 +92,7 @@ struct Sparse {
   }
 };
 
-// Both kinds of stream, for a sum that says what to do with the steps: `run(from, chunk, steps)`.
+// Both kinds of stream, for a sum that processes the steps: `run(from, chunk, steps)`.
 template <class Sum, class L, Format F, int P>
 struct Streams {
   void add(const uint8_t* const (&w)[P], int64_t chunk, int64_t steps) {

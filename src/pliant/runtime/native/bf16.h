@@ -1,4 +1,4 @@
-// bfloat16 and back: what an instruction set without an instruction for it uses, and for what is left over of a vector.
+// bfloat16 and back, for instruction sets without an instruction for it and for the rest of a vector.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 namespace pliant {
 namespace {
 
-// To the nearest, of two as near to the even one; NaN stays NaN.
+// To the nearest, in a tie to the even one; NaN stays NaN.
 inline uint16_t to_bf16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);

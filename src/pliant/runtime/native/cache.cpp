@@ -31,8 +31,8 @@ void prune(float* values, int64_t n, float share) {
 
 }  // namespace
 
-// What rows have summed up of some tokens: the largest score, the sum of e^(score - largest), and the values times
-// these.
+// The sums of rows over some tokens: the largest score, the sum of e^(score - largest), and the values weighted by
+// these terms.
 struct Cache::Partial {
   float most, sum;
   alignas(64) float mixed[kWidest];
@@ -79,7 +79,7 @@ void Cache::append(const float* keys, const float* values, int64_t tokens, int64
 }
 
 void Cache::pack_block(Block& block, int64_t begin) const {
-  // the first tokens are left whole: pruned by rows behind them
+  // nothing of the first tokens is zeroed: only the rows after them are pruned
   const int64_t whole = std::clamp<int64_t>(keeping_.first - begin, 0, kBlock);
   std::vector<float> keys(block.keys.size()), values(block.values.size());
   for (int64_t t = 0; t < kBlock; ++t)
@@ -169,7 +169,7 @@ int64_t Cache::bytes() const {
   return static_cast<int64_t>(sum);
 }
 
-// Rows are query heads of one key-value head, `per_token` of a token; row r stands at position first_position + r /
+// Rows are query heads of one key-value head, `per_token` per token; row r is at position first_position + r /
 // per_token.
 void Cache::attend_span(const float* q, int64_t rows, int64_t per_token, int64_t first_position, int64_t head,
                         int64_t span, int64_t window, Partial* partials) const {

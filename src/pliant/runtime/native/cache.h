@@ -11,7 +11,7 @@ namespace pliant {
 constexpr int64_t kMostSharing = 32;  // query heads that share a key-value head
 constexpr int64_t kWidest = 256;      // elements of a head
 
-// How older tokens are kept.
+// The format of older tokens.
 struct Keeping {
   int32_t packed = 0;  // 0: floats, as they came; 1: blocks that are full and old enough are packed
   int32_t format = 0;  // of packed blocks: Format
@@ -30,20 +30,20 @@ class Cache {
   int64_t length() const { return length_; }
   int64_t bytes() const;
 
-  // [tokens][heads * width] each, `stride` floats from a token to the next.
+  // [tokens][heads * width] each, `stride` floats from one token to the next.
   void append(const float* keys, const float* values, int64_t tokens, int64_t stride);
 
-  // Packs what is old enough. Not within append, so that a prompt attends to itself as it is.
+  // Packs the blocks that are old enough. This is not part of append, so that a prompt attends to its exact values.
   void settle(int threads);
 
-  // Forgets all but the first `length` tokens. A block that is packed is unpacked again where it is cut.
+  // Drops all but the first `length` tokens. A packed block is unpacked again if it is cut.
   void crop(int64_t length);
 
   // [heads][length][width] each
   void read(float* keys, float* values) const;
 
-  // out[token][head * width] of the last `tokens` tokens, each to what stands before it and to itself; with a window,
-  // to the last `window` of these. q and out have `query_heads` heads a token.
+  // out[token][head * width] of the last `tokens` tokens. Each attends to the tokens before it and to itself; with a
+  // window, to the last `window` of these. q and out have `query_heads` heads per token.
   void attend(const float* q, int64_t tokens, int64_t query_heads, float scale, int64_t window, float* out,
               int threads) const;
 

@@ -27,7 +27,7 @@ Registers cpuid(uint32_t leaf, uint32_t part = 0) {
 
 bool bit(uint32_t word, int place) { return word >> place & 1; }
 
-// The register files that the operating system saves. xgetbv by its bytes: its intrinsic needs a flag of its own.
+// The register files that the operating system saves. xgetbv is given by its bytes, as its intrinsic needs a flag.
 uint64_t saved() {
   if (!bit(cpuid(1).c, 27)) return 0;  // OSXSAVE
   uint32_t low, high;
@@ -53,7 +53,7 @@ uint64_t saved() {
   if (!has_avx512() || !bit(seven.d, 24) || !bit(seven.d, 22) || !bit(seven.d, 25)) return false;  // TILE, BF16, INT8
   if ((saved() & 0x60000) != 0x60000) return false;
 #if defined(__linux__) && defined(SYS_arch_prctl)
-  constexpr int request_permission = 0x1023, tile_data = 18;  // once for the process, threads have it then
+  constexpr int request_permission = 0x1023, tile_data = 18;  // once per process, for all its threads
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
   return false;

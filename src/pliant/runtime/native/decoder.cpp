@@ -30,7 +30,7 @@ void norm(const float* x, const float* weight, int64_t n, double epsilon, float*
   for (i = 0; i < n; ++i) out[i] = x[i] * factor * weight[i];
 }
 
-// The halves of the first `rotated` elements of every head, turned against each other.
+// Rotates the two halves of the first `rotated` elements of every head.
 void rotate(float* x, int64_t heads, int64_t width, const float* cosine, const float* sine, int64_t rotated) {
   const int64_t half = rotated / 2;
   for (int64_t h = 0; h < heads; ++h, x += width) {
@@ -78,7 +78,8 @@ std::string Decoder::add(const LayerPlan& plan) {
   const int64_t hidden = plan_.hidden, width = plan_.width;
   if (layer.attention) {
     if (plan.kv_heads < 1 || plan.heads % plan.kv_heads || plan.heads / plan.kv_heads > kMostSharing || width > kWidest)
-      return "these head counts are not supported";
+      return std::to_string(plan.heads) + " heads, " + std::to_string(plan.kv_heads) + " key-value heads and width " +
+             std::to_string(width) + " are not supported";
     for (const std::string& wrong : {look(plan.q, "q", plan.heads * width, hidden, &layer.q),
                                      look(plan.k, "k", plan.kv_heads * width, hidden, &layer.k),
                                      look(plan.v, "v", plan.kv_heads * width, hidden, &layer.v),

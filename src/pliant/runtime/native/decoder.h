@@ -45,7 +45,7 @@ class Decoder {
  public:
   explicit Decoder(const DecoderPlan& plan) : plan_(plan) {}
 
-  // What is wrong with a layer, or nothing.
+  // Adds a layer. Returns its fault, or nothing.
   std::string add(const LayerPlan& plan);
 
   // stream[tokens][hidden]: embeddings in, the normed hidden state out. cosine and sine are [tokens][rotated].

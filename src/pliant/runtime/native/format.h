@@ -1,18 +1,18 @@
 // The packed form of one weight matrix, as it lies in memory and on disk.
 //
 // W has `rows` outputs and `columns` inputs, y = x W^T. Sixteen outputs make a panel. Within a panel the weights lie
-// step after step along the inputs, in the order in which dot-product instructions eat them:
+// step after step along the inputs, in the order in which dot-product instructions read them:
 //
 //   bf16   a step is 2 inputs, 64 bytes:  element 2c + k  is weight (output c, input k)
 //   int8   a step is 4 inputs, 64 bytes:  byte    4c + k  is code (c, k)
 //   int4   a step is 8 inputs, 64 bytes:  byte    4c + k  is code (c, k) in its low nibble, (c, 4 + k) in its high one
 //
-// Codes are two's complement. The sparse forms leave out of that stream what is zero: a bit for every element, lowest
-// first, says which are there, and the values follow each other without gaps. int4 keeps an even number of every 16
-// nibbles, by storing a zero where needed, so that each 16 begin at a byte.
+// Codes are two's complement. The sparse forms leave zeros out of that stream: a bit for every element, lowest first,
+// says which are stored, and the values follow each other without gaps. int4 keeps an even number of every 16 nibbles,
+// by storing a zero if needed, so that each 16 begin at a byte.
 //
-// int4 has a bf16 scale for every output and group of 32, 64 or 128 inputs, int8 a float for every output. Nothing in
-// the form depends on the number of threads or on the processor.
+// int4 has a bf16 scale per output and group of 32, 64 or 128 inputs, int8 a float per output. Nothing in the form
+// depends on the number of threads or on the processor.
 #pragma once
 
 #include <cstddef>
@@ -23,24 +23,24 @@ namespace pliant {
 enum class Format : uint32_t { bf16 = 0, int8 = 1, int4 = 2 };
 
 constexpr int64_t kPanel = 16;
-constexpr int64_t kChunk = 128;  // inputs that a kernel takes at once: whole groups and slices
+constexpr int64_t kChunk = 128;  // inputs that a kernel reads at once: whole groups and slices
 constexpr int64_t kSlice = 32;   // inputs of x that share a scale: fewer than of W, as x has single large values
 constexpr int64_t kStepBytes = 64;
 constexpr uint32_t kVersion = 1;
 constexpr char kMagic[8] = {'P', 'L', 'I', 'A', 'N', 'T', 'W', '\n'};
-constexpr int64_t kSlack =
-    64;  // readable bytes behind the values: a vector is loaded whole where one element is wanted
+// readable bytes after the values, because a whole vector is loaded even for one element
+constexpr int64_t kSlack = 64;
 
-// The first 128 bytes. Places are bytes from the beginning; little-endian throughout.
+// The first 128 bytes. Positions are bytes from the beginning; everything is little-endian.
 struct Header {
   char magic[8];
   uint32_t version;
   uint32_t format;
   uint32_t sparse;
-  uint32_t group;  // inputs that share a scale, in int4; 0 in others
+  uint32_t group;  // inputs that share a scale, in int4; 0 in other formats
   int64_t rows;
   int64_t columns;
-  int64_t stored;  // elements that are there, of all rows * columns: all of them in a dense form
+  int64_t stored;  // number of stored elements: in a dense form all rows * columns
   int64_t scales;
   int64_t offsets;  // sparse: where in the values each panel begins, one more for the end
   int64_t masks;
@@ -58,12 +58,12 @@ constexpr int64_t step_inputs(Format f) { return f == Format::bf16 ? 2 : f == Fo
 // Bytes of mask that belong to the 64 bytes of a step.
 constexpr int64_t mask_bytes(Format f) { return f == Format::bf16 ? 4 : f == Format::int8 ? 8 : 16; }
 
-// Bytes of the scales of all panels; `groups` of int4 for every output.
+// Bytes of the scales of all panels; int4 has `groups` of them per output.
 constexpr int64_t scale_bytes(Format f, int64_t panels, int64_t groups) {
   return f == Format::bf16 ? 0 : panels * kPanel * (f == Format::int8 ? 4 : 2 * groups);
 }
 
-// A packed matrix, looked at: pointers into the memory that holds it. None needs an alignment.
+// A view of a packed matrix: pointers into the memory that holds it. None needs an alignment.
 struct Matrix {
   Format format;
   bool sparse;
@@ -85,13 +85,12 @@ struct Matrix {
   const uint8_t* panel_masks(int64_t p) const { return masks + p * steps * mask_bytes(format); }
 };
 
-// What rows of x the kernels read. Values are fp32; int8 and int4 read codes: x = code * scale, a scale for every
-// slice.
+// The rows of x that the kernels read. Values are fp32; int8 and int4 read codes: x = code * scale, a scale per slice.
 struct Input {
   int64_t rows;
   int64_t stride;       // elements from one row to the next, of values and of codes
-  const float* values;  // [rows][stride], zeros behind the last column
-  const int8_t* codes;  // [rows][stride], zeros behind the last column
+  const float* values;  // [rows][stride], zeros after the last column
+  const int8_t* codes;  // [rows][stride], zeros after the last column
   const float* scales;  // [rows][slices]
   const int32_t* sums;  // [rows][slices], of the codes
   int64_t slices;

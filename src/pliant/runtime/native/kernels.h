@@ -1,4 +1,4 @@
-// What every instruction set offers. One translation unit each, compiled with its own flags.
+// The functions of every instruction set. Each is a translation unit, compiled with its own flags.
 #pragma once
 
 #include "attention.h"
@@ -31,7 +31,7 @@ struct Kernels {
   // out = activation(gate) * up, n of each
   void (*gate)(const float* gate, const float* up, int64_t n, Activation kind, float* out);
 
-  // What attention is made of: see attention.h.
+  // The parts of attention: see attention.h.
   void (*product)(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t n,
                   int64_t columns, float* out, int64_t out_stride, bool add);
   float (*largest)(const float* scores, int64_t n);
@@ -40,8 +40,8 @@ struct Kernels {
 
 namespace {
 
-// What the codes of a slice are worth, from the bits of its largest absolute value. One that is not finite makes every
-// output NaN; one too small to be divided by is none.
+// The scale of a slice's codes, from the bits of its largest absolute value. If that is not finite, every output is
+// NaN; if it is too small to divide by, the slice counts as zero.
 struct Scale {
   float value, inverse;
   explicit Scale(uint32_t bits) {

@@ -1,5 +1,5 @@
-// The operations on 512 bits that the AVX-512 kernels are written in, twice: as the processor's instructions, and as
-// plain C++ with which the same kernels are tested where the processor lacks them. Both give the same bits.
+// The operations on 512 bits in which the AVX-512 kernels are written, twice: as the processor's instructions, and in
+// plain C++ to test the same kernels on processors that lack them. Both give the same bits.
 //
 // `Ints` are 64 bytes, `Floats` 16 floats. A pointer needs no alignment.
 #pragma once
@@ -33,7 +33,7 @@ struct Intrinsics {
   static Floats load_floats(const void* p) { return _mm512_loadu_ps(p); }
   static void store(void* p, Ints v) { _mm512_storeu_si512(p, v); }
   static void store(void* p, Floats v) { _mm512_storeu_ps(p, v); }
-  // always_inline: GCC 12 takes calls of a function that only prefetches for needless.
+  // always_inline, because GCC 12 drops calls of a function that only prefetches.
   [[gnu::always_inline]] static void prefetch(const uint8_t* p) {
     _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
   }
@@ -51,21 +51,21 @@ struct Intrinsics {
     return _mm512_set1_epi64(x);
   }
 
-  // Elements, one after the other, to the places that the mask names; `there` keeps the others. That costs a copy of
-  // `there`, which processors make for nothing. The form that zeroes the others waits on Zen 5 for the old value of the
-  // register that it writes, whichever a compiler chose. One that reads memory itself is slow on some processors.
+  // Puts consecutive elements at the positions in the mask; the others keep the values in `there`. That costs a copy of
+  // `there`, which is free on processors. On Zen 5, the form that zeroes the others waits for the old value of the
+  // register that it writes. The form that reads memory itself is slow on some processors.
   static Ints expand16(Ints there, uint32_t mask, Ints v) {
     asm("" : "+v"(v));
     return _mm512_mask_expand_epi16(there, mask, v);
   }
   static Ints expand8(Ints there, uint64_t mask, Ints v) { return _mm512_mask_expand_epi8(there, mask, v); }
-  static Ints zeros() {  // no constant to the compiler, which would turn to the zeroing form
+  static Ints zeros() {  // hides the constant from the compiler, which would use the zeroing form
     Ints v = _mm512_setzero_si512();
     asm("" : "+v"(v));
     return v;
   }
 
-  // 64 nibbles as bytes; the upper half of a byte is what follows the nibble, if anything.
+  // 64 nibbles as bytes; the upper half of a byte may hold the nibble that follows.
   static Ints nibbles(const void* p) {
     const Ints at = _mm512_set1_epi64(0x1c1814100c080400);
     return _mm512_multishift_epi64_epi8(at, _mm512_cvtepu32_epi64(_mm256_loadu_si256(static_cast<const __m256i*>(p))));
@@ -120,7 +120,7 @@ struct Intrinsics {
   static void store_f16(void* p, Floats v) {
     _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
-  static void store_flushed_bf16(void* p, Floats v) {  // that instruction: what is below 2^-126 becomes zero
+  static void store_flushed_bf16(void* p, Floats v) {  // the instruction for it: numbers below 2^-126 become zero
     const __m256bh out = _mm512_cvtneps_pbh(v);
     std::memcpy(p, &out, sizeof out);
   }

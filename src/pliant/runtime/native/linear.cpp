@@ -9,8 +9,8 @@
 namespace pliant {
 namespace {
 
-constexpr int64_t kPad = 64;  // x is padded to a multiple of it: every kernel finds zeros behind the last column
-constexpr int64_t kRowsTogether = 32;   // rows that pass by a panel while it is in the cache
+constexpr int64_t kPad = 64;            // x is padded to a multiple of it, with zeros after the last column
+constexpr int64_t kRowsTogether = 32;   // rows multiplied with a panel while it is in the cache
 constexpr int64_t kChunkBytes = 32768;  // of weights that a thread claims at once
 
 int64_t panel_bytes(const Matrix& w) { return w.steps * kStepBytes; }

@@ -7,7 +7,7 @@
 
 namespace pliant {
 
-// Rows of x made ready: floats, and codes where a matrix wants them.
+// Prepared rows of x: floats, and codes if a matrix needs them.
 class PreparedRows {
  public:
   // `stride` is in elements.

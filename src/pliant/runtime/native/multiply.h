@@ -1,22 +1,23 @@
-// Rows of x times panels of W, the loop that every instruction set shares. What a set brings along, as static members
-// of `I`:
+// Rows of x times panels of W, the loop that every instruction set shares. A set `I` has these static members:
 //
-//   template <Format F> constexpr int paired          rows, at most, of which two panels are multiplied at once: 1 or 2
-//   template <Format F, int R> constexpr bool fused   whether a sparse stream is multiplied as it is, not made dense
-//   before template <Format F, bool fused, int R, int P> struct Sum      what R rows and P panels have summed up so far
-//     Sum(const Matrix&, int64_t panel, const Input&, int64_t row)
-//     void add(const uint8_t* const (&w)[P], int64_t chunk, int64_t steps)                    the next steps of dense
-//     streams void add(const uint8_t* (&masks)[P], const uint8_t* (&values)[P], chunk, steps)         the same of
-//     sparse ones, if fused void store(float* out, int64_t stride)
-//   template <Format F> const uint8_t* expand(masks, values, steps, out)   makes a sparse stream dense; returns where
-//   its values
-//                                                                          end
+//   The most rows (1 or 2) for which two panels are multiplied at once:
+//     template <Format F> constexpr int paired
+//   Whether a sparse stream is multiplied as it is, without making it dense first:
+//     template <Format F, int R> constexpr bool fused
+//   The sums of R rows and P panels so far; `add` takes the next steps of dense streams, or of sparse ones if fused:
+//     template <Format F, bool fused, int R, int P> struct Sum
+//       Sum(const Matrix&, int64_t panel, const Input&, int64_t row)
+//       void add(const uint8_t* const (&w)[P], int64_t chunk, int64_t steps)
+//       void add(const uint8_t* (&masks)[P], const uint8_t* (&values)[P], int64_t chunk, int64_t steps)
+//       void store(float* out, int64_t stride)
+//   A function that makes a sparse stream dense and returns the end of its values:
+//     template <Format F> const uint8_t* expand(masks, values, steps, out)
 //
-// Every output is summed in an order that depends on its own row and column alone. A token's result is the same, to the
-// bit, next to other tokens or alone, and with any number of threads.
+// Every output is summed in an order that depends only on its own row and column. The result of a token is the same, to
+// the bit, alone or next to other tokens, and with any number of threads.
 //
-// Loops over rows, panels and halves of a register are unrolled by pragma. GCC else leaves sums in memory, where it has
-// kept them by the time it unrolls such loops by itself, and stores each at every step.
+// Loops over rows, panels and halves of a register are unrolled by pragma. GCC unrolls such loops too late by itself:
+// it then keeps the sums in memory and stores each at every step.
 #pragma once
 
 #include <cstring>
@@ -84,7 +85,7 @@ void block(const Matrix& w, int64_t panel, const Input& x, int64_t row, float* o
   sum.store(out, stride);
 }
 
-// R rows at once, and what is left of them at once, too.
+// R rows at once, and the remaining ones at once, too.
 template <class I, Format F, bool S, int P, int R>
 void rows_of(const Matrix& w, int64_t panel, const Input& x, int64_t row, float* out, int64_t stride,
              const uint8_t* expanded) {
@@ -96,7 +97,7 @@ template <class I, Format F>
 void panels_of(const Matrix& w, int64_t panel, int64_t count, const Input& x, float* out, int64_t stride,
                uint8_t* scratch) {
   constexpr int paired = I::template paired<F>;
-  if (w.sparse && x.rows > kRows) {  // make room once, for all rows
+  if (w.sparse && x.rows > kRows) {  // expand once for all rows
     for (int64_t p = 0; p < count; ++p) {
       uint8_t* dense = scratch;
       I::template expand<F>(w.panel_masks(panel + p), w.panel_values(panel + p), w.steps, dense);

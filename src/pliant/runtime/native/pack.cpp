@@ -13,8 +13,8 @@ namespace pliant {
 namespace {
 
 constexpr int64_t kAlign = 64;
-constexpr int64_t kStepsTogether =
-    32;  // steps laid out together: rows are often a power of two apart and share few sets of a cache
+// steps laid out together: rows are often a power of two apart and share few sets of a cache
+constexpr int64_t kStepsTogether = 32;
 
 int64_t aligned(int64_t size) { return ceil_div(size, kAlign) * kAlign; }
 
@@ -41,8 +41,8 @@ float error_of(const float* w, int64_t n, float scale) {
   return sum;
 }
 
-// The scale of a group of int4 weights that leaves the least squared error. What was rounded to such a grid before
-// finds its scale again, as the largest weight is 7 or 8 steps of it.
+// The scale of a group of int4 weights with the smallest squared error. Weights that lie on such a grid already get the
+// same scale again, because their largest one is 7 or 8 steps.
 float scale_of_group(const float* w, int64_t n) {
   float low = 0, high = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -63,7 +63,7 @@ float scale_of_group(const float* w, int64_t n) {
   return best;
 }
 
-// Of all words of 8 bytes with their places, the word of the checksum itself as 0.
+// The checksum of all words of 8 bytes and their positions, counting the word of the checksum itself as 0.
 uint64_t checksum(const uint8_t* data, int64_t size, int threads) {
   constexpr int64_t part = 1 << 17;  // words
   const int64_t words = size / 8;
@@ -91,7 +91,8 @@ uint64_t word_of(const uint8_t* p) {
   return word;
 }
 
-// Bit i of the result: whether byte i is not zero; whether 16 bits at 2i, or 4 bits at i / 2, are not.
+// Bit i of the result says whether byte i is not zero; in the next two functions, the 16 bits at byte 2i or the i-th
+// nibble.
 uint64_t bytes_there(uint64_t w) {
   constexpr uint64_t low = 0x7f7f7f7f7f7f7f7f;
   w = (((w & low) + low) | w) >> 7 & 0x0101010101010101;
@@ -112,7 +113,7 @@ uint64_t nibbles_there(uint64_t w) {
   return (w | w >> 24) & 0xffff;
 }
 
-// Bits of the elements of a step that are there. Of every 16 nibbles an even number is kept.
+// The mask of a step: which elements are stored. Of every 16 nibbles an even number is.
 void mask_of(Format format, const uint8_t* step, uint8_t* mask) {
   for (int w = 0; w < 8; ++w) {
     const uint64_t word = word_of(step + 8 * w);
@@ -326,15 +327,14 @@ std::string open(const uint8_t* data, int64_t size, bool full, int threads, Matr
   Header h;
   if (size < static_cast<int64_t>(sizeof h)) return "it has " + std::to_string(size) + " bytes, fewer than its header";
   std::memcpy(&h, data, sizeof h);
-  if (std::memcmp(h.magic, kMagic, sizeof kMagic) != 0)
-    return "it is not a packed matrix: its first bytes are different";
+  if (std::memcmp(h.magic, kMagic, sizeof kMagic) != 0) return "bad magic bytes";
   if (h.version != kVersion)
-    return "it has version " + std::to_string(h.version) + ", known is " + std::to_string(kVersion);
+    return "it has version " + std::to_string(h.version) + ", this pliant reads version " + std::to_string(kVersion);
   if (h.format > 2 || h.sparse > 1) return "its header names an unknown format";
   constexpr int64_t most = int64_t{1} << 31;
   if (h.rows < 1 || h.columns < 1 || h.rows > most || h.columns > most) return "its header gives impossible sizes";
   if (h.size != size || size % 8)
-    return "it has " + std::to_string(size) + " bytes, its header speaks of " + std::to_string(h.size);
+    return "it has " + std::to_string(size) + " bytes, but its header declares " + std::to_string(h.size);
   Matrix& m = *out;
   m.format = static_cast<Format>(h.format);
   m.sparse = h.sparse;
@@ -354,7 +354,7 @@ std::string open(const uint8_t* data, int64_t size, bool full, int threads, Matr
                     h.offsets >= h.scales + scale_bytes(m.format, m.panels, m.groups) &&
                     h.masks >= h.offsets + offset_bytes && h.values >= h.masks + masks && h.offsets <= size &&
                     h.masks <= size && h.values <= size;
-  if (!fits) return "the parts that its header speaks of do not fit into it";
+  if (!fits) return "the parts that its header declares do not fit into it";
   m.scales = data + h.scales;
   m.offsets = data + h.offsets;
   m.masks = data + h.masks;
@@ -362,7 +362,7 @@ std::string open(const uint8_t* data, int64_t size, bool full, int threads, Matr
   const int64_t room = size - kSlack - h.values;
   if (!h.sparse && m.panels * m.steps * kStepBytes > room) return "its values do not fit into it";
   if (!full) return "";
-  if (checksum(data, size, threads) != h.checksum) return "checksum mismatch: it was damaged";
+  if (checksum(data, size, threads) != h.checksum) return "checksum mismatch: it is damaged";
   if (!h.sparse) return "";
   std::atomic<bool> good{true};
   const auto offset = [&](int64_t p) { return m.panel_values(p) - m.values; };
@@ -376,7 +376,7 @@ std::string open(const uint8_t* data, int64_t size, bool full, int threads, Matr
     }
     if (!right) good = false;
   });
-  return good && offset(0) == 0 ? "" : "its masks and its values do not belong together";
+  return good && offset(0) == 0 ? "" : "its masks do not match its values";
 }
 
 void unpack(const Matrix& w, float* out, int threads) {

@@ -9,11 +9,11 @@
 
 namespace pliant {
 
-// A matrix on its way to its packed form: values chosen, nothing laid out yet.
+// A matrix before its packed form is written: codes and scales are chosen, nothing is laid out yet.
 class Packing {
  public:
-  // `weight` is [rows][columns]. `scales`, if given, are what codes are multiples of: float[rows] for int8,
-  // float[rows][groups] that are bf16 numbers for int4, which `group` counts for. Otherwise they are chosen here.
+  // `weight` is [rows][columns]. `scales` are those of the codes: float[rows] for int8, float[rows][groups] with bf16
+  // numbers for int4; if null, they are chosen here. Only int4 uses `group`.
   Packing(const float* weight, int64_t rows, int64_t columns, Format format, bool sparse, int64_t group,
           const float* scales, int threads);
 
@@ -21,7 +21,7 @@ class Packing {
   void write(uint8_t* out, int threads) const;
 
  private:
-  void stream(int64_t panel, int64_t first, int64_t count, uint8_t* out) const;  // so many steps, 64 bytes each
+  void stream(int64_t panel, int64_t first, int64_t count, uint8_t* out) const;  // `count` steps of 64 bytes each
 
   Header header_{};
   int64_t panels_, steps_, group_, groups_;
@@ -31,8 +31,8 @@ class Packing {
   std::vector<int64_t> offsets_;
 };
 
-// Looks at a packed matrix without touching its values; `full` also counts masks and compares the checksum. Returns
-// what is wrong with it, or nothing.
+// Opens a packed matrix without reading its values; `full` also counts masks and compares the checksum. Returns its
+// fault, or nothing.
 std::string open(const uint8_t* data, int64_t size, bool full, int threads, Matrix* out);
 
 // All weights as floats, [rows][columns].

@@ -14,7 +14,7 @@
 namespace pliant {
 namespace {
 
-constexpr auto kSpin = std::chrono::microseconds(40);  // how long a worker looks for the next job before it sleeps
+constexpr auto kSpin = std::chrono::microseconds(40);  // how long a worker waits for the next job before it sleeps
 
 constexpr uint64_t kNone = 0xffffffff;  // a chunk that no job has
 
@@ -37,7 +37,7 @@ class Pool {
       workers_.emplace_back([this, place] { serve(place); });
     }
     const auto job = static_cast<uint32_t>((next_ >> 32) + 1);
-    next_ = uint64_t{job} << 32 | kNone;  // first: who still looks at the last job must not find the chunks of this one
+    next_ = uint64_t{job} << 32 | kNone;  // first, so that no thread of the last job claims a chunk of this one
     work_ = work;
     argument_ = argument;
     chunks_ = static_cast<uint32_t>(chunks);
@@ -53,15 +53,15 @@ class Pool {
     }
     while (take(job)) {
     }
-    for (int looks = 0; done_.load(std::memory_order_acquire) != chunks_; ++looks) {  // for what others have claimed
-      looks < 4096 ? relax() : std::this_thread::yield();
+    for (int tries = 0; done_.load(std::memory_order_acquire) != chunks_; ++tries) {  // until the others are done
+      tries < 4096 ? relax() : std::this_thread::yield();
     }
     busy_.clear(std::memory_order_release);
   }
 
  private:
-  // Does the next chunk of a job. Its number stands above that of the chunk in one word, so that nobody who comes late
-  // takes a chunk of a later job; and the job stays what it is until the chunk is done.
+  // Does the next chunk of a job. One word holds the number of the job above that of the chunk, so that a late thread
+  // cannot claim a chunk of a later job; and the job does not change until the chunk is done.
   bool take(uint32_t job) {
     uint64_t next = next_.load(std::memory_order_acquire);
     do {
@@ -102,7 +102,7 @@ class Pool {
   std::atomic<void*> argument_{nullptr};
   std::atomic<uint32_t> chunks_{0};
   std::atomic<int> helpers_{0};
-  alignas(64) std::atomic<uint64_t> next_{0};  // job, then the next chunk of it
+  alignas(64) std::atomic<uint64_t> next_{0};  // the job, then its next chunk
   alignas(64) std::atomic<uint32_t> done_{0};
   alignas(64) std::atomic<uint32_t> job_{0};
   std::mutex sleep_;
@@ -119,7 +119,7 @@ void parallel(int threads, int64_t chunks, void (*work)(void*, int64_t), void* a
   std::call_once(made, [] {
     pool = new Pool;
 #if defined(__unix__) || defined(__APPLE__)
-    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });  // a child has none of the threads
+    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });  // a child process has none of the threads
 #endif
   });
   pool->run(threads, chunks, work, argument);

@@ -6,8 +6,8 @@
 namespace pliant {
 
 // Calls work(argument, i) for every i below `chunks`, on the calling thread and on up to `threads` - 1 others. Chunks
-// are claimed one by one: a thread that has no processor holds nobody up but for what it had claimed. Within another
-// call, from this thread or from any other, everything is done by the caller.
+// are claimed one by one, so a thread without a processor delays only the chunk it has claimed. During another call,
+// from this thread or any other, the caller does everything.
 void parallel(int threads, int64_t chunks, void (*work)(void* argument, int64_t chunk), void* argument);
 
 template <class Work>

@@ -1,4 +1,4 @@
-// Plain C++, for every processor. Also what the other instruction sets are tested against.
+// Plain C++, for every processor, and the reference in tests of the other instruction sets.
 #include <cmath>
 #include <cstring>
 

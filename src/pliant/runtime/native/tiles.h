@@ -1,8 +1,8 @@
-// The eight tiles of AMX, twice: those of the processor, and in plain C++ for tests where it has none. Both give the
-// same bits.
+// The eight tiles of AMX, twice: those of the processor, and in plain C++ for tests on processors without them. Both
+// give the same bits.
 //
-// All kernels use them in one way. 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 weights: 16 rows of x at most in tiles
-// 0, 1 and 4, as many again in 2, 3 and 5. Tiles belong to a thread; it has them for as long as the object lives.
+// All kernels use them in the same way: 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 weights. Tiles 0, 1 and 4 are for
+// the first 16 rows of x, tiles 2, 3 and 5 for the next 16. A thread owns its tiles as long as the object lives.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ struct Shape {
   uint16_t bytes[16] = {};  // of a row of each tile
   uint8_t rows[16] = {};
 
-  // `rows_of_x` at most 32. `depth` rows of weights: so many 4 bytes of x meet them.
+  // `rows_of_x` is at most 32. `depth` rows of weights are multiplied with `depth` times 4 bytes of x.
   Shape(int64_t rows_of_x, int64_t depth) {
     for (int half = 0; half < 2; ++half) {
       const int64_t left = rows_of_x - half * kTileRows;
@@ -38,7 +38,7 @@ static_assert(sizeof(Shape) == 64);
 
 #if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
 
-// Written out, as GCC's own functions do not say that tiles are loaded from and stored to memory.
+// In assembly, because GCC's own functions do not declare that tiles are loaded from and stored to memory.
 struct Hardware {
   explicit Hardware(const Shape& shape) { asm volatile("ldtilecfg %0" : : "m"(shape)); }
   ~Hardware() { asm volatile("tilerelease"); }
@@ -116,7 +116,7 @@ struct Software {
   template <int sum, int x, int w>
   void dot_int8() {
     each<sum, x, w>([](const uint8_t* row, const uint8_t* column, int depth, const uint8_t* so_far) {
-      auto out = read_as<uint32_t>(so_far);  // what does not fit wraps around
+      auto out = read_as<uint32_t>(so_far);  // overflow wraps around
       for (int k = 0; k < depth; ++k) {
         for (int i = 0; i < 4; ++i) {
           out += static_cast<uint32_t>(static_cast<int8_t>(row[4 * k + i]) * static_cast<int8_t>(column[64 * k + i]));
@@ -130,7 +130,7 @@ struct Software {
   const Shape shape;
   uint8_t data[8][16][64] = {};
 
-  static void expect(bool holds) {  // what a processor would not run
+  static void expect(bool holds) {  // fails as the processor would
     if (!holds) __builtin_trap();
   }
   template <class T>
