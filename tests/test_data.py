@@ -91,7 +91,7 @@ def test_a_named_column_wins_over_instruction_keys(tmp_path):
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path):
-    with pytest.raises(DataError, match=r"there is no file '.*gone\.txt'"):
+    with pytest.raises(DataError, match=r"no file at '.*gone\.txt'"):
         pliant.text(tmp_path / "gone.txt")
 
 
@@ -325,7 +325,7 @@ def test_a_question_without_a_key_is_refused_and_its_keys_are_listed(tmp_path, k
 
 
 def test_missing_and_malformed_question_files_are_refused(tmp_path):
-    with pytest.raises(DataError, match="there is no file"):
+    with pytest.raises(DataError, match="no file at"):
         pliant.questions(tmp_path / "gone.jsonl")
     with pytest.raises(DataError, match="line 1: not JSON"):
         pliant.questions(_file(tmp_path, "q.jsonl", "Sky is blue"))

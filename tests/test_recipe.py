@@ -42,7 +42,7 @@ def test_an_artefact_is_made_again_from_its_recipe(made, tmp_path):
 def test_data_that_moved_or_changed_is_refused_until_it_is_given(made, tmp_path):
     text = tmp_path / "notes.txt"
     text.rename(tmp_path / "moved.txt")
-    with pytest.raises(DataError, match="there is no file"):
+    with pytest.raises(DataError, match="no file at"):
         read_recipe(made)
     assert read_recipe(made, data=tmp_path / "moved.txt").data.digest
     text.write_text((tmp_path / "moved.txt").read_text() + "\n\nOne more.")

@@ -26,7 +26,7 @@ _UNSET: Any = dataclasses.MISSING
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What a step says about one of its settings, besides its type and its default.
+    """The rules and the help text of one setting of a step, besides its type and its default.
 
     Attributes:
         help: shown by ``pliant ls SYSTEM``.
@@ -140,7 +140,7 @@ class Step:
     """pruner, values or training: what kind of step it is."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What it cannot do without: ``text`` (calibration text), ``examples`` (text or examples to train on), ``ratio`` (a ratio to
+    """The inputs that it requires: ``text`` (calibration text), ``examples`` (text or examples to train on), ``ratio`` (a ratio to
     reach), ``trained`` (a model that an earlier step has prepared)."""
 
     trains: ClassVar[bool] = False
@@ -324,7 +324,7 @@ def _plain(value: Any) -> Any:
 
 @dataclasses.dataclass
 class Job:
-    """What a step works on.
+    """The model that a step works on, and everything else it may use.
 
     Attributes:
         model: the model, changed in place.

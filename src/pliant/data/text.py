@@ -144,7 +144,7 @@ def read(path: Path) -> str:
         with (open if unpacked(path) == path else gzip.open)(path, "rt", encoding="utf-8-sig") as file:
             return file.read()
     except FileNotFoundError:
-        raise DataError(f"there is no file {str(path)!r}") from None
+        raise DataError(f"no file at {str(path)!r}; give a .txt, .jsonl or .json file") from None
     except IsADirectoryError:
         raise DataError(f"{str(path)!r} is a folder; give a .txt, .jsonl or .json file in it") from None
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""What a model is scored by, one file for each score."""
+"""Scores: the numbers by which a search compares models, one file for each."""
 
 from __future__ import annotations
 

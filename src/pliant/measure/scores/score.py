@@ -56,8 +56,8 @@ class Score:
 
     @property
     def key(self) -> str:
-        """What the score depends on besides the model and the calibration text, for the archive: its name, and the fields of a
-        dataclass. A score that holds anything else has a key of its own."""
+        """A text for the archive that names everything the score depends on besides the model and the calibration text: its name,
+        and the fields of a dataclass. A score that holds anything else has a key of its own."""
         return ":".join([self.name, *(f"{name}={value!r}" for name, value in _fields(self).items())])
 
     def plain(self) -> str | dict[str, Any]:
