@@ -18,7 +18,7 @@ PYTEST := $(BIN)/pytest --numprocesses $(JOBS) --dist worksteal
 FLOOR  := VENV=.venv-floor CONSTRAINTS=constraints-floor.txt
 NEWEST := VENV=.venv-newest CONSTRAINTS=
 
-.PHONY: demo test suite quick unit lint test-floor test-newest quick-floor quick-newest checked newest lock clean
+.PHONY: demo test suite quick unit lint generate test-floor test-newest quick-floor quick-newest checked newest lock clean
 
 # The check only warns here: if this Python is too new for the file, pip takes the newest versions.
 $(VENV)/.torch: $(CONSTRAINTS)
@@ -48,6 +48,10 @@ lint: $(VENV)/.dev
 
 unit: $(VENV)/.dev
 	$(PYTEST) -m 'not slow'
+
+# The tables of README and the imports for type checkers, after a new step or architecture file.
+generate: $(VENV)/.dev
+	$(BIN)/python tools/generate.py
 
 test: lint
 	$(PYTEST) --cov --cov-report=term

@@ -29,10 +29,10 @@ README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"```\w*\n(.*?)```", README, flags=re.S)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("pliant ")]
 
-_spec = importlib.util.spec_from_file_location("matrix", ROOT / "tools" / "matrix.py")
+_spec = importlib.util.spec_from_file_location("generate", ROOT / "tools" / "generate.py")
 assert _spec is not None
-matrix = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(matrix)
+generate = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(generate)
 
 
 @pytest.fixture
@@ -78,23 +78,23 @@ def test_the_commands_run(here):
 
 
 def test_the_tables_are_what_the_script_writes():
-    assert matrix.written(README) == README, "run python tools/matrix.py"
+    assert generate.readme(README) == README, "run make generate"
 
 
 def test_every_family_is_of_one_kind():
     encoders = {*pico.ENCODERS, "xlm-roberta", "camembert"}
-    known = matrix.shipped()
-    assert {name for name, of in known.items() if matrix.kind_of(of) == matrix.ENCODERS} == encoders
-    assert {name for name, of in known.items() if matrix.kind_of(of) == matrix.HYBRIDS} == {"lfm2"}
+    known = generate.shipped()
+    assert {name for name, of in known.items() if generate.kind_of(of) == generate.ENCODERS} == encoders
+    assert {name for name, of in known.items() if generate.kind_of(of) == generate.HYBRIDS} == {"lfm2"}
     assert set(known) == {*pico.ARCHITECTURES, *pico.FAMILIES}
 
 
 MODELS = {
-    matrix.DECODERS: lambda: pico.pico("llama"),
-    matrix.HYBRIDS: lambda: pico.pico("lfm2"),
-    matrix.EXPERTS: lambda: pico.pico("mixtral"),
-    matrix.ENCODERS: lambda: pico.pico("bert"),
-    matrix.CONVOLUTIONAL: lambda: convnets.net("resnet_basic"),
+    generate.DECODERS: lambda: pico.pico("llama"),
+    generate.HYBRIDS: lambda: pico.pico("lfm2"),
+    generate.EXPERTS: lambda: pico.pico("mixtral"),
+    generate.ENCODERS: lambda: pico.pico("bert"),
+    generate.CONVOLUTIONAL: lambda: convnets.net("resnet_basic"),
 }
 
 
@@ -111,12 +111,12 @@ def applied(kind, model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", matrix.KINDS)
+@pytest.mark.parametrize("kind", generate.KINDS)
 @pytest.mark.parametrize("step", STEPS)
 def test_a_cell_says_what_happens(step, kind):
-    cell, model = matrix.works(step_class(step), kind), MODELS[kind]()
+    cell, model = generate.works(step_class(step), kind), MODELS[kind]()
     before = copy.deepcopy(model.state_dict())
-    if cell == matrix.NO:
+    if cell == generate.NO:
         with pytest.raises(PliantError, match="causal language model"):
             applied(step, model)
         after = model.state_dict()
@@ -128,9 +128,9 @@ def test_a_cell_says_what_happens(step, kind):
     changed = {name for name in before if name not in after or not torch.equal(after[name], before[name])}
     assert changed
     left = {name for kind in model.pliant_history[0].get("left", {"reasons": []})["reasons"] for name in kind["names"]}
-    if cell == matrix.LINEAR:
+    if cell == generate.LINEAR:
         assert {name.rpartition(".")[0] for name in changed} == {"classifier.1"}
-    if cell == matrix.DENSE:
+    if cell == generate.DENSE:
         assert any("experts" in name for name in left)
         assert all(after[name].shape == before[name].shape for name in before if "experts" in name)
 
@@ -158,7 +158,7 @@ def test_the_tools_that_open_a_result(tmp_path):
     )
     outcome = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     alone = json.loads(outcome.stdout.splitlines()[-1])
-    assert alone == {step: matrix.opens(step_class(step)) == matrix.AS_BEFORE for step in STEPS}
+    assert alone == {step: generate.opens(step_class(step)) == generate.AS_BEFORE for step in STEPS}
     for step in STEPS:
         again = pico.head_of("llama").from_pretrained(tmp_path / step).eval()
         assert torch.allclose(pico.logits(again), torch.load(tmp_path / step / "logits.pt"), atol=1e-5)

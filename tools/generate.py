@@ -1,7 +1,7 @@
-"""The tables in README.md that say what works on what, written from the registries.
+"""Write what follows from the registries: the tables in README.md, and the imports in ``pliant/__init__.py`` for type checkers.
 
-``python tools/matrix.py`` replaces everything between the two markers. ``tests/test_readme.py`` fails if README.md differs from what
-this script writes, and tries each cell on a small model.
+``make generate`` runs it. Tests fail while a file differs from what this script writes; ``tests/test_readme.py`` also tries each
+cell of the tables on a small model.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from pliant.architecture import Architecture, shipped
-from pliant.registry import EXPORTS, STEPS
+from pliant.registry import EXPORTS, STEPS, public
 from pliant.step import Step, step_class
 
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- written by tools/matrix.py -->", "<!-- end of what tools/matrix.py writes -->"
+ROOT = Path(__file__).parent.parent
+README, INIT = ROOT / "README.md", ROOT / "src" / "pliant" / "__init__.py"
+BEGIN, END = "<!-- written by tools/generate.py -->", "<!-- end of what tools/generate.py writes -->"
 DECODERS, HYBRIDS, EXPERTS, ENCODERS = "decoders", "hybrid decoders", "mixtures of experts", "encoders"
 CONVOLUTIONAL = "convolutional networks"
 KINDS = (DECODERS, HYBRIDS, EXPERTS, ENCODERS, CONVOLUTIONAL)
@@ -77,13 +78,22 @@ def exports() -> list[str]:
     return [f"`pliant export small --to {name} --out plain`: {of.summary}." for name, of in EXPORTS.items()]
 
 
-def written(page: str) -> str:
-    """A page with the tables of today between its markers."""
+def readme(page: str) -> str:
+    """README with the tables of today between its markers."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     tables = "\n\n".join("\n".join(lines) for lines in (systems(), exports(), families()))
     return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
 
 
+def stubs(source: str) -> str:
+    """``pliant/__init__.py`` with an import of every public name, which only type checkers and editors read."""
+    before, condition, rest = source.partition("if TYPE_CHECKING:\n")
+    after = rest[rest.index("\n__version__") :]
+    imports = sorted(f"    from {module} import {name} as {name}\n" for name, module in public().items())
+    return f"{before}{condition}{''.join(imports)}{after}"
+
+
 if __name__ == "__main__":
-    README.write_text(written(README.read_text("utf-8")), "utf-8")
+    for path, written in ((README, readme), (INIT, stubs)):
+        path.write_text(written(path.read_text("utf-8")), "utf-8")
