@@ -190,7 +190,9 @@ def test_the_activation_order_puts_silent_channels_last():
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[:, 7] = 0
         model.model.layers[1].mlp.up_proj.weight[11] = 0
-    order = by_falling(activation_sizes(model, anatomy_of(model), WINDOWS))["layers.1.mlp.channels"].tolist()
+    order = by_falling(activation_sizes(model, anatomy_of(model), WINDOWS), anatomy_of(model))[
+        "layers.1.mlp.channels"
+    ].tolist()
     assert sorted(order) == list(range(48))
     assert set(order[-2:]) == {7, 11}
 
@@ -199,7 +201,7 @@ def test_the_activation_order_puts_silent_channels_last():
 def test_the_activation_order_covers_what_matrices_read(family):
     model = pico(family)
     anatomy = anatomy_of(model)
-    orders = by_falling(activation_sizes(model, anatomy, WINDOWS))
+    orders = by_falling(activation_sizes(model, anatomy, WINDOWS), anatomy)
     assert set(orders) == {name for name in anatomy.axes if not name.endswith(("experts", "mlp.channels"))} | (
         set() if family == "mixtral" else {name for name in anatomy.axes if name.endswith("mlp.channels")}
     )

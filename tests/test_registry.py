@@ -75,12 +75,12 @@ def test_importance_is_what_pruners_go_by():
     model = pico("llama")
     anatomy = pliant.anatomy_of(model)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    by_weights = by_falling(pliant.importance(model))
+    by_weights = by_falling(pliant.importance(model), anatomy)
     assert all(torch.equal(by_weights[axis], order) for axis, order in l1_orders(model, anatomy).items())
     found = pliant.importance(model, by="activation", data=TEXT, tokenizer=tokenizer(), samples=8, seqlen=32)
     windows = TEXT.sample(8, 42).windows(tokenizer(), 32)
-    orders = by_falling(activation_sizes(model, anatomy, windows))
-    assert {axis: order.tolist() for axis, order in by_falling(found).items()} == {
+    orders = by_falling(activation_sizes(model, anatomy, windows), anatomy)
+    assert {axis: order.tolist() for axis, order in by_falling(found, anatomy).items()} == {
         axis: order.tolist() for axis, order in orders.items()
     }
     damage = pliant.importance(model, by="fisher", data=TEXT, tokenizer=tokenizer(), samples=8, seqlen=32)

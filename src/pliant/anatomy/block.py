@@ -29,6 +29,8 @@ class Axis:
         multiple: a cut axis keeps a multiple of this many units.
         normed: a norm is taken over all units together, so cutting a unit differs from zeroing it.
         least: the fewest units that can stay, unless a token uses more.
+        groups: number of equal groups that the units are in, one after another; every group keeps equally many, its first.
+        copies: how often all units are repeated in a tensor dimension; all copies are cut alike.
     """
 
     name: str
@@ -42,6 +44,13 @@ class Axis:
     multiple: int = 1
     normed: bool = False
     least: int = 1
+    groups: int = 1
+    copies: int = 1
+
+    @property
+    def pieces(self) -> int:
+        """Number of equal pieces in a stretch of a tensor dimension, each of which keeps its first units."""
+        return self.groups * self.copies
 
     @property
     def fewest(self) -> int:
@@ -70,6 +79,7 @@ class Weight:
         uses: how often one token (or image) uses it: a convolution once per position of its output.
         buffer: it is a buffer, such as the running mean of a batch norm, and not a parameter.
         depthwise: it is the weight of a depthwise convolution: not a matrix, but each element is multiplied once per token.
+        rescaled: it is the weight of a norm over an axis. It grows as the axis narrows, so that cutting equals zeroing.
     """
 
     path: str
@@ -78,6 +88,7 @@ class Weight:
     uses: int = 1
     buffer: bool = False
     depthwise: bool = False
+    rescaled: bool = False
 
     def identity(self, layer: nn.Module) -> int:
         """A number that is equal for two weights exactly if they are the same tensor."""
@@ -100,13 +111,17 @@ class Attribute:
 
     Attributes:
         path: the module inside the layer; ``config.x`` as ``name`` means x of the config that this module reads.
-        parts: the stretches whose sum it holds, counted in units if ``in_units``, else in elements.
+        parts: the stretches whose sum it holds.
+        measure: what it holds of each: ``width`` in elements, number of ``units``, or width of one ``group``.
+        epsilon: for the epsilon of a norm over these stretches, its value at full width: it is divided by the share of
+            elements that are kept. None for other attributes.
     """
 
     path: str
     name: str
     parts: tuple[Part, ...]
-    in_units: bool = False
+    measure: str = "width"
+    epsilon: float | None = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +176,24 @@ class Block:
         """Elements of a tensor dimension that ``part`` covers."""
         if part.axis in self.fixed:
             return self.fixed[part.axis] * part.factor
-        return self.units(part, kept) * self.axes[part.axis].unit * part.factor
+        axis = self.axes[part.axis]
+        return self.units(part, kept) * axis.unit * axis.copies * part.factor
+
+    def pieces(self, part: Part) -> int:
+        """Number of equal pieces in the stretch that ``part`` covers, see :attr:`Axis.pieces`."""
+        return 1 if part.axis in self.fixed else self.axes[part.axis].pieces
+
+    def value(self, attribute: Attribute, kept: Mapping[str, int]) -> float:
+        """Value of a plain attribute if ``kept`` units are kept."""
+        if attribute.measure == "units":
+            return sum(self.units(part, kept) for part in attribute.parts)
+        width = sum(self.width(part, kept) for part in attribute.parts)
+        if attribute.measure == "group":
+            return width // self.pieces(attribute.parts[0])
+        if attribute.epsilon is None:
+            return width
+        full = sum(self.width(part, {}) for part in attribute.parts)
+        return attribute.epsilon if width == full else attribute.epsilon * full / width
 
     def shape(self, weight: Weight, kept: Mapping[str, int]) -> tuple[int, ...]:
         """Shape of a parameter if ``kept`` units are kept."""

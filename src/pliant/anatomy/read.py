@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import lcm
 from typing import Any
 
 import torch
@@ -229,14 +230,17 @@ def _read_block(
             weights.append(Weight(f"{path}.weight", dims, depthwise=True))
             attributes += [Attribute(path, size, dims[0]) for size in ("out_channels", "in_channels", "groups")]
         else:
-            weights.append(Weight(f"{path}.weight", dims))
+            weights.append(Weight(f"{path}.weight", dims, rescaled=child in spec.rescale))
+            if child in spec.rescale:
+                name_, value = _epsilon(target, name, path, file)
+                attributes.append(Attribute(path, name_, dims[0], epsilon=value))
         if getattr(target, "bias", None) is not None:
             weights.append(Weight(f"{path}.bias", dims[:1]))
     for key, value in (spec.attributes or {}).items():
-        axis = value.removesuffix(".width")
         owner, _, attribute = key.rpartition(".") if not key.startswith("config.") else ("", "", key)
         path = spec.prefix + owner if owner else spec.module
-        attributes.append(Attribute(path, attribute, (Part(axis),), in_units=axis == value))
+        parts = tuple(Part(term.partition(".")[0]) for term in value)
+        attributes.append(Attribute(path, attribute, parts, value[0].partition(".")[2] or "units"))
 
     axes = _read_axes(layer, spec, architecture, plain, name, weights, fixed)
     attributes = [a for a in attributes if all(part.axis in axes or part.axis in fixed for part in a.parts)]
@@ -269,6 +273,14 @@ def _tensor_weight(
     if len(dims) < 2 or child in spec.elementwise:
         return Weight(path, dims)
     return Weight(path, dims, reads=len(dims) - (2 if child in spec.transposed else 1))
+
+
+def _epsilon(norm: nn.Module, block: str, path: str, file: str) -> tuple[str, float]:
+    """Name and value of the epsilon of a norm."""
+    for name in ("variance_epsilon", "eps", "epsilon"):
+        if isinstance(value := getattr(norm, name, None), float):
+            return name, value
+    raise ArchitectureError(f"{block}: {path}, which {file} lists under 'rescale', has no epsilon")
 
 
 def _norms(layer: nn.Module, spec: BlockSpec) -> list[str]:
@@ -345,20 +357,26 @@ def _read_family(
     wide = {member: global_size(plain, architecture.axes[member].unit) for member in family}
     ratios = {member: sizes[member] // sizes[leader] for member in family}
     least = architecture.axes[leader].least
+    groups = global_size(plain, architecture.axes[leader].groups)
+    copies = {member: global_size(plain, architecture.axes[member].copies) for member in family}
 
     def width(part: Part) -> int:
         axis = known[part.axis]
-        return part.factor * (axis if isinstance(axis, int) else axis.size * axis.unit)
+        return part.factor * (axis if isinstance(axis, int) else axis.size * axis.unit * axis.copies)
 
     for weight in weights:
         for position, dim in enumerate(weight.dims):
             others = [part for part in dim if part.axis not in family]
             if len(others) == len(dim) or any(part.axis not in known for part in others):
                 continue
-            per_unit = sum(ratios[part.axis] * wide[part.axis] * part.factor for part in dim if part.axis in family)
+            per_unit = sum(
+                ratios[part.axis] * wide[part.axis] * copies[part.axis] * part.factor
+                for part in dim
+                if part.axis in family
+            )
             length = weight.tensor(layer).shape[position] - sum(map(width, others))
             size, remainder = divmod(length, per_unit)
-            if remainder or size < min(1, least):
+            if remainder or size < min(1, least) or size % groups:
                 raise ArchitectureError(
                     f"{name}: dimension {position} of {weight.path} has {length} elements of {leader!r}; it must have a "
                     f"multiple of {per_unit}, the width of one unit"
@@ -373,9 +391,11 @@ def _read_family(
                     config_key=architecture.axes[member].config_key,
                     cut=architecture.axes[leader].cut,
                     active=_active(plain, architecture.axes[member].active),
-                    multiple=architecture.axes[leader].multiple,
+                    multiple=lcm(groups, architecture.axes[leader].multiple),
                     normed=architecture.axes[leader].normed,
                     least=least,
+                    groups=groups,
+                    copies=copies[member],
                 )
                 for member in family
             }

@@ -14,6 +14,8 @@ One YAML file beside this one describes the repeated layer of a family::
       whole:   {size: num_heads, unit: head_dim, cut: false}           # never cut
       rank:    {size: q_lora_rank, normed: true}                       # normalised as a whole: cutting a unit is not zeroing it
       shared:  {size: shared_size, least: 0}                           # the fewest units that can stay; default 1
+      scan:    {size: num_heads, unit: head_dim, groups: n_groups}     # in this many equal groups; each keeps equally many
+      state:   {size: state_size, copies: n_groups}                    # one copy after another, all cut alike
     blocks:                         # residual blocks, in the order in which they run
       attention:
         role: attention             # attention, mlp, experts, conv, scan or other; default: the block's name if it is one of
@@ -31,7 +33,8 @@ One YAML file beside this one describes the repeated layer of a family::
         slot: layer_idx             # the attribute that names its cache slot; it makes kv the default state
         scores: heads               # the axis that attention scores are computed over (for counting MACs)
         cached: {multi_query: 1}    # heads in the cache if this config key is set (the first set key counts); else ``scores``
-        attributes: {num_heads: heads, split_size: heads.width}    # plain attributes that must follow an axis
+        attributes: {num_heads: heads, split_size: heads.width}    # plain attributes that must follow an axis: its units, its
+                                    # ``width`` in elements, or the width of one ``group``; a list is added up
         weights:
           q_proj: [heads, hidden]   # (out, in) of a linear layer; the bias follows ``out``
           qkv_proj: [[heads, kv, kv], hidden]    # a fused weight lists its parts
@@ -42,6 +45,8 @@ One YAML file beside this one describes the repeated layer of a family::
           gate.correction: [experts]                     # a buffer is listed like a parameter
         transposed: [experts.up]    # stacks of matrices that are stored (in, out)
         elementwise: [gate.bias]    # tensors of two or more dimensions that are not matrices
+        rescale: [norm]             # a norm over an axis: its epsilon and its weight change when the axis narrows, so that
+                                    # cutting equals zeroing
         roles: {q: q_proj, k: k_proj, v: v_proj, o: o_proj}    # the role of each weight, for native runs
     native:                         # optional: the parts that pliant's kernels need to run all layers in one call
       models: {llama: {}, mistral: {window: config.sliding_window}, smollm3: {window: sliding_window, rotates: use_rope}}
@@ -69,7 +74,7 @@ A block whose layout differs between layers lists its variants::
 An axis exists only in the layers that have a weight on it. Blocks of different ``when`` may share a module path. The last
 block of each layer type that keeps a state stays, because models count tokens in it. The ``weights`` of a depthwise convolution
 are ``[[channels], one, kernel]`` with ``fixed: {one: 1}``; its sizes follow by themselves. Keys that other families need but
-that are not supported yet are refused with an explanation: ``per``, ``rescale``, ``own``, ``scale``, ``stays``, ``parts``,
+that are not supported yet are refused with an explanation: ``own``, ``scale``, ``stays``, ``parts``,
 ``part``, ``record``, ``has``, ``inside``, ``removes``, ``count``.
 
 The ``roles`` of an attention are q, k, v, o and, if it has them, q_norm and k_norm; those of an MLP are gate, up and down.
@@ -97,6 +102,8 @@ class AxisSpec:
         multiple: a cut axis keeps a multiple of this many units.
         normed: a norm is taken over all units together, so cutting a unit differs from zeroing it.
         least: the fewest units that can stay.
+        groups: number of equal groups that the units are in; every group keeps equally many.
+        copies: how often the units are repeated in a tensor dimension; all copies are cut alike.
     """
 
     size: str
@@ -107,6 +114,8 @@ class AxisSpec:
     multiple: int = 1
     normed: bool = False
     least: int = 1
+    groups: int | str = 1
+    copies: int | str = 1
 
     @property
     def config_key(self) -> str | None:
@@ -126,6 +135,8 @@ class Part:
 WHOLE = "whole"
 ROLES = ("attention", "mlp", "experts", "conv", "scan", "other")
 STATES = ("kv", "conv", "scan")
+MEASURES = ("width", "group")
+"""What an attribute may hold of an axis, besides its units: elements in all, or in one of its groups."""
 WEIGHT_ROLES = ("q", "k", "v", "o", "q_norm", "k_norm", "gate", "up", "down")
 
 
@@ -148,6 +159,7 @@ class BlockSpec:
         either: the layouts that it may have; the first whose weights all exist applies.
         transposed: stacks of matrices that are stored (in, out).
         elementwise: weights of two or more dimensions that are not matrices.
+        rescale: norms over an axis, whose epsilon and weight make up for a narrower axis.
         tied: its tensors may be shared with the same block of other layers.
     """
 
@@ -162,7 +174,7 @@ class BlockSpec:
     slot: str | None = None
     scores: str | None = None
     cached: dict[str, int | str] | None = None
-    attributes: dict[str, str] | None = None
+    attributes: dict[str, tuple[str, ...]] | None = None
     roles: Mapping[str, str] = field(default_factory=dict)
     role: str = "other"
     state: tuple[str, ...] = ()
@@ -170,6 +182,7 @@ class BlockSpec:
     either: tuple[BlockSpec, ...] = ()
     transposed: frozenset[str] = frozenset()
     elementwise: frozenset[str] = frozenset()
+    rescale: frozenset[str] = frozenset()
     tied: bool = False
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pliant.architecture.format import (
+    MEASURES,
     ROLES,
     STATES,
     WEIGHT_ROLES,
@@ -20,17 +21,15 @@ from pliant.errors import ArchitectureError
 
 _NATIVE = tuple(NativeSpec.__dataclass_fields__)
 _LAYOUT = {"module", "norms", "output", "residual", "scores", "cached", "attributes", "weights"}
-_LAYOUT |= {"transposed", "elementwise", "roles"}
+_LAYOUT |= {"transposed", "elementwise", "rescale", "roles"}
 _KEYS = {
     "file": {"models", "layers", "output", "fixed", "axes", "blocks", "native"},
     "native": set(_NATIVE),
-    "axis": {"size", "unit", "follows", "cut", "active", "multiple", "normed", "least"},
+    "axis": {"size", "unit", "follows", "cut", "active", "multiple", "normed", "least", "groups", "copies"},
     "block": {*_LAYOUT, "guard", "slot", "role", "state", "when", "either", "tied"},
     "variant": _LAYOUT,
 }
 _LATER = {  # keys that other families need and that are not supported yet; ignoring one would misread the file
-    "per": "an axis cannot exist once per group yet; leave it out and set cut: false for the axes of the groups",
-    "rescale": "a norm is not rescaled yet when its axis narrows; set normed: true or cut: false instead",
     "own": "per-layer sizes of the family are not read yet; set cut: false for these axes",
     "scale": "a parameter that multiplies the stream is not supported yet",
     "stays": "parameters outside every block are not supported yet",
@@ -120,7 +119,7 @@ class _Parser:
         spec = self.known(f"axis {axis!r}", given, "axis")
         if "size" not in spec:
             self.faults.append(f"axis {axis!r} needs 'size': the config key that holds its number of units")
-        for word in ("size", "unit"):
+        for word in ("size", "unit", "groups", "copies"):
             if word in spec:
                 self.size(f"{word} of axis {axis!r}", spec[word])
         for word in ("cut", "normed"):
@@ -141,6 +140,8 @@ class _Parser:
             multiple=spec.get("multiple", 1),
             normed=spec.get("normed", False),
             least=spec.get("least", 1),
+            groups=spec.get("groups", 1),
+            copies=spec.get("copies", 1),
         )
 
     def part(self, where: str, given: Any) -> Part:
@@ -200,9 +201,7 @@ class _Parser:
         """A block, or one of its variants."""
         self.faults += [f"{where} needs {key!r}" for key in ("module", "weights") if key not in spec]
         weights, optional = self.weights(where, spec.get("weights") or {})
-        attributes = spec.get("attributes") or {}
-        for attribute, value in attributes.items():
-            self.part(f"attribute {attribute!r} of {where}", str(value).removesuffix(".width"))
+        attributes = {name: self.terms(where, name, value) for name, value in (spec.get("attributes") or {}).items()}
         if spec.get("output", "tensor") not in ("tensor", "tuple"):
             self.faults.append(f"{where}: output must be 'tensor' or 'tuple', not {spec['output']!r}")
         residual = spec.get("residual")
@@ -227,8 +226,10 @@ class _Parser:
             self.faults.append(
                 f"{where}: roles must map {', '.join(WEIGHT_ROLES)} to weights of the block, not {roles!r}"
             )
-        listed = {word: self.words(where, spec, word) or () for word in ("norms", "transposed", "elementwise")}
-        for word in ("transposed", "elementwise"):
+        listed = {
+            word: self.words(where, spec, word) or () for word in ("norms", "transposed", "elementwise", "rescale")
+        }
+        for word in ("transposed", "elementwise", "rescale"):
             for weight in sorted(set(listed[word]) - set(weights)):
                 self.faults.append(f"{where}: {word} names {weight!r}, which is not one of its weights")
         return BlockSpec(
@@ -245,8 +246,21 @@ class _Parser:
             roles=roles,
             transposed=frozenset(listed["transposed"]),
             elementwise=frozenset(listed["elementwise"]),
+            rescale=frozenset(listed["rescale"]),
             **whole,
         )
+
+    def terms(self, where: str, name: str, given: Any) -> tuple[str, ...]:
+        """The terms whose sum a plain attribute holds: an axis, its width, or the width of one of its groups."""
+        terms = tuple(map(str, given if isinstance(given, list) else [given]))
+        for term in terms:
+            self.part(f"attribute {name!r} of {where}", term.partition(".")[0])
+        if len({term.partition(".")[2] for term in terms}) != 1 or terms[0].partition(".")[2] not in ("", *MEASURES):
+            self.faults.append(
+                f"{where}: attribute {name!r} must be an axis, axis.width or axis.group, or a list of one of these kinds; not "
+                f"{given!r}"
+            )
+        return terms
 
     def weights(self, where: str, given: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
         """Name -> axes of each dimension, and the names of the weights that only some models have."""

@@ -18,12 +18,17 @@ def l1_orders(model: nn.Module, anatomy: Anatomy) -> dict[str, torch.Tensor]:
     Returns:
         axis name -> old index of each new unit, shape ``(units,)``. Equal units keep their order.
     """
-    return by_falling(l1_norms(model, anatomy))
+    return by_falling(l1_norms(model, anatomy), anatomy)
 
 
-def by_falling(sizes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Old index of each new unit when the largest comes first; equal units keep their order."""
-    return {name: torch.argsort(size, descending=True, stable=True) for name, size in sizes.items()}
+def by_falling(sizes: Mapping[str, torch.Tensor], anatomy: Anatomy) -> dict[str, torch.Tensor]:
+    """Old index of each new unit when the largest comes first; equal units keep their order, and all stay in their group."""
+    orders = {}
+    for name, size in sizes.items():
+        grouped = size.view(anatomy.axes[name].groups, -1)
+        first = torch.arange(0, size.numel(), grouped.shape[1]).unsqueeze(1)
+        orders[name] = (torch.argsort(grouped, descending=True, stable=True).cpu() + first).flatten()
+    return orders
 
 
 @torch.no_grad()
@@ -53,7 +58,7 @@ def l1_norms(model: nn.Module, anatomy: Anatomy) -> dict[str, torch.Tensor]:
                     leader = None if axis is None else block.axes[axis.leader]
                     if axis is not None and leader is not None and leader.name in norms:
                         shared = max(other.ratio for other in block.axes.values() if other.leader == axis.leader)
-                        own = rows[start : start + width].view(leader.size, -1).sum(1)
+                        own = rows[start : start + width].view(axis.copies, leader.size, -1).sum((0, 2))
                         norms[leader.name] += own * (shared // axis.ratio)
                     start += width
     return norms

@@ -46,5 +46,5 @@ def by_unit(block: Block, weight: Weight, elements: torch.Tensor) -> Iterator[tu
         width = block.width(part, {})
         axis = block.axes[block.axes[part.axis].leader]
         own = elements[..., start : start + width]
-        yield axis, own.unflatten(-1, (axis.size, -1)).sum(-1)
+        yield axis, own.unflatten(-1, (block.axes[part.axis].copies, axis.size, -1)).sum((-3, -1))
         start += width

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -34,12 +35,20 @@ def narrow(tensor: torch.Tensor, block: Block, weight: Weight, kept: Mapping[str
     gathered into a copy.
     """
     for position, dim in enumerate(weight.dims):
-        pieces, start = [], 0
+        stretches, start = [], 0
         for part in dim:
-            pieces.append(tensor.narrow(position, start, block.width(part, kept)))
-            start += block.width(part, {})
-        if start != sum(piece.shape[position] for piece in pieces):
-            tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces, position)
+            whole, kept_width, pieces = block.width(part, {}), block.width(part, kept), block.pieces(part)
+            if pieces == 1 or whole == kept_width:
+                stretches.append(tensor.narrow(position, start, kept_width))
+            else:
+                split = tensor.narrow(position, start, whole).unflatten(position, (pieces, -1))
+                stretches.append(split.narrow(position + 1, 0, kept_width // pieces).flatten(position, position + 1))
+            start += whole
+        kept_in_all = sum(stretch.shape[position] for stretch in stretches)
+        if start != kept_in_all:
+            tensor = stretches[0] if len(stretches) == 1 else torch.cat(stretches, position)
+            if weight.rescaled:
+                tensor = tensor * math.sqrt(start / kept_in_all)
     return tensor
 
 
@@ -63,8 +72,7 @@ def follow(layer: nn.Module, block: Block, kept: Mapping[str, int]) -> None:
     """Set the plain attributes of a block's modules (``out_features``, ``num_heads`` …) to the kept sizes."""
     for attribute in block.attributes:
         module: Any = layer.get_submodule(attribute.path)
-        measure = block.units if attribute.in_units else block.width
-        value = sum(measure(part, kept) for part in attribute.parts)
+        value = block.value(attribute, kept)
         key = attribute.name.removeprefix("config.")
         if key == attribute.name:
             setattr(module, key, (value,) if isinstance(getattr(module, key, None), tuple) else value)

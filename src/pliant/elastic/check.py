@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from pliant.anatomy import Anatomy, anatomy_of, answer, evaluating, layers_of, probe, rounding
-from pliant.elastic.activate import Elastic
+from pliant.anatomy import (
+    Anatomy,
+    Axis,
+    Block,
+    Weight,
+    anatomy_of,
+    answer,
+    counted_once,
+    evaluating,
+    layers_of,
+    probe,
+    rounding,
+)
+from pliant.elastic.activate import Elastic, narrow
 from pliant.elastic.reorder import reorder
 from pliant.elastic.subnet import Subnet
 from pliant.errors import ArchitectureError, WeightError
@@ -55,7 +68,7 @@ def _source(anatomy: Anatomy) -> str:
 def _check_reorder(
     model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any], dense: torch.Tensor, generator: torch.Generator
 ) -> None:
-    orders = {name: torch.randperm(axis.size, generator=generator) for name, axis in anatomy.axes.items()}
+    orders = {name: _shuffled(axis, generator) for name, axis in anatomy.axes.items()}
     reorder(model, anatomy, orders)
     try:
         difference = (_output(model, inputs) - dense).abs().max().item()
@@ -67,6 +80,13 @@ def _check_reorder(
         raise ArchitectureError(
             f"{_source(anatomy)} is wrong for this model: reordering units changed the logits by {difference:.3g}"
         )
+
+
+def _shuffled(axis: Axis, generator: torch.Generator) -> torch.Tensor:
+    """A random order of the units in each group."""
+    in_group = axis.size // axis.groups
+    orders = [torch.randperm(in_group, generator=generator) + group * in_group for group in range(axis.groups)]
+    return torch.cat(orders)
 
 
 def _check_skip(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any]) -> None:
@@ -103,39 +123,31 @@ def _layer_to_skip(anatomy: Anatomy) -> int:
 
 
 def _check_narrow(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any], generator: torch.Generator) -> None:
-    """Cutting units must equal zeroing the matrix columns that read them.
+    """Cutting units must equal zeroing everything that belongs to them.
 
     Experts are exempt, because a token that would use a dropped expert uses another one. So are units over which a norm is
-    taken, because zeroed units count in it. There the model only has to run.
+    taken that is not rescaled, because zeroed units count in it. There the model only has to run.
     """
     layers = layers_of(model, anatomy.source)
     subnet = everything = Subnet()
-    for block in anatomy.blocks.values():
-        read = {part.axis for w in block.weights if w.reads is not None for part in w.dims[w.reads]}
-        followed = {block.axes[short].leader for short in read if short in block.axes}
-        for axis in block.leaders:
-            narrower = axis.less(axis.size, int(torch.randint(1, axis.size + 1, (1,), generator=generator)))
-            if narrower is not None and axis.leader in followed:
-                everything = everything.keeping(axis.name, narrower)
-                subnet = subnet if axis.normed else subnet.keeping(axis.name, narrower)
-    touched = []
-    for block in anatomy.blocks.values():
-        kept = subnet.kept(block)
-        for weight in block.weights:
-            if weight.reads is None or all(part.axis in block.fixed for part in weight.dims[weight.reads]):
-                continue
-            parameter = weight.tensor(layers[block.layer])
-            touched.append((parameter, parameter.detach().clone()))
-            start = 0
-            for part in weight.dims[weight.reads]:
-                width, whole = block.width(part, kept), block.width(part, {})
-                parameter.narrow(weight.reads, start + width, whole - width).zero_()
-                start += whole
+    for axis in anatomy.axes.values():
+        narrower = axis.less(axis.size, int(torch.randint(1, axis.size + 1, (1,), generator=generator)))
+        if narrower is not None and axis.active is None:
+            everything = everything.keeping(axis.name, narrower)
+            subnet = subnet if axis.normed else subnet.keeping(axis.name, narrower)
+    zeroed_slices = []
+    for block, own in counted_once(anatomy.blocks.values()):
+        for weight in block.weights if own else ():
+            for position, dropped in _dropped(block, weight, subnet.kept(block)):
+                parameter = weight.tensor(layers[block.layer])
+                index = dropped.to(parameter.device)
+                zeroed_slices.append((parameter, position, index, parameter.index_select(position, index)))
+                parameter.index_fill_(position, index, 0)
     try:
         zeroed = _output(model, inputs)
     finally:
-        for parameter, saved in reversed(touched):  # tied blocks share a parameter: the first copy is whole
-            parameter.copy_(saved)
+        for parameter, position, index, saved in reversed(zeroed_slices):
+            parameter.index_copy_(position, index, saved)
     elastic = Elastic(model, anatomy)
     try:
         elastic.activate(subnet)
@@ -155,3 +167,12 @@ def _check_narrow(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any], ge
             f"{_source(anatomy)} is wrong for this model: cutting units and zeroing them give logits that differ by "
             f"{difference:.3g}"
         )
+
+
+def _dropped(block: Block, weight: Weight, kept: Mapping[str, int]) -> Iterator[tuple[int, torch.Tensor]]:
+    """For every dimension of a parameter that narrows, its index and the elements that are dropped."""
+    for position, dim in enumerate(() if weight.buffer else weight.dims):
+        elements = torch.arange(sum(block.width(part, {}) for part in dim))
+        remaining = narrow(elements, block, Weight("", (dim,)), kept)
+        if remaining.numel() < elements.numel():
+            yield position, elements[torch.isin(elements, remaining, invert=True)]

@@ -21,7 +21,7 @@ def reorder(model: nn.Module, anatomy: Anatomy, orders: Mapping[str, torch.Tenso
         orders: axis name -> the old index of each new unit, shape ``(units,)``. Axes that follow are reordered, too.
 
     Raises:
-        SubnetError: an axis is unknown, or its order is not a permutation.
+        SubnetError: an axis is unknown, or its order is not a permutation within its groups.
     """
     layers = layers_of(model, anatomy.source)
     axes = anatomy.axes
@@ -30,6 +30,9 @@ def reorder(model: nn.Module, anatomy: Anatomy, orders: Mapping[str, torch.Tenso
             raise SubnetError(f"the model has no axis {name!r} to reorder; anatomy_of(model).axes lists them")
         if sorted(order.tolist()) != list(range(axes[name].size)):
             raise SubnetError(f"the order given for {name} is not a permutation of {axes[name].size} units")
+        in_group = axes[name].size // axes[name].groups
+        if (order.cpu() // max(1, in_group) != torch.arange(axes[name].size) // max(1, in_group)).any():
+            raise SubnetError(f"the order given for {name} moves units into another of its {axes[name].groups} groups")
     for block, own in counted_once(anatomy.blocks.values()):
         if not own:  # a block tied to it has been reordered
             continue
@@ -52,9 +55,8 @@ def _elements(block: Block, dim: tuple[Part, ...], chosen: Mapping[str, torch.Te
         index = torch.arange(width)
         axis = block.axes.get(part.axis)
         if axis is not None and axis.leader in chosen:
-            index = index.view(block.axes[axis.leader].size, width // max(1, block.axes[axis.leader].size))[
-                chosen[axis.leader].cpu()
-            ].flatten()
+            order = chosen[axis.leader].cpu()
+            index = index.view(axis.copies, len(order), width // max(1, axis.copies * len(order)))[:, order].flatten()
         pieces.append(index + start)
         start += width
     return torch.cat(pieces)

@@ -66,7 +66,7 @@ class ChannelPruner(Step):
             check(job.model, anatomy)
         norms = l1_norms(job.model, anatomy)
         subnet = self.choose(anatomy, norms)
-        reorder(job.model, anatomy, by_falling(norms))
+        reorder(job.model, anatomy, by_falling(norms, anatomy))
         extract_and_verify(job.model, anatomy, subnet)
         job.record.update(
             ratio=ratio(anatomy, subnet), macs_ratio=_macs_ratio(anatomy, subnet), subnet=subnet.to_dict()

@@ -28,7 +28,7 @@ def ordered(job: Job, anatomy: Anatomy, order: str, windows: torch.Tensor | None
     if order not in ("l1", STORED):
         with job.progress.stage(f"order by {order}"):
             # units that it does not measure, such as experts, which no matrix reads, keep their L1 order
-            orders |= by_falling(measured(job.model, anatomy, order, windows))
+            orders |= by_falling(measured(job.model, anatomy, order, windows), anatomy)
     reorder(job.model, anatomy, orders)
     shapes = [parameter.shape for parameter in job.model.parameters()]
     try:
