@@ -19,7 +19,7 @@ from pliant.errors import PliantError, StepError
 from pliant.files import replacing
 from pliant.progress import Progress
 from pliant.record import Section, to_dict
-from pliant.registry import STEPS, Entry, code_digest, find, name_of
+from pliant.registry import STEPS, Entry, code_digest, find, name_of, short_name
 
 _UNSET: Any = dataclasses.MISSING
 
@@ -131,7 +131,8 @@ class Step:
     """
 
     kind: ClassVar[str] = ""
-    """Name of the step on the command line and in messages; by default that of the class, in small letters."""
+    """Name of the step in messages and in the names of folders; by default its name in the registry, or that of the class in small
+    letters."""
 
     version: ClassVar[int] = 1
     """Raised when a setting comes to mean something else."""
@@ -158,7 +159,7 @@ class Step:
     def __init_subclass__(cls, **others: Any) -> None:
         super().__init_subclass__(**others)
         if "kind" not in vars(cls):
-            cls.kind = cls.__name__.lower()
+            cls.kind = short_name(STEPS, cls)
         for name in vars(cls).get("__annotations__", ()):
             inherited = {} if name not in _fields(cls) else _fields(cls)[name].metadata
             if inherited and not isinstance(vars(cls).get(name), dataclasses.Field):

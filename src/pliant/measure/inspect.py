@@ -7,7 +7,8 @@ from typing import Any
 from pliant.anatomy import Null
 from pliant.checkpoint.load import loaded
 from pliant.checkpoint.packed_bytes import held_bytes, packed_formats
-from pliant.compat.native import cached_bytes, how_it_runs
+from pliant.compat.native import cached_bytes
+from pliant.compat.native_check import how_it_runs
 from pliant.elastic import Subnet, cache_bytes, check, described, macs, parameters, weight_bytes
 from pliant.measure.prefix_scorer import store_bytes
 

@@ -24,7 +24,6 @@ class ChannelPruner(Step):
     """Cut the channels (of a Transformer also the heads) whose weights are smallest (Li et al., "Pruning Filters for
     Efficient ConvNets", 2017). It takes seconds and reads no data; training afterwards has to restore the quality."""
 
-    kind: ClassVar[str] = "channelpruner"
     family: ClassVar[str] = "pruner"
 
     ratio: float | None = setting(

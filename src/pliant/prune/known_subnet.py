@@ -24,7 +24,6 @@ from pliant.step import Job, Step, setting
 class Cut(Step):
     """Cut to a given sub-network without a search: from an archive, a report, or another tool."""
 
-    kind: ClassVar[str] = "cut"
     family: ClassVar[str] = "pruner"
 
     subnet: Subnet | Mapping[str, Any] = setting(

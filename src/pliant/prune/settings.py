@@ -161,7 +161,7 @@ class GreedyPruner(Pruner):
     )
 
     slack: float = setting(
-        "lazy: share by which the damage of a unit is assumed to fall at most since it was last scored.",
+        "lazy: share by which the loss increase of a unit is assumed to fall at most since it was last scored.",
         default=0.3,
         at_least=0,
         at_most=1,
@@ -172,7 +172,7 @@ class GreedyPruner(Pruner):
     )
 
     per: str = setting(
-        "Cost by which the damage of a unit is divided: unit (not at all), parameters, macs, bytes (that decoding "
+        "Cost by which the loss increase of a unit is divided: unit (not at all), parameters, macs, bytes (that decoding "
         "reads), or prefill or decode (milliseconds, measured on this machine first).",
         default=UNIT,
         choices=(UNIT, *COSTS),

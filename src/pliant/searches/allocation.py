@@ -58,7 +58,7 @@ class Allocation(Search):
 def allocate(
     saved: Sequence[Sequence[int]], damage: Sequence[Sequence[float]], target: float, slack: float
 ) -> list[int] | None:
-    """Make one choice of each menu, with the least total damage among mixes that save ``target`` to ``target + slack``.
+    """Make one choice of each menu, with the least total cost among mixes that save ``target`` to ``target + slack``.
 
     A multiple-choice knapsack, solved exactly (scipy's ``milp``).
 

@@ -6,8 +6,6 @@ variant. The paper gives no population and no number of generations; the default
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import numpy as np
 
 from pliant.anatomy import Anatomy
@@ -25,8 +23,6 @@ from pliant.step import Job, setting
 class MultiPrunerEvol(WidthPruner):
     """BlockPruner until half the ratio, then NSGA-II over the widths of all remaining MLPs and attentions: the loss
     against the ratio. Of all evaluated sub-networks at the ratio, the one with the lowest loss is taken."""
-
-    kind: ClassVar[str] = "multipruner_evol"
 
     width_samples: int = setting("Rows of calibration text for the widths.", default=128, at_least=1)
 

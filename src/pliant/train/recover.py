@@ -56,7 +56,6 @@ def training_sections(recovery: Mapping[str, Any]) -> list[Section]:
 class Recover(Step):
     """Train the model on text or examples. The result is an ordinary model of the same shapes and dtype."""
 
-    kind: ClassVar[str] = "recover"
     family: ClassVar[str] = "training"
     needs: ClassVar[frozenset[str]] = frozenset({"examples"})
     trains: ClassVar[bool] = True

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 
 from pliant.step import Job, setting
@@ -15,8 +13,6 @@ class Magnitude(ValueStep):
 
     The simplest way to make a model sparse: most models do not bear a sparsity of a half without training afterwards.
     """
-
-    kind: ClassVar[str] = "magnitude"
 
     sparsity: float = setting("Share of the weights to zero, from 0 to 1.", at_least=0, at_most=1)
 

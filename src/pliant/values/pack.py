@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pliant.checkpoint.packed_bytes import packed_bytes
-from pliant.compat.native import run_natively
+from pliant.compat.native_check import run_natively
 from pliant.compat.packed_layers import record_packed
 from pliant.errors import PackedError, StepError
 from pliant.pages import pages_of
@@ -38,8 +38,6 @@ class PackedLinear(ValueStep):
     are skipped; the record lists them and their share of the model. Packing comes last: a packed model can be run, saved, loaded
     and measured, but no longer cut or trained. An error or Ctrl-C while layers are packed leaves the model unchanged.
     """
-
-    kind: ClassVar[str] = "packed"
 
     packs: ClassVar[bool] = True
 

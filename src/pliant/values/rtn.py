@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 
 from pliant.runtime.rounding_grid import round_to_grid
@@ -17,8 +15,6 @@ class RTN(ValueStep):
     The weights stay floating-point numbers, which lie on the grid, so any tool opens the model. ``PackedLinear`` recognises a
     grid of 8 bits with a scale per row, or of 4 bits with groups of 128, 64 or 32, and stores such weights without another error.
     """
-
-    kind: ClassVar[str] = "rtn"
 
     bits: int = setting("Bits of a weight, from 2 to 8.", default=4, at_least=2, at_most=8)
 
