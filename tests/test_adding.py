@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import pliant
 from pico import pico, tokenizer
 from pliant import progress
-from pliant.architecture import files
+from pliant.architecture import known_families
 from pliant.cli.main import app
 from pliant.errors import ArchitectureError, PliantError, StepError
 from pliant.step import Step, step_class
@@ -42,7 +42,7 @@ def here(tmp_path, monkeypatch):
     known = set(sys.modules)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setattr(files, "_added", {})
+    monkeypatch.setattr(known_families, "_added", {})
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     for name in set(sys.modules) - known:
@@ -79,7 +79,7 @@ def test_what_a_user_adds_works_like_what_is_there(file, here, prose, monkeypatc
     shared = ["--no-speed", "--windows", "2", "--json"]
 
     def compress(out):
-        files._added.clear()
+        known_families._added.clear()
         return cli(*own, "compress", "dense", "--system", system, *pairs, "--data", prose, "--out", out, *shared)
 
     whole = compress("whole")
@@ -114,11 +114,11 @@ def test_what_a_user_adds_works_like_what_is_there(file, here, prose, monkeypatc
         ]
         assert made[1] < made[0]
 
-    files._added.clear()
+    known_families._added.clear()
     again = cli(*own, "run", "whole/recipe.yaml", "--out", "again", "--json")
     assert again.exit_code == 0, again.output
     same(here / "again", here / "whole")
-    files._added.clear()
+    known_families._added.clear()
     assert pliant.load("again").config.model_type == model.config.model_type
 
 

@@ -11,7 +11,7 @@ import yaml
 import pliant
 from pico import ARCHITECTURES, FAMILIES, IDS, config, logits, pico
 from pliant.anatomy import anatomy_of, global_size
-from pliant.architecture import add_architecture, architecture_of, catalogue, families, files, parse
+from pliant.architecture import add_architecture, architecture_of, catalogue, families, known_families, parse
 from pliant.checkpoint.per_layer_config import write
 from pliant.elastic import Subnet, check, extract
 from pliant.errors import ArchitectureError, SubnetError
@@ -230,7 +230,7 @@ def cohere():
 @pytest.fixture
 def added(tmp_path, monkeypatch):
     """The file of a family of our own, made known for one test."""
-    monkeypatch.setattr(files, "_added", {})
+    monkeypatch.setattr(known_families, "_added", {})
     file = tmp_path / "ours.yaml"
     file.write_text(COHERE)
     return add_architecture(file)
@@ -267,12 +267,12 @@ def test_a_file_of_our_own_goes_before_one_that_ships(tmp_path):
     ("content", "told"), [(None, "cannot read"), ("models: [", "cannot read"), ("colour: red", "unknown key 'colour'")]
 )
 def test_a_file_that_is_no_architecture_is_refused_and_nothing_becomes_known(content, told, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_added", {})
+    monkeypatch.setattr(known_families, "_added", {})
     if content is not None:
         (tmp_path / "ours.yaml").write_text(content)
     with pytest.raises(ArchitectureError, match=told):
         add_architecture(tmp_path / "ours.yaml")
-    assert files._added == {}
+    assert known_families._added == {}
 
 
 @pytest.mark.usefixtures("added")

@@ -11,7 +11,7 @@ import numpy as np
 
 from pliant.elastic import Subnet
 from pliant.searches.greedy import check_loss
-from pliant.searches.search import Look, Search
+from pliant.searches.search import Candidates, Search
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Allocation(Search):
     damage: list[list[float]] = field(init=False, default_factory=list)
     picked: list[int] | None = field(init=False, default=None)
 
-    def look(self) -> Look:
+    def candidates(self) -> Candidates:
         """The dense model, then every choice, then the best mix.
 
         Raises:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from pliant.elastic import Subnet
 from pliant.errors import WeightError
-from pliant.searches.search import Look, Search
+from pliant.searches.search import Candidates, Search
 
 MODES = ("lazy", "exact", "naive")
 
@@ -66,7 +66,7 @@ class Greedy(Search):
             raise ValueError(f"refresh must be at least 0; not {self.refresh}")
         self.subnet = self.start
 
-    def look(self) -> Look:
+    def candidates(self) -> Candidates:
         """The start, then at every step the moves that may be best.
 
         Raises:

@@ -11,7 +11,7 @@ from pliant.elastic import Subnet
 from pliant.registry import SEARCHES, find
 from pliant.searches.space import Space
 
-Look = Generator[Sequence[Subnet], None, None]
+Candidates = Generator[Sequence[Subnet], None, None]
 """A search as a generator: it yields candidates and resumes once all of them are in :attr:`Search.seen`."""
 
 
@@ -38,7 +38,7 @@ class Limits:
 class Search(ABC):
     """A search for sub-networks with small values.
 
-    A subclass writes its algorithm as a generator, :meth:`look`. The same values always lead to the same candidates, so a search
+    A subclass writes its algorithm as a generator, :meth:`candidates`. The same values always lead to the same candidates, so a search
     is resumed by running it again: the archive holds earlier evaluations.
 
     Attributes:
@@ -48,7 +48,7 @@ class Search(ABC):
     seen: dict[Subnet, tuple[float, ...]] = field(init=False, default_factory=dict)
 
     @abstractmethod
-    def look(self) -> Look:
+    def candidates(self) -> Candidates:
         """Yield the next candidates; when the generator resumes, their values are in :attr:`seen`."""
 
     def ask(self) -> list[Subnet]:
@@ -84,13 +84,13 @@ class Search(ABC):
 
     def _advance(self) -> None:
         """Get the next candidates from the algorithm once all previous ones are evaluated."""
-        if not hasattr(self, "_looking"):
-            self._looking, self._open = self.look(), list[Subnet]()
-        while not self._open and self._looking is not None:
+        if not hasattr(self, "_generator"):
+            self._generator, self._open = self.candidates(), list[Subnet]()
+        while not self._open and self._generator is not None:
             try:
-                self._open = list(dict.fromkeys(next(self._looking)))
+                self._open = list(dict.fromkeys(next(self._generator)))
             except StopIteration:
-                self._looking = None
+                self._generator = None
 
 
 @dataclass

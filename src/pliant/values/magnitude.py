@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pliant.step import Job, setting
-from pliant.values.matrix import ValueStep, concerned, show_left
+from pliant.values.matrix import ValueStep, select_matrices, show_skipped
 
 
 class Magnitude(ValueStep):
@@ -24,7 +24,7 @@ class Magnitude(ValueStep):
 
     @torch.no_grad()
     def run(self, job: Job) -> None:
-        found = concerned(job.model, self.target_modules, self.exclude_modules)
+        found = select_matrices(job.model, self.target_modules, self.exclude_modules)
         zeros = total = 0
         with found.changing(job.model) as matrices:
             for matrix in matrices:
@@ -33,7 +33,7 @@ class Magnitude(ValueStep):
                 zeros += int((matrix.weight == 0).sum())
                 total += matrix.weight.numel()
         job.record.update(sparsity=zeros / total, weights=total)
-        show_left(job, found, total)
+        show_skipped(job, found, total)
 
 
 def zero_smallest(weight: torch.Tensor, sparsity: float, *, within: str = "matrix") -> None:

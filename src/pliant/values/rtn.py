@@ -6,7 +6,7 @@ import torch
 
 from pliant.runtime.rounding_grid import round_to_grid
 from pliant.step import Job, setting
-from pliant.values.matrix import ValueStep, concerned, show_left
+from pliant.values.matrix import ValueStep, select_matrices, show_skipped
 
 
 class RTN(ValueStep):
@@ -22,7 +22,7 @@ class RTN(ValueStep):
 
     @torch.no_grad()
     def run(self, job: Job) -> None:
-        found = concerned(job.model, self.target_modules, self.exclude_modules)
+        found = select_matrices(job.model, self.target_modules, self.exclude_modules)
         error = size = 0.0
         with found.changing(job.model) as matrices:
             for matrix in matrices:
@@ -32,4 +32,4 @@ class RTN(ValueStep):
                 size += float(flat.square().sum())
                 matrix.weight.copy_(rounded.view(matrix.weight.shape))
         job.record.update(relative_error=(error / size) ** 0.5 if size else 0.0)
-        show_left(job, found, sum(matrix.weight.numel() for matrix in found.matrices))
+        show_skipped(job, found, sum(matrix.weight.numel() for matrix in found.matrices))
