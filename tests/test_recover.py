@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import pico
 import pliant
-from pliant.cli.step_options import build
+from pliant.cli.step_options import recipe
 from pliant.data.tokenize_examples import IGNORED
 from pliant.errors import (
     ArchitectureError,
@@ -447,7 +447,7 @@ def test_names_of_layers_are_a_list_or_a_text_with_commas():
     expected = pliant.Recover(target_modules=("q_proj", "v_proj"))
     assert expected.target_modules == ("q_proj", "v_proj")
     assert expected == pliant.Recover(target_modules=["q_proj", "v_proj"])
-    assert expected == build("recover", {}, ["target_modules=q_proj, v_proj"])
+    assert [expected] == recipe(["recover"], {}, ["target_modules=q_proj, v_proj"])
     assert expected == pliant.step_of(json.loads(json.dumps(expected.to_dict())))
     with pytest.warns(FormerNameWarning, match="targets is now target_modules"):
         assert expected == pliant.step_of({"step": "recover", "targets": "q_proj,v_proj"})

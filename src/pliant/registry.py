@@ -84,7 +84,7 @@ IMPORTANCE = {
     "activation": Entry(
         "pliant.criteria.activation", "activation_sizes", "size of its contribution on calibration text"
     ),
-    "fisher": Entry("pliant.criteria.unit_fisher", "damage_of_units", "estimated increase of the loss without it"),
+    "fisher": Entry("pliant.criteria.unit_fisher", "loss_increases", "estimated increase of the loss without it"),
 }
 """Name in ``order`` and in ``pliant.importance`` -> the function that measures how much units matter."""
 

@@ -193,10 +193,10 @@ class Step:
         The name of a class that is not part of pliant is ``module:Class``, with a digest of the files that it and what its
         settings name are defined in.
         """
-        settings = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        code = self._code()
-        own = {} if code is None else {"code": code}
-        return {"step": name_of(STEPS, type(self)), "version": self.version, **own, **settings}
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+        own = {} if (code := self._code()) is None else {"code": code}
+        return {"step": name_of(STEPS, type(self)), "version": self.version, **own, **plain}
 
     def _code(self) -> str | None:
         """A digest of the files that define what is not part of pliant."""
@@ -288,9 +288,7 @@ def paths_of(step: Step) -> list[str]:
     return [str(path) for path in named if path]
 
 
-@functools.cache
-def _types(step: type[Step]) -> dict[str, Any]:
-    return typing.get_type_hints(step)
+_types = functools.cache(typing.get_type_hints)
 
 
 def _fields(cls: type) -> dict[str, dataclasses.Field[Any]]:
@@ -317,10 +315,6 @@ def recipe_of(step: Step | Iterable[Step]) -> list[Step]:
                 f"{one.kind} packs the model, and packing comes last; {after.kind} comes after it. Put {one.kind} at the end"
             )
     return steps
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclasses.dataclass

@@ -372,7 +372,7 @@ def _read_family(
                     ratio=ratios[member],
                     config_key=architecture.axes[member].config_key,
                     cut=architecture.axes[leader].cut,
-                    active=_active(plain, architecture.axes[member].active),
+                    active=None if (key := architecture.axes[member].active) is None else global_size(plain, key),
                     multiple=architecture.axes[leader].multiple,
                     normed=architecture.axes[leader].normed,
                     least=least,
@@ -380,10 +380,6 @@ def _read_family(
                 for member in family
             }
     return None
-
-
-def _active(plain: Any, key: str | None) -> int | None:
-    return None if key is None else global_size(plain, key)
 
 
 def _find(layer: nn.Module, path: str) -> Any:

@@ -143,27 +143,22 @@ def generate(
     from pliant.checkpoint.fingerprint import check_finite
     from pliant.checkpoint.load import load, tokenizer_of
     from pliant.forward.windows import check_ids, check_model, check_room
+    from pliant.measure.quality.replies import inputs_of, pad_of
 
     loaded = load(model, dtype=dtype, device=device)
     check_model(loaded)
     check_finite(loaded)
     tokenizer = tokenizer_of(loaded)
-    torch.manual_seed(seed)
     if chat and not tokenizer.chat_template:
         raise PliantError(f"{model} has no chat template; leave out --chat")
     if tokens < 1:
         raise PliantError(f"--tokens must be at least 1, not {tokens}")
     if not prompt:
         raise PliantError("the prompt is empty; give the model something to continue")
-    if chat:
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    inputs = {key: value.to(loaded.device) for key, value in inputs.items() if key in ("input_ids", "attention_mask")}
-    check_ids(loaded, inputs["input_ids"])
-    check_room(loaded, inputs["input_ids"].shape[1], tokens)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    out = loaded.generate(**inputs, max_new_tokens=tokens, do_sample=sample, pad_token_id=pad)
-    emit(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :] if chat else out[0], skip_special_tokens=True))
+    inputs = inputs_of(loaded, tokenizer, prompt, chat=chat)
+    ids = inputs["input_ids"]
+    check_ids(loaded, ids)
+    check_room(loaded, ids.shape[1], tokens)
+    torch.manual_seed(seed)
+    out = loaded.generate(**inputs, max_new_tokens=tokens, do_sample=sample, pad_token_id=pad_of(tokenizer))
+    emit(tokenizer.decode(out[0, ids.shape[1] :] if chat else out[0], skip_special_tokens=True))

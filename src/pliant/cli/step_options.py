@@ -24,16 +24,6 @@ def help_of(cls: type[Step]) -> dict[str, str]:
     }
 
 
-def build(system: str, given: Mapping[str, object], pairs: Sequence[str]) -> Step:
-    """A step from ``name=value`` pairs.
-
-    Raises:
-        StepError: unknown name or a value of the wrong type; the message lists every setting with its help.
-    """
-    (step,) = recipe([system], given, pairs)
-    return step
-
-
 def recipe(systems: Sequence[str], given: Mapping[str, object], pairs: Sequence[str]) -> list[Step]:
     """Steps, one after the other, from ``name=value`` or ``system.name=value`` pairs.
 

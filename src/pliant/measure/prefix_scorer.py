@@ -220,9 +220,8 @@ def footprint(model: Any, anatomy: Anatomy, windows: torch.Tensor, metric: str |
     seqlen, at_once = windows.shape[1], tokens_at_once(model)
     tokens = min(windows.numel(), max(seqlen, at_once // seqlen * seqlen) if pages is None else at_once)
     vocabulary, element = model.get_input_embeddings().num_embeddings, next(model.parameters()).element_size()
-    copies = score_of(metric).logits_copies * (
-        2 if tokens < seqlen else 1
-    )  # in parts, the previous ones are still there
+    # in parts, the previous ones are still there
+    copies = score_of(metric).logits_copies * (2 if tokens < seqlen else 1)
     logits = copies * vocabulary * (tokens * element + min(tokens, TOKENS_AT_A_TIME) * 8)
     if pages is None:
         free = free_memory(next(model.parameters()).device)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from pliant.anatomy import Anatomy
-from pliant.criteria.unit_fisher import damage_of_units
+from pliant.criteria.unit_fisher import loss_increases
 from pliant.criteria.unit_readers import read_axes
 from pliant.elastic import Subnet, ratio
 from pliant.errors import StepError
@@ -58,18 +58,18 @@ class FisherPruner(OrderedPruner):
         windows = self.windows(job, self.samples, self.seed)
         with ordered(job, anatomy, self.order, windows):
             with job.progress.stage("fisher information"):
-                damage = damage_of_units(job.model, anatomy, windows, job.progress)
-            for of_units in damage.values():
+                increases = loss_increases(job.model, anatomy, windows, job.progress)
+            for of_units in increases.values():
                 check_loss(of_units.sum().item())
-            subnet = self._reaching(self._cuts(anatomy, damage, pruning.cost(self.per)), anatomy)
+            subnet = self._reaching(self._cuts(anatomy, increases, pruning.cost(self.per)), anatomy)
             pruning.commit("fisher information", Move("all", subnet), None)
             self.finish(pruning, job, step_moves(read_axes(anatomy), self.group))
 
-    def _cuts(self, anatomy: Anatomy, damage: Mapping[str, torch.Tensor], cost: Cost) -> Cuts:
+    def _cuts(self, anatomy: Anatomy, increases: Mapping[str, torch.Tensor], cost: Cost) -> Cuts:
         """All cuts; those with the smallest loss increase for what they save come first."""
         whole = cost(Subnet())
         ranked = []
-        for name, of_units in damage.items():
+        for name, of_units in increases.items():
             before, width, rank = whole, len(of_units), 0.0
             for units in widths(anatomy.axes[name], self.group):
                 after = cost(narrowed([(name, units)]))

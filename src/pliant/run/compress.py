@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from pliant.checkpoint.fingerprint import fingerprint
 from pliant.checkpoint.load import check_folder, load, tokenizer_of
 from pliant.data import Text, text
-from pliant.device import called
+from pliant.device import device_name
 from pliant.digest import json_digest, path_digest
 from pliant.errors import BusyError, PliantError
 from pliant.forward.windows import check_model, longest_of, predicts
@@ -303,7 +303,7 @@ class Run:
             "replies": [{"prompt": prompt, "before": old, "after": new} for prompt, old, new in replied],
             "steps": self.model.pliant_history,
             "machine": machine(),
-            "device": called(self.model.device),
+            "device": device_name(self.model.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             **versions(),
         }

@@ -27,6 +27,9 @@ from pliant.run.report import page
 from pliant.run.target import RECIPE, RECIPE_VERSION, check_target, files_in, written_aside
 from pliant.strict_json import to_json
 
+_REPEATED = ("settings", "data", "parameters_before", "parameters_after", "ratio")
+"""The part of a step's record that a recipe keeps: enough to repeat the step, and its result."""
+
 
 def save(
     model: Any,
@@ -86,7 +89,7 @@ def save(
         recipe = {
             "recipe": RECIPE_VERSION,
             "base_model": model.name_or_path,
-            "steps": [_short(step) for step in history],
+            "steps": [{key: step[key] for key in _REPEATED if key in step} for step in history],
             **(inputs or {}),
             **versions(),
             "files": sorted({*files_in(aside), RECIPE}),
@@ -200,9 +203,8 @@ def _save_beside(model: Any, tokenizer: Any, aside: Path) -> None:
         with suppress(ImportError, OSError, ValueError):
             AutoImageProcessor.from_pretrained(model.name_or_path).save_pretrained(aside)
     if not source.is_file():
-        with suppress(
-            OSError, ValueError
-        ):  # not cached, and no hub: the files that transformers reads are written already
+        # not cached, and no hub: the files that transformers reads are written already
+        with suppress(OSError, ValueError):
             _copy(_of_a_hub(model), aside)
 
 
@@ -223,9 +225,3 @@ def _copy(source: Path, aside: Path) -> None:
         if not (aside / name).exists():
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, aside / name)
-
-
-def _short(step: dict[str, Any]) -> dict[str, Any]:
-    """The part of a step's record that a recipe needs: enough to repeat the step, and its result."""
-    keys = ("settings", "data", "parameters_before", "parameters_after", "ratio")
-    return {key: step[key] for key in keys if key in step}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from pliant.data.tokenize_examples import IGNORED
-from pliant.device import doubled, total
+from pliant.device import to_float64, total
 from pliant.train.trunk_and_head import Halves
 
 
@@ -100,7 +100,7 @@ def _loss(
     wanted = expected.exp()
     divergence = torch.dot(wanted.view(-1), expected.sub_(flat).view(-1))
     # the divergence goes with 1 / temperature**2, so it and its gradient are scaled back by as much
-    value = (1 - weight) * value + weight * temperature**2 * doubled(divergence)
+    value = (1 - weight) * value + weight * temperature**2 * to_float64(divergence)
     gradient = flat.exp().sub_(wanted).mul_(weight * temperature)
     if weight < 1:
         gradient.add_(ours.exp_(), alpha=1 - weight)

@@ -69,12 +69,9 @@ def _row(name: str, row: dict[str, Any]) -> dict[str, Any]:
             ending = "_stderr" if metric.endswith("_stderr") else ""
             if isinstance(value, float) and not math.isfinite(value):
                 raise WeightError(f"lm-eval's {metric} of {name} is {value}; check the model's weights")
-            figures[_metric(metric.removesuffix("_stderr"), output_filter) + ending] = value
+            of = "" if output_filter == "none" else f",{output_filter}"
+            figures[metric.removesuffix("_stderr") + of + ending] = value
     return figures
-
-
-def _metric(metric: str, output_filter: str) -> str:
-    return metric if output_filter == "none" else f"{metric},{output_filter}"
 
 
 def _items(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
