@@ -131,8 +131,7 @@ class Step:
     """
 
     kind: ClassVar[str] = ""
-    """Name of the step in messages and in the names of folders; by default its name in the registry, or that of the class in small
-    letters."""
+    """Name of the step in messages and folders; by default its name in the registry, or the name of the class in small letters."""
 
     version: ClassVar[int] = 1
     """Raised when a setting comes to mean something else."""
@@ -141,8 +140,8 @@ class Step:
     """pruner, values or training: what kind of step it is."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """The inputs that it requires: ``text`` (calibration text), ``examples`` (text or examples to train on), ``ratio`` (a ratio to
-    reach), ``trained`` (a model that an earlier step has prepared)."""
+    """The inputs that it requires: ``text`` (calibration text), ``examples`` (text or examples to train on), ``ratio`` (a ratio
+    to reach), ``trained`` (a model that an earlier step has prepared)."""
 
     trains: ClassVar[bool] = False
     """Whether it trains the model, for which all weights have to be in memory."""

@@ -113,11 +113,7 @@ def anatomy_of(model: Any, *, example: Any = None) -> Anatomy:
 
 
 def _tie(blocks: Mapping[str, Block], layers: nn.ModuleList) -> dict[str, Block]:
-    """The blocks; those that share their tensors share their axes.
-
-    Raises:
-        ArchitectureError: blocks share tensors but the architecture file does not say so, or they share only some.
-    """
+    """The blocks; those that share their tensors share their axes."""
     owners: dict[int, str] = {}
     twins: dict[str, str] = {}
     for block in blocks.values():
@@ -173,11 +169,7 @@ def blocks_of(layer: nn.Module, index: int, architecture: Architecture, plain: A
 
 
 def _layout(layer: nn.Module, spec: BlockSpec, architecture: Architecture, index: int) -> BlockSpec | None:
-    """The layout that a block has in one layer; None if the block was removed.
-
-    Raises:
-        ArchitectureError: it has none of the layouts in the architecture file.
-    """
+    """The layout that a block has in one layer; None if the block was removed."""
     if any(isinstance(_find(layer, layout.module), Null) for layout in spec.layouts):
         return None
     for layout in spec.either:
@@ -272,11 +264,7 @@ def _tensor_weight(
 
 
 def _norms(layer: nn.Module, spec: BlockSpec) -> list[str]:
-    """The norms of a block that this layer has: the first of each ``a or b``.
-
-    Raises:
-        ArchitectureError: the layer has none of them.
-    """
+    """The norms of a block that this layer has: the first of each ``a or b``."""
     norms = []
     for listed in spec.norms:
         present = [norm for norm in listed.split(" or ") if _find(layer, norm) is not None]

@@ -156,9 +156,6 @@ def _move(model: Any, device: torch.device, *, chosen: bool) -> None:
 
     Arguments:
         chosen: the user named the device, so that a packed model is refused instead.
-
-    Raises:
-        DeviceError: the device cannot run this model, or has too little memory for it.
     """
     if any(isinstance(module, Packed) for module in model.modules()):
         if chosen:

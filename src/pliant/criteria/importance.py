@@ -32,8 +32,8 @@ def importance(
     Arguments:
         model: a transformers model; it stays as it is.
         by: ``l1``: the L1 norm of the weights that produce the unit. ``activation``: the size of what it contributes on
-            calibration text. ``fisher``: the estimated rise of the loss without it, in nats per token. ``module:function``: your
-            own, see docs/adding.md.
+            calibration text. ``fisher``: the estimated increase of the loss without it, in nats per token.
+            ``module:function``: your own, see docs/adding.md.
         data: calibration text or its path, for all that read text.
         tokenizer: the model's tokenizer; when left out, that of where the model was loaded from.
         samples, seqlen, seed: rows of the text, tokens in a window, and seed of the draw, as for a pruner.

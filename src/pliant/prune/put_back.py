@@ -46,8 +46,8 @@ class Removal:
 def put_backs(anatomy: Anatomy, removals: Sequence[Removal], ratio: float, unit: int) -> list[Removal]:
     """Removals to undo, in this order, to end at ``ratio`` or less than one unit above it.
 
-    Only as many as needed are undone. Of the removals whose undoing leads there, the one with the largest loss increase comes first; of equal
-    ones the latest. Moves on the same block are undone in reverse order.
+    Only as many as needed are undone. Of the removals whose undoing leads there, the one with the largest loss increase comes
+    first; of equal ones the latest. Moves on the same block are undone in reverse order.
 
     Arguments:
         removals: all moves in the order they were made; the last one reached at least ``ratio``.

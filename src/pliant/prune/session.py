@@ -233,7 +233,7 @@ class Pruning:
             windows: calibration windows to score the result on; None for no score.
 
         Raises:
-            RatioError: the moves ran out before the ratio was reached, or no selection of removed units ends within one unit of it.
+            RatioError: the moves ran out before the ratio was reached, or no selection of removed units ends within one unit.
         """
         if not reached(self.anatomy, self.subnet, ratio):
             now = ratio_of(self.anatomy, self.subnet)

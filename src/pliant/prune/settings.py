@@ -194,7 +194,7 @@ class GreedyPruner(Pruner):
         ratio: float,
         units: Moves | None = None,
     ) -> None:
-        """Remove units until ``ratio`` is reached or no moves are left; the result stays less than one unit above the step's ratio.
+        """Remove units until ``ratio`` is reached or no moves are left; the result exceeds the step's ratio by less than one unit.
 
         Arguments:
             name: of the stage.

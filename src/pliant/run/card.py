@@ -47,8 +47,7 @@ def card(model: Any, history: list[dict[str, Any]], report: dict[str, Any] | Non
         "",
     ]
     for step in history:
-        settings = ", ".join(f"{k}={v}" for k, v in step["settings"].items() if k != "step")
-        lines.append(f"- {step['settings']['step']} ({settings})")
+        lines.append(f"- {step['settings']['step']} ({settings_line(step)})")
         lines.append(
             f"  {step['parameters_before']:,} to {step['parameters_after']:,} parameters in {step['seconds']:.0f} s"
             + (f". {said}" if (said := notes_of(step)) else "")
@@ -73,6 +72,11 @@ def card(model: Any, history: list[dict[str, Any]], report: dict[str, Any] | Non
         "",
     ]
     return "\n".join(lines)
+
+
+def settings_line(step: dict[str, Any]) -> str:
+    """The settings in the record of a step, as one line."""
+    return ", ".join(f"{name}={value}" for name, value in step["settings"].items() if name != "step")
 
 
 def changed(report: dict[str, Any]) -> str:

@@ -99,11 +99,7 @@ def save(
 
 
 def _describe(model: Any) -> None:
-    """Write the shapes of a cut model into its config. Only a model that was cut needs an architecture file.
-
-    Raises:
-        ArchitectureError: the model was cut, and no architecture file describes it.
-    """
+    """Write the shapes of a cut model into its config. Only a model that was cut needs an architecture file."""
     try:
         write(model)
     except ArchitectureError:

@@ -38,8 +38,8 @@ class Limits:
 class Search(ABC):
     """A search for sub-networks with small values.
 
-    A subclass writes its algorithm as a generator, :meth:`candidates`. The same values always lead to the same candidates, so a search
-    is resumed by running it again: the archive holds earlier evaluations.
+    A subclass writes its algorithm as a generator, :meth:`candidates`. The same values always lead to the same candidates, so a
+    search is resumed by running it again: the archive holds earlier evaluations.
 
     Attributes:
         seen: the values of every evaluated candidate, in order.

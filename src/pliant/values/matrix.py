@@ -187,8 +187,8 @@ def skipped_parameters(model: nn.Module, found: Selection, changed: int) -> dict
         changed: number of parameters that it has changed.
 
     Returns:
-        ``parameters``, ``bytes`` and ``share`` (of all parameters); ``reasons``: for each reason ``why``, ``parameters``, ``bytes`` and
-        the ``names`` of layers, the largest first.
+        ``parameters``, ``bytes`` and ``share`` (of all parameters); ``reasons``: for each reason ``why``, ``parameters``,
+        ``bytes`` and the ``names`` of layers, the largest first.
     """
     still = (one for one in found.matrices if one.layer is None or model.get_submodule(one.name) is one.layer)
     seen = {id(_parameter(model, one)) for one in still}

@@ -57,11 +57,7 @@ def harness(
 
 
 def _row(name: str, row: dict[str, Any]) -> dict[str, Any]:
-    """The results of a task, whose keys are ``metric,filter``; lm-eval writes a string if it has no result.
-
-    Raises:
-        WeightError: a result is not finite.
-    """
+    """The results of a task, whose keys are ``metric,filter``; lm-eval writes a string if it has no result."""
     figures: dict[str, Any] = {}
     for key, value in row.items():
         metric, comma, output_filter = key.partition(",")

@@ -90,7 +90,7 @@ def bench(
 
 
 def prompt_for(models: Mapping[str, Any], prompt: int | None, tokens: int, usual: int = PROMPT) -> int:
-    """Length of a prompt before ``tokens`` tokens: ``prompt``, or if that is None the smaller of ``usual`` and all models' positions.
+    """Length of a prompt before ``tokens`` tokens: ``prompt``, or by default the smaller of ``usual`` and all models' positions.
 
     Raises:
         ArchitectureError: a model that predicts no next tokens.
