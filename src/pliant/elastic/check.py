@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pliant.anatomy import Anatomy, anatomy_of, answer, evaluating, layers_of, probe, rounding
+from pliant.anatomy import Anatomy, anatomy_of, evaluating, layers_of, output_of, probe, rounding
 from pliant.elastic.activate import Elastic
 from pliant.elastic.reorder import reorder
 from pliant.elastic.subnet import Subnet
@@ -43,7 +43,7 @@ def check(model: Any, anatomy: Anatomy | None = None, *, tokens: int = 8, seed: 
 
 
 def _output(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-    return answer(model, inputs).float()
+    return output_of(model, inputs).float()
 
 
 def _source(anatomy: Anatomy) -> str:

@@ -13,7 +13,7 @@ from pliant.device import to_float64, total
 from pliant.train.trunk_and_head import Halves
 
 
-def tokens_at_once(device: torch.device) -> int:
+def logits_at_once(device: torch.device) -> int:
     """The number of tokens whose logits are in memory at a time.
 
     On a CPU they are so few that the allocator reuses their memory, instead of asking the system for pages to be cleared.
@@ -109,7 +109,7 @@ def _loss(
 
 
 def _chunks(targets: torch.Tensor) -> list[slice]:
-    count = tokens_at_once(targets.device)
+    count = logits_at_once(targets.device)
     return [slice(start, start + count) for start in range(0, len(targets), count)]
 
 

@@ -22,7 +22,7 @@ from pliant.record import Curve, Note, Section
 from pliant.step import Job, Step, setting
 from pliant.train.loop import SCHEDULES, Plan, Training, memory_peak
 from pliant.train.loss import Distillation
-from pliant.train.memory_estimate import estimate
+from pliant.train.memory_estimate import memory_needed
 from pliant.train.seeds import seed_of
 from pliant.train.state import StateFile
 from pliant.train.trainable import Full, Lora, linear_layers, training_mode
@@ -258,7 +258,7 @@ class Recover(Step):
         with training_mode(model, recompute=self.gradient_checkpointing):
             trained = self._trained(model, anatomy)
             try:
-                needs = estimate(
+                needs = memory_needed(
                     model,
                     linears,
                     trained.parameters,
