@@ -40,13 +40,15 @@ STEPS = {
         "pliant.prune.oneshot", "OneShot", "rank blocks or layers once and remove the lowest (ShortGPT …)"
     ),
     "unified": Entry(
-        "pliant.prune.unified", "UnifiedPruner", "blocks, channels and heads in one pool, by loss increase per saving"
+        "pliant.prune.unified",
+        "UnifiedPruner",
+        "remove blocks, channels and heads together, by loss increase per saving",
     ),
     "knapsack": Entry(
-        "pliant.prune.knapsack", "KnapsackPruner", "loss increase at a few widths, solved as a knapsack, then swaps"
+        "pliant.prune.knapsack", "KnapsackPruner", "score each block at a few widths, solve a knapsack, then try swaps"
     ),
     "fisher": Entry(
-        "pliant.prune.fisher", "FisherPruner", "narrow where the loss depends on the units least; no search"
+        "pliant.prune.fisher", "FisherPruner", "narrow layers where the loss depends on them least; no search"
     ),
     "channelpruner": Entry("pliant.prune.channels", "ChannelPruner", "narrow every layer by importance; needs no data"),
     "cut": Entry("pliant.prune.known_subnet", "Cut", "cut to a sub-network that is already known; no search"),
@@ -59,14 +61,14 @@ STEPS = {
         "pliant.values.pack", "PackedLinear", "pack linear layers to bf16, int8 or int4 for pliant's CPU kernels"
     ),
     "recover": Entry(
-        "pliant.train.recover", "Recover", "train a cut model for a short time, with or without distillation"
+        "pliant.train.recover", "Recover", "train a cut model for a short time, on text or with distillation"
     ),
 }
 """Name in recipes and on the command line -> the step."""
 
 SCORES = {
     "perplexity": Entry(
-        "pliant.measure.scores.perplexity", "Perplexity", "loss of the next token; shown as perplexity"
+        "pliant.measure.scores.perplexity", "Perplexity", "loss of the next token, shown as perplexity"
     ),
     "kl": Entry("pliant.measure.scores.divergence", "Divergence", "divergence from the dense model's predictions"),
 }
@@ -82,9 +84,9 @@ SEARCHES = {
 IMPORTANCE = {
     "l1": Entry("pliant.criteria.l1", "l1_norms", "size of the weights that produce a unit; needs no text"),
     "activation": Entry(
-        "pliant.criteria.activation", "activation_sizes", "size of its contribution on calibration text"
+        "pliant.criteria.activation", "activation_sizes", "size of the unit's contribution on calibration text"
     ),
-    "fisher": Entry("pliant.criteria.unit_fisher", "loss_increases", "estimated increase of the loss without it"),
+    "fisher": Entry("pliant.criteria.unit_fisher", "loss_increases", "estimated increase of the loss without the unit"),
 }
 """Name in ``order`` and in ``pliant.importance`` -> the function that measures how much units matter."""
 

@@ -29,9 +29,9 @@ def ls(
     ] = "",
     as_json: Json = False,
 ) -> None:
-    """List what there is: systems and their settings, scores, searches, importance of units, model families.
+    """List the systems and their settings, the scores, searches, importance measures and model families.
 
-    Wherever one of these names is accepted, except those of model families, module:Name of your own is, too.
+    Wherever such a name is accepted, module:Name of your own is accepted too, except for model families.
     """
     from pliant import registry
     from pliant.architecture import families
@@ -66,14 +66,15 @@ def _show_lists(lists: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _show_rows(rows: Mapping[str, Any], indent: str = "") -> None:
+    width = max(14, *map(len, rows)) if rows else 0
     for name, value in rows.items():
-        emit(f"{indent}{name:14} {value}")
+        emit(f"{indent}{name:{width}} {value}")
 
 
 @app.command(epilog="Example: pliant inspect ./smollm2 --no-check")
 def inspect(
     model: Model,
-    check: Annotated[bool, typer.Option(help="Check on a few tokens that the description is true.")] = True,
+    check: Annotated[bool, typer.Option(help="Verify the description on a few tokens.")] = True,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     as_json: Json = False,

@@ -45,8 +45,8 @@ def compress(
         typer.Option(help="Held-out text to measure perplexity on. Default: a tenth of the calibration rows."),
     ] = None,
     tasks: Annotated[list[Path] | None, typer.Option(help="Question files to measure on.")] = None,
-    windows: Annotated[int, typer.Option(help="Most windows of held-out text.")] = 32,
-    limit: Annotated[int, typer.Option(help="Most questions of each file.")] = 200,
+    windows: Annotated[int, typer.Option(help="Maximum number of windows of held-out text.")] = 32,
+    limit: Annotated[int, typer.Option(help="Maximum number of questions of each file.")] = 200,
     speed: Annotated[
         bool, typer.Option(help="Time both models alternately at the end, and measure their memory.")
     ] = True,

@@ -16,12 +16,14 @@ NEEDED = "a search needs --ratio and --data; to cut without a search, give --sub
 
 
 def help_of(cls: type[Step]) -> dict[str, str]:
-    """name -> help text with the default, of every setting of a step."""
+    """name -> help text with the default, of every setting of a step. Some texts explain their default themselves."""
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-    return {
-        name: of.help + ("" if defaults[name] is dataclasses.MISSING else f" Default: {defaults[name]}.")
-        for name, of in settings_of(cls).items()
-    }
+    texts = {}
+    for name, of in settings_of(cls).items():
+        shown = "none" if defaults[name] is None else defaults[name]
+        explained = defaults[name] is dataclasses.MISSING or "Default:" in of.help
+        texts[name] = of.help if explained else f"{of.help} Default: {shown}."
+    return texts
 
 
 def recipe(systems: Sequence[str], given: Mapping[str, object], pairs: Sequence[str]) -> list[Step]:
@@ -54,7 +56,7 @@ def recipe(systems: Sequence[str], given: Mapping[str, object], pairs: Sequence[
 def known_subnet(path: Path, systems: Sequence[str], pairs: Sequence[str]) -> list[Step]:
     """:func:`recipe` without its searches: the model is cut to the sub-network in a file, then the other steps follow.
 
-    Units are put in order by what the pruner among ``systems`` goes by, on as many rows, unless a pair says something else.
+    Units are sorted by the importance that the pruner among ``systems`` uses, on as many rows, unless a pair sets another.
 
     Raises:
         StepError: as :func:`recipe`, or ``systems`` has several pruners.

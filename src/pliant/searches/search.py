@@ -95,7 +95,7 @@ class Search(ABC):
 
 @dataclass
 class SpaceSearch(Search):
-    """A search over a space. A step takes it by its name, and so makes all of them alike.
+    """A search over a space. A step takes it by its name and constructs each of them with the same arguments.
 
     Arguments:
         space: what to choose from.

@@ -87,7 +87,7 @@ class ValueStep(Step):
 
     target_modules: str | Sequence[str] | None = setting(
         "The linear layers to change, as in peft: names or name endings; or a regular expression that matches whole names; or "
-        "all-linear. If none, those in the blocks if the model has an architecture file, otherwise all.",
+        "all-linear. Default: those in the blocks if the model has an architecture file, otherwise all.",
         default=None,
     )
 
