@@ -324,7 +324,7 @@ def test_a_state_of_another_training_is_refused(repeated, tokenizer, tmp_path):
     for model, data, settings, told in [
         (cut(seed=1), repeated, {}, "model"),
         (cut(), pliant.text([SENTENCE] * 30), {}, "data"),
-        (cut(), repeated, {"learning_rate": 1e-3}, "learning_rate: 0.005 there, 0.001 now"),
+        (cut(), repeated, {"learning_rate": 1e-3}, "learning_rate: 0.005 in the file, 0.001 now"),
     ]:
         before = weights(model)
         with pytest.raises(ResumeError, match=rf"belongs to another training \(.*{told}.*Delete it"):
