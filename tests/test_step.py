@@ -1,6 +1,7 @@
 """Settings of a step: checked by their declaration, described, written down and read again."""
 
 import pytest
+import torch
 
 import pliant
 from pliant.errors import RatioError, StepError
@@ -44,6 +45,21 @@ def test_a_value_outside_the_declaration_is_refused(given, message):
     for step in (Scale, Twice):
         with pytest.raises(StepError, match=message):
             step(**{"times": 1} | given)
+
+
+@pytest.mark.parametrize("name", ["step", "version", "code", "kind", "needs", "run", "to_dict"])
+def test_a_setting_cannot_have_a_name_that_steps_use(name):
+    with pytest.raises(StepError, match=f"a setting of Own cannot have the name {name}"):
+        type("Own", (Step,), {name: setting("A number.", default=3), "__annotations__": {name: "int"}})
+
+
+def test_a_step_that_replaces_the_model_is_refused():
+    class Replaces(Step):
+        def run(self, job):
+            job.model = torch.nn.Linear(2, 2)
+
+    with pytest.raises(StepError, match=r"replaces has put another model into job\.model"):
+        pliant.apply(torch.nn.Linear(2, 2), Replaces(), progress=False)
 
 
 def test_a_setting_may_raise_its_own_error():

@@ -164,6 +164,10 @@ class Step:
             if inherited and not isinstance(vars(cls).get(name), dataclasses.Field):
                 setattr(cls, name, dataclasses.field(default=vars(cls)[name], metadata=inherited))
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        if taken := sorted(settings_of(cls).keys() & {"step", "code", *vars(Step)}):
+            raise StepError(
+                f"a setting of {cls.__name__} cannot have the name {', '.join(taken)}, which steps use; rename it"
+            )
 
     def __post_init__(self) -> None:
         kinds = _types(type(self))
@@ -172,7 +176,7 @@ class Step:
 
     def run(self, job: Job) -> None:
         """Change ``job.model`` in place."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method run(self, job)")
 
     def estimate(self, blocks: int, row: float) -> tuple[float, bool]:  # noqa: ARG002
         """A rough guess of what the step takes, for ``pliant plan``.
