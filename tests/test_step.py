@@ -1,9 +1,13 @@
 """Settings of a step: checked by their declaration, described, written down and read again."""
 
+from typing import Optional
+
 import pytest
 import torch
 
 import pliant
+from pliant import registry
+from pliant.cli.step_options import build
 from pliant.errors import RatioError, StepError
 from pliant.step import FormerNameWarning, Step, setting, settings_of
 
@@ -60,6 +64,30 @@ def test_a_step_that_replaces_the_model_is_refused():
 
     with pytest.raises(StepError, match=r"replaces has put another model into job\.model"):
         pliant.apply(torch.nn.Linear(2, 2), Replaces(), progress=False)
+
+
+def test_a_step_without_a_needed_setting_is_refused_in_a_recipe_and_on_the_command_line():
+    with pytest.raises(StepError, match="multipruner needs a value for ratio"):
+        pliant.step_of({"step": "multipruner"})
+    with pytest.raises(StepError, match="cut needs a value for subnet"):
+        build("cut", {}, [])
+
+
+class Odd(Step):
+    kind = "odd"
+    either: int | str = setting("A number or a name.", default=1)
+    maybe: Optional[float] = setting("A number or none.", default=None, above=0)  # noqa: UP045
+    names: tuple[str, ...] = setting("Names.", default=())
+
+
+def test_a_text_becomes_the_first_type_that_it_fits_and_a_list_is_not_split_into_letters(monkeypatch):
+    monkeypatch.setitem(registry.STEPS, "odd", registry.Entry(__name__, "Odd"))
+    assert build("odd", {}, ["either=5", "maybe=2"]) == Odd(either=5, maybe=2.0)
+    assert build("odd", {}, ["either=five", "maybe=none"]) == Odd(either="five")
+    with pytest.raises(StepError, match="names cannot be given with --set; give it in Python, or in a recipe"):
+        build("odd", {}, ["names=abc"])
+    with pytest.raises(StepError, match="maybe must be a number above 0, or none; not 0"):
+        Odd(maybe=0)
 
 
 def test_a_setting_may_raise_its_own_error():

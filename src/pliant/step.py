@@ -59,7 +59,7 @@ class Setting:
         Raises:
             StepError, or ``error``: the value is not allowed.
         """
-        kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        kinds = kinds_of(kind)
         if value is None and type(None) in kinds:
             return
         if self.names is not None and (isinstance(value, str) or kind is str):
@@ -105,6 +105,11 @@ class Setting:
         return " ".join(
             [number, " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)]
         ).strip()
+
+
+def kinds_of(kind: Any) -> tuple[Any, ...]:
+    """The types of a union, or a type alone."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
 
 
 def setting(help: str, *, default: Any = _UNSET, factory: Any = _UNSET, **limits: Any) -> Any:
@@ -213,6 +218,19 @@ class Step:
         return code_digest(modules)
 
     @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """The step with these settings.
+
+        Raises:
+            StepError: a setting without a default is missing, or a value is not allowed.
+        """
+        unset = dataclasses.MISSING
+        needed = [f.name for f in dataclasses.fields(cls) if f.default is unset and f.default_factory is unset]
+        if missing := [name for name in needed if name not in given]:
+            raise StepError(f"{cls.kind} needs a value for {', '.join(missing)}")
+        return cls(**given)
+
+    @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
         """The inverse of :meth:`to_dict`. It warns of settings by an earlier name, and of code that has changed.
 
@@ -233,7 +251,7 @@ class Step:
         known = settings_of(cls)
         if unknown := sorted(given.keys() - known.keys()):
             raise StepError(f"{cls.kind} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
-        step = cls(**given)
+        step = cls.of(given)
         if raw.get("code") not in (None, step._code()):
             warnings.warn(f"{cls.kind}: your code that it uses has changed since the recipe was written", stacklevel=2)
         return step
