@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pliant.errors import StepError
-from pliant.record import Curve, Table, to_dict
+from pliant.record import Table, to_dict
 from pliant.run.card import table
 from pliant.run.report import page
 from reported import PACKED, REPORT, STEP, removal, with_speed
@@ -183,12 +182,10 @@ def test_markup_in_names_is_text():
     assert html.count(escape(evil)) == 6  # title, heading, headline, machine, setting, table
 
 
-def test_a_table_of_numbers_is_drawn_and_a_curve_without_labels_is_refused():
+def test_a_table_of_numbers_is_drawn():
     report = json.loads(json.dumps(REPORT))
     report["steps"][0]["sections"] = [to_dict(Table(["layer", "share"], [[0, 0.5]]))]
     assert "<td>0</td><td>0.5</td>" in page(report)
-    with pytest.raises(StepError, match="'loss' has 2 xs, 2 ys and 1 labels"):
-        Curve("loss", [1, 2], [1, 2], ["first"])
 
 
 @settings(max_examples=40, deadline=None)

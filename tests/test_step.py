@@ -9,6 +9,7 @@ import pliant
 from pliant import registry
 from pliant.cli.step_options import build
 from pliant.errors import RatioError, StepError
+from pliant.record import Curve
 from pliant.step import FormerNameWarning, Step, setting, settings_of
 
 
@@ -88,6 +89,17 @@ def test_a_text_becomes_the_first_type_that_it_fits_and_a_list_is_not_split_into
         build("odd", {}, ["names=abc"])
     with pytest.raises(StepError, match="maybe must be a number above 0, or none; not 0"):
         Odd(maybe=0)
+
+
+def test_a_curve_without_a_label_for_every_point_is_refused():
+    class Draws(Step):
+        reshapes = False
+
+        def run(self, job):
+            job.show(Curve("loss", [1, 2], [1, 2], ["first"]))
+
+    with pytest.raises(StepError, match="'loss' has 2 xs, 2 ys and 1 labels"):
+        pliant.apply(torch.nn.Linear(2, 2), Draws(), progress=False)
 
 
 def test_a_setting_may_raise_its_own_error():

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pliant.errors import StepError
-
 
 @dataclass(frozen=True)
 class Note:
@@ -51,13 +49,6 @@ class Curve:
     marks: dict[str, str] = field(default_factory=dict)
     x_format: str = ".4g"
     caption: str = ""
-
-    def __post_init__(self) -> None:
-        if not len(self.xs) == len(self.ys) == len(self.labels):
-            raise StepError(
-                f"a curve needs a y and a label for every x; the curve {self.title!r} has {len(self.xs)} xs, {len(self.ys)} ys and "
-                f"{len(self.labels)} labels"
-            )
 
 
 Section = Note | Table | Curve

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self
 from pliant.errors import PliantError, StepError
 from pliant.files import replacing
 from pliant.progress import Progress
-from pliant.record import Section, to_dict
+from pliant.record import Curve, Section, to_dict
 from pliant.registry import STEPS, Entry, code_digest, find, name_of
 
 _UNSET: Any = dataclasses.MISSING
@@ -374,7 +374,16 @@ class Job:
         Arguments:
             done: what was done to the model, in a few words for the headline.
             tags: tags of the model card.
+
+        Raises:
+            StepError: a curve has not as many labels or ys as xs.
         """
+        for of in sections:
+            if isinstance(of, Curve) and not len(of.xs) == len(of.ys) == len(of.labels):
+                raise StepError(
+                    f"a curve needs a y and a label for every x; the curve {of.title!r} has {len(of.xs)} xs, {len(of.ys)} ys and "
+                    f"{len(of.labels)} labels"
+                )
         self.record.setdefault("sections", []).extend(map(to_dict, sections))
         if done:
             self.record["done"] = done
