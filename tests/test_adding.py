@@ -193,12 +193,16 @@ def test_a_setting_that_names_something_else_is_refused_before_any_work(settings
 def test_a_search_of_another_kind_and_an_importance_of_other_units_are_refused(here):
     (here / "wrong.py").write_text(
         "def few(model, anatomy):\n    return {name: axis.size * model.lm_head.weight[:1, 0] for name, axis in anatomy.axes.items()}\n"
+        "def nan(model, anatomy):\n    return {name: float('nan') * model.lm_head.weight[: axis.size, 0] for name, axis in anatomy.axes.items()}\n"
+        "def nothing(model, anatomy):\n    return None\n"
     )
     model = pico("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for step, said in (
         (pliant.MultiPrunerEvol(**ROWS, width_search="my_steps:Clip"), "must be a class that derives from SpaceSearch"),
         (pliant.MultiPruner(**ROWS, order="wrong:few"), "must give a value for each unit of an axis; for 'layers.0"),
+        (pliant.MultiPruner(**ROWS, order="wrong:nan"), "gave values for 'layers.0.* that are not finite real numbers"),
+        (pliant.MultiPruner(**ROWS, order="wrong:nothing"), "must return a dict of tensors, one for each axis"),
     ):
         with pytest.raises(PliantError, match=said):
             pliant.apply(model, step, TEXT, tokenizer=tokenizer(), progress=False)

@@ -14,9 +14,9 @@ from pico import leader, pico
 from pliant.anatomy import anatomy_of
 from pliant.elastic import Subnet, ratio
 from pliant.elastic.subnet import validate
-from pliant.errors import WeightError
+from pliant.errors import StepError, WeightError
 from pliant.prune.moves import block_moves, pooled, width_moves
-from pliant.searches import NSGA2, Allocation, Archive, Greedy, HillClimb, Limits, RandomSearch, Space
+from pliant.searches import NSGA2, Allocation, Archive, Greedy, HillClimb, Limits, RandomSearch, Space, search_of
 from pliant.searches.allocation import allocate
 
 SPACE = Space(
@@ -126,6 +126,11 @@ def test_no_candidate_exceeds_a_limit(seed, most):
         search.run(lambda subnet: [tabled([1.0, 2.0, 3.0])(subnet), size(subnet)])
         assert all(size(subnet) <= most for subnet in search.seen)
         assert all(SPACE.allows(subnet) for subnet in search.seen)
+
+
+def test_a_search_without_an_algorithm_is_refused_before_any_work():
+    with pytest.raises(StepError, match=r"the search 'pliant\.searches:SpaceSearch' has no method look"):
+        search_of("pliant.searches:SpaceSearch")
 
 
 def test_random_search_ends_where_the_space_ends():

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self
 from pliant.errors import PliantError, StepError
 from pliant.files import replacing
 from pliant.progress import Progress
-from pliant.record import Section, to_dict
+from pliant.record import Curve, Section, to_dict
 from pliant.registry import STEPS, Entry, code_digest, find, name_of, short_name
 
 _UNSET: Any = dataclasses.MISSING
@@ -59,7 +59,7 @@ class Setting:
         Raises:
             StepError, or ``error``: the value is not allowed.
         """
-        kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        kinds = kinds_of(kind)
         if value is None and type(None) in kinds:
             return
         if self.names is not None and (isinstance(value, str) or kind is str):
@@ -105,6 +105,11 @@ class Setting:
         return " ".join(
             [number, " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)]
         ).strip()
+
+
+def kinds_of(kind: Any) -> tuple[Any, ...]:
+    """The types of a union, or a type alone."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
 
 
 def setting(help: str, *, default: Any = _UNSET, factory: Any = _UNSET, **limits: Any) -> Any:
@@ -164,6 +169,10 @@ class Step:
             if inherited and not isinstance(vars(cls).get(name), dataclasses.Field):
                 setattr(cls, name, dataclasses.field(default=vars(cls)[name], metadata=inherited))
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        if taken := sorted(settings_of(cls).keys() & {"step", "code", *vars(Step)}):
+            raise StepError(
+                f"a setting of {cls.__name__} cannot have the name {', '.join(taken)}, which steps use; rename it"
+            )
 
     def __post_init__(self) -> None:
         kinds = _types(type(self))
@@ -172,7 +181,7 @@ class Step:
 
     def run(self, job: Job) -> None:
         """Change ``job.model`` in place."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method run(self, job)")
 
     def estimate(self, blocks: int, row: float) -> tuple[float, bool]:  # noqa: ARG002
         """A rough guess of what the step takes, for ``pliant plan``.
@@ -209,6 +218,19 @@ class Step:
         return code_digest(modules)
 
     @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """The step with these settings.
+
+        Raises:
+            StepError: a setting without a default is missing, or a value is not allowed.
+        """
+        unset = dataclasses.MISSING
+        needed = [f.name for f in dataclasses.fields(cls) if f.default is unset and f.default_factory is unset]
+        if missing := [name for name in needed if name not in given]:
+            raise StepError(f"{cls.kind} needs a value for {', '.join(missing)}")
+        return cls(**given)
+
+    @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
         """The inverse of :meth:`to_dict`. It warns of settings by an earlier name, and of code that has changed.
 
@@ -229,7 +251,7 @@ class Step:
         known = settings_of(cls)
         if unknown := sorted(given.keys() - known.keys()):
             raise StepError(f"{cls.kind} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
-        step = cls(**given)
+        step = cls.of(given)
         if raw.get("code") not in (None, step._code()):
             warnings.warn(f"{cls.kind}: your code that it uses has changed since the recipe was written", stacklevel=2)
         return step
@@ -346,7 +368,16 @@ class Job:
         Arguments:
             done: what was done to the model, in a few words for the headline.
             tags: tags of the model card.
+
+        Raises:
+            StepError: a curve has not as many labels or ys as xs.
         """
+        for of in sections:
+            if isinstance(of, Curve) and not len(of.xs) == len(of.ys) == len(of.labels):
+                raise StepError(
+                    f"a curve needs a y and a label for every x; the curve {of.title!r} has {len(of.xs)} xs, {len(of.ys)} ys and "
+                    f"{len(of.labels)} labels"
+                )
         self.record.setdefault("sections", []).extend(map(to_dict, sections))
         if done:
             self.record["done"] = done

@@ -99,6 +99,8 @@ def apply_step(
         step.run(job)
     finally:
         model.train(was_training)
+    if job.model is not model:
+        raise StepError(f"{step.kind} has put another model into job.model; a step changes the model in place")
     if step.reshapes:
         write(model)
     record = {

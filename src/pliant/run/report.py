@@ -38,7 +38,7 @@ def page(report: dict[str, Any]) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>pliant: {model}</title><style>{STYLE}</style></head><body>
 <h1>{model}</h1>
-<p>{changed(report).capitalize()}. Measured on {escape(measured_on(report))}, in {report["dtype"]}; {escape(versions)}.</p>
+<p>{escape(changed(report).capitalize())}. Measured on {escape(measured_on(report))}, in {report["dtype"]}; {escape(versions)}.</p>
 <h2>Before and after</h2>
 <table><tr><th></th><th>before</th><th>after</th></tr>{"".join(rows)}</table>
 {_replies(report.get("replies", []))}
@@ -99,7 +99,7 @@ def _step(step: dict[str, Any]) -> str:
 def _section(section: Section) -> str:
     """A table or a curve."""
     if isinstance(section, Table):
-        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in section.rows)
+        rows = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in section.rows)
         head = "".join(f"<th>{escape(name)}</th>" for name in section.columns)
         drawn, title = f"<table><tr>{head}</tr>{rows}</table>", escape(section.title)
         if section.folded:

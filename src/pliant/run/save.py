@@ -24,7 +24,7 @@ from pliant.formatting import parse_bytes
 from pliant.pages import pages_of
 from pliant.run.card import card, versions
 from pliant.run.report import page
-from pliant.run.target import RECIPE, RECIPE_VERSION, check_target, files_in, written_aside
+from pliant.run.target import RECIPE, RECIPE_VERSION, check_target, files_in, local, written_aside
 from pliant.strict_json import to_json
 
 _REPEATED = ("settings", "data", "parameters_before", "parameters_after", "ratio")
@@ -88,7 +88,7 @@ def save(
             shutil.copyfile(path, aside / name)
         recipe = {
             "recipe": RECIPE_VERSION,
-            "base_model": model.name_or_path,
+            "base_model": local(model.name_or_path) if model.name_or_path else "",
             "steps": [{key: step[key] for key in _REPEATED if key in step} for step in history],
             **(inputs or {}),
             **versions(),

@@ -26,6 +26,12 @@ LOCK = "lock"
 _SHOWN = 5  # names in a message
 
 
+def local(model: str | Path) -> str:
+    """The absolute path of a model on this machine; the id of a model on a hub as it is."""
+    place = Path(model).expanduser()
+    return str(place.resolve()) if place.exists() else str(model)
+
+
 def check_target(folder: str | Path, overwrite: bool, need: int = 0, source: Any = None) -> Path:
     """Check that ``folder`` can be written; also called before hours of work.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from pliant.elastic import Subnet
+from pliant.errors import StepError
 from pliant.registry import SEARCHES, find
 from pliant.searches.space import Space
 
@@ -128,9 +130,11 @@ def search_of(name: str) -> type[SpaceSearch]:
     """A search over a space by its name in the registry, or by ``module:Class``.
 
     Raises:
-        StepError: the name is not known.
+        StepError: the name is not known, or the class has no algorithm.
         MissingExtraError: a package that the search needs is not installed.
     """
     found = find(SEARCHES, name, "search", base=SpaceSearch)
+    if inspect.isabstract(found):
+        raise StepError(f"the search {name!r} has no method look; write its algorithm there")
     found.check()
     return found
