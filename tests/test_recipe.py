@@ -137,3 +137,20 @@ def test_a_recipe_is_repeated_from_another_folder(folder, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert read_recipe(tmp_path / "small").model == str(folder.resolve())
     assert pliant.plan(tmp_path / "small")["parameters"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"recipe": None}, "version of the recipe .* must be a whole number"),
+        ({"recipe": 0}, "version of the recipe .* must be a whole number"),
+        ({"recipe": 99}, "newer pliant"),
+        ({"colour": "red"}, "unknown key 'colour'; choose from: base_model, data"),
+        ({"steps": [{"step": "rtn", "version": 0}]}, "version of rtn must be a whole number of at least 1"),
+    ],
+)
+def test_a_recipe_with_a_wrong_version_or_an_unknown_key_is_refused(tmp_path, changed, said):
+    raw = {"recipe": 2, "base_model": "x", "steps": [{"step": "rtn"}]} | changed
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(StepError, match=said):
+        pliant.plan(tmp_path)

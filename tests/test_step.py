@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import pliant
+from pico import pico
 from pliant import registry
-from pliant.cli.step_options import build
+from pliant.cli.step_options import recipe
 from pliant.errors import RatioError, StepError
 from pliant.record import Curve
 from pliant.step import FormerNameWarning, Step, setting, settings_of
@@ -71,7 +72,7 @@ def test_a_step_without_a_needed_setting_is_refused_in_a_recipe_and_on_the_comma
     with pytest.raises(StepError, match="multipruner needs a value for ratio"):
         pliant.step_of({"step": "multipruner"})
     with pytest.raises(StepError, match="cut needs a value for subnet"):
-        build("cut", {}, [])
+        recipe(["cut"], {}, [])
 
 
 class Odd(Step):
@@ -83,10 +84,10 @@ class Odd(Step):
 
 def test_a_text_becomes_the_first_type_that_it_fits_and_a_list_is_not_split_into_letters(monkeypatch):
     monkeypatch.setitem(registry.STEPS, "odd", registry.Entry(__name__, "Odd"))
-    assert build("odd", {}, ["either=5", "maybe=2"]) == Odd(either=5, maybe=2.0)
-    assert build("odd", {}, ["either=five", "maybe=none"]) == Odd(either="five")
+    assert recipe(["odd"], {}, ["either=5", "maybe=2"]) == [Odd(either=5, maybe=2.0)]
+    assert recipe(["odd"], {}, ["either=five", "maybe=none"]) == [Odd(either="five")]
     with pytest.raises(StepError, match="names cannot be given with --set; give it in Python, or in a recipe"):
-        build("odd", {}, ["names=abc"])
+        recipe(["odd"], {}, ["names=abc"])
     with pytest.raises(StepError, match="maybe must be a number above 0, or none; not 0"):
         Odd(maybe=0)
 
@@ -150,3 +151,17 @@ def test_recipes_of_the_first_version_are_read():
         step = pliant.Recover.from_dict(old)
     expected = {"batch_size": 4, "learning_rate": 1e-3, "eval_steps": 5, "max_grad_norm": 0.5}
     assert step == pliant.Recover(**expected, distillation_weight=0.5, gradient_checkpointing=True)
+
+
+def test_the_kind_of_a_step_names_folders():
+    with pytest.raises(StepError, match="the kind of Evil must be made of letters"):
+        type("Evil", (Step,), {"kind": "../../evil", "__annotations__": {}})
+
+
+def test_a_record_that_json_cannot_hold_is_refused_by_the_step():
+    class Recorder(Step):
+        def run(self, job):
+            job.record["found"] = torch.ones(1)
+
+    with pytest.raises(StepError, match=r"recorder has put a value into job\.record"):
+        pliant.apply(pico("llama"), Recorder())

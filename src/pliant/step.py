@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 import shutil
 import types
 import typing
@@ -173,6 +174,8 @@ class Step:
             raise StepError(
                 f"a setting of {cls.__name__} cannot have the name {', '.join(taken)}, which steps use; rename it"
             )
+        if not re.fullmatch(r"[\w.:-]*", cls.kind):  # it names folders
+            raise StepError(f"the kind of {cls.__name__} must be made of letters, digits and '_'; not {cls.kind!r}")
 
     def __post_init__(self) -> None:
         kinds = _types(type(self))
@@ -202,7 +205,7 @@ class Step:
         settings name are defined in.
         """
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+        plain = {name: _plain(value) for name, value in settings.items()}
         own = {} if (code := self._code()) is None else {"code": code}
         return {"step": name_of(STEPS, type(self)), "version": self.version, **own, **plain}
 
@@ -238,8 +241,8 @@ class Step:
             StepError: the step was written by a newer pliant, or has a setting that is not known.
         """
         version = raw.get("version", 1)
-        if type(version) is not int:
-            raise StepError(f"the version of {cls.kind} must be a whole number; not {version!r}")
+        if type(version) is not int or version < 1:
+            raise StepError(f"the version of {cls.kind} must be a whole number of at least 1; not {version!r}")
         if version > cls.version:
             raise StepError(
                 f"{cls.kind} of version {version} was written by a newer pliant; this one knows version {cls.version}"
@@ -255,6 +258,11 @@ class Step:
         if raw.get("code") not in (None, step._code()):
             warnings.warn(f"{cls.kind}: your code that it uses has changed since the recipe was written", stacklevel=2)
         return step
+
+
+def _plain(value: Any) -> Any:
+    """A setting as plain data."""
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
 
 def step_of(raw: Mapping[str, Any]) -> Step:

@@ -21,7 +21,7 @@ from pliant.formatting import human_bytes
 from pliant.forward.losses import TOKENS_AT_A_TIME
 from pliant.forward.stream import Stream
 from pliant.forward.windows import batches_of, tokens_at_once, within_memory
-from pliant.measure.scores import Score, score_of
+from pliant.measure.scores import Score, loss_of, score_of
 from pliant.pages import NEAR, pages_of
 
 
@@ -124,7 +124,7 @@ class PrefixScorer:
                 total, count = total + of_part, count + tokens
         self._count(subnet, start, depth)
         self.evaluations += 1
-        return self.metric.loss(total / count)
+        return loss_of(self.metric, total, count)
 
     def close(self) -> None:
         """Restore the dense model and discard the hidden states."""

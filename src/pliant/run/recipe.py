@@ -18,6 +18,7 @@ from pliant.run.target import RECIPE, RECIPE_VERSION, local
 from pliant.step import Step, paths_of, recipe_of, step_of
 
 _PLAIN = ("seqlen", "windows", "limit", "speed")
+_KEYS = {"recipe", "base_model", "steps", "data", "measuring", "dtype", "read", "versions", "files"}
 _OTHER_TEXT = "give the text to use with --data (data=), or restore the file"
 _OTHER_FILE = "restore the file, or name another one in the recipe"
 
@@ -156,10 +157,17 @@ def read_recipe(source: str | Path, *, model: str | Path | None = None, data: st
         raise StepError(f"cannot read the recipe {str(path)!r}: {error}") from None
     if not isinstance(raw, Mapping) or not isinstance(raw.get("steps"), list):
         raise StepError(f"{str(path)!r} is not a recipe: it has no list of steps")
-    if raw.get("recipe", RECIPE_VERSION) not in range(1, RECIPE_VERSION + 1):
+    version = raw.get("recipe", RECIPE_VERSION)
+    if type(version) is not int or version < 1:
+        raise StepError(
+            f"the version of the recipe {str(path)!r} must be a whole number of at least 1; not {version!r}"
+        )
+    if version > RECIPE_VERSION:
         raise StepError(
             f"{str(path)!r} was written by a newer pliant; this one reads recipes up to version {RECIPE_VERSION}"
         )
+    if unknown := sorted(map(str, raw.keys() - _KEYS)):
+        raise StepError(f"{str(path)!r} has the unknown key {unknown[0]!r}; choose from: {', '.join(sorted(_KEYS))}")
     steps = [step_of(of["settings"] if isinstance(of, Mapping) and "settings" in of else of) for of in raw["steps"]]
     for name, kind in (("base_model", str), ("dtype", str), ("measuring", Mapping), ("read", Mapping)):
         if raw.get(name) is not None and not isinstance(raw[name], kind):

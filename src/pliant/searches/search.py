@@ -17,6 +17,10 @@ Candidates = Generator[Sequence[Subnet], None, None]
 """A search as a generator: it yields candidates and resumes once all of them are in :attr:`Search.seen`."""
 
 
+ENDLESS = 100  # times the budget: a search over a space that asks for more candidates does not end
+EMPTY = 10_000  # times in a row that a search may yield no candidate
+
+
 @dataclass(frozen=True)
 class Limits:
     """Hard limits on costs. A search never asks for a candidate that exceeds one of them.
@@ -88,11 +92,14 @@ class Search(ABC):
         """Get the next candidates from the algorithm once all previous ones are evaluated."""
         if not hasattr(self, "_generator"):
             self._generator, self._open = self.candidates(), list[Subnet]()
+        empty = 0
         while not self._open and self._generator is not None:
             try:
                 self._open = list(dict.fromkeys(next(self._generator)))
             except StopIteration:
                 self._generator = None
+            if (empty := empty + 1) > EMPTY:
+                raise StepError(f"the search {type(self).__name__} yields no candidates and does not end")
 
 
 @dataclass
@@ -121,6 +128,22 @@ class SpaceSearch(Search):
         """The first of ``first`` within the limits; the first of all if there is none."""
         return next((one for one in self.first if self.limits.allow(one)), self.first[0])
 
+    def run(self, evaluate: Callable[[Subnet], Sequence[float]]) -> None:
+        """Ask and tell until done.
+
+        Raises:
+            StepError: it does not end.
+        """
+        asked = 0
+        while not self.done:
+            for candidate in self.ask():
+                if (asked := asked + 1) > ENDLESS * (self.budget + 1):
+                    raise StepError(
+                        f"the search {type(self).__name__} does not end: it asked for {asked} sub-networks with a budget of "
+                        f"{self.budget}. Its method candidates must return"
+                    )
+                self.tell(candidate, evaluate(candidate))
+
     @classmethod
     def check(cls) -> None:
         """Refuse, before any work, to search without a package that is not installed."""
@@ -135,6 +158,6 @@ def search_of(name: str) -> type[SpaceSearch]:
     """
     found = find(SEARCHES, name, "search", base=SpaceSearch)
     if inspect.isabstract(found):
-        raise StepError(f"the search {name!r} has no method look; write its algorithm there")
+        raise StepError(f"the search {name!r} has no method candidates; write its algorithm there")
     found.check()
     return found

@@ -89,6 +89,10 @@ class MultiPrunerEvol(WidthPruner):
             for subnet, (loss, _) in search.seen.items()
             if np.isfinite(loss) and 0 <= ratios[subnet] - self.ratio < max(self.tolerance, unit)
         ]
+        if not ratios:
+            raise RatioError(
+                f"the search {self.width_search} asked for no sub-network; change its settings or the ratio"
+            )
         if not near:
             raise RatioError(
                 f"none of {len(ratios)} sub-networks is within {self.tolerance} above ratio {self.ratio} (their ratios are "
