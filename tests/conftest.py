@@ -5,6 +5,7 @@ import random
 import signal
 import sys
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, and for every program that a test starts: see below
@@ -15,6 +16,10 @@ import pico
 import pliant  # noqa: F401 - registers the per-layer shapes, as any user's program would
 
 pytest_plugins = ["deprecations"]
+hypothesis.settings.register_profile(
+    "pliant", deadline=None
+)  # the first example may import a package, next to other tests
+hypothesis.settings.load_profile("pliant")
 transformers.logging.set_verbosity_warning()
 transformers.logging.disable_default_handler()
 transformers.logging.disable_progress_bar()

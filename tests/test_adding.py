@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import pliant
 from pico import pico, tokenizer
 from pliant import progress
-from pliant.architecture import files
+from pliant.architecture import known_families
 from pliant.cli.main import app
 from pliant.errors import ArchitectureError, PliantError, StepError
 from pliant.step import Step, step_class
@@ -42,7 +42,7 @@ def here(tmp_path, monkeypatch):
     known = set(sys.modules)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setattr(files, "_added", {})
+    monkeypatch.setattr(known_families, "_added", {})
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     for name in set(sys.modules) - known:
@@ -79,7 +79,7 @@ def test_what_a_user_adds_works_like_what_is_there(file, here, prose, monkeypatc
     shared = ["--no-speed", "--windows", "2", "--json"]
 
     def compress(out):
-        files._added.clear()
+        known_families._added.clear()
         return cli(*own, "compress", "dense", "--system", system, *pairs, "--data", prose, "--out", out, *shared)
 
     whole = compress("whole")
@@ -114,11 +114,11 @@ def test_what_a_user_adds_works_like_what_is_there(file, here, prose, monkeypatc
         ]
         assert made[1] < made[0]
 
-    files._added.clear()
+    known_families._added.clear()
     again = cli(*own, "run", "whole/recipe.yaml", "--out", "again", "--json")
     assert again.exit_code == 0, again.output
     same(here / "again", here / "whole")
-    files._added.clear()
+    known_families._added.clear()
     assert pliant.load("again").config.model_type == model.config.model_type
 
 
@@ -193,12 +193,16 @@ def test_a_setting_that_names_something_else_is_refused_before_any_work(settings
 def test_a_search_of_another_kind_and_an_importance_of_other_units_are_refused(here):
     (here / "wrong.py").write_text(
         "def few(model, anatomy):\n    return {name: axis.size * model.lm_head.weight[:1, 0] for name, axis in anatomy.axes.items()}\n"
+        "def nan(model, anatomy):\n    return {name: float('nan') * model.lm_head.weight[: axis.size, 0] for name, axis in anatomy.axes.items()}\n"
+        "def nothing(model, anatomy):\n    return None\n"
     )
     model = pico("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for step, said in (
         (pliant.MultiPrunerEvol(**ROWS, width_search="my_steps:Clip"), "must be a class that derives from SpaceSearch"),
         (pliant.MultiPruner(**ROWS, order="wrong:few"), "must give a value for each unit of an axis; for 'layers.0"),
+        (pliant.MultiPruner(**ROWS, order="wrong:nan"), "gave values for 'layers.0.* that are not finite real numbers"),
+        (pliant.MultiPruner(**ROWS, order="wrong:nothing"), "must return a dict of tensors, one for each axis"),
     ):
         with pytest.raises(PliantError, match=said):
             pliant.apply(model, step, TEXT, tokenizer=tokenizer(), progress=False)

@@ -11,7 +11,7 @@ import yaml
 import pliant
 from pico import ARCHITECTURES, FAMILIES, IDS, config, logits, pico
 from pliant.anatomy import anatomy_of, global_size
-from pliant.architecture import add_architecture, architecture_of, catalogue, families, files, parse
+from pliant.architecture import add_architecture, architecture_of, catalogue, families, known_families, parse
 from pliant.checkpoint.per_layer_config import write
 from pliant.elastic import Subnet, check, extract
 from pliant.errors import ArchitectureError, SubnetError
@@ -50,6 +50,16 @@ def test_every_file_that_ships_is_valid_and_tested():
         ({"native": {"colour": "red"}}, "native has the unknown key 'colour'"),
         ({"output": "list"}, "output of a layer must be 'tensor' or 'tuple', not 'list'"),
         ({"parts": []}, "the key 'parts': models with several lists of layers are not supported yet"),
+        ({"models": "toy"}, "models must be a list of model types, not 'toy'"),
+        ({"models": [7]}, r"models must be a list of model types, not \[7\]"),
+        ({"layers": ["model", "layers"]}, "layers must be the name of a list of modules, not"),
+        ({"fixed": ["hidden_size"]}, r"fixed must map names to values, not \['hidden_size'\]"),
+        ({"axes": "channels"}, "axes must map names to values, not 'channels'"),
+        ({"blocks": [{"mlp": {}}]}, "blocks must map names to values, not"),
+        ({"blocks": {1: {}}}, "blocks must map names to values, not {1: {}}"),
+        ({"axes": {"channels": {"size": "intermediate_size", "follows": ["heads"]}}}, r"follows \['heads'\]"),
+        ({"native": {"norm": 3}}, "native: norm must be a name, not 3"),
+        ({"native": {"models": {"toy": {"window": 3}}}}, "models must map model types to window and rotates"),
     ],
 )
 def test_a_faulty_file_is_refused_with_the_fault(change, told):
@@ -64,6 +74,14 @@ def test_a_faulty_file_is_refused_with_the_fault(change, told):
     [
         ("module", [], r"module must be a name or a list of names, not \[\]"),
         ("module", {"up": "down"}, "module must be a name or a list of names"),
+        ("module", ["fc1", 2], r"module must be a name or a list of names, not \['fc1', 2\]"),
+        ("norms", [7], r"norms must be a list of names, not \[7\]"),
+        ("slot", ["layer_idx"], r"slot must be the name of an attribute, not \['layer_idx'\]"),
+        ("roles", {"up": ["up"]}, "roles must map q, k, .* to weights of the block"),
+        ("attributes", ["width"], r"attributes must map names to values, not \['width'\]"),
+        ("weights", "up", "weights must map names to values, not 'up'"),
+        ("weights", {"up": []}, "weight 'up' of block 'mlp' must be a list of dimensions or 'whole'"),
+        ("state", [[]], "state must be one of kv, conv, scan, or a list of these"),
         ("norms", "norm", "norms must be a list of names, not 'norm'"),
         ("residual", -1, "residual must be the index of an argument, counted from 0; not -1"),
         ("residual", True, "residual must be the index of an argument"),
@@ -230,7 +248,7 @@ def cohere():
 @pytest.fixture
 def added(tmp_path, monkeypatch):
     """The file of a family of our own, made known for one test."""
-    monkeypatch.setattr(files, "_added", {})
+    monkeypatch.setattr(known_families, "_added", {})
     file = tmp_path / "ours.yaml"
     file.write_text(COHERE)
     return add_architecture(file)
@@ -267,12 +285,12 @@ def test_a_file_of_our_own_goes_before_one_that_ships(tmp_path):
     ("content", "told"), [(None, "cannot read"), ("models: [", "cannot read"), ("colour: red", "unknown key 'colour'")]
 )
 def test_a_file_that_is_no_architecture_is_refused_and_nothing_becomes_known(content, told, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_added", {})
+    monkeypatch.setattr(known_families, "_added", {})
     if content is not None:
         (tmp_path / "ours.yaml").write_text(content)
     with pytest.raises(ArchitectureError, match=told):
         add_architecture(tmp_path / "ours.yaml")
-    assert files._added == {}
+    assert known_families._added == {}
 
 
 @pytest.mark.usefixtures("added")

@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pliant.record import Note, to_dict
 from pliant.run.card import card, changed, table, versions
 from reported import PACKED, REPORT, STEP, costs, with_speed
 
@@ -60,7 +61,10 @@ def test_a_packed_model_is_not_said_to_be_cut():
     report = REPORT | {"ratio": 0.0, "steps": [PACKED]}
     shown = _card(history=(PACKED,), report=report)
     assert "tags:\n- pliant\n- quantized\n---" in shown
-    assert "parameters in 0 s. Packed layers at 4.38 bits per weight, run one by one: its norm is Odd<Norm>. " in shown
+    assert (
+        "parameters in 0 s. Packed layers at 4.38 bits per weight, run one by one: its norm is Odd&lt;Norm&gt;. "
+        in shown
+    )
     assert "Not packed: 25.0% of the parameters (1.6 MB), of which 24.9% embeddings." in shown
     assert "%" not in table(report)[0][2]
     assert changed(report) == "linear layers (75.0% of the parameters) packed as int4 and int8"
@@ -101,6 +105,16 @@ def test_a_bar_in_a_name_does_not_add_a_column_to_the_card():
     rows = [line for line in _card(report=report).splitlines() if line.startswith("|")]
     assert len(rows) == 2 + len(table(report))
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {4}
+
+
+def test_markup_in_a_note_or_a_setting_is_text():
+    history = json.loads(json.dumps(REPORT["steps"]))
+    history[0]["settings"]["split"] = "<b>\n# heading"
+    history[0]["sections"] = [to_dict(Note("<script>\n\n# heading\n---"))]
+    card = _card(history=history)
+    assert "<b>" not in card
+    assert "<script>" not in card
+    assert "\n# heading" not in card
 
 
 def test_versions_are_those_installed():

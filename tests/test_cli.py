@@ -19,7 +19,7 @@ from pico import pico
 from pliant.cli import main
 from pliant.cli.doctor import diagnose
 from pliant.cli.main import app
-from pliant.cli.step_options import build, known_subnet, recipe
+from pliant.cli.step_options import known_subnet, recipe
 from pliant.elastic import Subnet
 from pliant.errors import ArtefactError, DataError, PliantError, RatioError, StepError, WeightError
 from pliant.prune import Cut
@@ -181,11 +181,11 @@ def test_the_table_of_systems_is_true(system):
 
 def test_settings_become_what_their_fields_are():
     pairs = ["samples=8", "slack=0.5", "order=stored", "mlp_group=4", "split= 1:1:1 ", "head-group=2"]
-    step = build("multipruner", {"ratio": 0.1}, pairs)
+    (step,) = recipe(["multipruner"], {"ratio": 0.1}, pairs)
     assert step == pliant.MultiPruner(
         ratio=0.1, samples=8, slack=0.5, order="stored", mlp_group=4, split="1:1:1", head_group=2
     )
-    assert build("multipruner", {"ratio": 0.1}, ["mlp_group=none"]).mlp_group is None
+    assert recipe(["multipruner"], {"ratio": 0.1}, ["mlp_group=none"])[0].mlp_group is None
 
 
 def test_a_recipe_may_do_a_thing_twice():
@@ -209,13 +209,13 @@ def test_a_known_subnet_is_put_in_order_by_as_many_rows_as_its_search_took(syste
 
 def test_an_unknown_system_is_refused_with_those_there_are():
     with pytest.raises(StepError, match=r"unknown system 'wanda'; choose from: blockpruner, multipruner.* module:Name"):
-        build("wanda", {"ratio": 0.1}, [])
+        recipe(["wanda"], {"ratio": 0.1}, [])
 
 
 @pytest.mark.parametrize("system", STEPS)
 def test_an_unknown_setting_is_refused_with_every_setting_and_its_help(system):
     with pytest.raises(StepError, match=f"{system} has no setting 'colour'") as refusal:
-        build(system, {"ratio": 0.1}, ["colour=red"])
+        recipe([system], {"ratio": 0.1}, ["colour=red"])
     told = str(refusal.value)
     for name, of in settings_of(step_class(system)).items():
         assert re.search(rf"^  {name} +{re.escape(of.help)}( Default: .+)?$", told, re.M)
@@ -242,13 +242,13 @@ def test_an_unknown_setting_is_refused_with_every_setting_and_its_help(system):
 )
 def test_a_faulty_setting_is_refused_by_name(pair, told):
     with pytest.raises(StepError, match=told):
-        build("multipruner", {"ratio": 0.1}, [pair])
+        recipe(["multipruner"], {"ratio": 0.1}, [pair])
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 20.0, float("nan")])
 def test_a_ratio_that_means_nothing_is_refused(ratio):
     with pytest.raises(RatioError, match="between 0 and 1"):
-        build("multipruner", {"ratio": ratio}, [])
+        recipe(["multipruner"], {"ratio": ratio}, [])
 
 
 @pytest.mark.parametrize(
@@ -299,12 +299,12 @@ def test_a_ratio_that_one_of_the_systems_takes_is_taken():
 
 def test_former_names_of_settings_are_taken_with_one_warning():
     with pytest.warns(FormerNameWarning) as warned:
-        step = build("recover", {}, ["batch=4", "recover.every=5", "lr=1e-3"])
+        (step,) = recipe(["recover"], {}, ["batch=4", "recover.every=5", "lr=1e-3"])
     (said,) = warned
     assert str(said.message) == "recover: batch is now batch_size, every is now eval_steps, lr is now learning_rate"
     assert step == pliant.Recover(batch_size=4, eval_steps=5, learning_rate=1e-3)
     with pytest.raises(StepError, match="batch is now batch_size, and both are given; leave batch out"):
-        build("recover", {}, ["batch=4", "batch_size=8"])
+        recipe(["recover"], {}, ["batch=4", "batch_size=8"])
 
 
 def test_a_known_subnet_is_cut_once(tmp_path):

@@ -346,3 +346,12 @@ def test_half_a_character_is_refused_with_its_row(tmp_path):
     assert pliant.text(path).rows == ("whole \U0001f600",)
     with pytest.raises(DataError, match="a list, row 1"):
         pliant.text(["half \ud83d"])
+
+
+def test_a_tilde_in_the_path_of_data_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "notes.txt").write_text("One paragraph.\n\nAnother one.")
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"context": "Two and two is", "continuation": " four"}))
+    assert pliant.text("~/notes.txt").path == str(tmp_path / "notes.txt")
+    assert len(pliant.examples("~/notes.txt").rows) == 2
+    assert len(pliant.questions("~/asked.jsonl")) == 1

@@ -10,7 +10,8 @@ from transformers import DynamicCache, StaticCache
 import pliant
 from pico import DECODERS, IDS, logits, pico
 from pliant.compat.cache_argument import cache_argument
-from pliant.compat.native import Native, plan_of, run_natively
+from pliant.compat.native import Native, plan_of
+from pliant.compat.native_check import run_natively
 from pliant.runtime import library
 from pliant.runtime.threads import threads
 

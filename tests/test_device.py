@@ -13,7 +13,7 @@ from pico import pico
 from pliant import device as devices
 from pliant.anatomy import anatomy_of
 from pliant.data import Continuation, OpenQuestion, Question
-from pliant.device import device_of, doubled, is_short_of_memory, total
+from pliant.device import device_of, is_short_of_memory, to_float64, total
 from pliant.elastic import Subnet
 from pliant.errors import DeviceError, MemoryLimitError
 from pliant.forward import windows as windowing
@@ -268,7 +268,7 @@ def test_sums_are_taken_in_float64_wherever_that_is():
     for one in (tensor, tensor.to("mps")):
         assert torch.equal(total(one), tensor.sum(dtype=torch.float64))
         assert torch.equal(total(one, [1]), tensor.sum(1, dtype=torch.float64))
-        assert torch.equal(doubled(one), tensor.double())
+        assert torch.equal(to_float64(one), tensor.double())
 
 
 # --- memory -------------------------------------------------------------------------------------------------------------

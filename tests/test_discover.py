@@ -90,7 +90,7 @@ def test_heads_stay_together_where_a_norm_spans_them():
 )
 def test_an_uncommon_layout_is_refused_with_the_reason(name, told):
     model = unknown(name)
-    with pytest.raises(ArchitectureError, match=f"'{name}'.*{told}.*One YAML file adds it.*--architecture"):
+    with pytest.raises(ArchitectureError, match=f"'{name}'.*{told}.*Write an architecture file: see.*--architecture"):
         described(model)
     assert not hasattr(model.config, "pliant_architecture")
 

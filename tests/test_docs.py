@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import pliant
 from pico import IDS, logits, tokenizer
-from pliant.architecture import files
+from pliant.architecture import known_families
 from pliant.errors import ArchitectureError
 
 PAGE = (Path(__file__).parent.parent / "docs" / "architectures.md").read_text("utf-8")
@@ -21,7 +21,7 @@ TEXT = pliant.text([" ".join(f"word {i * j % 17}" for j in range(1, 30)) for i i
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_added", {})
+    monkeypatch.setattr(known_families, "_added", {})
     path = tmp_path / "glm.yaml"
     path.write_text(re.search(r"```yaml\n(.*?)```", PAGE, flags=re.S)[1])
     return path

@@ -9,7 +9,7 @@ import transformers
 import pliant
 from pico import IDS, logits, tokenizer
 from pliant.anatomy import anatomy_of
-from pliant.architecture import add_architecture, files
+from pliant.architecture import add_architecture, known_families
 from pliant.elastic import Elastic, Subnet, check, extract, parameters, validate
 from pliant.errors import ArchitectureError, SubnetError
 
@@ -160,7 +160,7 @@ CUTS = {
 @pytest.fixture
 def layout(tmp_path, monkeypatch):
     """The name of the family; its layout is known."""
-    monkeypatch.setattr(files, "_added", {})
+    monkeypatch.setattr(known_families, "_added", {})
     name = f"trio_{tmp_path.name}"  # transformers remembers the classes of a name for as long as the process lasts
     (tmp_path / "trio.yaml").write_text(LAYOUT.replace("NAME", name))
     add_architecture(tmp_path / "trio.yaml")

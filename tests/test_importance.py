@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from pico import IDS, pico
 from pliant.anatomy import anatomy_of
 from pliant.criteria import l1_orders
-from pliant.criteria.unit_fisher import damage_of_units
+from pliant.criteria.unit_fisher import loss_increases
 from pliant.elastic import reorder
 from pliant.progress import Progress
 
@@ -168,7 +168,7 @@ def test_fisher_is_what_factors_on_every_unit_and_token_say(name):
     F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum").backward()
     for handle in handles:
         handle.remove()
-    found = damage_of_units(model, anatomy, IDS, Progress())
+    found = loss_increases(model, anatomy, IDS, Progress())
     assert found.keys() == factors.keys()
     for axis, factor in factors.items():
         slopes = factor.grad.double().flatten(2).flatten(0, 1)
@@ -177,7 +177,7 @@ def test_fisher_is_what_factors_on_every_unit_and_token_say(name):
 
 def test_fisher_leaves_no_gradients_behind():
     model = pico("llama")
-    damage_of_units(model, anatomy_of(model), IDS, Progress())
+    loss_increases(model, anatomy_of(model), IDS, Progress())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
@@ -185,14 +185,14 @@ def test_a_unit_that_nothing_reads_has_no_fisher_information():
     model = pico("llama")
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight[:, 7] = 0
-    channels = damage_of_units(model, anatomy_of(model), IDS, Progress())["layers.2.mlp.channels"]
+    channels = loss_increases(model, anatomy_of(model), IDS, Progress())["layers.2.mlp.channels"]
     assert channels[7] == 0
     assert (channels > 0).sum() == len(channels) - 1
 
 
 def test_long_windows_have_their_logits_made_in_parts(monkeypatch):
     model = pico("llama")
-    whole = damage_of_units(model, anatomy_of(model), IDS, Progress())
+    whole = loss_increases(model, anatomy_of(model), IDS, Progress())
     monkeypatch.setattr("pliant.forward.windows.TOKENS_AT_ONCE", 4)
-    for axis, found in damage_of_units(model, anatomy_of(model), IDS, Progress()).items():
+    for axis, found in loss_increases(model, anatomy_of(model), IDS, Progress()).items():
         torch.testing.assert_close(found, whole[axis], rtol=1e-4, atol=1e-12)

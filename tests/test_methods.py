@@ -12,7 +12,7 @@ from pliant.anatomy import anatomy_of
 from pliant.criteria import by_falling
 from pliant.criteria.activation import activation_sizes
 from pliant.criteria.block_ranking import RANKINGS, influence, relative_magnitude
-from pliant.criteria.unit_fisher import damage_of_units
+from pliant.criteria.unit_fisher import loss_increases
 from pliant.criteria.unit_readers import read_axes
 from pliant.elastic import Subnet, extract, parameters, ratio
 from pliant.errors import MissingExtraError, RatioError, StepError, SubnetError, WeightError
@@ -266,7 +266,7 @@ def test_heads_that_nothing_reads_go_first():
 def test_fisher_pruning_works_on_every_layout_that_has_axes(family):
     model = pico(family)
     axes = {axis.name for axis in read_axes(anatomy_of(model))}
-    damage = damage_of_units(model, anatomy_of(model), WINDOWS, Progress())
+    damage = loss_increases(model, anatomy_of(model), WINDOWS, Progress())
     assert damage.keys() == axes
     assert all(torch.isfinite(found).all() and (found > 0).any() for found in damage.values())
     step = pliant.FisherPruner(ratio=0.05, samples=4, seqlen=64, group=4)
@@ -280,7 +280,7 @@ def test_fisher_pruning_works_on_every_layout_that_has_axes(family):
 
 
 def test_a_ratio_that_widths_cannot_reach_is_refused_before_the_gradient(monkeypatch):
-    monkeypatch.setattr("pliant.prune.fisher.damage_of_units", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("pliant.prune.fisher.loss_increases", lambda *_: pytest.fail("too late"))
     with pytest.raises(
         RatioError, match=r"narrowing every axis to its smallest width removes 0\.\d{4}; give at most that"
     ):

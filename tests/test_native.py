@@ -16,7 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import pliant
 from pico import IDS, pico
 from pliant.compat.cache_argument import cache_argument
-from pliant.compat.native import Native, plan_of, run_natively
+from pliant.compat.native import Native, plan_of
+from pliant.compat.native_check import run_natively
 from pliant.compat.watch import Watch
 from pliant.errors import PackedError
 from pliant.runtime import library

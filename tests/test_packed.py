@@ -20,7 +20,7 @@ from pliant.runtime import sparse_break_even as measured
 from pliant.runtime.packed_linear import Packed, linear
 from pliant.runtime.packed_matrix import header, pack
 from pliant.values.magnitude import zero_smallest
-from pliant.values.matrix import concerned
+from pliant.values.matrix import select_matrices
 
 needs_kernels = pytest.mark.skipif(library.library() is None, reason=library.state())
 
@@ -162,7 +162,7 @@ def test_auto_keeps_weights_as_they_are():
         model, dense = pico("llama"), pico("llama")
         pliant.apply(dense, pliant.RTN(bits=bits, group=group), progress=False)
         pliant.apply(model, [pliant.RTN(bits=bits, group=group), pliant.PackedLinear()], progress=False)
-        for matrix in concerned(dense).matrices:
+        for matrix in select_matrices(dense).matrices:
             layer = model.get_submodule(matrix.name)
             assert layer.header().format == form
             assert torch.equal(layer.dense().weight, matrix.weight)
@@ -258,12 +258,12 @@ def test_the_smallest_weights_go(sparsity, within):
 
 def test_steps_on_values_reach_every_matrix():
     model = pliant.apply(pico("mixtral"), pliant.Magnitude(sparsity=0.5), progress=False)
-    for matrix in concerned(model).matrices:
+    for matrix in select_matrices(model).matrices:
         assert float((matrix.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
     assert model.pliant_history[0]["sparsity"] == pytest.approx(0.5, abs=0.01)
     before = copy.deepcopy(model)
     pliant.apply(model, pliant.RTN(bits=3, group=32), progress=False)
-    for matrix, old in zip(concerned(model).matrices, concerned(before).matrices, strict=True):
+    for matrix, old in zip(select_matrices(model).matrices, select_matrices(before).matrices, strict=True):
         assert torch.equal(matrix.weight[old.weight == 0], old.weight[old.weight == 0])
         assert len(matrix.weight.flatten(0, -2)[0][:32].unique()) <= 8
     assert 0 < model.pliant_history[1]["relative_error"] < 0.5

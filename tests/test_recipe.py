@@ -98,9 +98,59 @@ def test_a_recipe_by_hand_is_short(folder, prose, tmp_path):
         ("steps: [{step: wanda}]", "wanda"),
         ("steps: [{step: rtn}]", "has no base_model; give the model"),
         ("{recipe: 9, steps: []}", "newer pliant"),
+        ("{base_model: x, steps: [], data: 3}", "a text in a recipe must be a path, or a mapping with a path; not 3"),
+        ("{base_model: x, steps: [], data: {path: 3}}", "the path of a text must be a text; not 3"),
+        ("{base_model: x, steps: [], dtype: [1]}", r"dtype in .* must be a text; not \[1\]"),
+        ("{base_model: x, steps: [], measuring: 3}", "measuring in .* must be a mapping; not 3"),
+        ("{base_model: x, steps: [], read: x}", "read in .* must be a mapping; not 'x'"),
+        ("{base_model: x, steps: [], measuring: {window: 3}}", "measuring has no setting window; it has perplexity"),
+        ("{base_model: x, steps: [], measuring: {tasks: q}}", "tasks under measuring must be a list; not 'q'"),
+        ("{base_model: x, steps: [], measuring: {tasks: [3]}}", "must be the path of a question file; not 3"),
+        ("{base_model: x, steps: [], measuring: {perplexity: a}}", "perplexity under measuring must be a list"),
     ],
 )
 def test_what_is_no_recipe_is_refused(raw, said, tmp_path):
     (tmp_path / "recipe.yaml").write_text(raw)
     with pytest.raises(StepError, match=said):
         read_recipe(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"windows": "x"}, "windows must be a whole number of at least 1, or none for no limit; not 'x'"),
+        ({"windows": 0}, "windows must be .*; not 0"),
+        ({"limit": -1}, "limit must be .*; not -1"),
+        ({"seqlen": None}, "seqlen must be a whole number of at least 2; not None"),
+        ({"speed": "no"}, "speed must be true or false; not 'no'"),
+    ],
+)
+def test_a_measurement_that_cannot_be_made_is_refused_before_any_work(given, said):
+    with pytest.raises(DataError, match=said):
+        Measuring(**given)
+
+
+def test_a_recipe_is_repeated_from_another_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    compress(folder.name, pliant.RTN(), None, tmp_path / "small", measuring=QUICK, progress=Progress())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert read_recipe(tmp_path / "small").model == str(folder.resolve())
+    assert pliant.plan(tmp_path / "small")["parameters"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"recipe": None}, "version of the recipe .* must be a whole number"),
+        ({"recipe": 0}, "version of the recipe .* must be a whole number"),
+        ({"recipe": 99}, "newer pliant"),
+        ({"colour": "red"}, "unknown key 'colour'; choose from: base_model, data"),
+        ({"steps": [{"step": "rtn", "version": 0}]}, "version of rtn must be a whole number of at least 1"),
+    ],
+)
+def test_a_recipe_with_a_wrong_version_or_an_unknown_key_is_refused(tmp_path, changed, said):
+    raw = {"recipe": 2, "base_model": "x", "steps": [{"step": "rtn"}]} | changed
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(StepError, match=said):
+        pliant.plan(tmp_path)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import pico
 import pliant
-from pliant.cli.step_options import build
+from pliant.cli.step_options import recipe
 from pliant.data.tokenize_examples import IGNORED
 from pliant.errors import (
     ArchitectureError,
@@ -324,7 +324,7 @@ def test_a_state_of_another_training_is_refused(repeated, tokenizer, tmp_path):
     for model, data, settings, told in [
         (cut(seed=1), repeated, {}, "model"),
         (cut(), pliant.text([SENTENCE] * 30), {}, "data"),
-        (cut(), repeated, {"learning_rate": 1e-3}, "learning_rate: 0.005 there, 0.001 now"),
+        (cut(), repeated, {"learning_rate": 1e-3}, "learning_rate: 0.005 in the file, 0.001 now"),
     ]:
         before = weights(model)
         with pytest.raises(ResumeError, match=rf"belongs to another training \(.*{told}.*Delete it"):
@@ -447,7 +447,7 @@ def test_names_of_layers_are_a_list_or_a_text_with_commas():
     expected = pliant.Recover(target_modules=("q_proj", "v_proj"))
     assert expected.target_modules == ("q_proj", "v_proj")
     assert expected == pliant.Recover(target_modules=["q_proj", "v_proj"])
-    assert expected == build("recover", {}, ["target_modules=q_proj, v_proj"])
+    assert [expected] == recipe(["recover"], {}, ["target_modules=q_proj, v_proj"])
     assert expected == pliant.step_of(json.loads(json.dumps(expected.to_dict())))
     with pytest.warns(FormerNameWarning, match="targets is now target_modules"):
         assert expected == pliant.step_of({"step": "recover", "targets": "q_proj,v_proj"})

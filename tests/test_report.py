@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pliant.record import Table, to_dict
 from pliant.run.card import table
 from pliant.run.report import page
 from reported import PACKED, REPORT, STEP, removal, with_speed
@@ -172,12 +173,19 @@ def test_markup_in_names_is_text():
     report["model"] = evil
     report["machine"]["cpu"] = evil
     report["steps"][0]["settings"]["split"] = evil
+    report["steps"][0]["done"] = evil
     for part in ("before", "after"):
         quality = report[part]["quality"]
         quality["perplexity"] = {evil: quality["perplexity"]["held-out.txt"]}
     html = page(report)
     assert "<img" not in html
-    assert html.count(escape(evil)) == 5  # title, heading, machine, setting, table
+    assert html.count(escape(evil)) == 6  # title, heading, headline, machine, setting, table
+
+
+def test_a_table_of_numbers_is_drawn():
+    report = json.loads(json.dumps(REPORT))
+    report["steps"][0]["sections"] = [to_dict(Table(["layer", "share"], [[0, 0.5]]))]
+    assert "<td>0</td><td>0.5</td>" in page(report)
 
 
 @settings(max_examples=40, deadline=None)

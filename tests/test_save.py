@@ -27,7 +27,7 @@ from pliant.run import target as targets
 from pliant.run.compress import compress
 from pliant.run.demo import run as demo
 from pliant.run.recipe import Measuring
-from pliant.run.target import check_target, files_in
+from pliant.run.target import check_target, clear_leftovers, files_in
 
 HALF = pliant.ChannelPruner(ratio=0.1)
 
@@ -694,3 +694,12 @@ def test_a_module_that_is_no_model_of_transformers_is_refused(tmp_path):
     with pytest.raises(ArtefactError, match=r"pliant\.save writes transformers models, not a Sequential"):
         pliant.save(torch.nn.Sequential(torch.nn.Linear(2, 2)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_deletes_what_a_killed_one_left_and_restores_what_it_set_aside(tmp_path):
+    for name in (".out.abcd1234", ".out.abcd1234.old", ".out.notes", ".other.abcd1234"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    clear_leftovers(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.abcd1234", ".out.notes", "out"]
+    assert (tmp_path / "out" / "file").read_text() == ".out.abcd1234.old"

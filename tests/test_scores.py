@@ -13,7 +13,7 @@ from pico import pico, tokenizer
 from pliant.anatomy import anatomy_of
 from pliant.data import OpenQuestion, Question
 from pliant.elastic import Subnet
-from pliant.errors import DataError, StepError
+from pliant.errors import DataError, StepError, WeightError
 from pliant.measure.model_scorer import ModelScorer
 from pliant.measure.prefix_scorer import PrefixScorer, footprint
 from pliant.measure.scores import Score, score_of
@@ -198,3 +198,18 @@ def test_class_accuracy_is_the_share_of_examples_classified_rightly():
     named = Named(3, 3, bias=False)
     named.load_state_dict(model.state_dict())
     assert ClassAccuracy([({"pixel_values": inputs}, labels)]).measure(named) == (2, 3)
+
+
+class Uncounted(Score):
+    def batch(self, *_):
+        return 0.0, 0
+
+
+def test_a_score_that_counts_nothing_is_refused_by_name():
+    with pytest.raises(WeightError, match="the score uncounted counted 0 things"):
+        pliant.apply(
+            pico("llama"),
+            pliant.BlockPruner(ratio=0.1, samples=4, seqlen=16, metric=Uncounted()),
+            TEXT,
+            tokenizer=tokenizer(),
+        )

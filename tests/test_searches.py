@@ -14,9 +14,20 @@ from pico import leader, pico
 from pliant.anatomy import anatomy_of
 from pliant.elastic import Subnet, ratio
 from pliant.elastic.subnet import validate
-from pliant.errors import WeightError
+from pliant.errors import StepError, WeightError
 from pliant.prune.moves import block_moves, pooled, width_moves
-from pliant.searches import NSGA2, Allocation, Archive, Greedy, HillClimb, Limits, RandomSearch, Space
+from pliant.searches import (
+    NSGA2,
+    Allocation,
+    Archive,
+    Greedy,
+    HillClimb,
+    Limits,
+    RandomSearch,
+    Space,
+    SpaceSearch,
+    search_of,
+)
 from pliant.searches.allocation import allocate
 
 SPACE = Space(
@@ -126,6 +137,11 @@ def test_no_candidate_exceeds_a_limit(seed, most):
         search.run(lambda subnet: [tabled([1.0, 2.0, 3.0])(subnet), size(subnet)])
         assert all(size(subnet) <= most for subnet in search.seen)
         assert all(SPACE.allows(subnet) for subnet in search.seen)
+
+
+def test_a_search_without_an_algorithm_is_refused_before_any_work():
+    with pytest.raises(StepError, match=r"the search 'pliant\.searches:SpaceSearch' has no method candidates"):
+        search_of("pliant.searches:SpaceSearch")
 
 
 def test_random_search_ends_where_the_space_ends():
@@ -247,3 +263,27 @@ def test_an_allocation_over_a_dense_model_without_a_loss_is_refused():
     search = Allocation(*_menus(), 12, 3, lambda _: Subnet())
     with pytest.raises(WeightError, match="loss on the calibration text is nan"):
         search.run(lambda _: [math.nan])
+
+
+class Endless(SpaceSearch):
+    def candidates(self):
+        while True:
+            yield [self.start]
+
+
+class Empty(SpaceSearch):
+    def candidates(self):
+        while True:
+            yield []
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (Endless, "does not end: it asked for 301 sub-networks"),
+        (Empty, "no candidates"),
+    ],
+)
+def test_a_search_that_does_not_end_is_refused(kind, said):
+    with pytest.raises(StepError, match=said):
+        kind(Space(axes=(("a", (3, 2, 1)),)), [Subnet()], budget=2).run(lambda _: [1.0])

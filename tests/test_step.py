@@ -1,9 +1,16 @@
 """Settings of a step: checked by their declaration, described, written down and read again."""
 
+from typing import Optional
+
 import pytest
+import torch
 
 import pliant
+from pico import pico
+from pliant import registry
+from pliant.cli.step_options import recipe
 from pliant.errors import RatioError, StepError
+from pliant.record import Curve
 from pliant.step import FormerNameWarning, Step, setting, settings_of
 
 
@@ -44,6 +51,56 @@ def test_a_value_outside_the_declaration_is_refused(given, message):
     for step in (Scale, Twice):
         with pytest.raises(StepError, match=message):
             step(**{"times": 1} | given)
+
+
+@pytest.mark.parametrize("name", ["step", "version", "code", "kind", "needs", "run", "to_dict"])
+def test_a_setting_cannot_have_a_name_that_steps_use(name):
+    with pytest.raises(StepError, match=f"a setting of Own cannot have the name {name}"):
+        type("Own", (Step,), {name: setting("A number.", default=3), "__annotations__": {name: "int"}})
+
+
+def test_a_step_that_replaces_the_model_is_refused():
+    class Replaces(Step):
+        def run(self, job):
+            job.model = torch.nn.Linear(2, 2)
+
+    with pytest.raises(StepError, match=r"replaces has put another model into job\.model"):
+        pliant.apply(torch.nn.Linear(2, 2), Replaces(), progress=False)
+
+
+def test_a_step_without_a_needed_setting_is_refused_in_a_recipe_and_on_the_command_line():
+    with pytest.raises(StepError, match="multipruner needs a value for ratio"):
+        pliant.step_of({"step": "multipruner"})
+    with pytest.raises(StepError, match="cut needs a value for subnet"):
+        recipe(["cut"], {}, [])
+
+
+class Odd(Step):
+    kind = "odd"
+    either: int | str = setting("A number or a name.", default=1)
+    maybe: Optional[float] = setting("A number or none.", default=None, above=0)  # noqa: UP045
+    names: tuple[str, ...] = setting("Names.", default=())
+
+
+def test_a_text_becomes_the_first_type_that_it_fits_and_a_list_is_not_split_into_letters(monkeypatch):
+    monkeypatch.setitem(registry.STEPS, "odd", registry.Entry(__name__, "Odd"))
+    assert recipe(["odd"], {}, ["either=5", "maybe=2"]) == [Odd(either=5, maybe=2.0)]
+    assert recipe(["odd"], {}, ["either=five", "maybe=none"]) == [Odd(either="five")]
+    with pytest.raises(StepError, match="names cannot be given with --set; give it in Python, or in a recipe"):
+        recipe(["odd"], {}, ["names=abc"])
+    with pytest.raises(StepError, match="maybe must be a number above 0, or none; not 0"):
+        Odd(maybe=0)
+
+
+def test_a_curve_without_a_label_for_every_point_is_refused():
+    class Draws(Step):
+        reshapes = False
+
+        def run(self, job):
+            job.show(Curve("loss", [1, 2], [1, 2], ["first"]))
+
+    with pytest.raises(StepError, match="'loss' has 2 xs, 2 ys and 1 labels"):
+        pliant.apply(torch.nn.Linear(2, 2), Draws(), progress=False)
 
 
 def test_a_setting_may_raise_its_own_error():
@@ -94,3 +151,17 @@ def test_recipes_of_the_first_version_are_read():
         step = pliant.Recover.from_dict(old)
     expected = {"batch_size": 4, "learning_rate": 1e-3, "eval_steps": 5, "max_grad_norm": 0.5}
     assert step == pliant.Recover(**expected, distillation_weight=0.5, gradient_checkpointing=True)
+
+
+def test_the_kind_of_a_step_names_folders():
+    with pytest.raises(StepError, match="the kind of Evil must be made of letters"):
+        type("Evil", (Step,), {"kind": "../../evil", "__annotations__": {}})
+
+
+def test_a_record_that_json_cannot_hold_is_refused_by_the_step():
+    class Recorder(Step):
+        def run(self, job):
+            job.record["found"] = torch.ones(1)
+
+    with pytest.raises(StepError, match=r"recorder has put a value into job\.record"):
+        pliant.apply(pico("llama"), Recorder())

@@ -13,6 +13,7 @@ from pliant.architecture import Part, catalogue
 from pliant.elastic import Subnet, parameters, ratio
 from pliant.errors import DataError, PliantError, RatioError, StepError, WeightError
 from pliant.progress import Progress
+from pliant.searches import SpaceSearch
 
 SMALL = {"samples": 4, "seqlen": 24, "seed": 3}
 WIDTHS = {"width_samples": 3, "mlp_group": 12}
@@ -469,3 +470,14 @@ def test_weights_that_are_finite_but_give_no_finite_loss_leave_the_model_as_it_w
     with pytest.raises(WeightError, match="loss"):
         prune(model, step)
     assert unchanged(model, before)
+
+
+class Nothing(SpaceSearch):
+    def candidates(self):
+        yield from ()
+
+
+def test_an_evolution_by_a_search_that_asks_for_nothing_says_so(prune):
+    step = pliant.MultiPrunerEvol(ratio=0.1, width_search=f"{__name__}:Nothing", samples=4, width_samples=4, seqlen=16)
+    with pytest.raises(RatioError, match="the search test_systems:Nothing asked for no sub-network"):
+        prune(pico("llama"), step)

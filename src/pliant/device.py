@@ -44,7 +44,7 @@ def device_of(name: str | torch.device) -> torch.device:
     return device
 
 
-def called(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     """A device's name with its model: ``cpu``, ``cuda:0 (NVIDIA H100 80GB HBM3)``."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
@@ -89,7 +89,7 @@ def empty_cache(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
-def doubled(tensor: torch.Tensor) -> torch.Tensor:
+def to_float64(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor in float64: on its device, or on the CPU if the device has no float64 (mps)."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 

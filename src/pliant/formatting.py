@@ -1,8 +1,10 @@
-"""Format bytes and seconds as text, and parse bytes from text."""
+"""Format bytes, seconds and differences as text, and parse bytes from text."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from pliant.errors import MemoryLimitError
 
@@ -23,6 +25,12 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
+
+
+def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The keys whose values differ, with both values, at most four of them; an empty text if there are none."""
+    keys = sorted(key for key in {*stored, *now} if stored.get(key) != now.get(key))
+    return "; ".join(f"{key}: {stored.get(key)!r} in the file, {now.get(key)!r} now" for key in keys[:4])
 
 
 def parse_bytes(text: str) -> int:

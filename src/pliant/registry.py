@@ -40,16 +40,20 @@ STEPS = {
         "pliant.prune.oneshot", "OneShot", "rank blocks or layers once and remove the lowest (ShortGPT …)"
     ),
     "unified": Entry(
-        "pliant.prune.unified", "UnifiedPruner", "blocks, channels and heads in one pool, damage per saving"
+        "pliant.prune.unified",
+        "UnifiedPruner",
+        "remove blocks, channels and heads together, by loss increase per saving",
     ),
     "knapsack": Entry(
-        "pliant.prune.knapsack", "KnapsackPruner", "damage at a few widths, solved as a knapsack, then swaps"
+        "pliant.prune.knapsack", "KnapsackPruner", "score each block at a few widths, solve a knapsack, then try swaps"
     ),
-    "fisher": Entry("pliant.prune.fisher", "FisherPruner", "narrow what the loss depends on least; no search"),
+    "fisher": Entry(
+        "pliant.prune.fisher", "FisherPruner", "narrow layers where the loss depends on them least; no search"
+    ),
     "channelpruner": Entry("pliant.prune.channels", "ChannelPruner", "narrow every layer by importance; needs no data"),
     "cut": Entry("pliant.prune.known_subnet", "Cut", "cut to a sub-network that is already known; no search"),
     "sparamx": Entry(
-        "pliant.systems.sparamx", "SparAMX", "run a sparse model on a CPU, weights and cache without their zeros"
+        "pliant.systems.sparamx", "SparAMX", "run a sparse model on a CPU; weights and cache are stored without zeros"
     ),
     "magnitude": Entry("pliant.values.magnitude", "Magnitude", "zero the smallest weights"),
     "rtn": Entry("pliant.values.rtn", "RTN", "round weights to nearest on a grid of few bits"),
@@ -57,14 +61,14 @@ STEPS = {
         "pliant.values.pack", "PackedLinear", "pack linear layers to bf16, int8 or int4 for pliant's CPU kernels"
     ),
     "recover": Entry(
-        "pliant.train.recover", "Recover", "train what was cut for a while, with or without the dense model"
+        "pliant.train.recover", "Recover", "train a cut model for a short time, on text or with distillation"
     ),
 }
 """Name in recipes and on the command line -> the step."""
 
 SCORES = {
     "perplexity": Entry(
-        "pliant.measure.scores.perplexity", "Perplexity", "loss of the next token; shown as perplexity"
+        "pliant.measure.scores.perplexity", "Perplexity", "loss of the next token, shown as perplexity"
     ),
     "kl": Entry("pliant.measure.scores.divergence", "Divergence", "divergence from the dense model's predictions"),
 }
@@ -73,16 +77,16 @@ SCORES = {
 SEARCHES = {
     "nsga2": Entry("pliant.searches.nsga2", "NSGA2", "evolve a front of loss and ratio (needs pymoo)"),
     "hill": Entry("pliant.searches.hill", "HillClimb", "change one width at a time, keep what lowers the loss"),
-    "random": Entry("pliant.searches.random_search", "RandomSearch", "draw at random: the control"),
+    "random": Entry("pliant.searches.random_search", "RandomSearch", "draw sub-networks at random, as a baseline"),
 }
 """Name in ``width_search`` -> the search over a space."""
 
 IMPORTANCE = {
     "l1": Entry("pliant.criteria.l1", "l1_norms", "size of the weights that produce a unit; needs no text"),
     "activation": Entry(
-        "pliant.criteria.activation", "activation_sizes", "size of its contribution on calibration text"
+        "pliant.criteria.activation", "activation_sizes", "size of the unit's contribution on calibration text"
     ),
-    "fisher": Entry("pliant.criteria.unit_fisher", "damage_of_units", "estimated rise of the loss without it"),
+    "fisher": Entry("pliant.criteria.unit_fisher", "loss_increases", "estimated increase of the loss without the unit"),
 }
 """Name in ``order`` and in ``pliant.importance`` -> the function that measures how much units matter."""
 
@@ -192,6 +196,11 @@ def name_of(table: Mapping[str, Entry], found: Any) -> str:
         if (found.__module__, found.__qualname__) == (entry.module, entry.name):
             return name
     return f"{found.__module__}:{found.__qualname__}"
+
+
+def short_name(table: Mapping[str, Entry], cls: type) -> str:
+    """The name of a class in a table of the registry; if it is not part of pliant, its own name in small letters."""
+    return name_of(table, cls).rpartition(":")[2].rpartition(".")[2].lower()
 
 
 def code_digest(modules: Iterable[str]) -> str | None:

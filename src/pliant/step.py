@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 import shutil
 import types
 import typing
@@ -18,8 +19,8 @@ from typing import Any, ClassVar, Self
 from pliant.errors import PliantError, StepError
 from pliant.files import replacing
 from pliant.progress import Progress
-from pliant.record import Section, to_dict
-from pliant.registry import STEPS, Entry, code_digest, find, name_of
+from pliant.record import Curve, Section, to_dict
+from pliant.registry import STEPS, Entry, code_digest, find, name_of, short_name
 
 _UNSET: Any = dataclasses.MISSING
 
@@ -59,7 +60,7 @@ class Setting:
         Raises:
             StepError, or ``error``: the value is not allowed.
         """
-        kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        kinds = kinds_of(kind)
         if value is None and type(None) in kinds:
             return
         if self.names is not None and (isinstance(value, str) or kind is str):
@@ -107,6 +108,11 @@ class Setting:
         ).strip()
 
 
+def kinds_of(kind: Any) -> tuple[Any, ...]:
+    """The types of a union, or a type alone."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+
+
 def setting(help: str, *, default: Any = _UNSET, factory: Any = _UNSET, **limits: Any) -> Any:
     """A setting of a step, as a dataclass field.
 
@@ -131,7 +137,7 @@ class Step:
     """
 
     kind: ClassVar[str] = ""
-    """Name of the step on the command line and in messages; by default that of the class, in small letters."""
+    """Name of the step in messages and folders; by default its name in the registry, or the name of the class in small letters."""
 
     version: ClassVar[int] = 1
     """Raised when a setting comes to mean something else."""
@@ -140,8 +146,8 @@ class Step:
     """pruner, values or training: what kind of step it is."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """The inputs that it requires: ``text`` (calibration text), ``examples`` (text or examples to train on), ``ratio`` (a ratio to
-    reach), ``trained`` (a model that an earlier step has prepared)."""
+    """The inputs that it requires: ``text`` (calibration text), ``examples`` (text or examples to train on), ``ratio`` (a ratio
+    to reach), ``trained`` (a model that an earlier step has prepared)."""
 
     trains: ClassVar[bool] = False
     """Whether it trains the model, for which all weights have to be in memory."""
@@ -158,12 +164,18 @@ class Step:
     def __init_subclass__(cls, **others: Any) -> None:
         super().__init_subclass__(**others)
         if "kind" not in vars(cls):
-            cls.kind = cls.__name__.lower()
+            cls.kind = short_name(STEPS, cls)
         for name in vars(cls).get("__annotations__", ()):
             inherited = {} if name not in _fields(cls) else _fields(cls)[name].metadata
             if inherited and not isinstance(vars(cls).get(name), dataclasses.Field):
                 setattr(cls, name, dataclasses.field(default=vars(cls)[name], metadata=inherited))
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        if taken := sorted(settings_of(cls).keys() & {"step", "code", *vars(Step)}):
+            raise StepError(
+                f"a setting of {cls.__name__} cannot have the name {', '.join(taken)}, which steps use; rename it"
+            )
+        if not re.fullmatch(r"[\w.:-]*", cls.kind):  # it names folders
+            raise StepError(f"the kind of {cls.__name__} must be made of letters, digits and '_'; not {cls.kind!r}")
 
     def __post_init__(self) -> None:
         kinds = _types(type(self))
@@ -172,7 +184,7 @@ class Step:
 
     def run(self, job: Job) -> None:
         """Change ``job.model`` in place."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method run(self, job)")
 
     def estimate(self, blocks: int, row: float) -> tuple[float, bool]:  # noqa: ARG002
         """A rough guess of what the step takes, for ``pliant plan``.
@@ -192,10 +204,10 @@ class Step:
         The name of a class that is not part of pliant is ``module:Class``, with a digest of the files that it and what its
         settings name are defined in.
         """
-        settings = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        code = self._code()
-        own = {} if code is None else {"code": code}
-        return {"step": name_of(STEPS, type(self)), "version": self.version, **own, **settings}
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain = {name: _plain(value) for name, value in settings.items()}
+        own = {} if (code := self._code()) is None else {"code": code}
+        return {"step": name_of(STEPS, type(self)), "version": self.version, **own, **plain}
 
     def _code(self) -> str | None:
         """A digest of the files that define what is not part of pliant."""
@@ -209,6 +221,19 @@ class Step:
         return code_digest(modules)
 
     @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """The step with these settings.
+
+        Raises:
+            StepError: a setting without a default is missing, or a value is not allowed.
+        """
+        unset = dataclasses.MISSING
+        needed = [f.name for f in dataclasses.fields(cls) if f.default is unset and f.default_factory is unset]
+        if missing := [name for name in needed if name not in given]:
+            raise StepError(f"{cls.kind} needs a value for {', '.join(missing)}")
+        return cls(**given)
+
+    @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
         """The inverse of :meth:`to_dict`. It warns of settings by an earlier name, and of code that has changed.
 
@@ -216,8 +241,8 @@ class Step:
             StepError: the step was written by a newer pliant, or has a setting that is not known.
         """
         version = raw.get("version", 1)
-        if type(version) is not int:
-            raise StepError(f"the version of {cls.kind} must be a whole number; not {version!r}")
+        if type(version) is not int or version < 1:
+            raise StepError(f"the version of {cls.kind} must be a whole number of at least 1; not {version!r}")
         if version > cls.version:
             raise StepError(
                 f"{cls.kind} of version {version} was written by a newer pliant; this one knows version {cls.version}"
@@ -229,10 +254,15 @@ class Step:
         known = settings_of(cls)
         if unknown := sorted(given.keys() - known.keys()):
             raise StepError(f"{cls.kind} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
-        step = cls(**given)
+        step = cls.of(given)
         if raw.get("code") not in (None, step._code()):
             warnings.warn(f"{cls.kind}: your code that it uses has changed since the recipe was written", stacklevel=2)
         return step
+
+
+def _plain(value: Any) -> Any:
+    """A setting as plain data."""
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
 
 def step_of(raw: Mapping[str, Any]) -> Step:
@@ -287,9 +317,7 @@ def paths_of(step: Step) -> list[str]:
     return [str(path) for path in named if path]
 
 
-@functools.cache
-def _types(step: type[Step]) -> dict[str, Any]:
-    return typing.get_type_hints(step)
+_types = functools.cache(typing.get_type_hints)
 
 
 def _fields(cls: type) -> dict[str, dataclasses.Field[Any]]:
@@ -316,10 +344,6 @@ def recipe_of(step: Step | Iterable[Step]) -> list[Step]:
                 f"{one.kind} packs the model, and packing comes last; {after.kind} comes after it. Put {one.kind} at the end"
             )
     return steps
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclasses.dataclass
@@ -352,7 +376,16 @@ class Job:
         Arguments:
             done: what was done to the model, in a few words for the headline.
             tags: tags of the model card.
+
+        Raises:
+            StepError: a curve has not as many labels or ys as xs.
         """
+        for of in sections:
+            if isinstance(of, Curve) and not len(of.xs) == len(of.ys) == len(of.labels):
+                raise StepError(
+                    f"a curve needs a y and a label for every x; the curve {of.title!r} has {len(of.xs)} xs, {len(of.ys)} ys and "
+                    f"{len(of.labels)} labels"
+                )
         self.record.setdefault("sections", []).extend(map(to_dict, sections))
         if done:
             self.record["done"] = done

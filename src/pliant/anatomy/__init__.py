@@ -17,7 +17,7 @@ from pliant.anatomy.config import (
     text_config_of,
 )
 from pliant.anatomy.null import Null
-from pliant.anatomy.probe import agree, answer, evaluating, probe, rounding
+from pliant.anatomy.probe import agree, evaluating, output_of, probe, rounding
 from pliant.anatomy.read import anatomy_of, blocks_of, described_by, holders_of, layers_of
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "Weight",
     "agree",
     "anatomy_of",
-    "answer",
     "blocks_of",
     "counted_once",
     "described_by",
@@ -47,6 +46,7 @@ __all__ = [
     "layer_config",
     "layer_types_of",
     "layers_of",
+    "output_of",
     "plain_config",
     "probe",
     "rounding",

@@ -72,7 +72,7 @@ def _colours(model: nn.Module) -> int:
     )
 
 
-def answer(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+def output_of(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
     """The tensor that a model returns, or the first of several: logits, shape ``(batch, …)``."""
     output = model(**inputs)
     if isinstance(output, torch.Tensor):

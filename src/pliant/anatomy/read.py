@@ -114,11 +114,7 @@ def anatomy_of(model: Any, *, example: Any = None) -> Anatomy:
 
 
 def _tie(blocks: Mapping[str, Block], layers: nn.ModuleList) -> dict[str, Block]:
-    """The blocks; those that share their tensors share their axes.
-
-    Raises:
-        ArchitectureError: blocks share tensors but the architecture file does not say so, or they share only some.
-    """
+    """The blocks; those that share their tensors share their axes."""
     owners: dict[int, str] = {}
     twins: dict[str, str] = {}
     for block in blocks.values():
@@ -174,11 +170,7 @@ def blocks_of(layer: nn.Module, index: int, architecture: Architecture, plain: A
 
 
 def _layout(layer: nn.Module, spec: BlockSpec, architecture: Architecture, index: int) -> BlockSpec | None:
-    """The layout that a block has in one layer; None if the block was removed.
-
-    Raises:
-        ArchitectureError: it has none of the layouts in the architecture file.
-    """
+    """The layout that a block has in one layer; None if the block was removed."""
     if any(isinstance(_find(layer, layout.module), Null) for layout in spec.layouts):
         return None
     for layout in spec.either:
@@ -284,11 +276,7 @@ def _epsilon(norm: nn.Module, block: str, path: str, file: str) -> tuple[str, fl
 
 
 def _norms(layer: nn.Module, spec: BlockSpec) -> list[str]:
-    """The norms of a block that this layer has: the first of each ``a or b``.
-
-    Raises:
-        ArchitectureError: the layer has none of them.
-    """
+    """The norms of a block that this layer has: the first of each ``a or b``."""
     norms = []
     for listed in spec.norms:
         present = [norm for norm in listed.split(" or ") if _find(layer, norm) is not None]
@@ -390,7 +378,7 @@ def _read_family(
                     ratio=ratios[member],
                     config_key=architecture.axes[member].config_key,
                     cut=architecture.axes[leader].cut,
-                    active=_active(plain, architecture.axes[member].active),
+                    active=None if (key := architecture.axes[member].active) is None else global_size(plain, key),
                     multiple=lcm(groups, architecture.axes[leader].multiple),
                     normed=architecture.axes[leader].normed,
                     least=least,
@@ -400,10 +388,6 @@ def _read_family(
                 for member in family
             }
     return None
-
-
-def _active(plain: Any, key: str | None) -> int | None:
-    return None if key is None else global_size(plain, key)
 
 
 def _find(layer: nn.Module, path: str) -> Any:

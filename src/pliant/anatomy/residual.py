@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 
 from pliant.anatomy.flow import operation, pointwise, shape, tensors
 from pliant.anatomy.null import Null
-from pliant.anatomy.probe import answer, evaluating
+from pliant.anatomy.probe import evaluating, output_of
 
 _SAME = {"dropout", "feature_dropout", "contiguous", "clone", "alias", "detach"}
 
@@ -117,7 +117,7 @@ def _unchanged(model: nn.Module, inputs: Mapping[str, Any], found: Mapping[str, 
 
     handles = [handle for path in found for handle in watch(path)]
     try:
-        answer(model, inputs)
+        output_of(model, inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,7 +1,7 @@
 """Model families as data: one YAML file each. Needs neither torch nor transformers."""
 
-from pliant.architecture.files import add_architecture, architecture_of, catalogue, families, shipped
 from pliant.architecture.format import ROLES, Architecture, AxisSpec, BlockSpec, NativeSpec, Part
+from pliant.architecture.known_families import add_architecture, architecture_of, catalogue, families, shipped
 from pliant.architecture.parser import parse
 
 __all__ = [

@@ -65,17 +65,24 @@ class _Parser:
         top = self.known("the file", raw, "file")
         for key in sorted(_KEYS["file"] - {"fixed", "output", "native"} - set(top)):
             self.faults.append(f"the key {key!r} is missing")
-        self.fixed = top.get("fixed") or {}
+        models, layers = top.get("models", ["x"]), top.get("layers", "x")
+        if not isinstance(models, list) or not models or not all(isinstance(model, str) for model in models):
+            self.faults.append(f"models must be a list of model types, not {models!r}")
+        if not isinstance(layers, str) or not layers:
+            self.faults.append(f"layers must be the name of a list of modules, not {layers!r}")
+        self.fixed = self.mapping("the file", top, "fixed")
         for dimension, given in self.fixed.items():
             self.size(f"fixed {dimension!r}", given)
-        for axis, spec in (top.get("axes") or {}).items():
+        for axis, spec in self.mapping("the file", top, "axes").items():
             self.axes[axis] = self.axis(axis, spec)
         for axis, spec in self.axes.items():
-            if spec.follows and (spec.follows not in self.axes or self.axes[spec.follows].follows):
+            if spec.follows is not None and (
+                not isinstance(spec.follows, str) or spec.follows not in self.axes or self.axes[spec.follows].follows
+            ):
                 self.faults.append(
                     f"axis {axis!r} follows {spec.follows!r}; it must follow a declared axis that follows no other"
                 )
-        blocks = tuple(self.block(kind, spec) for kind, spec in (top.get("blocks") or {}).items())
+        blocks = tuple(self.block(kind, spec) for kind, spec in self.mapping("the file", top, "blocks").items())
         native = self.native(top["native"]) if "native" in top else None
         if top.get("output", "tensor") not in ("tensor", "tuple"):
             self.faults.append(f"the output of a layer must be 'tensor' or 'tuple', not {top['output']!r}")
@@ -85,7 +92,7 @@ class _Parser:
         return Architecture(
             name=name,
             models=tuple(top["models"]),
-            layers=str(top["layers"]),
+            layers=layers,
             fixed=self.fixed,
             axes=self.axes,
             blocks=blocks,
@@ -103,6 +110,14 @@ class _Parser:
                 self.faults.append(f"{where} has the key {key!r}: {_LATER[key]}")
                 continue
             self.faults.append(f"{where} has the unknown key {key!r}; choose from: {', '.join(sorted(_KEYS[kind]))}")
+        return given
+
+    def mapping(self, where: str, spec: dict[str, Any], key: str) -> dict[str, Any]:
+        """The mapping under a key, whose own keys are names; empty if the key is missing."""
+        given = spec.get(key) or {}
+        if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
+            self.faults.append(f"{where}: {key} must map names to values, not {given!r}")
+            return {}
         return given
 
     def size(self, where: str, given: Any) -> None:
@@ -157,6 +172,8 @@ class _Parser:
         whole = {key: spec[key] for key in ("guard", "slot") if key in spec}
         if spec.get("guard") is not None and not isinstance(spec["guard"], str):
             self.faults.append(f"{where}: guard must be a config key, not {spec['guard']!r}")
+        if spec.get("slot") is not None and not isinstance(spec["slot"], str):
+            self.faults.append(f"{where}: slot must be the name of an attribute, not {spec['slot']!r}")
         if not isinstance(spec.get("tied", False), bool):
             self.faults.append(f"{where}: tied must be true or false, not {spec['tied']!r}")
         whole |= {"tied": spec.get("tied", False), "when": self.words(where, spec, "when")}
@@ -165,7 +182,7 @@ class _Parser:
             self.faults.append(f"{where}: role must be one of {', '.join(ROLES)}; not {role!r}")
         state = spec.get("state", "kv" if spec.get("slot") else [])
         state = (state,) if isinstance(state, str) else tuple(state) if isinstance(state, list) else ("",)
-        if not set(state) <= set(STATES):
+        if not all(one in STATES for one in state):
             self.faults.append(
                 f"{where}: state must be one of {', '.join(STATES)}, or a list of these; not {spec['state']!r}"
             )
@@ -200,15 +217,16 @@ class _Parser:
     def layout(self, kind: str, where: str, spec: dict[str, Any], whole: dict[str, Any]) -> BlockSpec:
         """A block, or one of its variants."""
         self.faults += [f"{where} needs {key!r}" for key in ("module", "weights") if key not in spec]
-        weights, optional = self.weights(where, spec.get("weights") or {})
-        attributes = {name: self.terms(where, name, value) for name, value in (spec.get("attributes") or {}).items()}
+        weights, optional = self.weights(where, self.mapping(where, spec, "weights"))
+        attributes = {name: self.terms(where, name, of) for name, of in self.mapping(where, spec, "attributes").items()}
         if spec.get("output", "tensor") not in ("tensor", "tuple"):
             self.faults.append(f"{where}: output must be 'tensor' or 'tuple', not {spec['output']!r}")
         residual = spec.get("residual")
         if residual is not None and (isinstance(residual, bool) or not isinstance(residual, int) or residual < 0):
             self.faults.append(f"{where}: residual must be the index of an argument, counted from 0; not {residual!r}")
         modules = spec.get("module")
-        if "module" in spec and not (isinstance(modules, str) or (isinstance(modules, list) and modules)):
+        listed = [modules] if isinstance(modules, str) else modules
+        if "module" in spec and not (isinstance(listed, list) and listed and all(_is_name(name) for name in listed)):
             self.faults.append(f"{where}: module must be a name or a list of names, not {modules!r}")
         if not isinstance(spec.get("cached", {}), dict):
             self.faults.append(f"{where}: cached must map config keys to numbers of heads, not {spec['cached']!r}")
@@ -218,24 +236,22 @@ class _Parser:
         if spec.get("scores") is not None:
             self.part(f"scores of {where}", spec["scores"])
         roles = spec.get("roles") or {}
-        if (
-            not isinstance(roles, dict)
-            or not set(roles) <= set(WEIGHT_ROLES)
-            or not set(roles.values()) <= set(weights)
+        if not isinstance(roles, dict) or not all(
+            role in WEIGHT_ROLES and isinstance(weight, str) and weight in weights for role, weight in roles.items()
         ):
             self.faults.append(
                 f"{where}: roles must map {', '.join(WEIGHT_ROLES)} to weights of the block, not {roles!r}"
             )
-        listed = {
+        lists = {
             word: self.words(where, spec, word) or () for word in ("norms", "transposed", "elementwise", "rescale")
         }
         for word in ("transposed", "elementwise", "rescale"):
-            for weight in sorted(set(listed[word]) - set(weights)):
+            for weight in sorted(set(lists[word]) - set(weights)):
                 self.faults.append(f"{where}: {word} names {weight!r}, which is not one of its weights")
         return BlockSpec(
             kind=kind,
             modules=tuple(map(str, modules)) if isinstance(modules, list) and modules else (str(modules),),
-            norms=listed["norms"],
+            norms=lists["norms"],
             weights=weights,
             optional=frozenset(optional),
             returns_tuple=spec.get("output") == "tuple",
@@ -244,9 +260,9 @@ class _Parser:
             cached=spec.get("cached"),
             attributes=attributes,
             roles=roles,
-            transposed=frozenset(listed["transposed"]),
-            elementwise=frozenset(listed["elementwise"]),
-            rescale=frozenset(listed["rescale"]),
+            transposed=frozenset(lists["transposed"]),
+            elementwise=frozenset(lists["elementwise"]),
+            rescale=frozenset(lists["rescale"]),
             **whole,
         )
 
@@ -273,7 +289,7 @@ class _Parser:
                 optional.add(weight)
             if dims == WHOLE:
                 weights[weight] = None
-            elif not isinstance(dims, list):
+            elif not isinstance(dims, list) or not dims or [] in dims:
                 self.faults.append(f"{here} must be a list of dimensions or {WHOLE!r}, not {dims!r}")
             else:
                 weights[weight] = tuple(
@@ -284,16 +300,26 @@ class _Parser:
     def words(self, where: str, spec: dict[str, Any], key: str) -> tuple[str, ...] | None:
         """A list of names; None if the key is missing."""
         names = spec.get(key, [])
-        if not isinstance(names, list):
+        if not isinstance(names, list) or not all(map(_is_name, names)):
             self.faults.append(f"{where}: {key} must be a list of names, not {names!r}")
             return None
-        return tuple(map(str, names)) if key in spec else None
+        return tuple(names) if key in spec else None
 
     def native(self, given: Any) -> NativeSpec | None:
         spec = self.known("native", given, "native")
         self.faults += [f"native needs {key!r}" for key in _NATIVE if key not in spec]
+        for word in sorted(set(spec) & set(_NATIVE) - {"models"}):
+            if not _is_name(spec[word]):
+                self.faults.append(f"native: {word} must be a name, not {spec[word]!r}")
         models = spec.get("models")
         settings = models.values() if isinstance(models, dict) else [None]
-        if not all(isinstance(words, dict) and set(words) <= {"window", "rotates"} for words in settings):
+        if not all(
+            isinstance(words, dict) and set(words) <= {"window", "rotates"} and all(map(_is_name, words.values()))
+            for words in settings
+        ):
             self.faults.append(f"native: models must map model types to window and rotates, or to {{}}; not {models!r}")
         return None if self.faults else NativeSpec(**spec)
+
+
+def _is_name(given: Any) -> bool:
+    return isinstance(given, str) and bool(given)

@@ -217,47 +217,29 @@ def _check_safetensors(path: Path, quantised: bool) -> None:
 
 _SKIPPED = {  # reason -> patterns of files that are not copied from a model's folder
     "weights": (
+        *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml", "*.onnx"),
         *(
-            "*.safetensors",
-            "*.bin",
-            "*.pt",
-            "*.pth",
-            "*.ckpt",
-            "*.h5",
-            "*.msgpack",
-            "*.gguf",
-            "*.ggml",
-            "*.onnx",
             "*.onnx_data",
+            "*.ot",
+            "*.tflite",
+            "*.pkl",
+            "*.pickle",
+            "*.npz",
+            "*.npy",
+            "*.nemo",
+            "*.mlmodel",
+            "openvino_*",
         ),
-        *("*.ot", "*.tflite", "*.pkl", "*.pickle", "*.npz", "*.npy", "*.nemo", "*.mlmodel", "openvino_*"),
     ),
     "of these weights alone": (
-        "*.index.json",
-        "config.json",
-        "generation_config.json",
-        "*quant*_config.json",
-        "params.json",
+        *("*.index.json", "config.json", "generation_config.json", "*quant*_config.json", "params.json"),
     ),
     "an adapter": ("adapter_config.json",),
     "of a training": ("trainer_state.json", "*_results.json"),
     "of an earlier result": ("README*", "recipe.yaml", "report.json", "report.html", "measured.json", "stages.json"),
     "data, pictures, archives": (
-        *(
-            "*.jsonl",
-            "*.csv",
-            "*.tsv",
-            "*.parquet",
-            "*.arrow",
-            "*.log",
-            "*.ipynb",
-            "*.png",
-            "*.jpg",
-            "*.jpeg",
-            "*.gif",
-            "*.svg",
-        ),
-        *("*.webp", "*.mp4", "*.wav", "*.pdf", "*.zip", "*.tar", "*.gz", "*.7z"),
+        *("*.jsonl", "*.csv", "*.tsv", "*.parquet", "*.arrow", "*.log", "*.ipynb", "*.png", "*.jpg", "*.jpeg", "*.gif"),
+        *("*.svg", "*.webp", "*.mp4", "*.wav", "*.pdf", "*.zip", "*.tar", "*.gz", "*.7z"),
     ),
     "hidden": (".*",),
 }
@@ -274,7 +256,8 @@ def companions(folder: Path) -> list[Path]:
     Returns:
         Paths relative to ``folder``.
     """
-    own = [path for path in folder.iterdir() if not _is_skipped(path.name)]
+    skipped = skipped_of_a_hub()
+    own = [path for path in folder.iterdir() if not any(fnmatchcase(path.name, pattern) for pattern in skipped)]
     own += [path for place in (_TEMPLATES, *_modules_of(folder)) for path in (folder / place).rglob("*")]
     return sorted(path.relative_to(folder) for path in own if path.is_file() and path.stat().st_size <= _LARGEST)
 
@@ -282,10 +265,6 @@ def companions(folder: Path) -> list[Path]:
 def skipped_of_a_hub() -> list[str]:
     """Patterns of files that need not be downloaded from a hub repository for its :func:`companions`."""
     return [*(pattern for some in _SKIPPED.values() for pattern in some), "*/*"]
-
-
-def _is_skipped(name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for some in _SKIPPED.values() for pattern in some)
 
 
 def _modules_of(folder: Path) -> list[str]:

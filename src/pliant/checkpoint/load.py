@@ -70,27 +70,7 @@ def load(
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ArtefactError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     ignore_mismatched = options.pop("ignore_mismatched_sizes", False)
-    path = Path(source).expanduser()
-    if path.suffix == ".gguf" and not path.is_dir():
-        if not path.is_file():
-            raise ArtefactError(f"the file {str(source)!r} does not exist; give a folder, a .gguf file or a hub id")
-        if is_lfs_pointer(path):
-            raise ArtefactError(
-                f"{str(source)!r} is a git-lfs pointer, not the file itself; run 'git lfs pull' in its folder"
-            )
-        options["gguf_file"] = path.name
-        with suppress(ImportError):  # without this class transformers dequantises every GGUF file
-            from transformers import GgufConfig
-
-            options["quantization_config"] = GgufConfig(dequantize=True)
-        path = path.parent
-    elif path.is_dir():
-        check_folder(path / options.get("subfolder", ""), variant=options.get("variant"))
-    elif not _HUB_ID.fullmatch(str(source)) or path.exists():
-        raise ArtefactError(
-            f"{str(source)!r} is not a model folder: give a folder with a config.json, a .gguf file, or the id of a model on a "
-            "hub (owner/name)"
-        )
+    path = _checked_path(source, options)
     if memory is not None:
         if target is not None and target.type != "cpu" and device != "auto":
             raise DeviceError(
@@ -130,6 +110,32 @@ def load(
     return model.eval()
 
 
+def _checked_path(source: str | Path, options: dict[str, Any]) -> Path:
+    """The folder of a model, or the id of one on a hub; the file name of a GGUF file is added to ``options``."""
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf" and not path.is_dir():
+        if not path.is_file():
+            raise ArtefactError(f"the file {str(source)!r} does not exist; give a folder, a .gguf file or a hub id")
+        if is_lfs_pointer(path):
+            raise ArtefactError(
+                f"{str(source)!r} is a git-lfs pointer, not the file itself; run 'git lfs pull' in its folder"
+            )
+        options["gguf_file"] = path.name
+        with suppress(ImportError):  # without this class transformers dequantises every GGUF file
+            from transformers import GgufConfig
+
+            options["quantization_config"] = GgufConfig(dequantize=True)
+        return path.parent
+    if path.is_dir():
+        check_folder(path / options.get("subfolder", ""), variant=options.get("variant"))
+    elif not _HUB_ID.fullmatch(str(source)) or path.exists():
+        raise ArtefactError(
+            f"{str(source)!r} is not a model folder: give a folder with a config.json, a .gguf file, or the id of a model on a "
+            "hub (owner/name)"
+        )
+    return path
+
+
 def loaded(model: Any, *, dtype: Any = None, device: Any = None) -> Any:
     """The given model; a folder or name is loaded with :func:`load`.
 
@@ -150,9 +156,6 @@ def _move(model: Any, device: torch.device, *, chosen: bool) -> None:
 
     Arguments:
         chosen: the user named the device, so that a packed model is refused instead.
-
-    Raises:
-        DeviceError: the device cannot run this model, or has too little memory for it.
     """
     if any(isinstance(module, Packed) for module in model.modules()):
         if chosen:

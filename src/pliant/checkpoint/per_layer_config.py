@@ -120,11 +120,7 @@ as_transformers_alone: ContextVar[bool] = ContextVar("as_transformers_alone", de
 
 
 def _prove_refusal(model: PreTrainedModel) -> None:
-    """Check that transformers alone refuses to build the cut model from its config; it is built on the meta device.
-
-    Raises:
-        ArchitectureError: it builds one, because it does not read the guard keys.
-    """
+    """Check that transformers alone refuses to build the cut model from its config; it is built on the meta device."""
     token = as_transformers_alone.set(True)
     try:
         with torch.device("meta"):

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pliant.errors import StepError
-from pliant.step import Step, present_names, settings_of, step_class
+from pliant.step import Step, kinds_of, present_names, settings_of, step_class
 
 NEEDED = "a search needs --ratio and --data; to cut without a search, give --subnet"
 
 
 def help_of(cls: type[Step]) -> dict[str, str]:
-    """name -> help text with the default, of every setting of a step."""
+    """name -> help text with the default, of every setting of a step. Some texts explain their default themselves."""
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-    return {
-        name: of.help + ("" if defaults[name] is dataclasses.MISSING else f" Default: {defaults[name]}.")
-        for name, of in settings_of(cls).items()
-    }
-
-
-def build(system: str, given: Mapping[str, object], pairs: Sequence[str]) -> Step:
-    """A step from ``name=value`` pairs.
-
-    Raises:
-        StepError: unknown name or a value of the wrong type; the message lists every setting with its help.
-    """
-    (step,) = recipe([system], given, pairs)
-    return step
+    texts = {}
+    for name, of in settings_of(cls).items():
+        shown = "none" if defaults[name] is None else defaults[name]
+        explained = defaults[name] is dataclasses.MISSING or "Default:" in of.help
+        texts[name] = of.help if explained else f"{of.help} Default: {shown}."
+    return texts
 
 
 def recipe(systems: Sequence[str], given: Mapping[str, object], pairs: Sequence[str]) -> list[Step]:
@@ -58,13 +50,13 @@ def recipe(systems: Sequence[str], given: Mapping[str, object], pairs: Sequence[
             raise StepError(f"--{name} {value} and --set {name}={others[0]} contradict each other; give one of them")
     if any("ratio" in cls.needs and "ratio" not in values[system] for system, cls in classes.items()):
         raise StepError(NEEDED)
-    return [classes[system](**values[system]) for system in systems]
+    return [classes[system].of(values[system]) for system in systems]
 
 
 def known_subnet(path: Path, systems: Sequence[str], pairs: Sequence[str]) -> list[Step]:
     """:func:`recipe` without its searches: the model is cut to the sub-network in a file, then the other steps follow.
 
-    Units are put in order by what the pruner among ``systems`` goes by, on as many rows, unless a pair says something else.
+    Units are sorted by the importance that the pruner among ``systems`` uses, on as many rows, unless a pair sets another.
 
     Raises:
         StepError: as :func:`recipe`, or ``systems`` has several pruners.
@@ -84,7 +76,7 @@ def known_subnet(path: Path, systems: Sequence[str], pairs: Sequence[str]) -> li
     classes = {"cut": cut, **{name: given[name] for name in others}}
     values = _values(classes, {"order": getattr(pruner, "order", "l1"), "samples": rows}, pairs)
     values["cut"]["subnet"] = config_in(path)
-    return [classes[name](**values[name]) for name in ("cut", *others)]
+    return [classes[name].of(values[name]) for name in ("cut", *others)]
 
 
 def _values(
@@ -126,16 +118,17 @@ def _values(
 def _convert(name: str, value: str, kind: typing.Any) -> object:
     if any(typing.get_origin(one) is Mapping for one in (kind, *typing.get_args(kind))):
         return value  # the step reads it
-    if isinstance(kind, types.UnionType):
-        if value.lower() in ("none", ""):
-            return None
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    if kind is bool:
-        if value.lower() not in ("true", "false"):
-            raise StepError(f"{name} is true or false, not {value!r}")
-        return value.lower() == "true"
-    try:
-        return kind(value)
-    except ValueError:
-        wanted = {int: "a whole number", float: "a number"}.get(kind, str(kind))
-        raise StepError(f"{name} is {wanted}, not {value!r}") from None
+    kinds = kinds_of(kind)
+    if type(None) in kinds and value.lower() in ("none", ""):
+        return None
+    plain = [of for of in (bool, int, float, str) if of in kinds]
+    if not plain:
+        raise StepError(f"{name} cannot be given with --set; give it in Python, or in a recipe")
+    for of in plain:
+        if of is bool and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        if of is not bool:
+            with contextlib.suppress(ValueError):
+                return of(value)
+    wanted = {bool: "true or false", int: "a whole number", float: "a number"}
+    raise StepError(f"{name} is {' or '.join(wanted[of] for of in plain)}, not {value!r}")

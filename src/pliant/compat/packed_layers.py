@@ -91,11 +91,7 @@ def make_room(model: Any, packing: Any) -> None:
 
 
 def _named_here(model: Any, modules: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of the layers that this model has, under its names: the folder may hold a model with another head, or none.
-
-    Raises:
-        ArtefactError: it has none of them, and they are not just the layers of a head.
-    """
+    """The entries of the layers that this model has, under its names: the folder may hold a model with another head, or none."""
     places = {name: find_path(model, name, model.get_submodule) for name in modules}
     here = {place: modules[name] for name, place in places.items() if place is not None}
     # a model's base is a stack of numbered layers

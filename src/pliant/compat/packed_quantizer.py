@@ -52,7 +52,7 @@ class PackedQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        from pliant.compat.native import run_natively
+        from pliant.compat.native_check import run_natively
         from pliant.compat.packed_layers import settle
 
         settle(model)

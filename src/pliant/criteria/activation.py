@@ -8,7 +8,7 @@ import torch
 
 from pliant.anatomy import Anatomy, evaluating, layers_of
 from pliant.criteria.unit_readers import by_unit, readers
-from pliant.device import doubled
+from pliant.device import to_float64
 from pliant.forward.windows import batches_of, tokens_at_once, within_memory
 
 
@@ -41,7 +41,7 @@ def _sizes(model: Any, anatomy: Anatomy, batches: list[torch.Tensor]) -> dict[st
 
     def record(key: tuple[str, str]):
         def hook(_module: Any, args: tuple) -> None:
-            squared = doubled(args[0].flatten(0, -2)).square().sum(0)
+            squared = to_float64(args[0].flatten(0, -2)).square().sum(0)
             squares[key] = squares[key] + squared if key in squares else squared
 
         return hook
@@ -61,7 +61,7 @@ def _sizes(model: Any, anatomy: Anatomy, batches: list[torch.Tensor]) -> dict[st
             handle.remove()
     for block, weight in watched:
         assert weight.reads is not None
-        columns = doubled(weight.tensor(layers[block.layer])).square().sum(1 - weight.reads)
+        columns = to_float64(weight.tensor(layers[block.layer])).square().sum(1 - weight.reads)
         contributions = (squares[block.name, weight.path] * columns).sqrt().cpu()
         for axis, per_unit in by_unit(block, weight, contributions):
             sizes[axis.name] = sizes.get(axis.name, 0) + per_unit

@@ -32,8 +32,8 @@ def importance(
     Arguments:
         model: a transformers model; it stays as it is.
         by: ``l1``: the L1 norm of the weights that produce the unit. ``activation``: the size of what it contributes on
-            calibration text. ``fisher``: the estimated rise of the loss without it, in nats per token. ``module:function``: your
-            own, see docs/adding.md.
+            calibration text. ``fisher``: the estimated increase of the loss without it, in nats per token.
+            ``module:function``: your own, see docs/adding.md.
         data: calibration text or its path, for all that read text.
         tokenizer: the model's tokenizer; when left out, that of where the model was loaded from.
         samples, seqlen, seed: rows of the text, tokens in a window, and seed of the draw, as for a pruner.
@@ -73,6 +73,8 @@ def measured(model: Any, anatomy: Anatomy, by: str, windows: torch.Tensor | None
     function = find(IMPORTANCE, by, "importance")
     with evaluating(model):
         found = function(model, anatomy, windows=windows) if reads_text(by) else function(model, anatomy)
+    if not isinstance(found, dict) or not all(isinstance(values, torch.Tensor) for values in found.values()):
+        raise StepError(f"importance {by!r} must return a dict of tensors, one for each axis")
     for name, values in found.items():
         units = anatomy.axes[name].size if name in anatomy.axes else 0
         if not units or tuple(values.shape) != (units,):
@@ -80,4 +82,6 @@ def measured(model: Any, anatomy: Anatomy, by: str, windows: torch.Tensor | None
                 f"importance {by!r} must give a value for each unit of an axis; for {name!r}, which has {units} units, it gave the "
                 f"shape {tuple(values.shape)}"
             )
+        if values.is_complex() or not values.isfinite().all():
+            raise StepError(f"importance {by!r} gave values for {name!r} that are not finite real numbers")
     return {name: values.double().cpu() for name, values in found.items()}

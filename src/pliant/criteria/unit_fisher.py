@@ -9,7 +9,7 @@ from torch import nn
 
 from pliant.anatomy import Anatomy, Block, Weight, layers_of
 from pliant.criteria.unit_readers import by_unit, read_axes, readers
-from pliant.device import doubled
+from pliant.device import to_float64
 from pliant.forward.losses import nll_sum
 from pliant.forward.stream import Stream
 from pliant.forward.windows import batches_of, within_memory
@@ -17,7 +17,7 @@ from pliant.pages import within_limit
 from pliant.progress import Progress
 
 
-def damage_of_units(
+def loss_increases(
     model: Any, anatomy: Anatomy, windows: torch.Tensor, progress: Progress | None = None
 ) -> dict[str, torch.Tensor]:
     """Estimate the loss increase without each unit: half the diagonal of the empirical Fisher information of a factor on the
@@ -31,20 +31,20 @@ def damage_of_units(
     Returns:
         axis name -> nats per token, float64, shape ``(units,)``; axes that no matrix reads (experts) are left out.
     """
-    return within_memory(model, lambda tokens: _damage(model, anatomy, windows, tokens, progress or Progress()))
+    return within_memory(model, lambda tokens: _loss_increases(model, anatomy, windows, tokens, progress or Progress()))
 
 
-def _damage(
+def _loss_increases(
     model: Any, anatomy: Anatomy, windows: torch.Tensor, tokens: int, progress: Progress
 ) -> dict[str, torch.Tensor]:
-    """:func:`damage_of_units` with ``tokens`` tokens per forward pass."""
+    """:func:`loss_increases` with ``tokens`` tokens per forward pass."""
     stream, depth = Stream(model.eval(), anatomy), anatomy.depth
     layers = layers_of(model, anatomy.source)
     watched: list[list[tuple[nn.Module, Block, Weight]]] = [[] for _ in range(depth)]
     for block, weight in readers(anatomy):
         module = layers[block.layer].get_submodule(weight.path.rpartition(".")[0])
         watched[block.layer].append((module, block, weight))
-    damage = {axis.name: torch.zeros(axis.size, dtype=torch.float64) for axis in read_axes(anatomy)}
+    increases = {axis.name: torch.zeros(axis.size, dtype=torch.float64) for axis in read_axes(anatomy)}
     first = next((layer for layer in range(depth) if watched[layer]), depth)
     batches = batches_of(model, windows, tokens)
     for number, ids in enumerate(batches, 1):
@@ -55,11 +55,11 @@ def _damage(
             modules = [module for module, _, _ in watched[layer]]
             products, slope = _back(stream, ids, layer, entered.get(layer), slope, modules)
             for index, product in products:
-                for axis, per_unit in by_unit(*watched[layer][index][1:], doubled(product.flatten(0, -2))):
-                    if axis.name in damage:
-                        damage[axis.name] += per_unit.square().sum(0).cpu() / (2 * windows.numel())
+                for axis, per_unit in by_unit(*watched[layer][index][1:], to_float64(product.flatten(0, -2))):
+                    if axis.name in increases:
+                        increases[axis.name] += per_unit.square().sum(0).cpu() / (2 * windows.numel())
         progress.step(number / len(batches), f"batch {number} of {len(batches)}")
-    return damage
+    return increases
 
 
 @torch.enable_grad()

@@ -115,7 +115,7 @@ def examples(
 
 def _raw_rows(source: str | Path, split: str) -> list[Any]:
     """The rows of a file, a folder or a hub id, as strings and objects."""
-    path = Path(source)
+    path = Path(source).expanduser()
     plain = Path(str(path).removesuffix(".gz"))
     kind = plain.suffix.lower()
     if kind in (".json", ".jsonl"):

@@ -100,7 +100,7 @@ def text(source: str | Path | Iterable[str], *, column: str = "text") -> Text:
     if not isinstance(source, str | Path):
         rows, name, file = list(source), "a list", None
     else:
-        path = Path(source)
+        path = Path(source).expanduser()
         name, file = path.name, str(path.resolve())
         raw = read(path)
         is_json = unpacked(path).suffix.lower() in (".json", ".jsonl")

@@ -15,10 +15,10 @@ from pliant.anatomy import (
     Block,
     Weight,
     anatomy_of,
-    answer,
     counted_once,
     evaluating,
     layers_of,
+    output_of,
     probe,
     rounding,
 )
@@ -56,7 +56,7 @@ def check(model: Any, anatomy: Anatomy | None = None, *, tokens: int = 8, seed: 
 
 
 def _output(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-    return answer(model, inputs).float()
+    return output_of(model, inputs).float()
 
 
 def _source(anatomy: Anatomy) -> str:

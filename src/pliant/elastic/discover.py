@@ -14,12 +14,8 @@ from pliant.anatomy import Anatomy, anatomy_of, holders_of, layer_config, plain_
 from pliant.elastic.check import check
 from pliant.errors import ArchitectureError, UnknownArchitectureError
 
-ATTENTION = {
-    "q": ("q",),
-    "k": ("k",),
-    "v": ("v",),
-    "o": ("o", "dense", "c_proj", "proj"),
-}  # how the names of the matrices begin
+# how the names of the matrices begin
+ATTENTION = {"q": ("q",), "k": ("k",), "v": ("v",), "o": ("o", "dense", "c_proj", "proj")}
 
 
 def described(model: Any) -> Anatomy:

@@ -12,10 +12,10 @@ from pliant.anatomy import (
     Anatomy,
     agree,
     anatomy_of,
-    answer,
     evaluating,
     global_size,
     layers_of,
+    output_of,
     plain_config,
     probe,
     text_config_of,
@@ -79,7 +79,7 @@ def homogeneous(model: Any) -> Any:
     rebuilt.eval()
     with evaluating(model), torch.inference_mode():
         inputs = probe(model)
-        same = agree(answer(rebuilt, inputs), answer(model, inputs), next(model.parameters()).dtype)
+        same = agree(output_of(rebuilt, inputs), output_of(model, inputs), next(model.parameters()).dtype)
     if not same:
         raise ArtefactError(
             f"the outputs of this {config.model_type} model change when its layers are renumbered; {_INSTEAD}"

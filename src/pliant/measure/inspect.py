@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pliant.anatomy import Null
+from pliant.anatomy import Anatomy, Block, Null
 from pliant.checkpoint.load import loaded
 from pliant.checkpoint.packed_bytes import held_bytes, packed_formats
-from pliant.compat.native import cached_bytes, how_it_runs
+from pliant.compat.native import cached_bytes
+from pliant.compat.native_check import how_it_runs
 from pliant.elastic import Subnet, cache_bytes, check, described, macs, parameters, weight_bytes
 from pliant.measure.prefix_scorer import store_bytes
 
@@ -32,27 +33,6 @@ def inspect(model: Any, *, self_check: bool = True, dtype: Any = None, device: A
         check(model, anatomy)
     element = next(model.parameters()).element_size()
     whole = parameters(anatomy)
-    blocks = []
-    for block in anatomy.blocks.values():
-        blocks.append(
-            {
-                "block": block.name,
-                "parameters": block.parameters({}),
-                "share": block.parameters({}) / whole,
-                "removable": block.removable,
-                "axes": {
-                    axis.leader: {
-                        "units": axis.size,
-                        "width": axis.unit,
-                        "parameters_per_unit": whole
-                        - parameters(anatomy, Subnet().keeping(axis.name, axis.size - 1))  # in all blocks that share it
-                        if axis.size > 1
-                        else None,
-                    }
-                    for axis in block.leaders
-                },
-            }
-        )
     removed = sorted(anatomy.removed())
     if anatomy.traced:
         removed = [path for path, module in model.named_modules() if isinstance(module, Null)]
@@ -77,6 +57,23 @@ def inspect(model: Any, *, self_check: bool = True, dtype: Any = None, device: A
         "packed": packed,
         **(how_it_runs(model) if packed else {}),
         "weight_bytes": held_bytes(model) if packed else weight_bytes(anatomy, element=element),
-        "blocks": blocks,
+        "blocks": [_block(block, anatomy, whole) for block in anatomy.blocks.values()],
         "removed": removed,
+    }
+
+
+def _block(block: Block, anatomy: Anatomy, whole: int) -> dict[str, Any]:
+    """A block and its axes. The parameters of a unit are counted in all blocks that share its axis."""
+    axes = {}
+    for axis in block.leaders:
+        narrower = Subnet().keeping(axis.name, axis.size - 1) if axis.size > 1 else None
+        each = None if narrower is None else whole - parameters(anatomy, narrower)
+        axes[axis.leader] = {"units": axis.size, "width": axis.unit, "parameters_per_unit": each}
+    own = block.parameters({})
+    return {
+        "block": block.name,
+        "parameters": own,
+        "share": own / whole,
+        "removable": block.removable,
+        "axes": axes,
     }

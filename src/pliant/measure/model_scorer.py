@@ -7,7 +7,7 @@ from typing import Any
 
 from pliant.anatomy import Anatomy
 from pliant.elastic import Elastic, Subnet
-from pliant.measure.scores import Score
+from pliant.measure.scores import Score, loss_of
 
 
 class ModelScorer:
@@ -47,7 +47,7 @@ class ModelScorer:
         total, count = self.metric.measure(self.model, self.tokenizer())
         self.block_forwards += len(self.anatomy.blocks) - len(subnet.skip)
         self.evaluations += 1
-        return self.metric.loss(total / count)
+        return loss_of(self.metric, total, count)
 
     def close(self) -> None:
         """Restore the dense model."""

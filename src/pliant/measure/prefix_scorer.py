@@ -21,7 +21,7 @@ from pliant.formatting import human_bytes
 from pliant.forward.losses import TOKENS_AT_A_TIME
 from pliant.forward.stream import Stream
 from pliant.forward.windows import batches_of, tokens_at_once, within_memory
-from pliant.measure.scores import Score, score_of
+from pliant.measure.scores import Score, loss_of, score_of
 from pliant.pages import NEAR, pages_of
 
 
@@ -124,7 +124,7 @@ class PrefixScorer:
                 total, count = total + of_part, count + tokens
         self._count(subnet, start, depth)
         self.evaluations += 1
-        return self.metric.loss(total / count)
+        return loss_of(self.metric, total, count)
 
     def close(self) -> None:
         """Restore the dense model and discard the hidden states."""
@@ -220,9 +220,8 @@ def footprint(model: Any, anatomy: Anatomy, windows: torch.Tensor, metric: str |
     seqlen, at_once = windows.shape[1], tokens_at_once(model)
     tokens = min(windows.numel(), max(seqlen, at_once // seqlen * seqlen) if pages is None else at_once)
     vocabulary, element = model.get_input_embeddings().num_embeddings, next(model.parameters()).element_size()
-    copies = score_of(metric).logits_copies * (
-        2 if tokens < seqlen else 1
-    )  # in parts, the previous ones are still there
+    # in parts, the previous ones are still there
+    copies = score_of(metric).logits_copies * (2 if tokens < seqlen else 1)
     logits = copies * vocabulary * (tokens * element + min(tokens, TOKENS_AT_A_TIME) * 8)
     if pages is None:
         free = free_memory(next(model.parameters()).device)

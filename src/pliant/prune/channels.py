@@ -24,7 +24,6 @@ class ChannelPruner(Step):
     """Cut the channels (of a Transformer also the heads) whose weights are smallest (Li et al., "Pruning Filters for
     Efficient ConvNets", 2017). It takes seconds and reads no data; training afterwards has to restore the quality."""
 
-    kind: ClassVar[str] = "channelpruner"
     family: ClassVar[str] = "pruner"
 
     ratio: float | None = setting(
@@ -82,7 +81,8 @@ class ChannelPruner(Step):
             RatioError: the ratio is not reached with every axis at its minimum.
         """
         ranked = sorted(
-            (cut for axis in anatomy.axes.values() for cut in self._cuts(axis, norms[axis.name])), key=_rank
+            (cut for axis in anatomy.axes.values() for cut in self._cuts(axis, norms[axis.name])),
+            key=lambda cut: (cut[0], cut[1], -cut[2]),  # groups of one axis are removed from its end
         )
         cuts = [(axis, units) for _, axis, units in ranked]
         name, removed = ("ratio", ratio) if self.macs_ratio is None else ("macs_ratio", _macs_ratio)
@@ -104,11 +104,6 @@ class ChannelPruner(Step):
             cuts.append((rank, axis.name, units))
             before = units
         return cuts
-
-
-def _rank(cut: tuple[float, str, int]) -> tuple[float, str, int]:
-    rank, axis, units = cut
-    return rank, axis, -units  # groups of one axis are removed from its end
 
 
 def _macs_ratio(anatomy: Anatomy, subnet: Subnet) -> float:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 
 from pliant.anatomy import Anatomy
-from pliant.criteria.unit_fisher import damage_of_units
+from pliant.criteria.unit_fisher import loss_increases
 from pliant.criteria.unit_readers import read_axes
 from pliant.elastic import Subnet, ratio
 from pliant.errors import StepError
@@ -27,10 +26,8 @@ Cuts = list[tuple[str, int]]
 class FisherPruner(OrderedPruner):
     """Narrow MLPs and attentions where the loss depends on them least, without a search: the Fisher information of every
     channel and head is computed once (Kwon et al., "A Fast Post-Training Pruning Framework for Transformers", 2022), and the
-    groups with the least damage for what they save are removed from all layers. Within a layer units are removed in
+    groups with the smallest loss increase for what they save are removed from all layers. Within a layer units are removed in
     ``order``. Takes a few passes over the text."""
-
-    kind: ClassVar[str] = "fisher"
 
     group: int = setting(
         "Every remaining width is a multiple of so many elements; heads are removed one key-value group at a time.",
@@ -39,7 +36,7 @@ class FisherPruner(OrderedPruner):
     )
 
     per: str = setting(
-        "Cost by which the damage is divided: parameters, macs, bytes (that decoding reads), or prefill or decode"
+        "Cost by which the loss increase is divided: parameters, macs, bytes (that decoding reads), or prefill or decode"
         " (milliseconds, measured on this machine first).",
         default="parameters",
         choices=COSTS,
@@ -61,22 +58,22 @@ class FisherPruner(OrderedPruner):
         windows = self.windows(job, self.samples, self.seed)
         with ordered(job, anatomy, self.order, windows):
             with job.progress.stage("fisher information"):
-                damage = damage_of_units(job.model, anatomy, windows, job.progress)
-            for of_units in damage.values():
+                increases = loss_increases(job.model, anatomy, windows, job.progress)
+            for of_units in increases.values():
                 check_loss(of_units.sum().item())
-            subnet = self._reaching(self._cuts(anatomy, damage, pruning.cost(self.per)), anatomy)
+            subnet = self._reaching(self._cuts(anatomy, increases, pruning.cost(self.per)), anatomy)
             pruning.commit("fisher information", Move("all", subnet), None)
             self.finish(pruning, job, step_moves(read_axes(anatomy), self.group))
 
-    def _cuts(self, anatomy: Anatomy, damage: Mapping[str, torch.Tensor], cost: Cost) -> Cuts:
-        """All cuts; those with the least damage for what they save come first."""
+    def _cuts(self, anatomy: Anatomy, increases: Mapping[str, torch.Tensor], cost: Cost) -> Cuts:
+        """All cuts; those with the smallest loss increase for what they save come first."""
         whole = cost(Subnet())
         ranked = []
-        for name, of_units in damage.items():
+        for name, of_units in increases.items():
             before, width, rank = whole, len(of_units), 0.0
             for units in widths(anatomy.axes[name], self.group):
                 after = cost(narrowed([(name, units)]))
-                # a group cannot be removed before those behind it, even if it does less damage than they do
+                # a group cannot be removed before those behind it, even if it increases the loss less than they do
                 rank = max(rank, of_units[units:width].sum().item() / max(1e-9, before - after))
                 ranked.append((rank, name, -units))
                 before, width = after, units

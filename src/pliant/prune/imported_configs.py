@@ -35,7 +35,7 @@ def config_in(path: str | Path) -> dict[str, Any]:
         DataError: the file does not hold a JSON object.
     """
     try:
-        raw = json.loads(Path(path).read_text("utf-8"))
+        raw = json.loads(Path(path).expanduser().read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {str(path)!r}: {error}") from None
     if not isinstance(raw, dict):

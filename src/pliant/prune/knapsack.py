@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import ClassVar
 
 from pliant.anatomy import Anatomy, Axis
 from pliant.elastic import Subnet, parameters, ratio
@@ -30,8 +29,6 @@ class KnapsackPruner(OrderedPruner):
     The loss increases are assumed to add up, which nearly holds for widths and less so for whole blocks; swaps correct for this.
     If the chosen widths remove more than the ratio, groups are restored one by one.
     """
-
-    kind: ClassVar[str] = "knapsack"
 
     levels: int = setting(
         "Widths at which the axes of a block are scored, besides the full width and none.", default=4, at_least=0

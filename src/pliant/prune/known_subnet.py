@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from pliant.anatomy import Anatomy, agree, answer, evaluating, probe
+from pliant.anatomy import Anatomy, agree, evaluating, output_of, probe
 from pliant.checkpoint.fingerprint import check_finite
 from pliant.criteria.importance import reads_text
 from pliant.data import Text
@@ -24,7 +24,6 @@ from pliant.step import Job, Step, setting
 class Cut(Step):
     """Cut to a given sub-network without a search: from an archive, a report, or another tool."""
 
-    kind: ClassVar[str] = "cut"
     family: ClassVar[str] = "pruner"
 
     subnet: Subnet | Mapping[str, Any] = setting(
@@ -98,10 +97,10 @@ def extract_and_verify(model: Any, anatomy: Anatomy, subnet: Subnet) -> None:
         inputs = probe(model, tokens=16)
         elastic.activate(subnet)
         try:
-            expected = answer(model, inputs)
+            expected = output_of(model, inputs)
         finally:
             elastic.activate(Subnet())
         extract(model, anatomy, subnet)
-        actual = answer(model, inputs)
+        actual = output_of(model, inputs)
     if not agree(actual, expected, next(model.parameters()).dtype):
         raise SubnetError("the cut model does not compute the same as the scored one; please report this model")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from typing import ClassVar
 
 import torch
 
@@ -27,8 +26,6 @@ class OneShot(Pruner):
 
     ``by="influence", granularity="layer"`` is ShortGPT.
     """
-
-    kind: ClassVar[str] = "oneshot"
 
     by: str = setting(
         "Rank blocks by influence (ShortGPT's Block Influence), magnitude (of their output relative to the residual"

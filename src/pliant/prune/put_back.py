@@ -21,7 +21,7 @@ class Removal:
         unit: name of the removed unit.
         before: the sub-network that still had it.
         after: the sub-network without it.
-        hurt: how much its removal hurt, in the method's own measure; NaN if unknown.
+        hurt: the loss increase of its removal, or the method's own measure of it; NaN if unknown.
     """
 
     unit: str
@@ -46,8 +46,8 @@ class Removal:
 def put_backs(anatomy: Anatomy, removals: Sequence[Removal], ratio: float, unit: int) -> list[Removal]:
     """Removals to undo, in this order, to end at ``ratio`` or less than one unit above it.
 
-    Only as many as needed are undone. Of the removals whose undoing leads there, the one that hurt most comes first; of equal
-    ones the latest. Moves on the same block are undone in reverse order.
+    Only as many as needed are undone. Of the removals whose undoing leads there, the one with the largest loss increase comes
+    first; of equal ones the latest. Moves on the same block are undone in reverse order.
 
     Arguments:
         removals: all moves in the order they were made; the last one reached at least ``ratio``.

@@ -9,14 +9,14 @@ the change of W, so that few tokens do not mislead the fit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pliant.anatomy import Anatomy, Block, Weight, layers_of
-from pliant.device import doubled
+from pliant.device import to_float64
 from pliant.elastic import Elastic, Subnet
 from pliant.forward.stream import Stream
 from pliant.forward.windows import batches_of, tokens_at_once, within_memory
@@ -26,9 +26,7 @@ from pliant.runtime.dense import weight_of
 
 EXACT = 1e-3  # largest relative error with which a last matrix must explain the output of its block
 ROUNDS = 16  # of alternating least squares for a norm behind the matrix; gemma2, gemma3 and olmo2 take one to three
-FAINT = (
-    0.1  # channels that a norm scales below this share of the root mean square are left out: they would change too much
-)
+FAINT = 0.1  # share of the root mean square; channels that a norm scales below it would change too much: left out
 
 Hidden = list[torch.Tensor | None]
 Seen = list[tuple[torch.Tensor, torch.Tensor]]
@@ -91,7 +89,10 @@ def _repair(
                     elastic.activate(Subnet())
                     owner = elastic.layers[layer].get_submodule(weight.path.rpartition(".")[0])
                     saved |= {p: keep(p.detach()) for p in (owner.weight, owner.bias) if p is not None}
-                    handle = owner.register_forward_hook(_recorder(seen))
+                    # with a copy of the output, which a layer may change in place
+                    handle = owner.register_forward_hook(
+                        lambda _, args, out, seen=seen: seen.append((args[0], out.clone()))
+                    )
                 try:
                     after = advance(layer, subnet.without(*later[block.name]), cut)
                 finally:
@@ -136,11 +137,6 @@ def repair_bytes(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> int:
     streams = (widest + 8 * hidden) * element
     compared = (widest + 4 * hidden) * 4  # outputs, differences and rounding errors, always in float32
     return windows.numel() * (streams + compared) + 4 * widest * widest * 8
-
-
-def _recorder(seen: Seen) -> Callable[..., None]:
-    """A hook that records the input of a module and a copy of its output, which a layer may change in place."""
-    return lambda _module, args, out: seen.append((args[0], out.clone()))
 
 
 def last_matrix(block: Block) -> Weight | None:
@@ -236,8 +232,8 @@ def _refit(
         weight = _weight(goal)
         x = _inputs(x, owner) * factor * weight
         missing = (goal - end.flatten(0, -2).float()) * inverse * weight
-        gram = gram + doubled(x.T @ x)
-        cross = cross + doubled(x.T @ missing)
+        gram = gram + to_float64(x.T @ x)
+        cross = cross + to_float64(x.T @ missing)
     held = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     change = torch.linalg.solve(held, cross)
     matrix = change
@@ -279,5 +275,5 @@ def _distance(states: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -
     distance = 0.0
     for here, there in zip(states, targets, strict=True):
         goal = there.float()
-        distance += doubled((here.float() - goal) * _weight(goal)).pow(2).sum().item()
+        distance += to_float64((here.float() - goal) * _weight(goal)).pow(2).sum().item()
     return distance / sum(there.numel() for there in targets)

@@ -108,7 +108,7 @@ class Pruning:
         Arguments:
             name: of the stage.
             mode, slack, refresh: see :class:`pliant.searches.greedy.Greedy`.
-            per: the cost by which damage is divided; None to ignore the size of a unit.
+            per: the cost by which the loss increase is divided; None to ignore the size of a unit.
         """
         cost = None if per is None else self.cost(per)
         start, offered = ratio_of(self.anatomy, self.subnet), moves(self.subnet)
@@ -220,7 +220,7 @@ class Pruning:
 
         Arguments:
             loss: of the sub-network after the move; None if it was not measured.
-            hurt: how much the removal hurt, in the method's own measure; NaN if unknown.
+            hurt: the loss increase of the removal, or the method's own measure of it; NaN if unknown.
         """
         self.removals.append(Removal(move.unit, self.subnet, move.subnet, hurt))
         self._mark(stage, move, loss)
@@ -233,7 +233,7 @@ class Pruning:
             windows: calibration windows to score the result on; None for no score.
 
         Raises:
-            RatioError: the moves ran out before the ratio was reached, or no selection of removed units ends within one unit of it.
+            RatioError: the moves ran out before the ratio was reached, or no selection of removed units ends within one unit.
         """
         if not reached(self.anatomy, self.subnet, ratio):
             now = ratio_of(self.anatomy, self.subnet)

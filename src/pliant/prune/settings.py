@@ -161,7 +161,7 @@ class GreedyPruner(Pruner):
     )
 
     slack: float = setting(
-        "lazy: share by which the damage of a unit is assumed to fall at most since it was last scored.",
+        "lazy: share by which the loss increase of a unit is assumed to fall at most since it was last scored.",
         default=0.3,
         at_least=0,
         at_most=1,
@@ -172,7 +172,7 @@ class GreedyPruner(Pruner):
     )
 
     per: str = setting(
-        "Cost by which the damage of a unit is divided: unit (not at all), parameters, macs, bytes (that decoding "
+        "Cost by which the loss increase of a unit is divided: unit (not at all), parameters, macs, bytes (that decoding "
         "reads), or prefill or decode (milliseconds, measured on this machine first).",
         default=UNIT,
         choices=(UNIT, *COSTS),
@@ -194,7 +194,7 @@ class GreedyPruner(Pruner):
         ratio: float,
         units: Moves | None = None,
     ) -> None:
-        """Remove units until ``ratio`` is reached or no moves are left; the result stays less than one unit above the step's ratio.
+        """Remove units until ``ratio`` is reached or no moves are left; the result exceeds the step's ratio by less than one unit.
 
         Arguments:
             name: of the stage.

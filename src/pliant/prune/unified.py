@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from pliant.prune.moves import block_moves, pooled, width_moves
 from pliant.prune.settings import WidthPruner
 from pliant.prune.unit_order import ordered
@@ -11,10 +9,8 @@ from pliant.step import Job
 
 
 class UnifiedPruner(WidthPruner):
-    """MultiPruner without stages and without a split to tune: every step removes the unit that hurts least for what it
-    saves, whatever its kind."""
-
-    kind: ClassVar[str] = "unified"
+    """MultiPruner without stages and without a split to tune: every step removes the unit with the smallest loss increase for
+    what it saves, whatever its kind."""
 
     per: str = "parameters"
     order: str = "activation"

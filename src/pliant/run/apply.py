@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,6 +100,12 @@ def apply_step(
         step.run(job)
     finally:
         model.train(was_training)
+    if job.model is not model:
+        raise StepError(f"{step.kind} has put another model into job.model; a step changes the model in place")
+    try:
+        json.dumps(job.record)
+    except (TypeError, ValueError) as error:
+        raise StepError(f"{step.kind} has put a value into job.record that JSON cannot hold: {error}") from None
     if step.reshapes:
         write(model)
     record = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from html import escape
 from importlib import metadata
 from typing import Any
 
@@ -47,15 +48,14 @@ def card(model: Any, history: list[dict[str, Any]], report: dict[str, Any] | Non
         "",
     ]
     for step in history:
-        settings = ", ".join(f"{k}={v}" for k, v in step["settings"].items() if k != "step")
-        lines.append(f"- {step['settings']['step']} ({settings})")
+        lines.append(_text(f"- {step['settings']['step']} ({settings_line(step)})"))
         lines.append(
             f"  {step['parameters_before']:,} to {step['parameters_after']:,} parameters in {step['seconds']:.0f} s"
-            + (f". {said}" if (said := notes_of(step)) else "")
+            + (f". {_text(said)}" if (said := notes_of(step)) else "")
         )
     if report is not None:
         lines += ["", "| | before | after |", "|---|---|---|"]
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table(report)]
+        lines += ["| " + " | ".join(_text(cell).replace("|", "\\|") for cell in row) + " |" for row in table(report)]
         lines += ["", f"Measured on {measured_on(report)}, in {report['dtype']}."]
     auto = auto_name(getattr(getattr(model, "config", None), "model_type", None), [type(model).__name__])
     name, reader = READERS.get(getattr(model, "main_input_name", ""), ("tokenizer", "AutoTokenizer"))
@@ -73,6 +73,16 @@ def card(model: Any, history: list[dict[str, Any]], report: dict[str, Any] | Non
         "",
     ]
     return "\n".join(lines)
+
+
+def settings_line(step: dict[str, Any]) -> str:
+    """The settings in the record of a step, as one line."""
+    return ", ".join(f"{name}={value}" for name, value in step["settings"].items() if name != "step")
+
+
+def _text(text: str) -> str:
+    """A text in one line of Markdown that no markup in it can end."""
+    return " ".join(escape(text, quote=False).split())
 
 
 def changed(report: dict[str, Any]) -> str:

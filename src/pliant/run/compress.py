@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from pliant.checkpoint.fingerprint import fingerprint
 from pliant.checkpoint.load import check_folder, load, tokenizer_of
 from pliant.data import Text, text
-from pliant.device import called
+from pliant.device import device_name
 from pliant.digest import json_digest, path_digest
 from pliant.errors import BusyError, PliantError
 from pliant.forward.windows import check_model, longest_of, predicts
@@ -34,7 +34,7 @@ from pliant.run.model_costs import model_costs, shares_kept
 from pliant.run.recipe import Measuring, Recipe, read_recipe
 from pliant.run.save import check_savable, save
 from pliant.run.stages import RESULTS, Estimate, Results, Stage, forget_model, has_model, keep_model, kept_model
-from pliant.run.target import LOCK, check_target, files_in, work_folder
+from pliant.run.target import LOCK, check_target, clear_leftovers, files_in, work_folder
 from pliant.step import Step, paths_of, recipe_of
 
 TIMED = 12 * 300  # tokens in a timing of two models
@@ -169,6 +169,7 @@ class Run:
                 f"another run is writing to {str(self.out)!r}; wait until it is done, or give another folder"
             ) from None
         try:
+            clear_leftovers(self.out)
             self.results = Results(self.work, self.out)
             for stage in stages(self.recipe):
                 stage.run(self)
@@ -303,7 +304,7 @@ class Run:
             "replies": [{"prompt": prompt, "before": old, "after": new} for prompt, old, new in replied],
             "steps": self.model.pliant_history,
             "machine": machine(),
-            "device": called(self.model.device),
+            "device": device_name(self.model.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             **versions(),
         }

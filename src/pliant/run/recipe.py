@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from pliant.data import Text, text
 from pliant.digest import path_digest
 from pliant.errors import DataError, StepError
 from pliant.measure.quality.replies import check_prompts
-from pliant.run.target import RECIPE, RECIPE_VERSION
+from pliant.run.target import RECIPE, RECIPE_VERSION, local
 from pliant.step import Step, paths_of, recipe_of, step_of
 
 _PLAIN = ("seqlen", "windows", "limit", "speed")
+_KEYS = {"recipe", "base_model", "steps", "data", "measuring", "dtype", "read", "versions", "files"}
 _OTHER_TEXT = "give the text to use with --data (data=), or restore the file"
 _OTHER_FILE = "restore the file, or name another one in the recipe"
 
@@ -34,7 +35,7 @@ class Measuring:
         prompts: both models reply to these; the report shows the replies side by side.
 
     Raises:
-        DataError: a prompt is empty.
+        DataError: a prompt is empty, or a number or ``speed`` is not allowed.
     """
 
     perplexity: Sequence[str | Path | Text] = ()
@@ -47,6 +48,13 @@ class Measuring:
 
     def __post_init__(self) -> None:
         check_prompts(self.prompts)
+        for name, least in (("seqlen", 2), ("windows", 1), ("limit", 1)):
+            number = getattr(self, name)
+            if (number is not None or name == "seqlen") and (type(number) is not int or number < least):
+                optional = "" if name == "seqlen" else ", or none for no limit"
+                raise DataError(f"{name} must be a whole number of at least {least}{optional}; not {number!r}")
+        if type(self.speed) is not bool:
+            raise DataError(f"speed must be true or false; not {self.speed!r}")
 
     @cached_property
     def texts(self) -> list[Text]:
@@ -68,10 +76,19 @@ class Measuring:
         """The inverse of :meth:`to_dict`.
 
         Raises:
+            StepError: the data have another form.
             DataError: a file is missing or has changed.
         """
-        tasks = raw.get("tasks", [])
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(map(str, raw.keys() - set(known))):
+            raise StepError(f"measuring has no setting {', '.join(unknown)}; it has {', '.join(known)}")
+        for name in ("perplexity", "tasks", "prompts"):
+            if not isinstance(raw.get(name, []), list):
+                raise StepError(f"{name} under measuring must be a list; not {raw[name]!r}")
+        tasks = [{"path": task} if isinstance(task, str) else task for task in raw.get("tasks", [])]
         for task in tasks:
+            if not isinstance(task, Mapping) or not isinstance(task.get("path"), str):
+                raise StepError(f"each of the tasks under measuring must be the path of a question file; not {task!r}")
             _check_same(task["path"], task.get("hash"), path_digest(task["path"]), _OTHER_FILE)
         texts = [found for of in raw.get("perplexity", []) if (found := _text(of)) is not None]
         plain = {key: raw[key] for key in (*_PLAIN, "prompts") if key in raw}
@@ -140,18 +157,29 @@ def read_recipe(source: str | Path, *, model: str | Path | None = None, data: st
         raise StepError(f"cannot read the recipe {str(path)!r}: {error}") from None
     if not isinstance(raw, Mapping) or not isinstance(raw.get("steps"), list):
         raise StepError(f"{str(path)!r} is not a recipe: it has no list of steps")
-    if raw.get("recipe", RECIPE_VERSION) not in range(1, RECIPE_VERSION + 1):
+    version = raw.get("recipe", RECIPE_VERSION)
+    if type(version) is not int or version < 1:
+        raise StepError(
+            f"the version of the recipe {str(path)!r} must be a whole number of at least 1; not {version!r}"
+        )
+    if version > RECIPE_VERSION:
         raise StepError(
             f"{str(path)!r} was written by a newer pliant; this one reads recipes up to version {RECIPE_VERSION}"
         )
+    if unknown := sorted(map(str, raw.keys() - _KEYS)):
+        raise StepError(f"{str(path)!r} has the unknown key {unknown[0]!r}; choose from: {', '.join(sorted(_KEYS))}")
     steps = [step_of(of["settings"] if isinstance(of, Mapping) and "settings" in of else of) for of in raw["steps"]]
+    for name, kind in (("base_model", str), ("dtype", str), ("measuring", Mapping), ("read", Mapping)):
+        if raw.get(name) is not None and not isinstance(raw[name], kind):
+            wanted = "a text" if kind is str else "a mapping"
+            raise StepError(f"{name} in {str(path)!r} must be {wanted}; not {raw[name]!r}")
     named = model or raw.get("base_model")
     if not named:
         raise StepError(f"{str(path)!r} has no base_model; give the model with --model (model=)")
     for name, noted in (raw.get("read") or {}).items():
-        _check_same(name, noted, path_digest(name), _OTHER_FILE)
+        _check_same(str(name), noted, path_digest(str(name)), _OTHER_FILE)
     measuring = Measuring.from_dict(raw.get("measuring") or {})
-    return Recipe(str(named), recipe_of(steps), _text(raw.get("data"), data), measuring, raw.get("dtype", "auto"))
+    return Recipe(local(named), recipe_of(steps), _text(raw.get("data"), data), measuring, raw.get("dtype") or "auto")
 
 
 def _described(of: Text) -> dict[str, Any]:
@@ -162,6 +190,8 @@ def _described(of: Text) -> dict[str, Any]:
 
 def _text(of: Any, given: str | Path | None = None) -> Text | None:
     """The text that a recipe describes, from its file or from the file given instead."""
+    if of is not None and not isinstance(of, str | Mapping):
+        raise StepError(f"a text in a recipe must be a path, or a mapping with a path; not {of!r}")
     described = {"path": of} if isinstance(of, str) else dict(of or {})
     column = described.get("column", "text")
     if given is not None:
@@ -174,6 +204,8 @@ def _text(of: Any, given: str | Path | None = None) -> Text | None:
             f"the recipe was made with text from {described.get('source', 'a list')}, not from a file; give the text with "
             "--data (data=)"
         )
+    if not isinstance(path, str):
+        raise StepError(f"the path of a text must be a text; not {path!r}")
     found = text(path, column=column)
     _check_same(path, described.get("hash"), found.digest, _OTHER_TEXT)
     return found

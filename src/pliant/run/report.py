@@ -8,7 +8,7 @@ from typing import Any
 
 from pliant.formatting import duration, human_bytes
 from pliant.record import Curve, Note, Section, Table, sections_of
-from pliant.run.card import changed, measured_on, table
+from pliant.run.card import changed, measured_on, settings_line, table
 
 STYLE = """
 :root{--ink:#1c2024;--dim:#60646c;--line:#d9dce0;--paper:#fff;--fill:#2a7d6f;--gone:#e7e9ec;--mark:#c2502e}
@@ -38,7 +38,7 @@ def page(report: dict[str, Any]) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>pliant: {model}</title><style>{STYLE}</style></head><body>
 <h1>{model}</h1>
-<p>{changed(report).capitalize()}. Measured on {escape(measured_on(report))}, in {report["dtype"]}; {escape(versions)}.</p>
+<p>{escape(changed(report).capitalize())}. Measured on {escape(measured_on(report))}, in {report["dtype"]}; {escape(versions)}.</p>
 <h2>Before and after</h2>
 <table><tr><th></th><th>before</th><th>after</th></tr>{"".join(rows)}</table>
 {_replies(report.get("replies", []))}
@@ -84,7 +84,6 @@ def _predicted(report: dict[str, Any]) -> str:
 
 
 def _step(step: dict[str, Any]) -> str:
-    settings = ", ".join(f"{k}={v}" for k, v in step["settings"].items() if k != "step")
     drawn = "".join(
         f"<p>{escape(' '.join(section.text for section in run if isinstance(section, Note)))}</p>"
         if kind is Note
@@ -92,7 +91,7 @@ def _step(step: dict[str, Any]) -> str:
         for kind, run in groupby(sections_of(step), type)
     )
     return (
-        f"<h2>{escape(step['settings']['step'])}</h2><p><code>{escape(settings)}</code></p>{drawn}"
+        f"<h2>{escape(step['settings']['step'])}</h2><p><code>{escape(settings_line(step))}</code></p>{drawn}"
         f"<p>{duration(step['seconds'])} in all, peak memory {human_bytes(step['peak_memory'])}.</p>"
     )
 
@@ -100,7 +99,7 @@ def _step(step: dict[str, Any]) -> str:
 def _section(section: Section) -> str:
     """A table or a curve."""
     if isinstance(section, Table):
-        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in section.rows)
+        rows = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in section.rows)
         head = "".join(f"<th>{escape(name)}</th>" for name in section.columns)
         drawn, title = f"<table><tr>{head}</tr>{rows}</table>", escape(section.title)
         if section.folded:

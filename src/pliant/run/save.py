@@ -24,8 +24,11 @@ from pliant.formatting import parse_bytes
 from pliant.pages import pages_of
 from pliant.run.card import card, versions
 from pliant.run.report import page
-from pliant.run.target import RECIPE, RECIPE_VERSION, check_target, files_in, written_aside
+from pliant.run.target import RECIPE, RECIPE_VERSION, check_target, files_in, local, written_aside
 from pliant.strict_json import to_json
+
+_REPEATED = ("settings", "data", "parameters_before", "parameters_after", "ratio")
+"""The part of a step's record that a recipe keeps: enough to repeat the step, and its result."""
 
 
 def save(
@@ -85,8 +88,8 @@ def save(
             shutil.copyfile(path, aside / name)
         recipe = {
             "recipe": RECIPE_VERSION,
-            "base_model": model.name_or_path,
-            "steps": [_short(step) for step in history],
+            "base_model": local(model.name_or_path) if model.name_or_path else "",
+            "steps": [{key: step[key] for key in _REPEATED if key in step} for step in history],
             **(inputs or {}),
             **versions(),
             "files": sorted({*files_in(aside), RECIPE}),
@@ -96,11 +99,7 @@ def save(
 
 
 def _describe(model: Any) -> None:
-    """Write the shapes of a cut model into its config. Only a model that was cut needs an architecture file.
-
-    Raises:
-        ArchitectureError: the model was cut, and no architecture file describes it.
-    """
+    """Write the shapes of a cut model into its config. Only a model that was cut needs an architecture file."""
     try:
         write(model)
     except ArchitectureError:
@@ -200,9 +199,8 @@ def _save_beside(model: Any, tokenizer: Any, aside: Path) -> None:
         with suppress(ImportError, OSError, ValueError):
             AutoImageProcessor.from_pretrained(model.name_or_path).save_pretrained(aside)
     if not source.is_file():
-        with suppress(
-            OSError, ValueError
-        ):  # not cached, and no hub: the files that transformers reads are written already
+        # not cached, and no hub: the files that transformers reads are written already
+        with suppress(OSError, ValueError):
             _copy(_of_a_hub(model), aside)
 
 
@@ -223,9 +221,3 @@ def _copy(source: Path, aside: Path) -> None:
         if not (aside / name).exists():
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, aside / name)
-
-
-def _short(step: dict[str, Any]) -> dict[str, Any]:
-    """The part of a step's record that a recipe needs: enough to repeat the step, and its result."""
-    keys = ("settings", "data", "parameters_before", "parameters_after", "ratio")
-    return {key: step[key] for key in keys if key in step}

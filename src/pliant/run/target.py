@@ -6,7 +6,9 @@ An earlier result lists its files in ``recipe.yaml``. Only a folder that holds t
 from __future__ import annotations
 
 import errno
+import glob
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +26,13 @@ RECIPE = "recipe.yaml"
 RECIPE_VERSION = 2
 LOCK = "lock"
 _SHOWN = 5  # names in a message
+_PREFIX = 40  # characters of the name of a result in that of a temporary folder
+
+
+def local(model: str | Path) -> str:
+    """The absolute path of a model on this machine; the id of a model on a hub as it is."""
+    place = Path(model).expanduser()
+    return str(place.resolve()) if place.exists() else str(model)
 
 
 def check_target(folder: str | Path, overwrite: bool, need: int = 0, source: Any = None) -> Path:
@@ -127,10 +136,24 @@ def _some(names: set[str]) -> str:
     return ", ".join(sorted(names)[:_SHOWN]) + more
 
 
+def clear_leftovers(target: Path) -> None:
+    """Delete the folders that a killed run has left beside ``target``, and restore the result that it had set aside.
+
+    The caller holds the lock of ``target``, so that none of them is in use.
+    """
+    if len(target.name) > _PREFIX:  # other results may have the same beginning
+        return
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        if re.fullmatch(r"[a-z0-9_]{8}", folder.name.rpartition(".")[2]) and folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+        elif folder.name.endswith(".old") and not target.exists():
+            os.replace(folder, target)
+
+
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
     """A new temporary folder beside ``target``, deleted at the end unless it was moved."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name[:40]}.", dir=target.parent))
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name[:_PREFIX]}.", dir=target.parent))
     try:
         yield aside
     finally:

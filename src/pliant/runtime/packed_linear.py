@@ -211,11 +211,7 @@ class Packed(nn.Module):
         own_tensors(self, buffers=True)["weight"] = room(self.packed.numel()).copy_(self.packed)
 
     def _check(self, packed: torch.Tensor) -> None:
-        """Check packed bytes for this layer.
-
-        Raises:
-            PackedError: they are damaged, or belong to a layer of another size.
-        """
+        """Check packed bytes for this layer."""
         verify(packed)
         size = header(packed)
         if (size.rows, size.columns) != (self.out_features, self.in_features):
@@ -241,11 +237,7 @@ class Packed(nn.Module):
             self.settle()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Packed:
-        """Apply ``fn``, such as ``.to(dtype)``, to the layer but keep the packed bytes.
-
-        Raises:
-            PackedError: the layer would leave the CPU, or its bytes would be converted.
-        """
+        """Apply ``fn``, such as ``.to(dtype)``, to the layer but keep the packed bytes."""
         moved, bytes_ = fn(torch.empty(0, dtype=self.dtype)), fn(torch.empty(0, dtype=torch.uint8))
         if moved.device.type != "cpu":
             raise PackedError(

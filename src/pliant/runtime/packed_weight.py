@@ -20,12 +20,7 @@ _ABOUT = {  # attributes and methods that need no values
 _WHERE = {"is_cpu": True, "is_meta": False}
 _SELF = {"data", "detach"}  # returned as the read-only view, because they alias the weight
 _ADDRESS = {
-    "data_ptr",
-    "storage",
-    "untyped_storage",
-    "storage_offset",
-    "__array_interface__",
-    "__cuda_array_interface__",
+    *("data_ptr", "storage", "untyped_storage", "storage_offset", "__array_interface__", "__cuda_array_interface__"),
 }
 
 

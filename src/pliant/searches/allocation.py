@@ -11,7 +11,7 @@ import numpy as np
 
 from pliant.elastic import Subnet
 from pliant.searches.greedy import check_loss
-from pliant.searches.search import Look, Search
+from pliant.searches.search import Candidates, Search
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Allocation(Search):
         combined: makes the sub-network of a mix from the index of the choice in each menu; it is the last candidate.
 
     Attributes:
-        damage: loss increase of each choice, in the layout of ``menus``.
+        increases: loss increase of each choice, in the layout of ``menus``.
         picked: index of the choice in each menu; None if no mix with finite losses saves enough.
     """
 
@@ -37,10 +37,10 @@ class Allocation(Search):
     target: float
     slack: float
     combined: Callable[[Sequence[int]], Subnet]
-    damage: list[list[float]] = field(init=False, default_factory=list)
+    increases: list[list[float]] = field(init=False, default_factory=list)
     picked: list[int] | None = field(init=False, default=None)
 
-    def look(self) -> Look:
+    def candidates(self) -> Candidates:
         """The dense model, then every choice, then the best mix.
 
         Raises:
@@ -49,29 +49,29 @@ class Allocation(Search):
         yield [Subnet()]
         check_loss(dense := self.seen[Subnet()][0])
         yield [choice for menu in self.menus for choice in menu if choice != Subnet()]
-        self.damage = [[self.seen[choice][0] - dense for choice in menu] for menu in self.menus]
-        self.picked = allocate(self.saved, self.damage, self.target, self.slack)
+        self.increases = [[self.seen[choice][0] - dense for choice in menu] for menu in self.menus]
+        self.picked = allocate(self.saved, self.increases, self.target, self.slack)
         if self.picked is not None:
             yield [self.combined(self.picked)]
 
 
 def allocate(
-    saved: Sequence[Sequence[int]], damage: Sequence[Sequence[float]], target: float, slack: float
+    saved: Sequence[Sequence[int]], increases: Sequence[Sequence[float]], target: float, slack: float
 ) -> list[int] | None:
-    """Make one choice of each menu, with the least total damage among mixes that save ``target`` to ``target + slack``.
+    """Make one choice of each menu, with the least total cost among mixes that save ``target`` to ``target + slack``.
 
     A multiple-choice knapsack, solved exactly (scipy's ``milp``).
 
     Arguments:
         saved: savings of the choices of each menu, whole numbers.
-        damage: cost of each choice; one that is not finite is never made.
+        increases: cost of each choice; one that is not finite is never made.
         slack: if no mix is within it, the mix that saves least is taken.
 
     Returns:
         The index of the choice in each menu, or None if no mix saves enough.
     """
     sizes, lengths = np.array([n for menu in saved for n in menu], dtype=float), [len(menu) for menu in saved]
-    costs = np.array([d for menu in damage for d in menu], dtype=float)
+    costs = np.array([d for menu in increases for d in menu], dtype=float)
     unit = max(1, math.gcd(*(int(n) for n in sizes)))  # small numbers are solved with small errors
     sizes, least, most = sizes / unit, math.ceil(target / unit), math.floor((target + slack) / unit)
     allowed = np.isfinite(costs)

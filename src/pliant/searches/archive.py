@@ -8,6 +8,7 @@ from typing import Any
 
 from pliant.elastic import Subnet
 from pliant.errors import ArtefactError, PliantError
+from pliant.formatting import differences
 
 VERSION = 1  # raise it when the meaning of a score changes, so that older scores are not mixed in
 
@@ -83,12 +84,9 @@ class Archive:
             except ValueError:
                 break
             if number == 0:
-                differing = sorted(k for k in {*self._header, *content} if self._header.get(k) != content.get(k))
-                if differing:
-                    old, new = content, self._header
-                    shown = "; ".join(f"{k}: {old.get(k)!r} in the file, {new.get(k)!r} now" for k in differing[:4])
+                if differing := differences(content, self._header):
                     raise ArchiveError(
-                        f"{str(path)!r} belongs to another search ({shown}). Delete it, or write to another folder"
+                        f"{str(path)!r} belongs to another search ({differing}). Delete it, or write to another folder"
                     )
             elif not self._take(content):
                 break

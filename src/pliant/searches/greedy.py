@@ -1,4 +1,4 @@
-"""Greedy removal: at every step score the possible moves and take the one that hurts least."""
+"""Greedy removal: at every step score the possible moves and take the one that increases the loss least."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from pliant.elastic import Subnet
 from pliant.errors import WeightError
-from pliant.searches.search import Look, Search
+from pliant.searches.search import Candidates, Search
 
 MODES = ("lazy", "exact", "naive")
 
@@ -36,11 +36,11 @@ class Greedy(Search):
         start: the first candidate.
         moves: the possible moves, every kind in the order of the model; of equal scores the earliest wins.
         more: whether another unit has to be removed.
-        gain: savings of a move, above 0; the move with the least damage per gain wins.
+        gain: savings of a move, above 0; the move with the smallest loss increase per gain wins.
         mode: ``naive`` and ``exact`` score every move at every step (they differ only in whether the scorer re-uses
-            prefixes). ``lazy`` assumes that a unit which hurt much one step ago still does: it scores only units that may be
-            best, and the neighbours of the last removed unit, whose damage changes most.
-        slack: lazy: share by which the damage of a unit is assumed to fall at most since it was last scored.
+            prefixes). ``lazy`` remembers the loss increase of each unit from when it was last scored: it scores only units that
+            may be best, and the neighbours of the last removed unit, whose loss increase changes most.
+        slack: lazy: share by which the loss increase of a unit is assumed to fall at most since it was last scored.
         refresh: lazy: number of steps after which every unit is scored again; 0 for never.
 
     Attributes:
@@ -66,7 +66,7 @@ class Greedy(Search):
             raise ValueError(f"refresh must be at least 0; not {self.refresh}")
         self.subnet = self.start
 
-    def look(self) -> Look:
+    def candidates(self) -> Candidates:
         """The start, then at every step the moves that may be best.
 
         Raises:
@@ -75,7 +75,7 @@ class Greedy(Search):
         yield [self.start]
         loss = self.seen[self.start][0]
         check_loss(loss)
-        last: dict[str, float] = {}  # how much each unit hurt when it was last scored
+        last: dict[str, float] = {}  # loss increase of each unit when it was last scored
         step = 0
         while self.more(self.subnet):
             offered = self.moves(self.subnet)
@@ -84,17 +84,17 @@ class Greedy(Search):
             gains = [self.gain(self.subnet, move) for move in offered]
             afresh = self.mode != "lazy" or step == 0 or (self.refresh > 0 and step % self.refresh == 0)
             known = {} if afresh else last
-            # lower bounds on the damage per gain of each move
-            hopes = [
-                self._hope(known.get(move.unit, -math.inf)) / saved for move, saved in zip(offered, gains, strict=True)
+            # lower bounds on the loss increase per gain of each move
+            bounds = [
+                self._bound(known.get(move.unit, -math.inf)) / saved for move, saved in zip(offered, gains, strict=True)
             ]
             best: tuple[float, int, float] = (math.inf, -1, math.inf)
-            for i in sorted(range(len(offered)), key=hopes.__getitem__):
-                if hopes[i] > best[0]:
+            for i in sorted(range(len(offered)), key=bounds.__getitem__):
+                if bounds[i] > best[0]:
                     break
                 yield [offered[i].subnet]
                 value = self.seen[offered[i].subnet][0]
-                last[offered[i].unit] = _damage(value, loss)
+                last[offered[i].unit] = value - loss if math.isfinite(value) else math.inf
                 if math.isfinite(value):
                     best = min(best, ((value - loss) / gains[i], i, value))
             if best[1] < 0:
@@ -102,14 +102,14 @@ class Greedy(Search):
             move = offered[best[1]]
             for neighbour in offered[max(0, best[1] - 1) : best[1] + 2]:
                 if neighbour != move:
-                    last.pop(neighbour.unit, None)  # its damage has changed too much
+                    last.pop(neighbour.unit, None)  # its loss increase has changed too much
             self.subnet, loss = move.subnet, best[2]
             self.taken.append((move, loss))
             step += 1
 
-    def _hope(self, damage: float) -> float:
-        """A lower bound on the current damage of a unit, from its last one."""
-        return damage - self.slack * abs(damage) if math.isfinite(damage) else damage
+    def _bound(self, increase: float) -> float:
+        """A lower bound on the current loss increase of a unit, from its last one."""
+        return increase - self.slack * abs(increase) if math.isfinite(increase) else increase
 
 
 def check_loss(loss: float) -> None:
@@ -120,7 +120,3 @@ def check_loss(loss: float) -> None:
     """
     if not math.isfinite(loss):
         raise WeightError(f"the model's loss on the calibration text is {loss}; check the model's weights and the text")
-
-
-def _damage(loss: float, before: float) -> float:
-    return loss - before if math.isfinite(loss) else math.inf

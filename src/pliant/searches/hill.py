@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pliant.elastic import Subnet
-from pliant.searches.search import Look, SpaceSearch
+from pliant.searches.search import Candidates, SpaceSearch
 
 
 @dataclass
@@ -28,7 +28,7 @@ class HillClimb(SpaceSearch):
     def __post_init__(self) -> None:
         self.subnet = self.start
 
-    def look(self) -> Look:
+    def candidates(self) -> Candidates:
         draw, propose = random.Random(self.seed), self.propose or self.space.neighbour
         yield [self.subnet]
         for _ in range(self.budget):

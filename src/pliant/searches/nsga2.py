@@ -12,7 +12,7 @@ import numpy as np
 
 from pliant.elastic import Subnet
 from pliant.errors import MissingExtraError
-from pliant.searches.search import Look, SpaceSearch
+from pliant.searches.search import Candidates, SpaceSearch
 
 WORST = 1e9  # replaces values that are not finite, and all values of a candidate that exceeds a limit
 
@@ -43,7 +43,7 @@ class NSGA2(SpaceSearch):
         except ImportError:
             raise MissingExtraError("the evolutionary search needs pymoo: pip install 'pliant[search]'") from None
 
-    def look(self) -> Look:
+    def candidates(self) -> Candidates:
         from pymoo.algorithms.moo.nsga2 import NSGA2 as Algorithm  # noqa: N811 - this file has its own
         from pymoo.core.problem import Problem
         from pymoo.operators.crossover.sbx import SBX

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from pliant.searches.search import Look, SpaceSearch
+from pliant.searches.search import Candidates, SpaceSearch
 
 DRAWS = 100  # draws without a new sub-network, after which a space is assumed to hold no more
 
@@ -17,7 +17,7 @@ class RandomSearch(SpaceSearch):
     Without limits every choice is drawn at random; with limits, random choices are shrunk until all limits hold.
     """
 
-    def look(self) -> Look:
+    def candidates(self) -> Candidates:
         draw, misses = random.Random(self.seed), 0
         while len(self.seen) < self.budget and misses < DRAWS:
             limited = self.limits.at_most

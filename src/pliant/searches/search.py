@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from pliant.elastic import Subnet
+from pliant.errors import StepError
 from pliant.registry import SEARCHES, find
 from pliant.searches.space import Space
 
-Look = Generator[Sequence[Subnet], None, None]
+Candidates = Generator[Sequence[Subnet], None, None]
 """A search as a generator: it yields candidates and resumes once all of them are in :attr:`Search.seen`."""
+
+
+ENDLESS = 100  # times the budget: a search over a space that asks for more candidates does not end
+EMPTY = 10_000  # times in a row that a search may yield no candidate
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,8 @@ class Limits:
 class Search(ABC):
     """A search for sub-networks with small values.
 
-    A subclass writes its algorithm as a generator, :meth:`look`. The same values always lead to the same candidates, so a search
-    is resumed by running it again: the archive holds earlier evaluations.
+    A subclass writes its algorithm as a generator, :meth:`candidates`. The same values always lead to the same candidates, so a
+    search is resumed by running it again: the archive holds earlier evaluations.
 
     Attributes:
         seen: the values of every evaluated candidate, in order.
@@ -48,7 +54,7 @@ class Search(ABC):
     seen: dict[Subnet, tuple[float, ...]] = field(init=False, default_factory=dict)
 
     @abstractmethod
-    def look(self) -> Look:
+    def candidates(self) -> Candidates:
         """Yield the next candidates; when the generator resumes, their values are in :attr:`seen`."""
 
     def ask(self) -> list[Subnet]:
@@ -84,18 +90,21 @@ class Search(ABC):
 
     def _advance(self) -> None:
         """Get the next candidates from the algorithm once all previous ones are evaluated."""
-        if not hasattr(self, "_looking"):
-            self._looking, self._open = self.look(), list[Subnet]()
-        while not self._open and self._looking is not None:
+        if not hasattr(self, "_generator"):
+            self._generator, self._open = self.candidates(), list[Subnet]()
+        empty = 0
+        while not self._open and self._generator is not None:
             try:
-                self._open = list(dict.fromkeys(next(self._looking)))
+                self._open = list(dict.fromkeys(next(self._generator)))
             except StopIteration:
-                self._looking = None
+                self._generator = None
+            if (empty := empty + 1) > EMPTY:
+                raise StepError(f"the search {type(self).__name__} yields no candidates and does not end")
 
 
 @dataclass
 class SpaceSearch(Search):
-    """A search over a space. A step takes it by its name, and so makes all of them alike.
+    """A search over a space. A step takes it by its name and constructs each of them with the same arguments.
 
     Arguments:
         space: what to choose from.
@@ -119,6 +128,22 @@ class SpaceSearch(Search):
         """The first of ``first`` within the limits; the first of all if there is none."""
         return next((one for one in self.first if self.limits.allow(one)), self.first[0])
 
+    def run(self, evaluate: Callable[[Subnet], Sequence[float]]) -> None:
+        """Ask and tell until done.
+
+        Raises:
+            StepError: it does not end.
+        """
+        asked = 0
+        while not self.done:
+            for candidate in self.ask():
+                if (asked := asked + 1) > ENDLESS * (self.budget + 1):
+                    raise StepError(
+                        f"the search {type(self).__name__} does not end: it asked for {asked} sub-networks with a budget of "
+                        f"{self.budget}. Its method candidates must return"
+                    )
+                self.tell(candidate, evaluate(candidate))
+
     @classmethod
     def check(cls) -> None:
         """Refuse, before any work, to search without a package that is not installed."""
@@ -128,9 +153,11 @@ def search_of(name: str) -> type[SpaceSearch]:
     """A search over a space by its name in the registry, or by ``module:Class``.
 
     Raises:
-        StepError: the name is not known.
+        StepError: the name is not known, or the class has no algorithm.
         MissingExtraError: a package that the search needs is not installed.
     """
     found = find(SEARCHES, name, "search", base=SpaceSearch)
+    if inspect.isabstract(found):
+        raise StepError(f"the search {name!r} has no method candidates; write its algorithm there")
     found.check()
     return found

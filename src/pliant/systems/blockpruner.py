@@ -5,16 +5,12 @@ Zhong et al., "BlockPruner: Fine-grained Pruning for Large Language Models", 202
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from pliant.prune import GreedyPruner, block_moves
 from pliant.step import Job, setting
 
 
 class BlockPruner(GreedyPruner):
     """Algorithm 1 of the paper: mask each remaining block in turn, remove the one with the lowest perplexity, repeat."""
-
-    kind: ClassVar[str] = "blockpruner"
 
     blocks: str = setting(
         "Blocks to remove: attention, mlp, or mix for all.", default="mix", choices=("mix", "attention", "mlp")

@@ -5,8 +5,6 @@ Muñoz et al., "MultiPruner: Balanced Structure Removal in Foundation Models", 2
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from pliant.elastic import Subnet
 from pliant.errors import StepError
 from pliant.prune import WidthPruner, block_moves, pooled, width_moves
@@ -18,8 +16,6 @@ from pliant.step import Job, setting
 class MultiPruner(WidthPruner):
     """Three greedy stages from coarse to fine. Units are sorted by importance first, so that a stage always removes the
     least important remaining ones."""
-
-    kind: ClassVar[str] = "multipruner"
 
     split: str = setting(
         "How the ratio is shared among blocks, MLP channels and attention heads (paper, table 7).", default="44:52:4"

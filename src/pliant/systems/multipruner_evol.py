@@ -6,8 +6,6 @@ variant. The paper gives no population and no number of generations; the default
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import numpy as np
 
 from pliant.anatomy import Anatomy
@@ -25,8 +23,6 @@ from pliant.step import Job, setting
 class MultiPrunerEvol(WidthPruner):
     """BlockPruner until half the ratio, then NSGA-II over the widths of all remaining MLPs and attentions: the loss
     against the ratio. Of all evaluated sub-networks at the ratio, the one with the lowest loss is taken."""
-
-    kind: ClassVar[str] = "multipruner_evol"
 
     width_samples: int = setting("Rows of calibration text for the widths.", default=128, at_least=1)
 
@@ -93,6 +89,10 @@ class MultiPrunerEvol(WidthPruner):
             for subnet, (loss, _) in search.seen.items()
             if np.isfinite(loss) and 0 <= ratios[subnet] - self.ratio < max(self.tolerance, unit)
         ]
+        if not ratios:
+            raise RatioError(
+                f"the search {self.width_search} asked for no sub-network; change its settings or the ratio"
+            )
         if not near:
             raise RatioError(
                 f"none of {len(ratios)} sub-networks is within {self.tolerance} above ratio {self.ratio} (their ratios are "

@@ -20,8 +20,6 @@ class SparAMX(ValueStep):
     A layer is packed dense if the sparse form is slower on this machine; ``PackedLinear`` has more settings.
     """
 
-    kind: ClassVar[str] = "sparamx"
-
     packs: ClassVar[bool] = True
 
     sparsity: float | None = setting(

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from pliant.data.tokenize_examples import IGNORED
-from pliant.device import doubled, total
+from pliant.device import to_float64, total
 from pliant.train.trunk_and_head import Halves
 
 
-def tokens_at_once(device: torch.device) -> int:
+def logits_at_once(device: torch.device) -> int:
     """The number of tokens whose logits are in memory at a time.
 
     On a CPU they are so few that the allocator reuses their memory, instead of asking the system for pages to be cleared.
@@ -100,7 +100,7 @@ def _loss(
     wanted = expected.exp()
     divergence = torch.dot(wanted.view(-1), expected.sub_(flat).view(-1))
     # the divergence goes with 1 / temperature**2, so it and its gradient are scaled back by as much
-    value = (1 - weight) * value + weight * temperature**2 * doubled(divergence)
+    value = (1 - weight) * value + weight * temperature**2 * to_float64(divergence)
     gradient = flat.exp().sub_(wanted).mul_(weight * temperature)
     if weight < 1:
         gradient.add_(ours.exp_(), alpha=1 - weight)
@@ -109,7 +109,7 @@ def _loss(
 
 
 def _chunks(targets: torch.Tensor) -> list[slice]:
-    count = tokens_at_once(targets.device)
+    count = logits_at_once(targets.device)
     return [slice(start, start + count) for start in range(0, len(targets), count)]
 
 

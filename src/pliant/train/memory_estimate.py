@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from pliant.train.loss import tokens_at_once
+from pliant.train.loss import logits_at_once
 
 
-def estimate(
+def memory_needed(
     model: Any,
     linears: dict[str, Any],
     parameters: dict[str, nn.Parameter],
@@ -44,5 +44,5 @@ def estimate(
         "copies": copies * trained,
         "activations": 2 * tokens * kept * next(model.parameters()).element_size(),
         # logits, their logarithms and two gradients; half of that again for the teacher
-        "logits": (6 if teacher else 4) * 4 * min(tokens, tokens_at_once(model.device)) * vocabulary,
+        "logits": (6 if teacher else 4) * 4 * min(tokens, logits_at_once(model.device)) * vocabulary,
     }

@@ -22,7 +22,7 @@ from pliant.record import Curve, Note, Section
 from pliant.step import Job, Step, setting
 from pliant.train.loop import SCHEDULES, Plan, Training, memory_peak
 from pliant.train.loss import Distillation
-from pliant.train.memory_estimate import estimate
+from pliant.train.memory_estimate import memory_needed
 from pliant.train.seeds import seed_of
 from pliant.train.state import StateFile
 from pliant.train.trainable import Full, Lora, linear_layers, training_mode
@@ -56,7 +56,6 @@ def training_sections(recovery: Mapping[str, Any]) -> list[Section]:
 class Recover(Step):
     """Train the model on text or examples. The result is an ordinary model of the same shapes and dtype."""
 
-    kind: ClassVar[str] = "recover"
     family: ClassVar[str] = "training"
     needs: ClassVar[frozenset[str]] = frozenset({"examples"})
     trains: ClassVar[bool] = True
@@ -68,11 +67,11 @@ class Recover(Step):
     )
 
     steps: int | None = setting(
-        "Optimizer steps. If none, 200; with minutes, as many as they are enough for.", default=None, at_least=1
+        "Optimizer steps. Default: 200; with minutes, as many as fit into them.", default=None, at_least=1
     )
 
     minutes: float | None = setting(
-        "Stop at the first optimizer step after this many minutes. The learning rate schedule ends with them.",
+        "Stop at the first optimizer step after this many minutes. The learning rate falls to 0 by then.",
         default=None,
         above=0,
     )
@@ -80,21 +79,21 @@ class Recover(Step):
     batch_size: int = setting("Sequences in an optimizer step.", default=8, at_least=1, formerly="batch")
 
     micro_batch_size: int | None = setting(
-        "Sequences in memory at a time. If none, those of about 512 tokens on a CPU, 4096 on a GPU.",
+        "Sequences in memory at a time. Default: as many as have 512 tokens on a CPU, 4096 on a GPU.",
         default=None,
         at_least=1,
         formerly="micro_batch",
     )
 
     seqlen: int | None = setting(
-        "Tokens in a sequence. Longer examples are truncated; plain text is packed into windows of this length. If none, the "
+        "Tokens in a sequence. Longer examples are truncated; plain text is packed into windows of this length. Default: the "
         "smaller of 256 and the model's positions.",
         default=None,
         at_least=2,
     )
 
     learning_rate: float | None = setting(
-        "Highest learning rate. If none, 3e-4 for lora and 5e-5 for full.", default=None, above=0, formerly="lr"
+        "Highest learning rate. Default: 3e-4 for lora, 5e-5 for full.", default=None, above=0, formerly="lr"
     )
 
     warmup_ratio: float = setting(
@@ -128,7 +127,7 @@ class Recover(Step):
     )
 
     target_modules: str | Sequence[str] | None = setting(
-        "lora: names of the linear layers with adapters, such as q_proj,v_proj. If none, all linear layers in the blocks.",
+        "lora: names of the linear layers with adapters, such as q_proj,v_proj. Default: all linear layers in the blocks.",
         default=None,
         formerly="targets",
     )
@@ -145,13 +144,13 @@ class Recover(Step):
     temperature: float = setting("Temperature of both distributions in the distillation.", default=1.0, above=0)
 
     teacher: str | None = setting(
-        "Folder or hub id of the dense model to learn from. If none, the one that this model was loaded from.",
+        "Folder or hub id of the dense model to learn from. Default: the one that this model was loaded from.",
         default=None,
         path=True,
     )
 
     data: str | None = setting(
-        "Training data: a file, a folder or a hub id, as for pliant.examples. If none, the data of the run.",
+        "Training data: a file, a folder or a hub id, as for pliant.examples. Default: the data of the run.",
         default=None,
         path=True,
     )
@@ -259,7 +258,7 @@ class Recover(Step):
         with training_mode(model, recompute=self.gradient_checkpointing):
             trained = self._trained(model, anatomy)
             try:
-                needs = estimate(
+                needs = memory_needed(
                     model,
                     linears,
                     trained.parameters,

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from pliant.errors import ArtefactError, ResumeError
 from pliant.files import replacing
+from pliant.formatting import differences
 
 VERSION = 1  # to be raised when the meaning of a state changes
 
@@ -45,13 +46,9 @@ class StateFile:
             raise ResumeError(
                 f"{str(self.path)!r} is damaged ({error}); delete it to start the training again"
             ) from error
-        differing = sorted(key for key in {*header, *self._header} if header.get(key) != self._header.get(key))
-        if differing:
-            differences = "; ".join(
-                f"{key}: {header.get(key)!r} there, {self._header.get(key)!r} now" for key in differing[:4]
-            )
+        if differing := differences(header, self._header):
             raise ResumeError(
-                f"{str(self.path)!r} belongs to another training ({differences}). Delete it, or use another work folder"
+                f"{str(self.path)!r} belongs to another training ({differing}). Delete it, or use another work folder"
             )
         return tensors, plain
 

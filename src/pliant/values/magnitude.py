@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 
 from pliant.step import Job, setting
-from pliant.values.matrix import ValueStep, concerned, show_left
+from pliant.values.matrix import ValueStep, select_matrices, show_skipped
 
 
 class Magnitude(ValueStep):
@@ -15,8 +13,6 @@ class Magnitude(ValueStep):
 
     The simplest way to make a model sparse: most models do not bear a sparsity of a half without training afterwards.
     """
-
-    kind: ClassVar[str] = "magnitude"
 
     sparsity: float = setting("Share of the weights to zero, from 0 to 1.", at_least=0, at_most=1)
 
@@ -28,7 +24,7 @@ class Magnitude(ValueStep):
 
     @torch.no_grad()
     def run(self, job: Job) -> None:
-        found = concerned(job.model, self.target_modules, self.exclude_modules)
+        found = select_matrices(job.model, self.target_modules, self.exclude_modules)
         zeros = total = 0
         with found.changing(job.model) as matrices:
             for matrix in matrices:
@@ -37,7 +33,7 @@ class Magnitude(ValueStep):
                 zeros += int((matrix.weight == 0).sum())
                 total += matrix.weight.numel()
         job.record.update(sparsity=zeros / total, weights=total)
-        show_left(job, found, total)
+        show_skipped(job, found, total)
 
 
 def zero_smallest(weight: torch.Tensor, sparsity: float, *, within: str = "matrix") -> None:

@@ -51,7 +51,7 @@ class Matrix:
 
 
 @dataclass
-class Concern:
+class Selection:
     """The matrices that a step on values changes, and those that it skips.
 
     Attributes:
@@ -87,7 +87,7 @@ class ValueStep(Step):
 
     target_modules: str | Sequence[str] | None = setting(
         "The linear layers to change, as in peft: names or name endings; or a regular expression that matches whole names; or "
-        "all-linear. If none, those in the blocks if the model has an architecture file, otherwise all.",
+        "all-linear. Default: those in the blocks if the model has an architecture file, otherwise all.",
         default=None,
     )
 
@@ -113,14 +113,14 @@ def _checked(setting: str, value: Any) -> str | tuple[str, ...] | None:
     return tuple(sorted(value) if isinstance(value, set) else value)
 
 
-def concerned(
+def select_matrices(
     model: nn.Module,
     target: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     *,
     replaces: bool = False,
     head: bool = False,
-) -> Concern:
+) -> Selection:
     """Select the weight matrices that a step changes.
 
     By default they are those in the blocks if the model has an architecture file, otherwise those of all linear layers.
@@ -143,7 +143,7 @@ def concerned(
     chosen = None if target in (None, ALL) else _named(everything, target, "target_modules")
     excluded = set() if exclude is None else _named(everything, exclude, "exclude_modules")
     embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    found, seen = Concern(), set()
+    found, seen = Selection(), set()
     for name, one in everything.items():
         if name in excluded:
             why = EXCLUDED
@@ -153,7 +153,7 @@ def concerned(
             why = "" if head else HEAD
         else:
             why = OUTSIDE if inside and target is None and name not in inside else ""
-        why = why or _why_left(model, name, one, replaces)
+        why = why or _why_skipped(model, name, one, replaces)
         weight = id(_parameter(model, one))
         if not why and not replaces and weight in embedded:
             why = "linear layers that share their weight with an embedding"
@@ -174,21 +174,21 @@ def head_of(model: Any) -> tuple[str, nn.Module] | None:
     return next(((name, module) for name, module in model.named_modules() if module is head), None) if head else None
 
 
-def show_left(job: Job, found: Concern, changed: int) -> None:
+def show_skipped(job: Job, found: Selection, changed: int) -> None:
     """Record the parameters that a step has skipped, and show them."""
-    job.record["left"] = left_over(job.model, found, changed)
-    job.show(*left_note(job.record["left"]))
+    job.record["left"] = skipped_parameters(job.model, found, changed)
+    job.show(*skipped_note(job.record["left"]))
 
 
-def left_over(model: nn.Module, found: Concern, changed: int) -> dict[str, Any]:
+def skipped_parameters(model: nn.Module, found: Selection, changed: int) -> dict[str, Any]:
     """Summarise the parameters that a step has skipped.
 
     Arguments:
         changed: number of parameters that it has changed.
 
     Returns:
-        ``parameters``, ``bytes`` and ``share`` (of all parameters); ``reasons``: for each reason ``why``, ``parameters``, ``bytes`` and
-        the ``names`` of layers, the largest first.
+        ``parameters``, ``bytes`` and ``share`` (of all parameters); ``reasons``: for each reason ``why``, ``parameters``,
+        ``bytes`` and the ``names`` of layers, the largest first.
     """
     still = (one for one in found.matrices if one.layer is None or model.get_submodule(one.name) is one.layer)
     seen = {id(_parameter(model, one)) for one in still}
@@ -219,8 +219,8 @@ def left_over(model: nn.Module, found: Concern, changed: int) -> dict[str, Any]:
     }
 
 
-def left_note(left: Mapping[str, Any], done: str = "changed") -> list[Section]:
-    """One sentence on the parameters that :func:`left_over` counts, if there are any.
+def skipped_note(left: Mapping[str, Any], done: str = "changed") -> list[Section]:
+    """One sentence on the parameters that :func:`skipped_parameters` counts, if there are any.
 
     Arguments:
         done: what the step has done to the others.
@@ -309,7 +309,7 @@ def _fits(name: str, pattern: str, whole: bool) -> bool:
     return re.fullmatch(pattern, name) is not None if whole else name == pattern or name.endswith(f".{pattern}")
 
 
-def _why_left(model: nn.Module, name: str, one: Matrix, replaces: bool) -> str:
+def _why_skipped(model: nn.Module, name: str, one: Matrix, replaces: bool) -> str:
     """Why a matrix cannot be changed, or its layer replaced; an empty string if it can."""
     if one.layer is None:
         owner = model.get_submodule(one.path.rpartition(".")[0])

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pliant.checkpoint.packed_bytes import packed_bytes
-from pliant.compat.native import run_natively
+from pliant.compat.native_check import run_natively
 from pliant.compat.packed_layers import record_packed
 from pliant.errors import PackedError, StepError
 from pliant.pages import pages_of
@@ -24,7 +24,15 @@ from pliant.runtime.packed_matrix import FORMATS, GROUPS
 from pliant.runtime.rounding_grid import round_to_grid
 from pliant.runtime.sparse_break_even import pays
 from pliant.step import Job, setting
-from pliant.values.matrix import Concern, Matrix, ValueStep, concerned, head_of, left_note, left_over
+from pliant.values.matrix import (
+    Matrix,
+    Selection,
+    ValueStep,
+    head_of,
+    select_matrices,
+    skipped_note,
+    skipped_parameters,
+)
 
 CHOICES = ("auto", "dense", *FORMATS)
 CACHES = ("bf16", "int8", "float32")
@@ -38,8 +46,6 @@ class PackedLinear(ValueStep):
     are skipped; the record lists them and their share of the model. Packing comes last: a packed model can be run, saved, loaded
     and measured, but no longer cut or trained. An error or Ctrl-C while layers are packed leaves the model unchanged.
     """
-
-    kind: ClassVar[str] = "packed"
 
     packs: ClassVar[bool] = True
 
@@ -116,7 +122,7 @@ class PackedLinear(ValueStep):
     def _cache(self) -> dict[str, Any]:
         return {"format": self.cache, "key_sparsity": self.key_sparsity, "value_sparsity": self.value_sparsity}
 
-    def select(self, model: Any) -> tuple[Concern, list[tuple[Matrix, str]]]:
+    def select(self, model: Any) -> tuple[Selection, list[tuple[Matrix, str]]]:
         """The matrices that the step changes and those that it skips, and the format of each layer to pack.
 
         Raises:
@@ -130,7 +136,9 @@ class PackedLinear(ValueStep):
             )
         if any(parameter.device.type not in ("cpu", "meta") for parameter in model.parameters()):
             raise StepError("packed layers run on the CPU; move the model to the CPU first")
-        found = concerned(model, self.target_modules, self.exclude_modules, replaces=True, head=self.head != "dense")
+        found = select_matrices(
+            model, self.target_modules, self.exclude_modules, replaces=True, head=self.head != "dense"
+        )
         wanted = self._formats(found.matrices, head_of(model))
         dense = {one.name for one in found.matrices} - {one.name for one, _ in wanted}
         found.left |= dict.fromkeys(dense, "linear layers that format, head or rules leave dense")
@@ -177,7 +185,7 @@ class PackedLinear(ValueStep):
             bytes=packed_bytes(model),
             native=not why_not,
             why_not_native=why_not,
-            left=left_over(model, found, sum(one.parameters_held() for one in made)),
+            left=skipped_parameters(model, found, sum(one.parameters_held() for one in made)),
         )
         show_packed(job)
 
@@ -207,7 +215,7 @@ def show_packed(job: Job) -> None:
     forms = Counter(layer["format"] for layer in record["packed"].values())
     job.show(
         Note(f"Packed layers at {record['bits']:.2f} bits per weight, {how}."),
-        *left_note(record["left"], "packed"),
+        *skipped_note(record["left"], "packed"),
         done=f"linear layers ({1 - record['left']['share']:.1%} of the parameters) packed as "
         + " and ".join(form for form, _ in forms.most_common()),
         tags=["quantized"],

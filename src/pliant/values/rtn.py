@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 
 from pliant.runtime.rounding_grid import round_to_grid
 from pliant.step import Job, setting
-from pliant.values.matrix import ValueStep, concerned, show_left
+from pliant.values.matrix import ValueStep, select_matrices, show_skipped
 
 
 class RTN(ValueStep):
@@ -18,15 +16,13 @@ class RTN(ValueStep):
     grid of 8 bits with a scale per row, or of 4 bits with groups of 128, 64 or 32, and stores such weights without another error.
     """
 
-    kind: ClassVar[str] = "rtn"
-
     bits: int = setting("Bits of a weight, from 2 to 8.", default=4, at_least=2, at_most=8)
 
     group: int | None = setting("Inputs that share a scale; none for one scale per output.", default=128, at_least=1)
 
     @torch.no_grad()
     def run(self, job: Job) -> None:
-        found = concerned(job.model, self.target_modules, self.exclude_modules)
+        found = select_matrices(job.model, self.target_modules, self.exclude_modules)
         error = size = 0.0
         with found.changing(job.model) as matrices:
             for matrix in matrices:
@@ -36,4 +32,4 @@ class RTN(ValueStep):
                 size += float(flat.square().sum())
                 matrix.weight.copy_(rounded.view(matrix.weight.shape))
         job.record.update(relative_error=(error / size) ** 0.5 if size else 0.0)
-        show_left(job, found, sum(matrix.weight.numel() for matrix in found.matrices))
+        show_skipped(job, found, sum(matrix.weight.numel() for matrix in found.matrices))

@@ -57,11 +57,7 @@ def harness(
 
 
 def _row(name: str, row: dict[str, Any]) -> dict[str, Any]:
-    """The results of a task, whose keys are ``metric,filter``; lm-eval writes a string if it has no result.
-
-    Raises:
-        WeightError: a result is not finite.
-    """
+    """The results of a task, whose keys are ``metric,filter``; lm-eval writes a string if it has no result."""
     figures: dict[str, Any] = {}
     for key, value in row.items():
         metric, comma, output_filter = key.partition(",")
@@ -69,12 +65,9 @@ def _row(name: str, row: dict[str, Any]) -> dict[str, Any]:
             ending = "_stderr" if metric.endswith("_stderr") else ""
             if isinstance(value, float) and not math.isfinite(value):
                 raise WeightError(f"lm-eval's {metric} of {name} is {value}; check the model's weights")
-            figures[_metric(metric.removesuffix("_stderr"), output_filter) + ending] = value
+            of = "" if output_filter == "none" else f",{output_filter}"
+            figures[metric.removesuffix("_stderr") + of + ending] = value
     return figures
-
-
-def _metric(metric: str, output_filter: str) -> str:
-    return metric if output_filter == "none" else f"{metric},{output_filter}"
 
 
 def _items(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -37,21 +37,28 @@ def replies(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int = 64
     check_prompts(prompts)
     texts = []
     for prompt in prompts:
-        if getattr(tokenizer, "chat_template", None):
-            talk = [{"role": "user", "content": prompt}]
-            inputs = tokenizer.apply_chat_template(
-                talk, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        else:
-            inputs = tokenizer(prompt, return_tensors="pt")
-        inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        inputs = inputs_of(model, tokenizer, prompt, chat=bool(getattr(tokenizer, "chat_template", None)))
         length, positions = inputs["input_ids"].shape[1], longest_of(model)
         room = min(tokens, positions - length)
         if room < 1:
             raise DataError(
                 f"a prompt has {length} tokens, but the model has {positions} positions; shorten {prompt[:40]!r}"
             )
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        out = model.generate(**inputs, max_new_tokens=room, do_sample=False, pad_token_id=pad)
+        out = model.generate(**inputs, max_new_tokens=room, do_sample=False, pad_token_id=pad_of(tokenizer))
         texts.append(tokenizer.decode(out[0, length:], skip_special_tokens=True).strip())
     return texts
+
+
+def inputs_of(model: Any, tokenizer: Any, prompt: str, *, chat: bool) -> dict[str, torch.Tensor]:
+    """Token ids and attention mask of a prompt, on the model's device; with ``chat`` in the tokenizer's chat template."""
+    if chat:
+        talk = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    return {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask") if name in inputs}
+
+
+def pad_of(tokenizer: Any) -> int | None:
+    """The id of the padding token, else that of the end of a text."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pliant.errors import StepError
+from pliant.errors import StepError, WeightError
 from pliant.measure.scores.score import Score
 from pliant.registry import SCORES, find
 
@@ -32,4 +32,17 @@ def score_of(metric: str | Mapping[str, Any] | Score) -> Score:
         raise StepError(f"cannot make the score {name} with the settings {settings}: {error}") from error
 
 
-__all__ = ["Score", "score_of"]
+def loss_of(score: Score, total: Any, count: Any) -> float:
+    """The loss of a model from the sums that a score returned; a tensor of one element counts as its number.
+
+    Raises:
+        WeightError: nothing was counted.
+    """
+    if not count > 0:
+        raise WeightError(
+            f"the score {score.name} counted {count} things; it must return a sum and how many were summed up"
+        )
+    return score.loss(float(total) / float(count))
+
+
+__all__ = ["Score", "loss_of", "score_of"]

@@ -21,7 +21,7 @@ class ChoiceAccuracy(Score):
     """
 
     name: ClassVar[str] = "choice_accuracy"
-    label: ClassVar[str] = "questions answered rightly"
+    label: ClassVar[str] = "questions answered correctly"
     lower_is_better: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = True
 

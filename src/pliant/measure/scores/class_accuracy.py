@@ -21,7 +21,7 @@ class ClassAccuracy(Score):
     """
 
     name: ClassVar[str] = "class_accuracy"
-    label: ClassVar[str] = "examples classified rightly"
+    label: ClassVar[str] = "examples classified correctly"
     lower_is_better: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = True
 

@@ -13,7 +13,6 @@ from pliant.measure.scores.score import Score
 class Divergence(Score):
     """Kullback-Leibler divergence of the next-token distribution from that of the dense model, in nats per token."""
 
-    name: ClassVar[str] = "kl"
     label: ClassVar[str] = "KL to dense"
     needs_reference: ClassVar[bool] = True
     logits_copies: ClassVar[int] = 2

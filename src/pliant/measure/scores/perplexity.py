@@ -14,7 +14,6 @@ from pliant.measure.scores.score import Score
 class Perplexity(Score):
     """Mean negative log-likelihood of the next token, in nats; shown as its exponential, the perplexity."""
 
-    name: ClassVar[str] = "perplexity"
     label: ClassVar[str] = "calibration perplexity"
 
     def batch(

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from pliant.registry import SCORES, name_of
+from pliant.registry import SCORES, name_of, short_name
 
 PLAIN = (int, float, str, type(None))  # bool is an int
 
@@ -29,7 +29,7 @@ class Score:
     """
 
     name: ClassVar[str] = ""
-    """Name in the archive and in messages; by default that of the class, in small letters."""
+    """Name in the archive and in messages; by default its name in the registry, or that of the class in small letters."""
 
     label: ClassVar[str] = ""
     """The shown value in a few words, for tables and curves; by default the name."""
@@ -51,7 +51,7 @@ class Score:
     def __init_subclass__(cls, **others: Any) -> None:
         super().__init_subclass__(**others)
         if "name" not in vars(cls):
-            cls.name = cls.__name__.lower()
+            cls.name = short_name(SCORES, cls)
         cls.label = cls.label or cls.name
 
     @property

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pliant import device as devices
 from pliant.checkpoint.load import loaded
 from pliant.compat.cache_argument import cache_argument
+from pliant.device import wait
 from pliant.errors import DataError
 from pliant.forward.windows import check_model, check_room, longest_of
 from pliant.progress import peak_memory
@@ -90,7 +90,7 @@ def bench(
 
 
 def prompt_for(models: Mapping[str, Any], prompt: int | None, tokens: int, usual: int = PROMPT) -> int:
-    """Length of a prompt before ``tokens`` tokens: ``prompt``, or if that is None the smaller of ``usual`` and all models' positions.
+    """Length of a prompt before ``tokens`` tokens: ``prompt``, or by default the smaller of ``usual`` and all models' positions.
 
     Raises:
         ArchitectureError: a model that predicts no next tokens.
@@ -109,14 +109,14 @@ def _once(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float]:
     """Seconds of one prefill and of ``tokens`` decoding steps after it."""
     gc.collect()
     cache = cache_argument(model, new_cache(model))
-    wait(model)
+    wait(model.device)
     began = time.perf_counter()
     out = model(input_ids=ids, **cache, use_cache=True, logits_to_keep=1)
-    wait(model)
+    wait(model.device)
     middle = time.perf_counter()
     for _ in range(tokens):
         out = model(input_ids=out.logits[:, -1:].argmax(-1), **cache, use_cache=True)
-    wait(model)
+    wait(model.device)
     return middle - began, time.perf_counter() - middle
 
 
@@ -125,11 +125,6 @@ def new_cache(model: Any) -> Any:
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config)
-
-
-def wait(model: Any) -> None:
-    """Wait until all work queued on the model's device is done."""
-    devices.wait(model.device)
 
 
 def _spread(values: list[float]) -> dict[str, float]:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from pliant.anatomy import Anatomy, Block, evaluating
+from pliant.device import wait
 from pliant.elastic import Elastic, Subnet
 from pliant.forward.windows import longest_of
-from pliant.measure.speed.bench import wait
 
 NARROWED = (0.75, 0.5, 0.25)  # shares of an axis that are removed to time the rest
 PHASES = ("prefill", "decode")
@@ -81,7 +81,8 @@ def measure_latency(model: Any, anatomy: Anatomy, phase: str = "prefill", *, rep
     subnets: dict[tuple[str, ...], Subnet] = {("dense",): Subnet()}
     narrower: dict[tuple[str, ...], float] = {}
     for kind, block in kinds.items():
-        subnets["without", kind] = _without(anatomy, kind)
+        alike = (block.name for block in anatomy.may_all_go() if block.kind == kind)
+        subnets["without", kind] = Subnet().without(*alike)
         for axis in block.leaders:
             fewer = {axis.less(axis.size, round(axis.size * share)) for share in NARROWED}
             for units in sorted(units for units in fewer if units is not None and units < axis.size):
@@ -119,11 +120,6 @@ def measure_latency(model: Any, anatomy: Anatomy, phase: str = "prefill", *, rep
     return Latency(phase, rest, blocks, axes)
 
 
-def _without(anatomy: Anatomy, kind: str) -> Subnet:
-    """The sub-network without all blocks of a kind that may be removed."""
-    return Subnet().without(*(block.name for block in anatomy.may_all_go() if block.kind == kind))
-
-
 def _narrowed(anatomy: Anatomy, kind: str, leader: str, share: float) -> Subnet:
     subnet = Subnet()
     for block in anatomy.blocks.values():
@@ -137,8 +133,8 @@ def _narrowed(anatomy: Anatomy, kind: str, leader: str, share: float) -> Subnet:
 
 @torch.inference_mode()
 def _milliseconds(model: Any, ids: torch.Tensor) -> float:
-    wait(model)
+    wait(model.device)
     began = time.perf_counter()
     model(input_ids=ids, use_cache=False, logits_to_keep=1)
-    wait(model)
+    wait(model.device)
     return (time.perf_counter() - began) * 1e3

@@ -32,7 +32,7 @@ def questions(path: str | Path, limit: int | None = None) -> list[Question] | li
         DataError: missing file, missing key, fewer than two choices, an answer that is none of them, or rows of several kinds;
             the message names the row.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if limit is not None and limit < 1:
         raise DataError(f"the limit of questions must be at least 1; not {limit}")
     items: list[Any] = []

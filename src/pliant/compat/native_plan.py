@@ -19,31 +19,17 @@ from pliant.runtime.decoder import ACTIVATIONS, Decoder, Layer, decoder
 from pliant.runtime.packed_linear import Packed
 
 ROPE = {  # keys of rope_parameters that only affect the angles from the model's rotary module
-    *(
-        "rope_type",
-        "type",
-        "rope_theta",
-        "partial_rotary_factor",
-        "factor",
-        "original_max_position_embeddings",
-        "truncate",
-    ),
-    *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "short_factor", "long_factor"),
-    *("low_freq_factor", "high_freq_factor"),
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"),
+    *("truncate", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "short_factor"),
+    *("long_factor", "low_freq_factor", "high_freq_factor"),
 }
 CONFIG = {  # config keys that change nothing here, or whose effect is read from the modules
-    *(
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-    ),
-    *("head_dim", "hidden_act", "rms_norm_eps", "max_position_embeddings", "initializer_range", "use_cache"),
-    *("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "pretraining_tp", "rope_parameters"),
-    *("attention_bias", "mlp_bias", "attention_dropout", "use_sliding_window", "sliding_window", "max_window_layers"),
-    *("layer_types", "no_rope_layers", "no_rope_layer_interval", "ignore_keys_at_rope_validation"),
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "max_position_embeddings"),
+    *("initializer_range", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings"),
+    *("pretraining_tp", "rope_parameters", "attention_bias", "mlp_bias", "attention_dropout", "use_sliding_window"),
+    *("sliding_window", "max_window_layers", "layer_types", "no_rope_layers", "no_rope_layer_interval"),
+    *("ignore_keys_at_rope_validation",),
 }
 
 

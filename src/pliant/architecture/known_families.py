@@ -47,7 +47,7 @@ def add_architecture(file: str | Path) -> Architecture:
     Raises:
         ArchitectureError: the file cannot be read, or its content has faults; the message lists all of them.
     """
-    path = Path(file)
+    path = Path(file).expanduser()
     try:
         raw = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, yaml.YAMLError) as error:
