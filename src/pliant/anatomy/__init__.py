@@ -16,7 +16,7 @@ from pliant.anatomy.config import (
     plain_config,
     text_config_of,
 )
-from pliant.anatomy.null import Null
+from pliant.anatomy.null import Null, NullNorm
 from pliant.anatomy.probe import agree, evaluating, output_of, probe, rounding
 from pliant.anatomy.read import anatomy_of, blocks_of, described_by, holders_of, layers_of
 
@@ -27,6 +27,7 @@ __all__ = [
     "Axis",
     "Block",
     "Null",
+    "NullNorm",
     "Traced",
     "Weight",
     "agree",

@@ -52,3 +52,29 @@ class Null(nn.Module):
         inputs = (hidden_states, *args)
         out = torch.zeros_like(hidden_states) if self.residual is None else inputs[self.residual]
         return (out, None) if self.returns_tuple else out
+
+
+class NullNorm(nn.Module):
+    """The module in place of a norm that went with its block: it passes its input on.
+
+    Some layers cast to the dtype of the norm's weight, so it has an empty one.
+
+    Arguments:
+        replaced: the module that it replaces.
+    """
+
+    def __init__(self, replaced: nn.Module) -> None:
+        super().__init__()
+        dtypes = (tensor.dtype for tensor in replaced.parameters() if tensor.is_floating_point())
+        self._dtype = next(dtypes, torch.get_default_dtype())
+
+    def forward(self, hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        return hidden_states
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return torch.empty(0, dtype=self._dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> NullNorm:
+        self._dtype = fn(self.weight).dtype
+        return super()._apply(fn, recurse)

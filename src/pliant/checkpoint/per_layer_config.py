@@ -101,7 +101,7 @@ def write(model: Any) -> None:
     # a family whose config validates its head count, or whose output head asks for the number of experts, can only be read back
     # if the global value may be read; there the narrower tensors themselves make transformers alone refuse
     reads_global = any(
-        (block.spec.scores or axis.active) and axis.config_key in overrides.get(block.layer, {})
+        (block.spec.scores or block.role == "scan" or axis.active) and axis.config_key in overrides.get(block.layer, {})
         for block in anatomy.blocks.values()
         for axis in block.axes.values()
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pliant.anatomy import Anatomy, Block, Null, Weight, anatomy_of, layers_of, plain_config
+from pliant.anatomy import Anatomy, Block, Null, NullNorm, Weight, anatomy_of, layers_of, plain_config
 from pliant.elastic.subnet import Subnet, validate
 from pliant.torch_private import own_tensors
 
@@ -84,10 +84,10 @@ def follow(layer: nn.Module, block: Block, kept: Mapping[str, int]) -> None:
             module.config = base if same else Follower(base, values)
 
 
-def stand_in(block: Block, path: str) -> nn.Module:
+def stand_in(block: Block, path: str, module: nn.Module) -> nn.Module:
     """The module that replaces one of a removed block."""
     if path != block.spec.module:
-        return nn.Identity()
+        return NullNorm(module)
     return Null(block.spec.returns_tuple, block.spec.residual, attention=block.spec.scores is not None)
 
 
@@ -171,7 +171,7 @@ class Elastic:
         if skipped:  # widen first, so that a module that is put aside is always full
             self._set_kept(block, {})
         for path, module in self._modules[block.name].items():
-            layer.set_submodule(path, stand_in(block, path) if skipped else module)
+            layer.set_submodule(path, stand_in(block, path, module) if skipped else module)
 
     def _set_kept(self, block: Block, kept: Mapping[str, int]) -> None:
         layer = self.layers[block.layer]

@@ -50,7 +50,7 @@ def _share(layer: nn.Module, block: Block, kept: Mapping[str, int], tensors: Map
 def remove(layer: nn.Module, block: Block) -> None:
     """Remove a block from its layer: a null module replaces it, and its norms do nothing."""
     for path in (block.spec.module, *block.removed):
-        layer.set_submodule(path, stand_in(block, path))
+        layer.set_submodule(path, stand_in(block, path, layer.get_submodule(path)))
 
 
 def shrink(layer: nn.Module, block: Block, kept: Mapping[str, int]) -> None:
