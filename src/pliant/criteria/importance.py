@@ -13,7 +13,7 @@ from pliant.checkpoint.load import tokenizer_of
 from pliant.data import Text, text
 from pliant.elastic import described
 from pliant.errors import DataError, StepError
-from pliant.forward.windows import check_model, seqlen_of, windows_for
+from pliant.forward.windows import check_model, not_finite, seqlen_of, windows_for
 from pliant.registry import IMPORTANCE, find
 
 
@@ -83,5 +83,9 @@ def measured(model: Any, anatomy: Anatomy, by: str, windows: torch.Tensor | None
                 f"shape {tuple(values.shape)}"
             )
         if values.is_complex() or not values.isfinite().all():
+            if by in IMPORTANCE:
+                raise not_finite(
+                    model, f"no finite loss and no finite importance ({by} of {name}) on the calibration text"
+                )
             raise StepError(f"importance {by!r} gave values for {name!r} that are not finite real numbers")
     return {name: values.double().cpu() for name, values in found.items()}
