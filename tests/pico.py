@@ -21,6 +21,7 @@ FAMILIES = (  # each is one more use of words that are tried on the above: see t
     *("glm4", "gptj", "gpt_neo", "persimmon", "xglm", "ctrl", "gpt_bigcode", "mpt", "diffllama", "bitnet", "lfm2"),
     *("olmoe", "flex_olmo", "granitemoe", "granitemoeshared", "phimoe", "gpt_oss", "qwen2_moe", "mellum", "dots1"),
     *("glm4_moe", "deepseek_v3", "minimax_m2", "hunyuan_v1_moe", "ernie4_5_moe", "xlm-roberta", "camembert"),
+    *("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h"),
 )
 LAYOUTS = (  # where a run over every family would take too long: every trick that an architecture file can describe
     *("llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt2"),
@@ -72,6 +73,8 @@ _OWN = {
     "vit": {**_OWN_HEADS, "image_size": 16, "patch_size": 4, "num_channels": 3},
 }
 _OWN_KEYS_ONLY = ("gpt2", "bloom", "falcon", "opt", "distilbert")
+_SPECIAL = {key: _SHAPE[key] for key in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
+_SCAN = {"hidden_size": 32, "num_hidden_layers": 4, "conv_kernel": 4}
 _FOUR = {"num_experts": 4, "num_experts_per_tok": 2}
 _LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1}
@@ -107,16 +110,34 @@ _OWN |= {
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "ernie4_5_moe": {**_NO_HEAD_DIM, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24}
     | {"moe_num_shared_experts": 1, "moe_layer_start_index": 1},
+    "mamba": {**_SPECIAL, **_SCAN, "state_size": 6, "time_step_rank": 4},
+    "falcon_mamba": {**_SPECIAL, **_SCAN, "state_size": 6, "time_step_rank": 4},
+    "mamba2": {**_SPECIAL, **_SCAN, "state_size": 10, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8},
+    "bamba": {**_NO_HEAD_DIM, "attn_layer_indices": [1, 3], "mamba_n_heads": 12, "mamba_d_head": 8, "mamba_d_state": 10}
+    | {"mamba_n_groups": 2, "mamba_chunk_size": 8},
+    "nemotron_h": {**_SPECIAL, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 6, "head_dim": 8}
+    | {"num_key_value_heads": 3, "hybrid_override_pattern": "M-*M*-", "num_hidden_layers": 6, "mamba_num_heads": 8}
+    | {"mamba_head_dim": 8, "ssm_state_size": 10, "n_groups": 2, "chunk_size": 8},
     "xlm-roberta": _OWN_HEADS,
     "camembert": _OWN_HEADS,
 }
-_OWN_KEYS_ONLY += ("gptj", "gpt_neo", "xglm", "ctrl", "gpt_bigcode", "mpt")
+_OWN_KEYS_ONLY += (
+    "gptj",
+    "gpt_neo",
+    "xglm",
+    "ctrl",
+    "gpt_bigcode",
+    "mpt",
+    "mamba",
+    "falcon_mamba",
+    "mamba2",
+    "nemotron_h",
+)
 
 
 def config(name: str = "llama", **overrides):
     """A small config of a family, all sizes different from each other."""
-    special = {key: _SHAPE[key] for key in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
-    shape = special if name in _OWN_KEYS_ONLY else _SHAPE
+    shape = _SPECIAL if name in _OWN_KEYS_ONLY else _SHAPE
     given = shape | _OWN.get(name, {})
     if depth := overrides.get("num_hidden_layers"):  # what is told layer by layer goes on as it began
         given |= {key: (given[key] * depth)[:depth] for key in ("layer_types", "no_rope_layers") if key in given}

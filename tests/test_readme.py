@@ -85,7 +85,9 @@ def test_every_family_is_of_one_kind():
     encoders = {*pico.ENCODERS, "xlm-roberta", "camembert"}
     known = generate.shipped()
     assert {name for name, of in known.items() if generate.kind_of(of) == generate.ENCODERS} == encoders
-    assert {name for name, of in known.items() if generate.kind_of(of) == generate.HYBRIDS} == {"lfm2"}
+    assert {name for name, of in known.items() if generate.kind_of(of) == generate.HYBRIDS} == {
+        *("lfm2", "mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h")
+    }
     assert set(known) == {*pico.ARCHITECTURES, *pico.FAMILIES}
 
 

@@ -15,7 +15,7 @@ from pliant.step import Step, step_class
 ROOT = Path(__file__).parent.parent
 README, INIT = ROOT / "README.md", ROOT / "src" / "pliant" / "__init__.py"
 BEGIN, END = "<!-- written by tools/generate.py -->", "<!-- end of what tools/generate.py writes -->"
-DECODERS, HYBRIDS, EXPERTS, ENCODERS = "decoders", "hybrid decoders", "mixtures of experts", "encoders"
+DECODERS, HYBRIDS, EXPERTS, ENCODERS = "decoders", "state-space and hybrid decoders", "mixtures of experts", "encoders"
 CONVOLUTIONAL = "convolutional networks"
 KINDS = (DECODERS, HYBRIDS, EXPERTS, ENCODERS, CONVOLUTIONAL)
 YES, NO, LINEAR, DENSE = "yes", "–", "linear layers", "experts not packed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from math import lcm
@@ -16,6 +17,7 @@ from pliant.anatomy.block import Attribute, Axis, Block, Weight
 from pliant.anatomy.config import global_size, guards, layer_config, layer_types_of, plain_config, text_config_of
 from pliant.anatomy.null import Null
 from pliant.architecture import Architecture, BlockSpec, Part, architecture_of, catalogue, parse
+from pliant.architecture.format import EMPTY_STATE
 from pliant.errors import ArchitectureError
 from pliant.runtime.dense import is_linear, size_names, stored_in_out
 from pliant.runtime.packed_linear import Packed
@@ -267,6 +269,12 @@ def _tensor_weight(
     return Weight(path, dims, reads=len(dims) - (2 if child in spec.transposed else 1))
 
 
+def _runs_without_state(layer: nn.Module) -> bool:
+    """Whether the scan of a layer runs with a state of size 0: pliant has replaced the one of transformers, if it is a function."""
+    functions = vars(sys.modules[type(layer).__module__]).values()
+    return any(hasattr(function, EMPTY_STATE) for function in functions)
+
+
 def _epsilon(norm: nn.Module, block: str, path: str, file: str) -> tuple[str, float]:
     """Name and value of the epsilon of a norm."""
     for name in ("variance_epsilon", "eps", "epsilon"):
@@ -306,13 +314,15 @@ def _read_axes(
         if leader in used
         or any(architecture.axes[axis].follows == leader for axis in used if axis in architecture.axes)
     ]
+    floor = 1 if spec.role == "scan" and not _runs_without_state(layer) else 0
+    least = {leader: max(floor, architecture.axes[leader].least) for leader in pending}
     while pending:
         # a dimension may consist of several axes: the size of one follows once the others are known
         sized = None
         for alone in (True, False):
             for leader in pending:
                 known = {} if alone else {**axes, **fixed}
-                sized = sized or _read_family(layer, leader, architecture, plain, name, weights, known)
+                sized = sized or _read_family(layer, leader, architecture, plain, name, weights, known, least[leader])
         if sized is None:
             raise ArchitectureError(f"{name}: no dimension of any weight determines the size of axis {pending[0]!r}")
         axes |= sized
@@ -331,11 +341,13 @@ def _read_family(
     name: str,
     weights: list[Weight],
     known: Mapping[str, Axis | int],
+    least: int,
 ) -> dict[str, Axis] | None:
     """Read a leading axis and its followers from the first dimension that consists of them and of ``known`` axes.
 
     Arguments:
         known: axes, and sizes of fixed dimensions.
+        least: the fewest units that can stay.
 
     Returns:
         Short name -> axis; None if no dimension is of this kind.
@@ -344,7 +356,6 @@ def _read_family(
     sizes = {member: global_size(plain, architecture.axes[member].size) for member in family}
     wide = {member: global_size(plain, architecture.axes[member].unit) for member in family}
     ratios = {member: sizes[member] // sizes[leader] for member in family}
-    least = architecture.axes[leader].least
     groups = global_size(plain, architecture.axes[leader].groups)
     copies = {member: global_size(plain, architecture.axes[member].copies) for member in family}
 

@@ -133,6 +133,8 @@ class Part:
 
 
 WHOLE = "whole"
+EMPTY_STATE = "_pliant_empty_state"
+"""Mark of a scan function of transformers that pliant has replaced by one that runs with a state of size 0."""
 ROLES = ("attention", "mlp", "experts", "conv", "scan", "other")
 STATES = ("kv", "conv", "scan")
 MEASURES = ("width", "group")

@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from pliant.compat import dequantized, layers, outputs, quiet, remote
+from pliant.compat import dequantized, layers, outputs, quiet, remote, scan
 
 _MODELS = "transformers.models."
 _PATCHES = {
@@ -37,8 +37,13 @@ def install() -> None:
 def _patch_of(name: str) -> Callable[[ModuleType], Any] | None:
     """The patch for a module of that name; None if it needs none."""
     if name.startswith(_MODELS) and name.rpartition(".")[2].startswith("modeling_"):
-        return layers.wrap_models
+        return _patch_modeling
     return _PATCHES.get(name)
+
+
+def _patch_modeling(module: ModuleType) -> None:
+    layers.wrap_models(module)
+    scan.wrap_scans(module)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
