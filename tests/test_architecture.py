@@ -110,7 +110,7 @@ def test_a_faulty_file_is_refused_with_the_fault(change, told):
         ("elementwise", ["side"], "elementwise names 'side', which is not one of its weights"),
         ("either", {}, "either must be a list of two or more variants, not {}"),
         ("either", [{"slot": "a"}, {}], "variant 1 of block 'mlp' has the unknown key 'slot'"),
-        ("rescale", True, "the key 'rescale': a norm is not rescaled yet"),
+        ("rescale", True, "rescale must be a list of names, not True"),
     ],
 )
 def test_a_faulty_word_about_a_block_is_refused_with_the_fault(key, value, told):
@@ -137,7 +137,7 @@ def test_a_faulty_word_about_a_block_is_refused_with_the_fault(key, value, told)
         ("unit", True, "unit of axis 'channels': True is not a size"),
         ("normed", 1, "normed must be true or false, not 1"),
         ("least", -1, "least must be a whole number of at least 0, not -1"),
-        ("per", "n_groups", "the key 'per': an axis cannot exist once per group yet"),
+        ("groups", [2], "groups of axis 'channels': [[]2[]] is not a size"),
     ],
 )
 def test_a_faulty_word_about_an_axis_is_refused_with_the_fault(key, value, told):

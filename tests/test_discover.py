@@ -86,7 +86,7 @@ def test_heads_stay_together_where_a_norm_spans_them():
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("codegen", "modules that could be its attention"), ("mamba", "modules that could be its attention")],
+    [("codegen", "modules that could be its attention"), ("rwkv", "modules that could be its attention")],
 )
 def test_an_uncommon_layout_is_refused_with_the_reason(name, told):
     model = unknown(name)

@@ -138,7 +138,7 @@ EMPTY_STATE = "_pliant_empty_state"
 ROLES = ("attention", "mlp", "experts", "conv", "scan", "other")
 STATES = ("kv", "conv", "scan")
 MEASURES = ("width", "group")
-"""What an attribute may hold of an axis, besides its units: elements in all, or in one of its groups."""
+"""Measures of an axis that an attribute may hold, besides its units: elements in all, or in one of its groups."""
 WEIGHT_ROLES = ("q", "k", "v", "o", "q_norm", "k_norm", "gate", "up", "down")
 
 
