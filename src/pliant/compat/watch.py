@@ -15,10 +15,10 @@ from torch.nn import functional
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from pliant.anatomy import Null
+from pliant.anatomy import Null, NullNorm
 from pliant.runtime.packed_linear import Packed
 
-OWN = (Packed, Null)
+OWN = (Packed, Null, NullNorm)
 KNOWN = ("transformers.models.", "transformers.activations", "torch.nn.modules.")  # packages of other allowed classes
 FUNCTIONS = (  # of a modeling file, where a native run does their work
     *("apply_rotary_pos_emb", "rotate_half", "eager_attention_forward"),
