@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import pliant
-from pico import FAMILIES, IDS, head_of, logits, pico
+from pico import FAMILIES, IDS, config, head_of, logits, pico
 from pliant.anatomy import anatomy_of
 from pliant.checkpoint.per_layer_config import write
 from pliant.compat.cache_argument import cache_argument
@@ -48,6 +48,15 @@ def generated(model, **options):
     return model.generate(IDS, pad_token_id=0, **given, **options)
 
 
+def has_cache(name, **overrides):
+    """Whether transformers has a cache for the dense model: 5.14 has none for a layer with an MLP alone."""
+    try:
+        DynamicCache(config=config(name, **overrides))
+    except KeyError:
+        return False
+    return True
+
+
 @pytest.mark.filterwarnings("ignore")  # some of these families warn about kernels that are not there
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_cuts_are_exact_in_every_family(variant, tmp_path):
@@ -68,7 +77,7 @@ def test_cuts_are_exact_in_every_family(variant, tmp_path):
         again, told = head_of(name).from_pretrained(tmp_path / str(place), output_loading_info=True)
         assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert (logits(again.eval()) - activated).abs().max() < 5e-6
-        if again.can_generate():
+        if again.can_generate() and has_cache(name, **overrides):
             assert generated(again).equal(generated(again, use_cache=False))
 
 
