@@ -137,7 +137,7 @@ def test_a_faulty_word_about_a_block_is_refused_with_the_fault(key, value, told)
         ("unit", True, "unit of axis 'channels': True is not a size"),
         ("normed", 1, "normed must be true or false, not 1"),
         ("least", -1, "least must be a whole number of at least 0, not -1"),
-        ("groups", [2], "groups of axis 'channels': [[]2[]] is not a size"),
+        ("groups", [2], r"groups of axis 'channels': \[2\] is not a size"),
     ],
 )
 def test_a_faulty_word_about_an_axis_is_refused_with_the_fault(key, value, told):
@@ -418,3 +418,20 @@ def test_a_shape_that_the_file_does_not_explain_is_refused():
 
     with pytest.raises(ArchitectureError, match="has shape"):
         _lie(pico("llama"), change)
+
+
+def test_an_axis_that_follows_has_the_groups_of_its_leader():
+    raw = yaml.safe_load(GOOD)
+    raw["axes"]["channels"] |= {"groups": 2}
+    raw["axes"]["steps"] = {"size": "intermediate_size", "follows": "channels", "groups": 2}
+    with pytest.raises(ArchitectureError, match="axis 'steps': leave groups out; it has the groups of 'channels'"):
+        parse("toy", raw)
+
+
+def test_a_rescaled_norm_must_have_an_epsilon():
+    raw = dict(catalogue()["llama"].raw)
+    raw["blocks"] = {**raw["blocks"], "mlp": {**raw["blocks"]["mlp"], "rescale": ["down_proj"]}}
+    model = pico("llama")
+    model.config.pliant_architecture = raw
+    with pytest.raises(ArchitectureError, match=r"mlp\.down_proj, which .* lists under 'rescale', has no epsilon"):
+        anatomy_of(model)

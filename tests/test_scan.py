@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import pliant
-from pico import IDS, logits, pico
-from pliant.anatomy import anatomy_of
-from pliant.elastic import Subnet, extract, reorder
+from pico import IDS, logits, pico, tokenizer
+from pliant.anatomy import Weight, anatomy_of
+from pliant.architecture.format import Part
+from pliant.elastic import Subnet, check, extract, reorder
+from pliant.elastic.activate import give_back, narrow
 
 SCANS = hasattr(importlib.import_module("transformers.models.mamba2.modeling_mamba2"), "mamba2_chunk_scan")
 pytestmark = pytest.mark.skipif(not SCANS, reason="the scan of this transformers is not a function")
@@ -98,3 +100,65 @@ def test_units_stay_in_their_groups():
     with pytest.raises(pliant.PliantError, match="moves units into another of its 2 groups"):
         reorder(model, anatomy, {axis.name: torch.arange(8).flip(0)})
     assert pliant.importance(model)[axis.name].shape == (8,)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_traced_or_compiled_scan_is_that_of_transformers():
+    ours, theirs = scan()
+    given, named = arguments(SHAPES["two groups"])
+    tensors = [tensor.detach() for tensor in given]
+    kept = {"chunk_size": 16, "D": named["D"].detach(), "dt_softplus": True}
+    traced = torch.jit.trace(lambda *inputs: ours(*inputs, **kept), tensors)
+    again = [tensor[:, :21] if tensor.dim() > 1 else tensor for tensor in tensors]
+    assert torch.equal(traced(*tensors), theirs(*tensors, **kept))
+    assert ours(*again, **kept).shape[1] == 21
+
+
+FAMILIES = ("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h")
+PRUNED = pliant.text([" ".join(f"word {i * j % 17}" for j in range(1, 30)) for i in range(1, 40)])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_search_reuses_prefixes_and_removes_what_a_naive_one_does(name):
+    found = []
+    for search in ("naive", "exact"):
+        step = pliant.BlockPruner(ratio=0.1, samples=4, seqlen=24, search=search, repair=4)
+        model = pliant.apply(pico(name), step, PRUNED, tokenizer=tokenizer(), progress=False)
+        found.append(model.pliant_history[0]["subnet"])
+    assert found[0] == found[1]
+    assert found[0]["skip"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("step", [pliant.MultiPruner, pliant.UnifiedPruner, pliant.FisherPruner, pliant.KnapsackPruner])
+def test_every_family_is_narrowed_to_the_ratio(name, step):
+    model = pico(name)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    pliant.apply(model, step(ratio=0.1, samples=4, seqlen=24), PRUNED, tokenizer=tokenizer(), progress=False)
+    assert 0.1 <= 1 - sum(parameter.numel() for parameter in model.parameters()) / before < 0.2
+    assert logits(model).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_a_model_whose_state_is_gone_is_checked_and_cut_again(name):
+    model = pico(name)
+    extract(model, anatomy_of(model), Subnet().keeping("layers.0.mamba.state", 0))
+    check(model)
+    pliant.apply(model, pliant.ChannelPruner(ratio=0.1), progress=False)
+    assert anatomy_of(model).axes["layers.0.mamba.state"].size == 0
+    assert logits(model).isfinite().all()
+
+
+def test_a_gathered_buffer_is_written_back_to_the_units_of_its_groups():
+    block = anatomy_of(pico("mamba2")).blocks["layers.0.mamba"]
+    weight = Weight("buffer", ((Part("scan"), Part("state")),), buffer=True)
+    full, kept = torch.arange(64.0 + 20), {"scan": 4, "state": 3}
+    part = narrow(full, block, weight, kept)
+    expected = [*range(16), *range(32, 48), *range(64, 67), *range(74, 77)]
+    assert part.tolist() == expected
+    changed = full.clone()
+    give_back(part + 100, changed, block, weight, kept)
+    assert changed.tolist() == [value + 100 if value in expected else value for value in full.tolist()]

@@ -19,6 +19,7 @@ DECODERS, HYBRIDS, EXPERTS, ENCODERS = "decoders", "state-space and hybrid decod
 CONVOLUTIONAL = "convolutional networks"
 KINDS = (DECODERS, HYBRIDS, EXPERTS, ENCODERS, CONVOLUTIONAL)
 YES, NO, LINEAR, DENSE = "yes", "–", "linear layers", "experts not packed"
+WEIGHTS = "all weights; LoRA if peft takes the layers"
 WITH_PLIANT, AS_BEFORE = "transformers after `import pliant`", "every tool that opened the model before"
 
 
@@ -36,6 +37,8 @@ def works(step: type[Step], kind: str) -> str:
         return NO  # such a step predicts the text, which takes a causal language model
     if step.family == "values" and kind == CONVOLUTIONAL:
         return LINEAR
+    if step.trains and kind == HYBRIDS:
+        return WEIGHTS
     return DENSE if step.packs and kind == EXPERTS else YES
 
 

@@ -211,6 +211,9 @@ def _read_block(
         if dims is None:  # never cut: each dimension is fixed at its size
             fixed |= {f"{child}.{position}": size for position, size in enumerate(matrix.shape)}
             dims = tuple((Part(f"{child}.{position}"),) for position in range(matrix.dim()))
+        if child in spec.rescale:
+            epsilon, value = _epsilon(target, name, path, file)
+            attributes.append(Attribute(path, epsilon, dims[0], epsilon=value))
         if isinstance(target, torch.Tensor):
             weights.append(_tensor_weight(path, child, dims, target, spec))
             continue
@@ -225,9 +228,6 @@ def _read_block(
             attributes += [Attribute(path, size, dims[0]) for size in ("out_channels", "in_channels", "groups")]
         else:
             weights.append(Weight(f"{path}.weight", dims, rescaled=child in spec.rescale))
-            if child in spec.rescale:
-                name_, value = _epsilon(target, name, path, file)
-                attributes.append(Attribute(path, name_, dims[0], epsilon=value))
         if getattr(target, "bias", None) is not None:
             weights.append(Weight(f"{path}.bias", dims[:1]))
     for key, value in (spec.attributes or {}).items():
@@ -275,7 +275,7 @@ def _runs_without_state(layer: nn.Module) -> bool:
     return any(hasattr(function, EMPTY_STATE) for function in functions)
 
 
-def _epsilon(norm: nn.Module, block: str, path: str, file: str) -> tuple[str, float]:
+def _epsilon(norm: Any, block: str, path: str, file: str) -> tuple[str, float]:
     """Name and value of the epsilon of a norm."""
     for name in ("variance_epsilon", "eps", "epsilon"):
         if isinstance(value := getattr(norm, name, None), float):

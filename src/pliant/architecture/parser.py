@@ -144,6 +144,8 @@ class _Parser:
             number = spec.get(word, 1)
             if isinstance(number, bool) or not isinstance(number, int) or number < lowest:
                 self.faults.append(f"axis {axis!r}: {word} must be a whole number of at least {lowest}, not {number!r}")
+        if "follows" in spec and "groups" in spec:
+            self.faults.append(f"axis {axis!r}: leave groups out; it has the groups of {spec['follows']!r}")
         if spec.get("active") is not None and not isinstance(spec["active"], str):
             self.faults.append(f"axis {axis!r}: active must be a config key, not {spec['active']!r}")
         return AxisSpec(

@@ -2,13 +2,14 @@
 
 transformers runs its reference scan on a CPU. It repeats B and C for every head and works in chunks of the model's size, which is
 meant for GPUs. Here B and C stay once per group, and a chunk is ``CHUNK`` tokens long. The functions that transformers' mixers call are
-replaced in the modeling files when these are imported. A call that has an unknown argument, or tensors on another device, goes
-to transformers.
+replaced in the modeling files when these are imported. A call that has an unknown argument or tensors on another device, or that is
+compiled or traced, goes to transformers.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -27,13 +28,16 @@ def wrap_scans(module: ModuleType) -> None:
 
 
 def _wrapped(original: Callable[..., Any], scan: Callable[..., Any]) -> Callable[..., Any]:
+    parameters = inspect.signature(scan)
+
     @functools.wraps(original)
     def run(*args: Any, **kwargs: Any) -> Any:
-        given = {name: value for name, value in kwargs.items() if value is not None}
-        if len(args) <= 1 or len(args) > scan.__code__.co_argcount or not set(given) <= set(scan.__code__.co_varnames):
+        try:
+            bound = parameters.bind(*args, **{name: value for name, value in kwargs.items() if value is not None})
+        except TypeError:  # an argument that the scan does not know
             return original(*args, **kwargs)
-        found = scan(*args, **given)
-        return original(*args, **kwargs) if found is None else found
+        result = scan(*bound.args, **bound.kwargs)
+        return original(*args, **kwargs) if result is None else result
 
     setattr(run, EMPTY_STATE, True)
     return run
@@ -53,7 +57,7 @@ def mamba2_chunk_scan(
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     return_final_states: bool = False,
 ) -> Any:
-    """The scan of Mamba-2 (Dao and Gu, 2024, section 6), or None for a device that has a better one.
+    """The scan of Mamba-2 (Dao and Gu, 2024, section 6); None on another device, or while torch compiles or traces.
 
     Arguments:
         hidden_states: shape ``(batch, tokens, heads, head_dim)``.
@@ -65,6 +69,8 @@ def mamba2_chunk_scan(
     import torch
     from torch.nn import functional
 
+    from pliant.torch_private import observed
+
     batch, tokens, heads, width = hidden_states.shape
     groups, state = B.shape[2:]
     x = hidden_states.float()
@@ -72,7 +78,7 @@ def mamba2_chunk_scan(
     if state == 0:
         output = x.new_zeros(x.shape) + skip
         return (output, x.new_zeros(batch, heads, width, 0)) if return_final_states else output
-    if hidden_states.device.type != "cpu":
+    if hidden_states.device.type != "cpu" or torch.compiler.is_compiling() or observed():
         return None
     dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
     dt = (functional.softplus(dt) if dt_softplus else dt).clamp(*dt_limit).float()

@@ -25,8 +25,9 @@ def by_falling(sizes: Mapping[str, torch.Tensor], anatomy: Anatomy) -> dict[str,
     """Old index of each new unit when the largest comes first; equal units keep their order, and all stay in their group."""
     orders = {}
     for name, size in sizes.items():
-        grouped = size.view(anatomy.axes[name].groups, -1)
-        first = torch.arange(0, size.numel(), grouped.shape[1]).unsqueeze(1)
+        groups = anatomy.axes[name].groups
+        grouped = size.view(groups, len(size) // groups)
+        first = torch.arange(groups).unsqueeze(1) * grouped.shape[1]
         orders[name] = (torch.argsort(grouped, descending=True, stable=True).cpu() + first).flatten()
     return orders
 
@@ -58,7 +59,8 @@ def l1_norms(model: nn.Module, anatomy: Anatomy) -> dict[str, torch.Tensor]:
                     leader = None if axis is None else block.axes[axis.leader]
                     if axis is not None and leader is not None and leader.name in norms:
                         shared = max(other.ratio for other in block.axes.values() if other.leader == axis.leader)
-                        own = rows[start : start + width].view(axis.copies, leader.size, -1).sum((0, 2))
+                        per_unit = width // max(1, axis.copies * leader.size)
+                        own = rows[start : start + width].view(axis.copies, leader.size, per_unit).sum((0, 2))
                         norms[leader.name] += own * (shared // axis.ratio)
                     start += width
     return norms

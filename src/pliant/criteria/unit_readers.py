@@ -46,5 +46,6 @@ def by_unit(block: Block, weight: Weight, elements: torch.Tensor) -> Iterator[tu
         width = block.width(part, {})
         axis = block.axes[block.axes[part.axis].leader]
         own = elements[..., start : start + width]
-        yield axis, own.unflatten(-1, (block.axes[part.axis].copies, axis.size, -1)).sum((-3, -1))
+        copies = block.axes[part.axis].copies
+        yield axis, own.unflatten(-1, (copies, axis.size, width // max(1, copies * axis.size))).sum((-3, -1))
         start += width

@@ -37,12 +37,13 @@ def narrow(tensor: torch.Tensor, block: Block, weight: Weight, kept: Mapping[str
     for position, dim in enumerate(weight.dims):
         stretches, start = [], 0
         for part in dim:
-            whole, kept_width, pieces = block.width(part, {}), block.width(part, kept), block.pieces(part)
-            if pieces == 1 or whole == kept_width:
-                stretches.append(tensor.narrow(position, start, kept_width))
+            whole, width, pieces = block.width(part, {}), block.width(part, kept), block.pieces(part)
+            stretch = tensor.narrow(position, start, whole)
+            if pieces == 1:
+                stretches.append(stretch.narrow(position, 0, width))
             else:
-                split = tensor.narrow(position, start, whole).unflatten(position, (pieces, -1))
-                stretches.append(split.narrow(position + 1, 0, kept_width // pieces).flatten(position, position + 1))
+                split = stretch.unflatten(position, (pieces, whole // pieces)).narrow(position + 1, 0, width // pieces)
+                stretches.append(split.flatten(position, position + 1))
             start += whole
         kept_in_all = sum(stretch.shape[position] for stretch in stretches)
         if start != kept_in_all:
@@ -63,9 +64,10 @@ def give_back(part: torch.Tensor, full: torch.Tensor, block: Block, weight: Weig
         return
     start = taken = 0
     for stretch in weight.dims[0]:
-        width = block.width(stretch, kept)
-        full.narrow(0, start, width).copy_(part.narrow(0, taken, width))
-        start, taken = start + block.width(stretch, {}), taken + width
+        whole, width, pieces = block.width(stretch, {}), block.width(stretch, kept), block.pieces(stretch)
+        place = full.narrow(0, start, whole).unflatten(0, (pieces, whole // pieces)).narrow(1, 0, width // pieces)
+        place.copy_(part.narrow(0, taken, width).unflatten(0, (pieces, width // pieces)))
+        start, taken = start + whole, taken + width
 
 
 def follow(layer: nn.Module, block: Block, kept: Mapping[str, int]) -> None:

@@ -131,7 +131,7 @@ def _check_narrow(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any], ge
     layers = layers_of(model, anatomy.source)
     subnet = everything = Subnet()
     for axis in anatomy.axes.values():
-        narrower = axis.less(axis.size, int(torch.randint(1, axis.size + 1, (1,), generator=generator)))
+        narrower = axis.less(axis.size, int(torch.randint(1, max(1, axis.size) + 1, (1,), generator=generator)))
         if narrower is not None and axis.active is None:
             everything = everything.keeping(axis.name, narrower)
             subnet = subnet if axis.normed else subnet.keeping(axis.name, narrower)

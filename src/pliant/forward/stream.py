@@ -91,7 +91,7 @@ class Stream:
         replaced = {i: layers[i] for i in range(len(layers)) if i < start or i >= end}
         try:
             for i in replaced:
-                layers[i] = _Enter(hidden if i == start - 1 else None, self._tuples)
+                layers[i] = _Enter(layers[i], hidden if i == start - 1 else None, self._tuples)
             yield
         finally:
             for i, layer in replaced.items():
@@ -99,11 +99,18 @@ class Stream:
 
 
 class _Enter(nn.Module):
-    """Replaces a layer that is not run: returns its input, or a given hidden state."""
+    """Replaces a layer that is not run: returns its input, or a given hidden state.
 
-    def __init__(self, hidden: torch.Tensor | None, returns_tuple: bool):
+    Everything else that the model reads from the layer, such as its type, is that of the layer.
+    """
+
+    def __init__(self, layer: nn.Module, hidden: torch.Tensor | None, returns_tuple: bool):
         super().__init__()
         self.hidden, self.returns_tuple = hidden, returns_tuple
+        self.__dict__["_layer"] = layer  # not a submodule: its parameters do not run
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> Any:  # noqa: ARG002 - accepts the arguments of any layer
         out = hidden_states if self.hidden is None else self.hidden

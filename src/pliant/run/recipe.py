@@ -123,7 +123,8 @@ class Recipe:
     def measured_tokens(self) -> int:
         """A rough estimate of the tokens in one measurement of quality."""
         of = self.measuring
-        return len(self.texts()[1]) * (of.windows or 1000) * of.seqlen + len(of.tasks) * (of.limit or 1000) * 64
+        texts = len(of.perplexity) or (self.data is not None)
+        return texts * (of.windows or 1000) * of.seqlen + len(of.tasks) * (of.limit or 1000) * 64
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the model and the steps as plain data for ``recipe.yaml``, with a digest of every file.
