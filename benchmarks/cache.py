@@ -1,10 +1,12 @@
 """Keys and values in blocks: what packing and zeroing them saves, and what it costs.
 
-    python benchmarks/cache.py --model build/demo/parts/smollm2-135m --text wikipedia.txt --out benchmarks/results/cache.json
+    python benchmarks/cache.py --model build/demo/parts/smollm2-135m --text wikipedia.txt \\
+        --out benchmarks/results/cache.json
 
-A context is read at once, attending to itself as it is, and then kept in every way. For every length and way: bytes of the cache,
-milliseconds of attention and of a whole token (int8 weights), perplexity of the text that follows the context, and whether a
-five-digit number from anywhere in the context is told when it is asked for. ``float32`` keeps everything as it comes.
+A context is read at once, attending to itself as it is, and then kept in every way. For every length and way: bytes of
+the cache, milliseconds of attention and of a whole token (int8 weights), perplexity of the text that follows the
+context, and whether a five-digit number from anywhere in the context is told when it is asked for. ``float32`` keeps
+everything as it comes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""A ResNet for CIFAR-10 without its smallest channels: accuracy, parameters, MACs and time of one image, before and after.
+"""A ResNet for CIFAR-10 without its smallest channels: accuracy, parameters, MACs and time of one image, before and
+after.
 
-Nothing is trained afterwards. The checkpoints are those of github.com/akamaster/pytorch_resnet_cifar10; the images a .npz of
-JPEG files (``jpeg``: their bytes in a row, ``offset``: where each begins, ``label``).
+Nothing is trained afterwards. The checkpoints are those of github.com/akamaster/pytorch_resnet_cifar10; the images a
+.npz of JPEG files (``jpeg``: their bytes in a row, ``offset``: where each begins, ``label``).
 
 python benchmarks/channels.py resnet56-4bfd9763.th cifar10-test-10000.npz --depth 56   (needs pillow)
 """

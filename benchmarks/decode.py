@@ -2,14 +2,16 @@
 
     python benchmarks/decode.py --model build/demo/parts/smollm2-135m --gguf SmolLM2-135M-Instruct.Q4_1.gguf \
         --held-out build/demo/parts/held-out.jsonl --out benchmarks/results/decode.json
-    python benchmarks/decode.py --model build/demo/parts/smollm2-135m --compiled --only --out benchmarks/results/decode_compiled.json
+    python benchmarks/decode.py --model build/demo/parts/smollm2-135m --compiled --only \\
+        --out benchmarks/results/decode_compiled.json
     python benchmarks/decode.py --billion --gguf build/random.gguf --out benchmarks/results/decode_billion.json
 
-``--gguf`` is a file of the same model that llama.cpp requantises to Q8_0 and Q4_0. ``--billion`` takes a Llama of 1.1 B random
-parameters and writes that file to ``--gguf``, if it is given. A round decodes so many tokens with every candidate; rates are
-medians over rounds with 10th and 90th percentiles. Candidates that stand for a whole family of settings (compiled, sparse) are
-made and freed one after the other, each in turn with int8 and the formats of 4 bits with llama.cpp's Q4_0 as well, so that ratios
-are those of the same minutes: ``over`` holds each decode rate over the others', medians of a round's ratios.
+``--gguf`` is a file of the same model that llama.cpp requantises to Q8_0 and Q4_0. ``--billion`` takes a Llama of 1.1 B
+random parameters and writes that file to ``--gguf``, if it is given. A round decodes so many tokens with every
+candidate; rates are medians over rounds with 10th and 90th percentiles. Candidates that stand for a whole family of
+settings (compiled, sparse) are made and freed one after the other, each in turn with int8 and the formats of 4 bits
+with llama.cpp's Q4_0 as well, so that ratios are those of the same minutes: ``over`` holds each decode rate over the
+others', medians of a round's ratios.
 """
 
 from __future__ import annotations

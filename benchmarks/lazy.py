@@ -2,9 +2,9 @@
 
     python benchmarks/lazy.py --smollm2 DIR --calibration calibration.jsonl --held-out held-out.jsonl [--stories DIR]
 
-BlockPruner on SmolLM2-135M, MultiPruner with all three stages on stories260K, which is small enough for an exact search over
-widths. Perplexity on the calibration windows is what the searches minimise; that on held-out text is what a user gets. About
-three quarters of an hour on two cores; every score is kept, the same command goes on.
+BlockPruner on SmolLM2-135M, MultiPruner with all three stages on stories260K, which is small enough for an exact search
+over widths. Perplexity on the calibration windows is what the searches minimise; that on held-out text is what a user
+gets. About three quarters of an hour on two cores; every score is kept, the same command goes on.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def run(name: str, folder: str, ratio: float, mode: str, arguments: argparse.Nam
 
 
 def falls(archive: Path, path: list[str]) -> list[dict[str, Any]]:
-    """By which share less a block hurts after a removal than before it, by its distance from what went: 1 is next to it, and 5
-    stands for all that is farther, too.
+    """By which share less a block hurts after a removal than before it, by its distance from what went: 1 is next to
+    it, and 5 stands for all that is farther, too.
 
     Arguments:
         archive: of the exact search over blocks.

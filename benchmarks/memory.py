@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py --smollm2 DIR --calibration calibration.jsonl
 
-The same command twice, each in a process of its own: with the weights in memory, and with --memory set to half of what they
-take in float32. The limit is on what the process takes beside Python and its libraries.
+The same command twice, each in a process of its own: with the weights in memory, and with --memory set to half of what
+they take in float32. The limit is on what the process takes beside Python and its libraries.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A busy process beside: packed products on pliant's pool, torch's own on OpenMP, in turn, with as many threads as cores.
+"""A busy process beside: packed products on pliant's pool, torch's own on OpenMP, in turn, with as many threads as
+cores.
 
     python benchmarks/neighbour.py --out benchmarks/results/neighbour.json
 

@@ -1,10 +1,11 @@
-"""Does it pay to weigh damage by measured milliseconds? BlockPruner per parameter, per millisecond of prefill, and of decode.
+"""Does it pay to weigh damage by measured milliseconds? BlockPruner per parameter, per millisecond of prefill, and of
+decode.
 
     python benchmarks/objective.py --smollm2 DIR --calibration calibration.jsonl --held-out held-out.jsonl
 
-For every objective a curve of perplexity against speed-up, both models timed in turn; then the speed-up of each curve at the same
-perplexity, interpolated between its points. The objectives share their scores. About a quarter of an hour on two cores that do
-nothing else.
+For every objective a curve of perplexity against speed-up, both models timed in turn; then the speed-up of each curve
+at the same perplexity, interpolated between its points. The objectives share their scores. About a quarter of an hour
+on two cores that do nothing else.
 """
 
 from __future__ import annotations

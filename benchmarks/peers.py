@@ -3,9 +3,9 @@
     pip install torch-pruning
     python benchmarks/peers.py --smollm2 DIR --calibration calibration.jsonl --held-out held-out.jsonl
 
-Each function below is what a user writes once model and calibration windows are there. Nothing is trained. Torch-Pruning narrows
-the MLPs by the size of their weights or by first-order Taylor; ShortGPT drops the layers that change the stream least. Rows that
-results/peers.json has are kept: the same command goes on.
+Each function below is what a user writes once model and calibration windows are there. Nothing is trained.
+Torch-Pruning narrows the MLPs by the size of their weights or by first-order Taylor; ShortGPT drops the layers that
+change the stream least. Rows that results/peers.json has are kept: the same command goes on.
 """
 
 from __future__ import annotations

@@ -62,7 +62,8 @@ def main() -> None:
         base = rows.get(("BlockPruner", asked, "raw"))
         against = "" if base is None or base is row else loss_against(row, base)
         lines.append(
-            f"| {asked:.0%} | {line} | {form} | {row['ratio']:.2%} | {perplexity(row):.2f} | {accuracy(row)[0]:.1%} | {against} |"
+            f"| {asked:.0%} | {line} | {form} | {row['ratio']:.2%} | {perplexity(row):.2f} | {accuracy(row)[0]:.1%} | "
+            f"{against} |"
         )
     (RESULTS / "structured.md").write_text("\n".join(lines) + "\n")
     plot(rows, order)

@@ -3,8 +3,9 @@
     python benchmarks/speedup.py [--smollm2 DIR]
 
 Both models of a pair are timed in turn in one process. Prefill is predicted from multiply-accumulates, decode from the
-bytes a step reads: weights and cache. The random model of about 1 B parameters is large enough that matrix products are what takes the time; on
-SmolLM2-135M PyTorch's own overhead between them takes a large part of a decoding step, and removing blocks removes it too.
+bytes a step reads: weights and cache. The random model of about 1 B parameters is large enough that matrix products are
+what takes the time; on SmolLM2-135M PyTorch's own overhead between them takes a large part of a decoding step, and
+removing blocks removes it too.
 """
 
 from __future__ import annotations

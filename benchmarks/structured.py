@@ -1,14 +1,15 @@
 """Structured pruning of SmolLM2-135M side by side: methods x ratios, raw, repaired and recovered.
 
-    python benchmarks/structured.py --smollm2 DIR --calibration calibration.jsonl --held-out held-out.jsonl --tasks FILE ...
+    python benchmarks/structured.py --smollm2 DIR --calibration calibration.jsonl --held-out held-out.jsonl \\
+        --tasks FILE ...
 
-About four hours on two free cores, as two processes of one thread each that share the lines (`OMP_NUM_THREADS=1`, `--lines`): 5
-minutes for a method at a ratio, raw and repaired, 16 for one that is recovered. Every cell is written to
-results/structured.json when it is done; the same command goes on after the last one that is there. `pliant demo` leaves the
-parts in build/demo/parts, `report_structured.py` draws them.
+About four hours on two free cores, as two processes of one thread each that share the lines (`OMP_NUM_THREADS=1`,
+`--lines`): 5 minutes for a method at a ratio, raw and repaired, 16 for one that is recovered. Every cell is written to
+results/structured.json when it is done; the same command goes on after the last one that is there. `pliant demo` leaves
+the parts in build/demo/parts, `report_structured.py` draws them.
 
-Every method chooses by the same rows of calibration text, repairs with the same rows and recovers on the same tokens, which are
-disjoint from the text that perplexity is measured on.
+Every method chooses by the same rows of calibration text, repairs with the same rows and recovers on the same tokens,
+which are disjoint from the text that perplexity is measured on.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ TRAINED = (("MultiPruner", "recovered"), ("BlockPruner", "recovered"), ("knapsac
 
 
 def cells() -> Iterator[tuple[str, float, str]]:
-    """(line, ratio, form), the most telling first. The dense model recovers, too: what the training text alone is worth."""
+    """(line, ratio, form), the most telling first. The dense model recovers, too: what the training text alone is
+    worth."""
     yield "dense", 0, "raw"
     yield "dense", 0, "recovered"
     for ratio in RATIOS:

@@ -1,9 +1,10 @@
-"""Attribute each deprecation to its user: our own use fails the test, another package's is listed at the end of the run.
+"""Attribute each deprecation to its user: our own use fails the test, another package's is listed at the end of the
+run.
 
-The file and line of a warning are often not those of the code that used the old name: a decorator of transformers warns about an
-argument, and torch's ``Module.__call__`` and other forwarding functions lie between it and the caller. So the stack is followed
-outwards from there, past frames that only forward their arguments. Deprecations that are logged instead, as transformers does for
-its outputs, are treated alike.
+The file and line of a warning are often not those of the code that used the old name: a decorator of transformers warns
+about an argument, and torch's ``Module.__call__`` and other forwarding functions lie between it and the caller. So the
+stack is followed outwards from there, past frames that only forward their arguments. Deprecations that are logged
+instead, as transformers does for its outputs, are treated alike.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ def _user(frame: FrameType | None, itself: bool) -> FrameType | None:
 
 
 def _hands_on(frame: FrameType) -> bool:
-    """Whether a function takes arbitrary arguments to forward them: a decorator, ``Module.__call__``, a closure over both."""
+    """Whether a function takes arbitrary arguments to forward them: a decorator, ``Module.__call__``, a closure over
+    both."""
     code = frame.f_code
     takes_any = code.co_flags & _ANY == _ANY and code.co_argcount <= 1 and not code.co_kwonlyargcount
     return takes_any or {"args", "kwargs"} <= set(code.co_freevars)

@@ -1,5 +1,5 @@
-"""A simulated Apple GPU: its tensors are on the CPU but report the device mps, and operations that such a GPU refuses raise: tensors
-of two devices in one operation, float64, numpy."""
+"""A simulated Apple GPU: its tensors are on the CPU but report the device mps, and operations that such a GPU refuses
+raise: tensors of two devices in one operation, float64, numpy."""
 
 from __future__ import annotations
 

@@ -212,7 +212,8 @@ def cases(cuts, names=ARCHITECTURES):
 
 
 def fitted(subnet, anatomy):
-    """The same cut as far as a family allows it: axes that it cannot choose stay full, numbers are rounded to allowed ones."""
+    """The same cut as far as a family allows it: axes that it cannot choose stay full, numbers are rounded to allowed
+    ones."""
     keep = {}
     for name, units in subnet.keep:
         if name in anatomy.axes:

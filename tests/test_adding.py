@@ -1,4 +1,5 @@
-"""Every file that docs/adding.md shows is short and works: in Python, on the command line, resumed, shown, and from its recipe."""
+"""Every file that docs/adding.md shows is short and works: in Python, on the command line, resumed, shown, and from its
+recipe."""
 
 import json
 import re
@@ -192,9 +193,9 @@ def test_a_setting_that_names_something_else_is_refused_before_any_work(settings
 
 def test_a_search_of_another_kind_and_an_importance_of_other_units_are_refused(here):
     (here / "wrong.py").write_text(
-        "def few(model, anatomy):\n    return {name: axis.size * model.lm_head.weight[:1, 0] for name, axis in anatomy.axes.items()}\n"
-        "def nan(model, anatomy):\n    return {name: float('nan') * model.lm_head.weight[: axis.size, 0] for name, axis in anatomy.axes.items()}\n"
-        "def nothing(model, anatomy):\n    return None\n"
+        "def few(model, anatomy):\n    return {name: axis.size * model.lm_head.weight[:1, 0] for name, axis in "
+        "anatomy.axes.items()}\ndef nan(model, anatomy):\n    return {name: float('nan') * model.lm_head.weight[: "
+        "axis.size, 0] for name, axis in anatomy.axes.items()}\ndef nothing(model, anatomy):\n    return None\n"
     )
     model = pico("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -58,7 +58,8 @@ def run(module, *args, **kwargs):
 
 
 class Tied(nn.Module):
-    """An embedding, two layers that share a weight, one layer in two places, and a decoder that is tied to the embedding."""
+    """An embedding, two layers that share a weight, one layer in two places, and a decoder that is tied to the
+    embedding."""
 
     def __init__(self):
         super().__init__()
@@ -390,7 +391,8 @@ def test_experts_that_are_not_packed_are_said():
 
 
 def test_experts_that_are_not_packed_are_read_all_the_same():
-    """What a token is predicted to read: packed layers, the two experts of each layer that it goes to, norms, the router."""
+    """What a token is predicted to read: packed layers, the two experts of each layer that it goes to, norms, the
+    router."""
     dense, module = pico("mixtral"), pack(pico("mixtral"), format="int8")
     experts = sum(p.numel() for name, p in dense.named_parameters() if ".experts." in name)
     used = experts * dense.config.num_experts_per_tok // dense.config.num_local_experts

@@ -95,7 +95,8 @@ def test_transformers_alone_refuses_every_cut_model(tmp_path):
     built = {name for name, refusal in told.items() if not _refused(tmp_path / name, *refusal)}
     assert built == set()
     by_sizes = {name.split()[1] for name, (kind, _) in told.items() if kind == "RuntimeError"}
-    # where heads or experts differ, the config has to let the global value be read, and only the sizes of tensors refuse
+    # where heads or experts differ, the config has to let the global value be read, and only the sizes of tensors
+    # refuse
     assert by_sizes == {name for name, kind in cases(CUTS) if kind in ("heads", "experts")}
 
 
@@ -208,7 +209,8 @@ def test_gradients_and_peft_like_replacement_work_on_a_cut_model():
     assert all(p.grad is not None for p in model.parameters())
 
 
-# --- damaged and missing folders ---------------------------------------------------------------------------------------
+# --- damaged and missing folders
+# ---------------------------------------------------------------------------------------
 
 
 def damaged(folder, change):
@@ -288,7 +290,8 @@ def test_a_fingerprint_tells_models_apart():
     assert fingerprint(pico("llama")) != fingerprint(cut("llama", "channels"))
 
 
-# --- homogeneous export ------------------------------------------------------------------------------------------------
+# --- homogeneous export
+# ------------------------------------------------------------------------------------------------
 
 
 def without_layers(name, *layers):

@@ -135,7 +135,8 @@ POSED = {
     ),
     "llm-adapters, options": (
         _instruction(
-            f"Please choose the correct answer to fill in the blank to complete the given sentence: {SENTENCE}_ was fine.",
+            f"Please choose the correct answer to fill in the blank to complete the given sentence: {SENTENCE}_ was "
+            "fine.",
             ["blanket", "bed"],
             "option2",
             "Option",

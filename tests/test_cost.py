@@ -84,7 +84,8 @@ def test_a_model_of_few_positions_is_timed_on_as_many():
     assert seen == {(1, 32)}
 
 
-# --- predicted against measured ---------------------------------------------------------------------------------------------
+# --- predicted against measured
+# ---------------------------------------------------------------------------------------------
 
 CLOCK = {"rest": 3.0, "attention": 2.0, "mlp": 5.0}  # milliseconds of a whole block, and of all else
 
@@ -112,8 +113,8 @@ def on_a_clock(model, monkeypatch):
 
 
 def test_what_the_table_predicts_is_what_is_measured(monkeypatch):
-    """Of sub-networks that were not timed for it; where time goes with the square of a width, what lies between two timed widths
-    is nearly right."""
+    """Of sub-networks that were not timed for it; where time goes with the square of a width, what lies between two
+    timed widths is nearly right."""
     model = pico("llama")
     anatomy = anatomy_of(model)
     measure = on_a_clock(model, monkeypatch)

@@ -175,7 +175,8 @@ def test_it_reloads_natively(tmp_path):
 
 
 def generate(model, ids=IDS[:1], natively=True, **settings):
-    """Threads of torch and of the kernels, in the head and in what transformers computes before it, while a model generates."""
+    """Threads of torch and of the kernels, in the head and in what transformers computes before it, while a model
+    generates."""
     seen = {"head": set(), "layers": set()}
     own = model.base_model.rotary_emb if natively else model.base_model.layers[0]
     for name, module in (("head", model.lm_head), ("layers", own)):

@@ -58,7 +58,9 @@ USES = {
     "a name that warns at its own line": "other.old_that_names_itself()",
     "an argument behind a decorator": "other.renamed_argument(old=1)",
     "an argument of a module": "other.Layer()(old=1)",
-    "an argument of a module with a hook": "layer = other.Layer(); layer.register_forward_hook(lambda *_: None); layer(old=1)",
+    "an argument of a module with a hook": (
+        "layer = other.Layer(); layer.register_forward_hook(lambda *_: None); layer(old=1)"
+    ),
     "a key, only logged": "other.Output(new=1)['old']",
     "a name in a call back whose errors are caught": "other.with_a_call_back(lambda: other.old())",
 }

@@ -59,7 +59,8 @@ def as_on_cpu(work, model, **options):
     return work(copy.deepcopy(model), **options), work(moved(model), **options)
 
 
-# --- the fake itself ----------------------------------------------------------------------------------------------------
+# --- the fake itself
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_the_device_that_is_not_there_refuses_what_a_real_one_would(mps):
@@ -82,7 +83,8 @@ def test_the_device_that_is_not_there_refuses_what_a_real_one_would(mps):
     assert mps.operations > 0
 
 
-# --- tensors do not wander ----------------------------------------------------------------------------------------------
+# --- tensors do not wander
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("mps")
@@ -178,7 +180,8 @@ def test_looking_and_timing_stay_where_the_model_is():
     assert measure_latency(model, anatomy_of(model), "decode", repeats=1).of(anatomy_of(model)) > 0
 
 
-# --- loading ------------------------------------------------------------------------------------------------------------
+# --- loading
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("mps")
@@ -259,7 +262,8 @@ def test_the_same_words_measure_a_folder(folder):
     assert pliant.inspect(folder, dtype="bfloat16", device="auto", self_check=False)["dtype"] == "bfloat16"
 
 
-# --- float64 where there is some -----------------------------------------------------------------------------------------
+# --- float64 where there is some
+# -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("mps")
@@ -271,7 +275,8 @@ def test_sums_are_taken_in_float64_wherever_that_is():
         assert torch.equal(to_float64(one), tensor.double())
 
 
-# --- memory -------------------------------------------------------------------------------------------------------------
+# --- memory
+# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("mps")
@@ -423,7 +428,8 @@ def test_a_search_that_goes_on_takes_as_many_tokens_as_before(tmp_path, tokenize
     assert run(0.3) == 512  # an archive of before says nothing
 
 
-# --- windows as long as the model reads -----------------------------------------------------------------------------------
+# --- windows as long as the model reads
+# -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,8 @@ def cached(model):
 
 
 def _macs_outside(model, counter):
-    """What was counted neither in the layers nor in the output head: rotary angles; patches and the head of encoders."""
+    """What was counted neither in the layers nor in the output head: rotary angles; patches and the head of
+    encoders."""
     layers = layers_of(model, anatomy_of(model).architecture)
     inside = {*layers.modules(), model.get_output_embeddings()}
     leaves = {path: module for path, module in model.named_modules() if not any(module.children())}

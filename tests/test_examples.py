@@ -106,8 +106,8 @@ def test_instructions_go_into_the_alpaca_template(tokenizer):
     first, second = (tokenizer.decode(ids) for ids in encoded.ids[:2])
     assert "further context. Write a response" in first
     assert "\n\n### Instruction:\nAdd.\n\n### Input:\n2 and 2\n\n### Response:\n4</s>" in first
-    assert second.endswith("describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\n"
-                           "Say hi.\n\n### Response:\nhi</s>")  # fmt: skip
+    assert second.endswith("describes a task. Write a response that appropriately completes the request.\n\n"
+                           "### Instruction:\nSay hi.\n\n### Response:\nhi</s>")  # fmt: skip
 
 
 def test_in_a_conversation_the_turns_of_the_assistant_are_learned(chatty):

@@ -13,7 +13,8 @@ import pliant
 from pico import logits, pico, tokenizer
 from pliant.errors import ArtefactError
 
-LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 1\n"
+OID = "4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393"
+LFS = f"version https://git-lfs.github.com/spec/v1\noid sha256:{OID}\nsize 1\n"
 WEIGHTS = "model.safetensors"
 
 
@@ -156,7 +157,8 @@ REFUSED = {
     "a config of zeros": (lambda f: config(f, num_attention_heads=0), "cannot load"),
     "a config of another size": (
         lambda f: config(f, intermediate_size=64),
-        r"'model.layers.0.mlp.down_proj.weight' has shape \(36, 48\) in .*, .* describes shape \(36, 64\); config and weights",
+        r"'model.layers.0.mlp.down_proj.weight' has shape \(36, 48\) in .*, .* describes shape \(36, 64\); "
+        "config and weights",
     ),
     "the tokens of another model": (lambda f: config(f, vocab_size=100), r"has shape \(300, 36\)"),
     "codes that nothing explains": (codes_without_a_config, "holds 8-bit codes .* they would be noise"),

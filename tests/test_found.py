@@ -161,9 +161,9 @@ def test_published_configurations_give_the_published_parameter_counts(name, real
     assert parse_config(raw | {"pruned_mlp_width": full | raw["pruned_mlp_width"]}, anatomy) == subnet
 
 
-# The specification gives only the totals of these three; their configurations are not in it. The steps of each stage and
-# the group sizes are published (sections 3.2 and 3.9), so the one unknown left is how many of the removed blocks were
-# attention. That number was solved for from the published total, and the test shows that there is exactly one.
+# The specification gives only the totals of these three; their configurations are not in it. The steps of each stage
+# and the group sizes are published (sections 3.2 and 3.9), so the one unknown left is how many of the removed blocks
+# were attention. That number was solved for from the published total, and the test shows that there is exactly one.
 SOLVED = {
     # model: (total, blocks, of them attention, MLP groups, of so many channels, heads)
     "Llama-2-7B": (6_063_132_672, 5, 5, 25, 1024, 12),

@@ -182,7 +182,8 @@ def test_pooled_moves_are_all_moves():
     assert "layers.0.mlp.experts" in units
 
 
-# --- orders -----------------------------------------------------------------------------------------------------------------
+# --- orders
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_the_activation_order_puts_silent_channels_last():
@@ -207,7 +208,8 @@ def test_the_activation_order_covers_what_matrices_read(family):
     )
 
 
-# --- knapsack ----------------------------------------------------------------------------------------------------------
+# --- knapsack
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_swaps_never_make_it_worse():
@@ -230,7 +232,8 @@ def test_knapsack_leaves_multiples_of_a_group():
     assert any(units % 16 for units in experts)  # they go one by one
 
 
-# --- one look at the gradient -------------------------------------------------------------------------------------------
+# --- one look at the gradient
+# -------------------------------------------------------------------------------------------
 
 
 def test_what_the_loss_does_not_depend_on_goes_first():
@@ -293,7 +296,8 @@ def test_a_ratio_that_no_menu_reaches_is_refused_before_anything_is_scored(monke
         pruned(pliant.KnapsackPruner(ratio=0.95, samples=4, seqlen=64))
 
 
-# --- the evolutionary variant --------------------------------------------------------------------------------------------
+# --- the evolutionary variant
+# --------------------------------------------------------------------------------------------
 
 
 def test_evolution_meets_the_ratio_and_repeats():
@@ -319,7 +323,8 @@ def test_evolution_leaves_blocks_alone_that_are_too_much():
     assert 0.02 <= record["ratio"] < 0.04
 
 
-# --- bad settings --------------------------------------------------------------------------------------------------------
+# --- bad settings
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

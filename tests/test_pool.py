@@ -1,4 +1,5 @@
-"""The threads that share one job: every chunk of every job is done once, however many jobs follow each other how quickly."""
+"""The threads that share one job: every chunk of every job is done once, however many jobs follow each other how
+quickly."""
 
 import shutil
 import subprocess
@@ -13,7 +14,8 @@ PROGRAM = """
 
 #include "pool.h"
 
-// A thread that comes late for a job must find none of its chunks, nor one of the next: jobs of few and of many in turn.
+// A thread that comes late for a job must find none of its chunks, nor one of the next: jobs of few and of many
+// in turn.
 int main() {
   long wrong = 0;
   for (long job = 0; job < 200000; ++job) {

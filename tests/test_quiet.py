@@ -1,4 +1,4 @@
-"""Users see no warnings caused by pliant or transformers themselves; names that changed between versions are handled."""
+"""Users see no warnings caused by pliant or transformers; names that changed between versions are handled."""
 
 import inspect
 import logging
@@ -47,7 +47,8 @@ for words in (
     f"evaluate {folder} --perplexity {text} --seqlen 16 --windows 1",
     f"bench {folder} --prompt 4 --tokens 2",
     f"generate {folder} river --tokens 2",
-    f"compress {folder} --system magnitude --set sparsity=0.1 --data {text} --windows 1 --no-speed --out {folder}-smaller",
+    f"compress {folder} --system magnitude --set sparsity=0.1 --data {text} --windows 1 --no-speed "
+    f"--out {folder}-smaller",
 ):
     sys.argv = ["pliant", *words.split()]
     try:

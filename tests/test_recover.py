@@ -563,7 +563,8 @@ def test_a_killed_training_goes_on_to_the_identical_result(method, folder, prose
 import torch, pliant
 torch.set_num_threads(1)
 model = pliant.load({str(folder)!r})
-step = pliant.Recover(method={method!r}, steps=60, seqlen=32, batch_size=4, eval_steps=2, learning_rate=5e-3, distillation_weight=0.5)
+step = pliant.Recover(method={method!r}, steps=60, seqlen=32, batch_size=4, eval_steps=2,
+                      learning_rate=5e-3, distillation_weight=0.5)
 pliant.apply(model, pliant.Cut(subnet=pliant.Subnet().without("layers.1.mlp")), progress=False)
 pliant.apply(model, step, {str(prose)!r}, work=WORK, progress=False)
 model.save_pretrained(OUT)

@@ -211,8 +211,8 @@ def test_the_page_says_what_was_packed_and_how_it_runs():
     shown = Page(page(REPORT | {"ratio": 0.0, "steps": [PACKED]})).text
     assert "Linear layers (75.0% of the parameters) packed as int4 and int8. Measured" in shown
     assert (
-        "Packed layers at 4.38 bits per weight, run one by one: its norm is Odd<Norm>. Not packed: 25.0% of the parameters (1.6 MB)"
-        in shown
+        "Packed layers at 4.38 bits per weight, run one by one: its norm is Odd<Norm>. Not packed: 25.0% of the "
+        "parameters (1.6 MB)" in shown
     )
     both = Page(
         page(REPORT | {"steps": [STEP, _shown(PACKED | {"native": True, "why_not_native": "", "sections": []})]})

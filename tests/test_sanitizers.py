@@ -1,4 +1,5 @@
-"""The kernels under the address and undefined-behaviour sanitizers, and what each instruction set's file may contain."""
+"""The kernels under the address and undefined-behaviour sanitizers, and what each instruction set's file may
+contain."""
 
 import os
 import re

@@ -41,7 +41,8 @@ def contents(folder):
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------- replacing
+# ----------------------------------------------------------------------------------------------------------------
+# replacing
 
 
 def by_save(source, out, **_):
@@ -253,7 +254,8 @@ def test_a_folder_of_work_that_is_none_is_left_alone(folder, tmp_path):
     assert work.read_text() == "a file"
 
 
-# ------------------------------------------------------------------------------------------------------------------- places
+# -------------------------------------------------------------------------------------------------------------------
+# places
 
 
 def test_a_place_that_cannot_become_a_result_is_refused(folder, tmp_path, monkeypatch):
@@ -332,7 +334,8 @@ def test_shards_are_as_large_as_asked(memory, folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------- companions
+# ----------------------------------------------------------------------------------------------------------------
+# companions
 
 TAKEN = (
     *(
@@ -554,7 +557,8 @@ def test_a_model_with_code_of_its_own_stays_loadable(load, own_layers, cut, toke
     assert torch.equal(logits(again), logits(model))
 
 
-# ----------------------------------------------------------------------------------------------- what transformers would refuse
+# ----------------------------------------------------------------------------------------------- what transformers
+# would refuse
 
 GENERATION = {
     "flags that contradict each other": {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": 2},
@@ -606,7 +610,8 @@ def test_what_cannot_be_saved_is_refused_before_the_search(fault, folder, prose,
     assert not list(tmp_path.glob("out*"))
 
 
-# --------------------------------------------------------------------------------------------------------------- dequantised
+# ---------------------------------------------------------------------------------------------------------------
+# dequantised
 
 
 @pytest.fixture(scope="module")

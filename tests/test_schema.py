@@ -1,4 +1,5 @@
-"""config.json of a cut model, as read by pliant, by current transformers, and by a transformers that builds it alone."""
+"""config.json of a cut model, as read by pliant, by current transformers, and by a transformers that builds it
+alone."""
 
 import copy
 import inspect
@@ -47,7 +48,8 @@ def without_pliant(code):
     return outcome.stdout.splitlines()
 
 
-# --- guards ------------------------------------------------------------------------------------------------------------
+# --- guards
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -122,7 +124,8 @@ def test_a_block_with_nothing_to_guard_it_is_refused():
         anatomy_of(model)
 
 
-# --- folders written before ----------------------------------------------------------------------------------------------
+# --- folders written before
+# ----------------------------------------------------------------------------------------------
 
 BEFORE = {
     "llama": {
@@ -169,7 +172,8 @@ def test_a_folder_that_was_written_with_zeros_as_guards_and_no_mark_loads_and_is
     assert entries_of(again.config) == {int(layer): entry for layer, entry in now.items()}
 
 
-# --- per-layer parts that are not pliant's -------------------------------------------------------------------------------
+# --- per-layer parts that are not pliant's
+# -------------------------------------------------------------------------------
 
 _TINY = {
     "vocab_size": 300,
@@ -373,7 +377,8 @@ def test_a_cut_that_cannot_be_made_is_refused_and_never_left_out():
         transformers.AutoModelForCausalLM.from_config(model.config)
 
 
-# --- a text decoder in a wrapper -----------------------------------------------------------------------------------------
+# --- a text decoder in a wrapper
+# -----------------------------------------------------------------------------------------
 
 _TEXT = {
     "vocab_size": 300,
@@ -488,7 +493,8 @@ def test_an_encoder_decoder_whose_decoder_has_no_config_to_write_into_is_refused
     assert {key: tensor.shape for key, tensor in model.state_dict().items()} == before
 
 
-# --- what is computed from a config --------------------------------------------------------------------------------------
+# --- what is computed from a config
+# --------------------------------------------------------------------------------------
 
 MODERNBERT = """
 models: [modernbert]
@@ -536,7 +542,8 @@ def test_rotary_angles_are_those_of_the_dense_model_after_loading(tmp_path):
     assert torch.allclose(logits(again), logits(model), atol=1e-4)
 
 
-# --- what models give besides logits -------------------------------------------------------------------------------------
+# --- what models give besides logits
+# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

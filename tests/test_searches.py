@@ -54,7 +54,8 @@ tables = st.lists(st.one_of(numbers, st.sampled_from([math.nan, math.inf])), min
 seeds = st.integers(0, 2**32 - 1)
 
 
-# --- the space ------------------------------------------------------------------------------------------------------------
+# --- the space
+# ------------------------------------------------------------------------------------------------------------
 
 
 @given(seed=seeds)
@@ -101,7 +102,8 @@ def test_the_space_of_a_model_holds_what_greedy_moves_lead_to_and_nothing_that_t
     validate(space.shrunk(lambda _: False, np.random.default_rng(0)), anatomy)
 
 
-# --- searches -------------------------------------------------------------------------------------------------------------
+# --- searches
+# -------------------------------------------------------------------------------------------------------------
 
 
 @given(values=tables, seed=seeds, tries=st.integers(0, 30))
@@ -226,7 +228,8 @@ def test_every_search_replays_from_the_archive_without_a_new_evaluation(name, tm
     assert list(resumed.seen.items()) == list(first.seen.items())
 
 
-# --- allocation -----------------------------------------------------------------------------------------------------------
+# --- allocation
+# -----------------------------------------------------------------------------------------------------------
 
 menus = st.lists(
     st.lists(st.tuples(st.integers(1, 50), st.one_of(st.integers(-20, 60), st.just(math.inf))), min_size=1, max_size=3),

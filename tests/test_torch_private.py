@@ -114,7 +114,8 @@ def test_every_public_layer_of_a_private_base_is_listed(base, listed):
 
 
 def test_no_other_part_below_compat_names_what_is_private():
-    """``torch._x`` and imports of ``_x`` from torch or transformers stand in compat and in pliant.torch_private alone."""
+    """``torch._x`` and imports of ``_x`` from torch or transformers stand in compat and in pliant.torch_private
+    alone."""
     root = Path(pliant.__file__).parent
     private = re.compile(
         r"torch\._[a-zA-Z]|^\s*from (torch|transformers)\S* import .*\b_[a-zA-Z]|forward_ad\._", re.MULTILINE

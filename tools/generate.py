@@ -1,7 +1,8 @@
-"""Write what follows from the registries: the tables in README.md, and the imports in ``pliant/__init__.py`` for type checkers.
+"""Write what follows from the registries: the tables in README.md, and the imports in ``pliant/__init__.py`` for type
+checkers.
 
-``make generate`` runs it. Tests fail while a file differs from what this script writes; ``tests/test_readme.py`` also tries each
-cell of the tables on a small model.
+``make generate`` runs it. Tests fail while a file differs from what this script writes; ``tests/test_readme.py`` also
+tries each cell of the tables on a small model.
 """
 
 from __future__ import annotations

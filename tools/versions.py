@@ -5,9 +5,9 @@
     constraints.txt         the newest versions that go together: make demo, make test
     constraints-floor.txt   every declared package at its lowest declared version: make test-floor
 
-Neither file has torch or its CUDA packages: the caller chooses torch, by ``TORCH`` in the Makefile. The pins apply only to the
-Python versions for which every package that is a wheel here also has a wheel. A newer Python ignores them, instead of compiling
-versions that do not support it.
+Neither file has torch or its CUDA packages: the caller chooses torch, by ``TORCH`` in the Makefile. The pins apply only
+to the Python versions for which every package that is a wheel here also has a wheel. A newer Python ignores them,
+instead of compiling versions that do not support it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def normal(name: str) -> str:
 
 
 def pins(path: Path) -> tuple[dict[str, str], tuple[int, int]]:
-    """The versions in a constraints file, by normalised name, and the first Python version that they do not apply to."""
+    """The versions in a constraints file, by normalised name, and the first Python version that they do not apply
+    to."""
     versions, below = {}, set()
     for line in path.read_text("utf-8").splitlines():
         if line and not line.startswith("#"):
@@ -93,7 +94,8 @@ def lock(name: str, torch: str) -> None:
         raise SystemExit(f"{name}: pip no longer finds the versions it just chose; run it again")
     lines = sorted(found)
     held = f"3.{first}" if minor == first + 1 else f"3.{first} to 3.{minor - 1}"
-    head = f"# Written by `make lock` with Python 3.{first}; holds for Python {held}. torch is not in it: see the Makefile.\n"
+    head = f"# Written by `make lock` with Python 3.{first}; holds for Python {held}."
+    head += " torch is not in it: see the Makefile.\n"
     text = head + "".join(f'{line} ; python_version < "3.{minor}"\n' for line in lines)
     aside = ROOT / f"{name}.new"
     aside.write_text(text, "utf-8")

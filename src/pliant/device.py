@@ -19,7 +19,8 @@ def device_of(name: str | torch.device) -> torch.device:
     """The torch device of a name.
 
     Arguments:
-        name: ``cpu``, ``cuda``, ``mps``, a numbered one such as ``cuda:1``, or ``auto``, the first available of cuda, mps, cpu.
+        name: ``cpu``, ``cuda``, ``mps``, a numbered one such as ``cuda:1``, or ``auto``, the first available of cuda,
+            mps, cpu.
 
     Raises:
         DeviceError: the name is unknown, or this machine has no such device.
@@ -38,8 +39,8 @@ def device_of(name: str | torch.device) -> torch.device:
     if (device.index or 0) >= counts[device.type]():
         names = [f"{kind}:{index}" if index else kind for kind, count in counts.items() for index in range(count())]
         raise DeviceError(
-            f"torch {torch.__version__} finds no device {str(name)!r} on this machine; it finds {', '.join(names)}. Choose "
-            "one of these, or auto for the first"
+            f"torch {torch.__version__} finds no device {str(name)!r} on this machine; it finds {', '.join(names)}. "
+            "Choose one of these, or auto for the first"
         )
     return device
 

@@ -1,8 +1,10 @@
-"""The errors that pliant raises. Each is also the builtin error that a caller expects, so plain ``except ValueError`` works."""
+"""The errors that pliant raises. Each is also the builtin error that a caller expects, so plain ``except ValueError``
+works."""
 
 
 class PliantError(Exception):
-    """Base of every error that pliant raises on purpose. The message says what was given, what is allowed, what to do."""
+    """Base of every error that pliant raises on purpose. The message says what was given, what is allowed, what to
+    do."""
 
 
 class ArchitectureError(PliantError, ValueError):

@@ -1,4 +1,5 @@
-"""Replace files and folders as a whole: write beside them, flush to disk, rename. A crash leaves the old or the new one."""
+"""Replace files and folders as a whole: write beside them, flush to disk, rename. A crash leaves the old or the new
+one."""
 
 from __future__ import annotations
 

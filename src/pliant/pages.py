@@ -1,8 +1,9 @@
 """Keep weights in files, for a model that is larger than the memory it may take.
 
-Every tensor of such a model is a view of a file that is mapped into memory. The system reads its pages when they are used, and
-they can be given back at any time without losing anything. A thread gives them back whenever the memory of the process comes
-near the limit. Other code need not know of this, except for loops over all weights, which go through :func:`within_limit`.
+Every tensor of such a model is a view of a file that is mapped into memory. The system reads its pages when they are
+used, and they can be given back at any time without losing anything. A thread gives them back whenever the memory of
+the process comes near the limit. Other code need not know of this, except for loops over all weights, which go through
+:func:`within_limit`.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ class Pages:
         except OSError as error:
             folder = self._folder or tempfile.gettempdir()
             raise ArtefactError(
-                f"cannot keep weights in {str(folder)!r}: {error.strerror or error}; set the environment variable TMPDIR to "
-                "another folder"
+                f"cannot keep weights in {str(folder)!r}: {error.strerror or error}; set the environment variable "
+                "TMPDIR to another folder"
             ) from error
         self._stored.append(storage)  # pyright: ignore[reportArgumentType]
         return torch.empty(0, dtype=dtype).set_(storage).view(-1)[: math.prod(shape)].view(shape)  # pyright: ignore

@@ -1,7 +1,7 @@
 """Every public name and where it is defined. Reading these tables imports nothing.
 
-``pliant.NAME``, ``pliant ls``, the command line and recipes are derived from them. A new step is its file and one line here.
-Wherever a name of a table is accepted, ``module:Name`` is accepted too, for what is not part of pliant.
+``pliant.NAME``, ``pliant ls``, the command line and recipes are derived from them. A new step is its file and one line
+here. Wherever a name of a table is accepted, ``module:Name`` is accepted too, for what is not part of pliant.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ def public() -> dict[str, str]:
 def find(table: Mapping[str, Entry], name: Any, what: str, *others: str, base: type | None = None) -> Any:
     """The class or function that a name stands for: one of ``table``, or ``module:Name`` of what is not part of pliant.
 
-    Such a module is installed or lies in the current folder, which is searched last, and not at all if it is a model folder.
+    Such a module is installed or lies in the current folder, which is searched last, and not at all if it is a model
+    folder.
 
     Arguments:
         what: what is named, for messages.
@@ -165,8 +166,8 @@ def find(table: Mapping[str, Entry], name: Any, what: str, *others: str, base: t
         within = _imported(module)
     except ImportError as error:
         raise StepError(
-            f"cannot import {module!r} for {what} {name!r}: {error}. Install the module, or run in its folder, which must not be a "
-            "model folder"
+            f"cannot import {module!r} for {what} {name!r}: {error}. Install the module, or run in its folder, which "
+            "must not be a model folder"
         ) from error
     try:
         found = operator.attrgetter(path)(within)
@@ -191,7 +192,8 @@ def _imported(module: str) -> Any:
 
 
 def name_of(table: Mapping[str, Entry], found: Any) -> str:
-    """The inverse of :func:`find`. A class that was defined in a script or in a function is named, too, but not found again."""
+    """The inverse of :func:`find`. A class that was defined in a script or in a function is named, too, but not found
+    again."""
     for name, entry in table.items():
         if (found.__module__, found.__qualname__) == (entry.module, entry.name):
             return name

@@ -120,8 +120,8 @@ def setting(help: str, *, default: Any = _UNSET, factory: Any = _UNSET, **limits
         help: one or two sentences for ``pliant ls SYSTEM``.
         default: left out for a setting that must be given.
         factory: makes the default, for values that can change.
-        limits: ``at_least``, ``at_most``, ``above``, ``below``, ``choices``, ``names``, ``path``, ``formerly`` and ``error`` of
-            :class:`Setting`.
+        limits: ``at_least``, ``at_most``, ``above``, ``below``, ``choices``, ``names``, ``path``, ``formerly`` and
+            ``error`` of :class:`Setting`.
     """
     metadata = {"setting": Setting(help, **limits)}
     return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
@@ -132,12 +132,13 @@ def setting(help: str, *, default: Any = _UNSET, factory: Any = _UNSET, **limits
 class Step:
     """Base of every step: one thing that is done to a model, with its settings.
 
-    A subclass becomes a frozen dataclass by itself. It lists its settings with :func:`setting` and implements :meth:`run`; a
-    setting of its base class gets another default by ``name: type = default``.
+    A subclass becomes a frozen dataclass by itself. It lists its settings with :func:`setting` and implements
+    :meth:`run`; a setting of its base class gets another default by ``name: type = default``.
     """
 
     kind: ClassVar[str] = ""
-    """Name of the step in messages and folders; by default its name in the registry, or the name of the class in small letters."""
+    """Name of the step in messages and folders; by default its name in the registry, or the name of the class in small
+    letters."""
 
     version: ClassVar[int] = 1
     """Raised when a setting comes to mean something else."""
@@ -146,8 +147,8 @@ class Step:
     """pruner, values or training: what kind of step it is."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """The inputs that it requires: ``text`` (calibration text), ``examples`` (text or examples to train on), ``ratio`` (a ratio
-    to reach), ``trained`` (a model that an earlier step has prepared)."""
+    """The inputs that it requires: ``text`` (calibration text), ``examples`` (text or examples to train on), ``ratio``
+    (a ratio to reach), ``trained`` (a model that an earlier step has prepared)."""
 
     trains: ClassVar[bool] = False
     """Whether it trains the model, for which all weights have to be in memory."""
@@ -201,8 +202,8 @@ class Step:
     def to_dict(self) -> dict[str, Any]:
         """The step as plain data, for recipes: its name, its version, and every setting.
 
-        The name of a class that is not part of pliant is ``module:Class``, with a digest of the files that it and what its
-        settings name are defined in.
+        The name of a class that is not part of pliant is ``module:Class``, with a digest of the files that it and what
+        its settings name are defined in.
         """
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         plain = {name: _plain(value) for name, value in settings.items()}
@@ -341,7 +342,8 @@ def recipe_of(step: Step | Iterable[Step]) -> list[Step]:
     for one, after in itertools.pairwise(steps):
         if one.packs:
             raise StepError(
-                f"{one.kind} packs the model, and packing comes last; {after.kind} comes after it. Put {one.kind} at the end"
+                f"{one.kind} packs the model, and packing comes last; {after.kind} comes after it. Put {one.kind} at "
+                "the end"
             )
     return steps
 
@@ -383,8 +385,8 @@ class Job:
         for of in sections:
             if isinstance(of, Curve) and not len(of.xs) == len(of.ys) == len(of.labels):
                 raise StepError(
-                    f"a curve needs a y and a label for every x; the curve {of.title!r} has {len(of.xs)} xs, {len(of.ys)} ys and "
-                    f"{len(of.labels)} labels"
+                    f"a curve needs a y and a label for every x; the curve {of.title!r} has {len(of.xs)} xs, "
+                    f"{len(of.ys)} ys and {len(of.labels)} labels"
                 )
         self.record.setdefault("sections", []).extend(map(to_dict, sections))
         if done:
@@ -395,7 +397,8 @@ class Job:
     def file(self, name: str, belongs: Callable[[Path], Any] = lambda _path: None) -> Path | None:
         """Where the step keeps something in its folder, or None to keep nothing.
 
-        A file of that name of the run that is overwritten is copied there, if nothing is there yet and the file is of use.
+        A file of that name of the run that is overwritten is copied there, if nothing is there yet and the file is of
+        use.
 
         Arguments:
             belongs: raises PliantError for a file that is of no use to this step.

@@ -44,7 +44,8 @@ def observed() -> bool:
 
 
 def share_call_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Give ``target`` the forward and backward hooks of ``source``: the same dicts, so that their handles still remove them."""
+    """Give ``target`` the forward and backward hooks of ``source``: the same dicts, so that their handles still remove
+    them."""
     for hooks in CALL_HOOKS:
         vars(target)[hooks] = vars(source)[hooks]
 

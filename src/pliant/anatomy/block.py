@@ -29,7 +29,8 @@ class Axis:
         multiple: a cut axis keeps a multiple of this many units.
         normed: a norm is taken over all units together, so cutting a unit differs from zeroing it.
         least: the fewest units that can stay, unless a token uses more.
-        groups: number of equal groups that the units are in, one after another; every group keeps equally many, its first.
+        groups: number of equal groups that the units are in, one after another; every group keeps equally many, its
+            first.
         copies: how often all units are repeated in a tensor dimension; all copies are cut alike.
     """
 
@@ -78,7 +79,8 @@ class Weight:
             A matrix costs one multiply-accumulate per element and token that uses it.
         uses: how often one token (or image) uses it: a convolution once per position of its output.
         buffer: it is a buffer, such as the running mean of a batch norm, and not a parameter.
-        depthwise: it is the weight of a depthwise convolution: not a matrix, but each element is multiplied once per token.
+        depthwise: it is the weight of a depthwise convolution: not a matrix, but each element is multiplied once per
+            token.
         rescaled: it is the weight of a norm over an axis. It grows as the axis narrows, so that cutting equals zeroing.
     """
 

@@ -16,15 +16,16 @@ from pliant.architecture.format import factors
 from pliant.errors import ArchitectureError
 
 DENSE_LAYERS = "pliant_dense_layers"
-"""The config key that marks ``per_layer_config`` as written by pliant. It holds the dense model's entries, mostly none."""
+"""The config key that marks ``per_layer_config`` as written by pliant. It holds the dense model's entries, mostly
+none."""
 
 
 def is_cut(config: Any) -> bool:
     """Whether a config's ``per_layer_config`` describes a cut by pliant.
 
-    Some dense families use ``per_layer_config`` themselves (Gemma 4). A config that pliant wrote has the key ``DENSE_LAYERS``.
-    Folders of pliant 0.1.0 lack it; at that time transformers built none of their families from ``per_layer_config``. So a
-    config without the key is one of those, unless transformers builds the family from it.
+    Some dense families use ``per_layer_config`` themselves (Gemma 4). A config that pliant wrote has the key
+    ``DENSE_LAYERS``. Folders of pliant 0.1.0 lack it; at that time transformers built none of their families from
+    ``per_layer_config``. So a config without the key is one of those, unless transformers builds the family from it.
     """
     if not getattr(config, "is_heterogeneous", False):
         return False
@@ -81,22 +82,24 @@ def text_config_of(config: Any) -> Any:
     """The config of the model's text decoder: the config itself, or one nested in it.
 
     Raises:
-        ArchitectureError: the config creates the nested one at every access (older encoder-decoders: BART, T5), so that changes
-            to it would not be saved.
+        ArchitectureError: the config creates the nested one at every access (older encoder-decoders: BART, T5), so that
+            changes to it would not be saved.
     """
     text_config = config.get_text_config(decoder=True)
     if text_config is not config and config.get_text_config(decoder=True) is not text_config:
         raise ArchitectureError(
-            f"the config of a {config.model_type} model has no separate decoder config, so a cut could not be recorded; "
-            "encoder-decoder models of this kind cannot be cut"
+            f"the config of a {config.model_type} model has no separate decoder config, so a cut could not be "
+            "recorded; encoder-decoder models of this kind cannot be cut"
         )
     return text_config
 
 
 def global_size(config: Any, size: int | str) -> int:
-    """Evaluate a size in an architecture file: a number, or config keys as ``a``, ``a * b``, ``a // b``, ``a + b``, ``a or b``.
+    """Evaluate a size in an architecture file: a number, or config keys as ``a``, ``a * b``, ``a // b``, ``a + b``, ``a
+    or b``.
 
-    Products are evaluated before sums, each from left to right; of alternatives, the first that the config defines is taken.
+    Products are evaluated before sums, each from left to right; of alternatives, the first that the config defines is
+    taken.
 
     Arguments:
         config: a config without per-layer entries.
@@ -130,12 +133,13 @@ def _number(config: Any, text: str) -> int | None:
 
 
 def guards(spec: BlockSpec, architecture: Architecture, config: Any) -> dict[str, float | int]:
-    """The config keys and values written where a block is removed, so that transformers without pliant refuses the config.
+    """The config keys and values written where a block is removed, so that transformers without pliant refuses the
+    config.
 
-    transformers ignores ``skip`` and would build the block with random weights; but it refuses as soon as it reads a key whose
-    value differs in one layer. The written value is the next float of the norm epsilon, or of the key that the architecture
-    file names, so that the layer can still be built from it. Sizes are written as 0: that of a named key, or, if the config
-    has no norm epsilon, those of the block's axes.
+    transformers ignores ``skip`` and would build the block with random weights; but it refuses as soon as it reads a
+    key whose value differs in one layer. The written value is the next float of the norm epsilon, or of the key that
+    the architecture file names, so that the layer can still be built from it. Sizes are written as 0: that of a named
+    key, or, if the config has no norm epsilon, those of the block's axes.
 
     Arguments:
         config: the dense config of the layer.
@@ -159,8 +163,9 @@ def guards(spec: BlockSpec, architecture: Architecture, config: Any) -> dict[str
         other = math.nextafter(value, math.inf) if isinstance(value, float) else 0
         if isinstance(value, bool) or not isinstance(value, float | int) or not abs(other - value) > 0:
             raise ArchitectureError(
-                f"{where} has the guard {key!r}, which is {value!r} in this {config.model_type} model; a guard must be a float "
-                "or a nonzero int, or transformers without pliant would not notice that a block was removed. Name another key"
+                f"{where} has the guard {key!r}, which is {value!r} in this {config.model_type} model; a guard must "
+                "be a float or a nonzero int, or transformers without pliant would not notice that a block was "
+                "removed. Name another key"
             )
         written[key] = other
     return written
@@ -187,7 +192,8 @@ def guard_keys(blocks: Iterable[BlockSpec], config: Any) -> set[str]:
 
 
 def is_guard(value: Any, dense: Any) -> bool:
-    """Whether a value in a layer's entry is a guard: the next float of the dense model's value, or the 0 of pliant 0.1.0."""
+    """Whether a value in a layer's entry is a guard: the next float of the dense model's value, or the 0 of pliant
+    0.1.0."""
     if isinstance(value, bool) or not isinstance(value, float | int):
         return False
     return value == 0 or (isinstance(dense, float) and value == math.nextafter(dense, math.inf))

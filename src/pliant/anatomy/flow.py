@@ -128,8 +128,8 @@ class Flow:
         name = operation(node)
         if name in _PRODUCTS or name.startswith("conv_") or not name:
             raise ArchitectureError(
-                f"{_where(node)} uses {name or node.target}, whose cost no weight accounts for; tracing is for convolutional "
-                "networks, so write an architecture file for this model"
+                f"{_where(node)} uses {name or node.target}, whose cost no weight accounts for; tracing is for "
+                "convolutional networks, so write an architecture file for this model"
             )
         if name in _RULES:
             return getattr(self, _RULES[name])
@@ -321,7 +321,8 @@ class Flow:
         return tuple(dims[position] for position in order)
 
     def _reshape(self, node: Node) -> Dims:
-        """Channels survive a reshape that leaves them alone or merges later dimensions into them: (C, H, W) -> (C·H·W)."""
+        """Channels survive a reshape that leaves them alone or merges later dimensions into them: (C, H, W) ->
+        (C·H·W)."""
         given = arguments(node)[0]
         before, after = shape(given), shape(node)
         dims = self._of(given)

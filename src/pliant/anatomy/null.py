@@ -17,8 +17,8 @@ class Null(nn.Module):
     Arguments:
         returns_tuple: whether the module it replaces returns ``(tensor, None)``, as attention does.
         residual: the argument to which the module adds; None if its layer adds.
-        guard: path of a weight of the module it replaces. A tensor of one element gets this path, so that loading the weights
-            into a model that still has the module fails with a size mismatch.
+        guard: path of a weight of the module it replaces. A tensor of one element gets this path, so that loading the
+            weights into a model that still has the module fails with a size mismatch.
         attention: whether it replaces an attention module, which would have returned attention weights.
     """
 

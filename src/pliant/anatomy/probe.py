@@ -36,8 +36,8 @@ def probe(model: Any, *, tokens: int = 8, seed: int = 0) -> dict[str, Any]:
     """Keyword arguments for one forward pass: random tokens, or random pixels for a vision model.
 
     Arguments:
-        tokens: number of tokens; shape ``(1, tokens)``. Images have the size in the config, else 224 x 224. A model for which
-            an example was remembered gets that example.
+        tokens: number of tokens; shape ``(1, tokens)``. Images have the size in the config, else 224 x 224. A model for
+            which an example was remembered gets that example.
     """
     generator = torch.Generator().manual_seed(seed)
     first = next(model.parameters())

@@ -24,7 +24,8 @@ from pliant.runtime.packed_linear import Packed
 
 
 def layers_of(model: nn.Module, source: Architecture | Traced, config: Any = None) -> nn.ModuleList:
-    """The list of layers of a model, with or without a head, or of the text decoder inside it; a traced model is one layer.
+    """The list of layers of a model, with or without a head, or of the text decoder inside it; a traced model is one
+    layer.
 
     Arguments:
         config: the part of the model's config that describes the layers; default: that of its text decoder.
@@ -50,8 +51,8 @@ def layers_of(model: nn.Module, source: Architecture | Traced, config: Any = Non
 def holders_of(model: nn.Module, config: Any = None) -> list[nn.Module]:
     """The modules that may hold the layers that a config describes.
 
-    That is the whole model. In a multimodal model it is the modules built from that config, because other parts may have layers
-    at the same path.
+    That is the whole model. In a multimodal model it is the modules built from that config, because other parts may
+    have layers at the same path.
 
     Arguments:
         config: see :func:`layers_of`.
@@ -72,12 +73,12 @@ def anatomy_of(model: Any, *, example: Any = None) -> Anatomy:
     A model with an architecture file is read with it. A convolutional network without one is traced.
 
     Arguments:
-        example: the input for tracing: a tensor, a sequence of tensors, or a mapping from names to tensors. It is remembered
-            for this model. Default: one image of the size in the config, or of 224 x 224.
+        example: the input for tracing: a tensor, a sequence of tensors, or a mapping from names to tensors. It is
+            remembered for this model. Default: one image of the size in the config, or of 224 x 224.
 
     Raises:
-        ArchitectureError: the architecture is unknown, the file does not explain the shape or presence of a tensor, or the
-            model cannot be traced.
+        ArchitectureError: the architecture is unknown, the file does not explain the shape or presence of a tensor, or
+            the model cannot be traced.
     """
     from pliant.anatomy.trace import traceable, traced
 
@@ -89,8 +90,8 @@ def anatomy_of(model: Any, *, example: Any = None) -> Anatomy:
         return traced(model, example)
     if model_type is None:
         raise ArchitectureError(
-            f"{type(model).__name__} cannot be read: it has no config with a model_type, as transformers models have, and no "
-            "convolutions to trace"
+            f"{type(model).__name__} cannot be read: it has no config with a model_type, as transformers models have, "
+            "and no convolutions to trace"
         )
     architecture = described_by(config.get_text_config(decoder=True))
     text_config = text_config_of(config)
@@ -126,8 +127,8 @@ def _tie(blocks: Mapping[str, Block], layers: nn.ModuleList) -> dict[str, Block]
             continue
         if len(first) > 1 or not block.spec.tied or not all(owners[tensor] in first for tensor in held):
             raise ArchitectureError(
-                f"{block.name} shares tensors with {', '.join(sorted(first))}; blocks that share all their tensors need "
-                "'tied: true' in the architecture file, and blocks that share only some cannot be cut"
+                f"{block.name} shares tensors with {', '.join(sorted(first))}; blocks that share all their tensors "
+                "need 'tied: true' in the architecture file, and blocks that share only some cannot be cut"
             )
         twins[block.name] = twins[min(first)] = min(first)
 
@@ -270,7 +271,8 @@ def _tensor_weight(
 
 
 def _runs_without_state(layer: nn.Module) -> bool:
-    """Whether the scan of a layer runs with a state of size 0: pliant has replaced the one of transformers, if it is a function."""
+    """Whether the scan of a layer runs with a state of size 0: pliant has replaced the one of transformers, if it is a
+    function."""
     functions = vars(sys.modules[type(layer).__module__]).values()
     return any(hasattr(function, EMPTY_STATE) for function in functions)
 
@@ -377,8 +379,8 @@ def _read_family(
             size, remainder = divmod(length, per_unit)
             if remainder or size < min(1, least) or size % groups:
                 raise ArchitectureError(
-                    f"{name}: dimension {position} of {weight.path} has {length} elements of {leader!r}; it must have a "
-                    f"multiple of {per_unit}, the width of one unit"
+                    f"{name}: dimension {position} of {weight.path} has {length} elements of {leader!r}; it must have "
+                    f"a multiple of {per_unit}, the width of one unit"
                 )
             return {
                 member: Axis(

@@ -20,9 +20,9 @@ _SAME = {"dropout", "feature_dropout", "contiguous", "clone", "alias", "detach"}
 def residual_modules(model: nn.Module, inputs: Mapping[str, Any], graph: Graph, names: Mapping[str, str]) -> list[str]:
     """Paths of the modules that can be skipped, in the order in which they run.
 
-    Such a module returns ``act(x + f(x))``, and ``act`` does not change the ``x`` that flows there: the ReLU after a ResNet
-    layer, because ``x`` comes out of a ReLU. This is tested on the inputs, and so is that the rest of the model runs without
-    these modules.
+    Such a module returns ``act(x + f(x))``, and ``act`` does not change the ``x`` that flows there: the ReLU after a
+    ResNet layer, because ``x`` comes out of a ReLU. This is tested on the inputs, and so is that the rest of the model
+    runs without these modules.
 
     Arguments:
         names: input node -> path, for parameters and buffers.

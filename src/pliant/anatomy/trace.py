@@ -1,8 +1,8 @@
 """Read the anatomy of a convolutional network from the operations that it runs, without an architecture file.
 
 The model is exported once to find which channels must be cut together (``flow.py``) and which modules can be skipped
-(``residual.py``). The result is an anatomy like any other, of one layer, the model itself, so that everything that works on
-axes and blocks works on it. An axis is shared by all blocks that its channels run through.
+(``residual.py``). The result is an anatomy like any other, of one layer, the model itself, so that everything that
+works on axes and blocks works on it. An axis is shared by all blocks that its channels run through.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def traced(model: nn.Module, example: Any = None) -> Anatomy:
     A model is traced again only if its modules, its shapes or those of the example have changed.
 
     Arguments:
-        example: input of ``forward``; see :func:`pliant.anatomy.probe.remember`. Default: the last example given for this
-            model, else random pixels.
+        example: input of ``forward``; see :func:`pliant.anatomy.probe.remember`. Default: the last example given for
+            this model, else random pixels.
 
     Raises:
         ArchitectureError: the model does not run on the example, or has operations that cannot be followed.
@@ -67,8 +67,8 @@ def _trace(model: nn.Module, inputs: dict[str, Any]) -> Anatomy:
     except Exception as error:  # a model's own code can raise anything on an unsuitable input
         shapes = {name: tuple(getattr(value, "shape", ())) for name, value in inputs.items()}
         raise ArchitectureError(
-            f"{type(model).__name__} cannot be traced on an input of shape {shapes} ({str(error).splitlines()[0]}); pass an "
-            "example that it runs on: anatomy_of(model, example=…)"
+            f"{type(model).__name__} cannot be traced on an input of shape {shapes} ({str(error).splitlines()[0]}); "
+            "pass an example that it runs on: anatomy_of(model, example=…)"
         ) from error
     first_name = {
         **_first_names(model.named_parameters(remove_duplicate=False)),

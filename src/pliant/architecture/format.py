@@ -10,31 +10,32 @@ One YAML file beside this one describes the repeated layer of a family::
       kv:      {size: num_key_value_heads, unit: head_dim}
       heads:   {size: num_attention_heads, unit: head_dim, follows: kv}
       experts: {size: num_local_experts, active: num_experts_per_tok}  # units that one token uses; at least these stay
-      wide:    {size: intermediate_size, multiple: 8}                  # cut only to multiples of 8, as a kernel requires
+      wide:    {size: intermediate_size, multiple: 8}                  # cut only to multiples of 8, for a kernel
       whole:   {size: num_heads, unit: head_dim, cut: false}           # never cut
-      rank:    {size: q_lora_rank, normed: true}                       # normalised as a whole: cutting a unit is not zeroing it
+      rank:    {size: q_lora_rank, normed: true}                       # a norm runs over it: cutting is not zeroing
       shared:  {size: shared_size, least: 0}                           # the fewest units that can stay; default 1
-      scan:    {size: num_heads, unit: head_dim, groups: n_groups}     # in this many equal groups; each keeps equally many
+      scan:    {size: num_heads, unit: head_dim, groups: n_groups}     # in equal groups; each keeps equally many
       state:   {size: state_size, copies: n_groups}                    # one copy after another, all cut alike
     blocks:                         # residual blocks, in the order in which they run
       attention:
-        role: attention             # attention, mlp, experts, conv, scan or other; default: the block's name if it is one of
-                                    # these, else attention if it has ``scores``, else other
-        when: [full_attention]      # only in layers of these types (``layer_types`` in config.json); default: in all layers
-        state: kv                   # the state it keeps between tokens: kv, conv, scan or a list of these; needs ``slot``
-        tied: true                  # it may share its tensors with the same block of other layers: cut alike, counted once
+        role: attention             # attention, mlp, experts, conv, scan or other; default: the block's name if it is
+                                    # one of these, else attention if it has ``scores``, else other
+        when: [full_attention]      # only in layers of these types (``layer_types`` in config.json); default: all
+        state: kv                   # the state between tokens: kv, conv, scan or a list of these; needs ``slot``
+        tied: true                  # it may share tensors with this block of other layers: cut alike, counted once
         module: self_attn           # the module that computes f in ``x + f(norm(x))``; see below for a list
         norms: [input_layernorm]    # the norms that are removed with it; ``a or b`` is the first that exists
         output: tuple               # the module returns a tensor (default) or (tensor, None)
         residual: 0                 # the argument to which the module itself adds f; omitted if the layer adds it
-        guard: norm_eps             # a config key that transformers reads when it builds the layer. It is overridden where
-                                    # the block is removed, so that transformers alone refuses: a float by the next float, a
-                                    # size by 0. Default: the config's norm epsilon, or the keys of the axes without one
+        guard: norm_eps             # a config key that transformers reads when it builds the layer. It is overridden
+                                    # where the block is removed, so that transformers alone refuses: a float by the
+                                    # next float, a size by 0. Default: the config's norm epsilon, or the keys of the
+                                    # axes without one
         slot: layer_idx             # the attribute that names its cache slot; it makes kv the default state
         scores: heads               # the axis that attention scores are computed over (for counting MACs)
-        cached: {multi_query: 1}    # heads in the cache if this config key is set (the first set key counts); else ``scores``
-        attributes: {num_heads: heads, split_size: heads.width}    # plain attributes that must follow an axis: its units, its
-                                    # ``width`` in elements, or the width of one ``group``; a list is added up
+        cached: {multi_query: 1}    # heads in the cache if this config key is set (the first that is); else ``scores``
+        attributes: {num_heads: heads, split_size: heads.width}    # plain attributes that must follow an axis: its
+                                    # units, its ``width`` in elements, or that of one ``group``; a list is added up
         weights:
           q_proj: [heads, hidden]   # (out, in) of a linear layer; the bias follows ``out``
           qkv_proj: [[heads, kv, kv], hidden]    # a fused weight lists its parts
@@ -45,42 +46,45 @@ One YAML file beside this one describes the repeated layer of a family::
           gate.correction: [experts]                     # a buffer is listed like a parameter
         transposed: [experts.up]    # stacks of matrices that are stored (in, out)
         elementwise: [gate.bias]    # tensors of two or more dimensions that are not matrices
-        rescale: [norm]             # a norm over an axis: its epsilon and its weight change when the axis narrows, so that
-                                    # cutting equals zeroing
+        rescale: [norm]             # a norm over an axis: its epsilon and its weight change when the axis narrows, so
+                                    # that cutting equals zeroing
         roles: {q: q_proj, k: k_proj, v: v_proj, o: o_proj}    # the role of each weight, for native runs
     native:                         # optional: the parts that pliant's kernels need to run all layers in one call
-      models: {llama: {}, mistral: {window: config.sliding_window}, smollm3: {window: sliding_window, rotates: use_rope}}
+      models:
+        llama: {}
+        smollm3: {window: sliding_window, rotates: use_rope}
       embedding: embed_tokens       # beside the list of layers, as are the next two
       norm: norm
       rotary: rotary_emb
       activation: hidden_act        # the config key of the MLP's activation
       scale: scaling                # the attribute of attention that its scores are multiplied by
 
-An axis counts in units (heads, channels); ``unit`` is the width of one in elements. Sizes and units are numbers or config
-keys, or sums and products of those (``a * b``, ``a // b``, ``a + b``). If a key may be absent, ``n_inner or 4 * hidden_size``
-gives its default. If f has no module of its own, ``module: [fc1, fc2]`` lists the modules of the layer that compute it, and
-weights are named from the layer; the last module returns f. A norm that several blocks of a layer list is shared and stays.
+An axis counts in units (heads, channels); ``unit`` is the width of one in elements. Sizes and units are numbers or
+config keys, or sums and products of those (``a * b``, ``a // b``, ``a + b``). If a key may be absent, ``n_inner or
+4 * hidden_size`` gives its default. If f has no module of its own, ``module: [fc1, fc2]`` lists the modules of the
+layer that compute it, and weights are named from the layer; the last module returns f. A norm that several blocks of a
+layer list is shared and stays.
 
 A block whose layout differs between layers lists its variants::
 
       mlp:
         module: mlp
         norms: [norm]
-        either:                     # the first whose weights all exist; any key of a block but role, state, slot, tied, guard
+        either:                     # the first whose weights all exist; it has no role, state, slot, tied or guard
           - weights: {gate.weight: [experts, hidden], experts.up: [experts, channels, hidden]}
             attributes: {gate.num_experts: experts}
           - weights: {up_proj: [dense, hidden], down_proj: [hidden, dense]}
 
-An axis exists only in the layers that have a weight on it. Blocks of different ``when`` may share a module path. The last
-block of each layer type that keeps a state stays, because models count tokens in it. The ``weights`` of a depthwise convolution
-are ``[[channels], one, kernel]`` with ``fixed: {one: 1}``; its sizes follow by themselves. Keys that other families need but
-that are not supported yet are refused with an explanation: ``own``, ``scale``, ``stays``, ``parts``,
-``part``, ``record``, ``has``, ``inside``, ``removes``, ``count``.
+An axis exists only in the layers that have a weight on it. Blocks of different ``when`` may share a module path. The
+last block of each layer type that keeps a state stays, because models count tokens in it. The ``weights`` of a
+depthwise convolution are ``[[channels], one, kernel]`` with ``fixed: {one: 1}``; its sizes follow by themselves. Keys
+that other families need but that are not supported yet are refused with an explanation: ``own``, ``scale``, ``stays``,
+``parts``, ``part``, ``record``, ``has``, ``inside``, ``removes``, ``count``.
 
-The ``roles`` of an attention are q, k, v, o and, if it has them, q_norm and k_norm; those of an MLP are gate, up and down.
-``native`` lists the model types whose layers have an RMS norm before each block, rotary positions, softmax attention and a
-gated MLP. Each type names the attributes of its attention that hold the number of tokens a token attends to (``window``) and
-whether it applies rotary positions (``rotates``); ``config.x`` is a key of the config.
+The ``roles`` of an attention are q, k, v, o and, if it has them, q_norm and k_norm; those of an MLP are gate, up and
+down. ``native`` lists the model types whose layers have an RMS norm before each block, rotary positions, softmax
+attention and a gated MLP. Each type names the attributes of its attention that hold the number of tokens a token
+attends to (``window``) and whether it applies rotary positions (``rotates``); ``config.x`` is a key of the config.
 """
 
 from __future__ import annotations
@@ -151,8 +155,8 @@ class BlockSpec:
         weights: name -> axes of each dimension, or None for a weight that is never cut.
         optional: the weights that only some models of the family have.
         residual: the argument to which the module adds f; None if the layer adds it.
-        guard: the config key that is overridden where the block is removed, so that transformers alone refuses the config;
-            None for the norm epsilon, or the keys of its axes.
+        guard: the config key that is overridden where the block is removed, so that transformers alone refuses the
+            config; None for the norm epsilon, or the keys of its axes.
         cached: config key -> number of heads in the cache if this is the first key that is set.
         roles: role -> name of the weight.
         role: the kind of block: attention, mlp, experts, conv, scan or other.
@@ -260,13 +264,15 @@ def factors(alternative: str) -> list[list[str]]:
     """Split one alternative of a size into the products of its sum: ``a * b + c`` into ``[["a", "*", "b"], ["c"]]``.
 
     Raises:
-        ArchitectureError: it does not alternate between operands (numbers, config keys) and operators (``+``, ``*``, ``//``).
+        ArchitectureError: it does not alternate between operands (numbers, config keys) and operators (``+``, ``*``,
+            ``//``).
     """
     words = alternative.split()
     fine = len(words) % 2 == 1 and all(word.isdigit() or word.isidentifier() for word in words[::2])
     if not fine or not all(word in ("+", "*", "//") for word in words[1::2]):
         raise ArchitectureError(
-            f"{alternative!r} is not a size; give a number, a config key, or several of them joined by '+', '*' and '//'"
+            f"{alternative!r} is not a size; give a number, a config key, or several of them joined by '+', '*' "
+            "and '//'"
         )
     terms: list[list[str]] = [[]]
     for word in words:

@@ -66,8 +66,8 @@ def architecture_of(model_type: str) -> Architecture:
     known = catalogue()
     if model_type not in known:
         raise UnknownArchitectureError(
-            f"no architecture file describes model_type {model_type!r}; known types: {', '.join(sorted(known))}. Write one: see "
-            "docs/architectures.md, pliant.add_architecture, and the option --architecture"
+            f"no architecture file describes model_type {model_type!r}; known types: {', '.join(sorted(known))}. "
+            "Write one: see docs/architectures.md, pliant.add_architecture, and the option --architecture"
         )
     return known[model_type]
 

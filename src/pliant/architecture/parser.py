@@ -275,8 +275,8 @@ class _Parser:
             self.part(f"attribute {name!r} of {where}", term.partition(".")[0])
         if len({term.partition(".")[2] for term in terms}) != 1 or terms[0].partition(".")[2] not in ("", *MEASURES):
             self.faults.append(
-                f"{where}: attribute {name!r} must be an axis, axis.width or axis.group, or a list of one of these kinds; not "
-                f"{given!r}"
+                f"{where}: attribute {name!r} must be an axis, axis.width or axis.group, or a list of one of these "
+                f"kinds; not {given!r}"
             )
         return terms
 

@@ -22,8 +22,8 @@ def check_folder(folder: Path, *, variant: str | None = None) -> None:
         variant: as in transformers: a word in the names of the weight files.
 
     Raises:
-        ArtefactError: config.json is missing or unreadable, weights are missing, or a shard is missing or has another length
-            than its header declares.
+        ArtefactError: config.json is missing or unreadable, weights are missing, or a shard is missing or has another
+            length than its header declares.
     """
     config = config_of(folder)
     quantised = any(of.get("quantization_config") or of.get("compression_config") for of in parts_of(config))
@@ -56,10 +56,12 @@ def config_of(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not config.get("model_type"):
         if isinstance(config, dict) and "_class_name" in config:
             raise ArtefactError(
-                f"{str(folder)!r} is a part of a diffusers pipeline ({config['_class_name']}); give a transformers model"
+                f"{str(folder)!r} is a part of a diffusers pipeline ({config['_class_name']}); give a transformers "
+                "model"
             )
         raise ArtefactError(
-            f'{str(path)!r} names no model_type; transformers needs one, such as "model_type": "llama", to know the model'
+            f'{str(path)!r} names no model_type; transformers needs one, such as "model_type": "llama", to know the '
+            "model"
         )
     return config
 
@@ -102,7 +104,8 @@ def _base_of(folder: Path) -> str:
 
 
 def weight_files(folder: Path, config: Mapping[str, Any], *, variant: str | None = None) -> list[Path]:
-    """The files that transformers reads the weights from. As in transformers, a single file takes precedence over an index.
+    """The files that transformers reads the weights from. As in transformers, a single file takes precedence over an
+    index.
 
     Raises:
         ArtefactError: the weights are missing, or the index is damaged; the message says what the folder holds instead.
@@ -210,8 +213,9 @@ def _check_safetensors(path: Path, quantised: bool) -> None:
     ]
     if codes and not quantised:
         raise ArtefactError(
-            f"{str(path)!r} holds 8-bit codes ({codes[0]!r}), but the config.json beside it has no quantization_config to "
-            "decode them; read as weights they would be noise. Add the quantization_config, or give the unquantised model"
+            f"{str(path)!r} holds 8-bit codes ({codes[0]!r}), but the config.json beside it has no "
+            "quantization_config to decode them; read as weights they would be noise. Add the quantization_config, "
+            "or give the unquantised model"
         )
 
 

@@ -43,16 +43,17 @@ def load(
     scratch: str | Path | None = None,
     **options: Any,
 ) -> Any:
-    """Load a transformers model in evaluation mode, of the class that its config names, else as a causal language model.
+    """Load a transformers model in evaluation mode, of the class that its config names, else as a causal language
+    model.
 
     Arguments:
         source: a folder, a ``.gguf`` file (dequantised; needs the ``gguf`` extra), or the id of a model on a hub.
         dtype: as in transformers: ``auto`` keeps the stored dtype.
-        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``auto``, the first available of cuda, mps, cpu; with ``auto``, a
-            packed model stays on the CPU. Default: the CPU, unless ``device_map`` is given.
-        memory: bytes, or ``"2GB"``, that the process may take on top of what it has already. The weights then stay in files,
-            and only the part that fits is in memory, so that a model larger than memory can be pruned. Needs Linux and a
-            folder with safetensors weights.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``auto``, the first available of cuda, mps, cpu; with
+            ``auto``, a packed model stays on the CPU. Default: the CPU, unless ``device_map`` is given.
+        memory: bytes, or ``"2GB"``, that the process may take on top of what it has already. The weights then stay in
+            files, and only the part that fits is in memory, so that a model larger than memory can be pruned. Needs
+            Linux and a folder with safetensors weights.
         scratch: folder for these files; default: the temporary folder. They disappear with the model.
         options: passed on to ``from_pretrained``: ``device_map``, ``revision``, ``token``, ``attn_implementation`` …
 
@@ -102,8 +103,8 @@ def load(
     if info["mismatched_keys"] and not ignore_mismatched:
         name, stored, built = min(info["mismatched_keys"])
         raise ArtefactError(
-            f"{name!r} has shape {tuple(stored)} in {str(source)!r}, but its config.json describes shape {tuple(built)}; "
-            "config and weights are of different models, or another tool has changed one of them"
+            f"{name!r} has shape {tuple(stored)} in {str(source)!r}, but its config.json describes shape "
+            f"{tuple(built)}; config and weights are of different models, or another tool has changed one of them"
         )
     if target is not None and target.type != "cpu":
         _move(model, target, chosen=device != "auto")
@@ -130,8 +131,8 @@ def _checked_path(source: str | Path, options: dict[str, Any]) -> Path:
         check_folder(path / options.get("subfolder", ""), variant=options.get("variant"))
     elif not _HUB_ID.fullmatch(str(source)) or path.exists():
         raise ArtefactError(
-            f"{str(source)!r} is not a model folder: give a folder with a config.json, a .gguf file, or the id of a model on a "
-            "hub (owner/name)"
+            f"{str(source)!r} is not a model folder: give a folder with a config.json, a .gguf file, or the id of a "
+            "model on a hub (owner/name)"
         )
     return path
 
@@ -146,7 +147,8 @@ def loaded(model: Any, *, dtype: Any = None, device: Any = None) -> Any:
         return load(model, dtype=dtype or "auto", device=device)
     if dtype is not None or device is not None:
         raise DeviceError(
-            "device and dtype apply when a model is loaded, and this model already is; use model.to(...), or give its folder"
+            "device and dtype apply when a model is loaded, and this model already is; use model.to(...), or give "
+            "its folder"
         )
     return model
 
@@ -173,8 +175,8 @@ def _move(model: Any, device: torch.device, *, chosen: bool) -> None:
             raise
         free = free_memory(device)
         raise DeviceError(
-            f"the weights take {human_bytes(needs)}, {device} has {'less' if free is None else human_bytes(free)} free; "
-            "load the model with dtype='bfloat16', or on the CPU"
+            f"the weights take {human_bytes(needs)}, {device} has {'less' if free is None else human_bytes(free)} "
+            "free; load the model with dtype='bfloat16', or on the CPU"
         ) from error
 
 
@@ -214,15 +216,16 @@ def auto_class(source: str, options: dict[str, Any]) -> Any:
     if own and kind not in transformers.CONFIG_MAPPING:
         if not options.get("trust_remote_code"):
             raise ArtefactError(
-                f"{source!r} runs custom code ({', '.join(sorted(set(map(str, own.values()))))}); read that code, and if you "
-                "trust it, load the model in Python with trust_remote_code=True"
+                f"{source!r} runs custom code ({', '.join(sorted(set(map(str, own.values()))))}); read that code, and "
+                "if you trust it, load the model in Python with trust_remote_code=True"
             )
         return getattr(transformers, next((name for name, _ in _KINDS if name in own), "AutoModelForCausalLM"))
     return getattr(transformers, auto_name(kind, named))
 
 
 def auto_name(model_type: str | None, classes: Collection[str]) -> str:
-    """The auto class of transformers that maps ``model_type`` to one of ``classes``; ``AutoModelForCausalLM`` if none does."""
+    """The auto class of transformers that maps ``model_type`` to one of ``classes``; ``AutoModelForCausalLM`` if none
+    does."""
     from transformers.models.auto import modeling_auto
 
     for name, mapping in _KINDS:

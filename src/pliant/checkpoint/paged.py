@@ -34,8 +34,8 @@ def load_paged(
 ) -> tuple[Any, dict[str, Any]]:
     """Load the model of ``folder`` with its weights in files, see :mod:`pliant.pages`.
 
-    transformers loads it like any other model, so it converts, renames and ties the same weights as without a limit. Each
-    tensor is read lazily, and copied into a file as soon as it becomes a parameter.
+    transformers loads it like any other model, so it converts, renames and ties the same weights as without a limit.
+    Each tensor is read lazily, and copied into a file as soon as it becomes a parameter.
 
     Arguments:
         auto_class: the class of transformers that finds the right one for a config.
@@ -94,18 +94,19 @@ def _check_plain(folder: Path) -> None:
         if method:
             name = method.get("quant_method", "unnamed") if isinstance(method, dict) else method
             raise ArtefactError(
-                f"{str(folder)!r} is quantised ({name}), and quantised weights are not read within a memory limit; load it "
-                "without a limit, or give the unquantised model"
+                f"{str(folder)!r} is quantised ({name}), and quantised weights are not read within a memory limit; "
+                "load it without a limit, or give the unquantised model"
             )
     if (folder / "adapter_config.json").exists():
         raise ArtefactError(
-            f"{str(folder)!r} holds a peft adapter beside the model, which is not read within a memory limit; load it without "
-            "a limit, or give the base model"
+            f"{str(folder)!r} holds a peft adapter beside the model, which is not read within a memory limit; load it "
+            "without a limit, or give the base model"
         )
 
 
 def _check_limit(shapes: Any, stored: Mapping[str, Any], limit: int) -> None:
-    """Raise if the largest tensor does not fit the limit; a tensor that is assembled from others counts ``_COPIES`` times."""
+    """Raise if the largest tensor does not fit the limit; a tensor that is assembled from others counts ``_COPIES``
+    times."""
     prefix = f"{shapes.base_model_prefix}."
     largest = 0
     for name, parameter in shapes.named_parameters():
@@ -113,8 +114,9 @@ def _check_limit(shapes: Any, stored: Mapping[str, Any], limit: int) -> None:
         largest = max(largest, parameter.nbytes * (1 if as_it_is else _COPIES))
     if largest > NEAR * limit:
         raise MemoryLimitError(
-            f"a limit of {human_bytes(limit)} is too low: the largest tensor of this model takes {human_bytes(largest)} "
-            f"while it is loaded, and may take at most {NEAR:.0%} of the limit; give more than {human_bytes(largest / NEAR)}"
+            f"a limit of {human_bytes(limit)} is too low: the largest tensor of this model takes "
+            f"{human_bytes(largest)} while it is loaded, and may take at most {NEAR:.0%} of the limit; give more than "
+            f"{human_bytes(largest / NEAR)}"
         )
 
 
@@ -194,7 +196,8 @@ def _stored(folder: Path) -> dict[str, _Stored]:
     for path in weight_files(folder, config_of(folder)):
         if path.suffix != ".safetensors":
             raise ArtefactError(
-                f"{str(folder)!r} has no safetensors weights; a memory limit needs them, so save the model as safetensors first"
+                f"{str(folder)!r} has no safetensors weights; a memory limit needs them, so save the model as "
+                "safetensors first"
             )
         with safe_open(path, "pt") as file:
             stored |= {name: _Stored(path, name) for name in file.keys()}  # noqa: SIM118 - not a mapping

@@ -1,11 +1,11 @@
 """Per-layer shapes in config.json, in transformers' own vocabulary: ``per_layer_config`` with ``skip``.
 
-A layer that differs from the rest is written as ``{"intermediate_size": 5888}``, a removed block as ``{"skip": ["mlp"]}``
-together with a guard. transformers alone ignores ``skip`` and would build the block with random weights; overriding a key that
-it reads makes it refuse instead. See :func:`pliant.anatomy.guards`.
+A layer that differs from the rest is written as ``{"intermediate_size": 5888}``, a removed block as ``{"skip":
+["mlp"]}`` together with a guard. transformers alone ignores ``skip`` and would build the block with random weights;
+overriding a key that it reads makes it refuse instead. See :func:`pliant.anatomy.guards`.
 
-Some dense families have per-layer entries of their own. pliant merges its entries into them. ``pliant_dense_layers`` keeps the
-dense entries, and its presence marks a config that pliant wrote.
+Some dense families have per-layer entries of their own. pliant merges its entries into them. ``pliant_dense_layers``
+keeps the dense entries, and its presence marks a config that pliant wrote.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def write(model: Any) -> None:
         setattr(config, DENSE_LAYERS, {str(layer): entry for layer, entry in dense.items()})
     if anatomy.architecture != shipped().get(config.model_type):  # another machine may lack this file
         config.pliant_architecture = dict(anatomy.architecture.raw)
-    # a family whose config validates its head count, or whose output head asks for the number of experts, can only be read back
-    # if the global value may be read; there the narrower tensors themselves make transformers alone refuse
+    # a family whose config validates its head count, or whose output head asks for the number of experts, can only be
+    # read back if the global value may be read; there the narrower tensors themselves make transformers alone refuse
     reads_global = any(
         (block.spec.scores or block.role == "scan" or axis.active) and axis.config_key in overrides.get(block.layer, {})
         for block in anatomy.blocks.values()
@@ -132,14 +132,15 @@ def _prove_refusal(model: PreTrainedModel) -> None:
     config = text_config_of(model.config)
     guarded = sorted({key for entry in entries_of(config).values() for key in entry} - {"skip"})
     raise ArchitectureError(
-        f"transformers alone would build the blocks that were removed from this {config.model_type} model with random weights, "
-        f"because it does not read {', '.join(guarded)}. Name another 'guard' in {described_by(config).name}.yaml: a config "
-        "key that the layer reads when it is built"
+        f"transformers alone would build the blocks that were removed from this {config.model_type} model with random "
+        f"weights, because it does not read {', '.join(guarded)}. Name another 'guard' in "
+        f"{described_by(config).name}.yaml: a config key that the layer reads when it is built"
     )
 
 
 def cuts_in(config: Any) -> Iterator[Any]:
-    """The configs that describe a cut: the config itself, if it records the shapes of the whole model, and nested ones."""
+    """The configs that describe a cut: the config itself, if it records the shapes of the whole model, and nested
+    ones."""
     if getattr(config, RECORD, None):
         yield config
     yield from (part for part in _cut_by_layer(config) if part is not config or not getattr(config, RECORD, None))
@@ -184,8 +185,8 @@ def shape_model(model: nn.Module, config: Any) -> None:
         config: the model's config, or the part of it that describes these layers.
 
     Raises:
-        ArchitectureError: no architecture file describes the family, or the model has no layers at the path in that file, for
-            example because its class does not hold them.
+        ArchitectureError: no architecture file describes the family, or the model has no layers at the path in that
+            file, for example because its class does not hold them.
         ArtefactError: the config has an unknown entry for a layer.
     """
     if recorded := getattr(config, RECORD, None):
@@ -200,7 +201,8 @@ def shape_model(model: nn.Module, config: Any) -> None:
 
 
 def _check_entries(config: Any, architecture: Architecture) -> None:
-    """Raise for entries without an effect: unknown keys and blocks, and values that are neither dense ones nor guards."""
+    """Raise for entries without an effect: unknown keys and blocks, and values that are neither dense ones nor
+    guards."""
     plain = plain_config(config)
     dense = entries_of(plain)
     types = layer_types_of(plain, len(config.per_layer_config))
@@ -209,14 +211,14 @@ def _check_entries(config: Any, architecture: Architecture) -> None:
         known = known_keys(architecture, of_layer) | {"skip", *dense.get(layer, ())}
         if unknown := sorted(set(entry) - known):
             raise ArtefactError(
-                f"per_layer_config sets {unknown[0]!r} of layer {layer}, which has no effect in a {config.model_type} model; "
-                f"allowed are {', '.join(sorted(known))}"
+                f"per_layer_config sets {unknown[0]!r} of layer {layer}, which has no effect in a {config.model_type} "
+                f"model; allowed are {', '.join(sorted(known))}"
             )
         kinds = [spec.kind for spec in architecture.blocks_of(types[layer])]
         if unknown := sorted(set(entry.get("skip", ())) - {*kinds}):
             raise ArtefactError(
-                f"per_layer_config skips {unknown[0]!r} in layer {layer}; a layer of {architecture.name}.yaml has the blocks "
-                f"{', '.join(kinds)}"
+                f"per_layer_config skips {unknown[0]!r} in layer {layer}; a layer of {architecture.name}.yaml has the "
+                f"blocks {', '.join(kinds)}"
             )
         removed = [spec for spec in architecture.blocks if spec.kind in entry.get("skip", ())]
         allowed = guard_keys(removed, of_layer)
@@ -226,8 +228,8 @@ def _check_entries(config: Any, architecture: Architecture) -> None:
             value = entry[key]
             if value != plainly and not (key in allowed and is_guard(value, plainly)):
                 raise ArtefactError(
-                    f"per_layer_config sets {key!r} of layer {layer} to {value!r}, which has no effect; the layer is built "
-                    f"with {plainly!r}. Leave the key out"
+                    f"per_layer_config sets {key!r} of layer {layer} to {value!r}, which has no effect; the layer is "
+                    f"built with {plainly!r}. Leave the key out"
                 )
 
 

@@ -1,4 +1,5 @@
-"""Shapes of a traced model in config.json: a record of its tensors whose shapes differ from those the config would build.
+"""Shapes of a traced model in config.json: a record of its tensors whose shapes differ from those the config would
+build.
 
 ::
 
@@ -8,8 +9,9 @@
       "removed": {"resnet.encoder.stages.2.layers.4": {"residual": 0, "guard": "layer.0.convolution.weight"}}
     }
 
-A convolutional network has no list of equal layers that ``per_layer_config`` could describe. Without pliant, the narrower
-tensors make any loader refuse; if a block was removed, its guard does: a tensor of one element with the name of a weight.
+A convolutional network has no list of equal layers that ``per_layer_config`` could describe. Without pliant, the
+narrower tensors make any loader refuse; if a block was removed, its guard does: a tensor of one element with the name
+of a weight.
 """
 
 from __future__ import annotations
@@ -78,8 +80,8 @@ def shape_by(model: Any, record: Mapping[str, Mapping[str, Any]]) -> None:
         own_path = find_path(model, path, model.get_submodule)
         if own_path is None:
             raise ArtefactError(
-                f"{type(model).__name__} has no module {path!r}, which config.json lists as removed; open the folder with the "
-                "class that wrote it"
+                f"{type(model).__name__} has no module {path!r}, which config.json lists as removed; open the folder "
+                "with the class that wrote it"
             )
         model.set_submodule(own_path, Null(**arguments))
     for path, size in record["tensors"].items():
@@ -100,7 +102,8 @@ def shape_by(model: Any, record: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def find_path(model: Any, path: str, get: Callable[[str], Any]) -> str | None:
-    """The path of a part in a model that may have another head, or none, than the saved one; None if the part is missing."""
+    """The path of a part in a model that may have another head, or none, than the saved one; None if the part is
+    missing."""
     prefix = f"{model.base_model_prefix}."
     for candidate in (path, path.removeprefix(prefix), prefix + path):
         with suppress(AttributeError):

@@ -22,14 +22,15 @@ def compress(
     subnet: Annotated[
         Path | None,
         typer.Option(
-            help="Cut to the sub-network in this file, without a search: pliant's own, or a pruning_config.json of MultiPruner."
+            help="Cut to the sub-network in this file, without a search: pliant's own, or a pruning_config.json of "
+            "MultiPruner."
         ),
     ] = None,
     system: Annotated[
         list[str] | None,
         typer.Option(
-            help="System to apply ('pliant ls systems' lists them), or your own as module:Class; repeatable, applied in order. "
-            "Default: multipruner."
+            help="System to apply ('pliant ls systems' lists them), or your own as module:Class; repeatable, applied "
+            "in order. Default: multipruner."
         ),
     ] = None,
     setting: Annotated[

@@ -98,7 +98,8 @@ def bench(
 
     if (formats and (against or batch != 1)) or (perplexity and not formats):
         raise PliantError(
-            "--formats times one model in batches of 1; leave out --against and --batch, and give --perplexity only with --formats"
+            "--formats times one model in batches of 1; leave out --against and --batch, and give --perplexity only "
+            "with --formats"
         )
     if formats and device not in ("cpu", "auto"):
         raise PliantError("--formats packs the model, and packed layers run on the CPU; leave out --device")

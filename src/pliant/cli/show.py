@@ -48,11 +48,12 @@ def show_inspection(found: dict[str, Any]) -> None:
         _show_traced(found)
         return
     _print(
-        f"{found['model']}: {found['model_type']}, read with {found['architecture']}.yaml, self-check {found['self_check']}\n"
-        f"{found['parameters']:,} parameters in {found['depth']} layers ({found['outside_blocks']:,} outside the blocks), "
-        f"{_stored(found)}, {human_bytes(found['weight_bytes'])}, on {found['device']}\n"
-        f"{found['macs_per_token'] / 1e6:,.1f} M multiply-accumulates and {found['cache_bytes_per_token']:,} bytes of cache per "
-        f"token; a search keeps {human_bytes(found['search_bytes_per_1000_tokens'])} for 1000 calibration tokens"
+        f"{found['model']}: {found['model_type']}, read with {found['architecture']}.yaml, self-check "
+        f"{found['self_check']}\n{found['parameters']:,} parameters in {found['depth']} layers "
+        f"({found['outside_blocks']:,} outside the blocks), {_stored(found)}, {human_bytes(found['weight_bytes'])}, "
+        f"on {found['device']}\n{found['macs_per_token'] / 1e6:,.1f} M multiply-accumulates and "
+        f"{found['cache_bytes_per_token']:,} bytes of cache per token; a search keeps "
+        f"{human_bytes(found['search_bytes_per_1000_tokens'])} for 1000 calibration tokens"
     )
     rows: dict[tuple, list[int]] = {}
     for block in found["blocks"]:
@@ -158,8 +159,9 @@ def show_speed(found: dict[str, Any]) -> None:
     _print(shown)
     settings, one = found["settings"], found["on"]["model"]
     _print(
-        f"prompt of {settings['prompt']} tokens, {settings['tokens']} decoded, batch {settings['batch']}; on {one['device']} in "
-        f"{one['dtype']}, {found['threads']} threads, peak memory {human_bytes(found['peak_memory'])}"
+        f"prompt of {settings['prompt']} tokens, {settings['tokens']} decoded, batch {settings['batch']}; on "
+        f"{one['device']} in {one['dtype']}, {found['threads']} threads, peak memory "
+        f"{human_bytes(found['peak_memory'])}"
     )
 
 

@@ -32,12 +32,12 @@ def recipe(systems: Sequence[str], given: Mapping[str, object], pairs: Sequence[
     A name alone sets it in every step that has it; a system that comes twice has the same settings both times.
 
     Arguments:
-        given: settings that have an option of their own, not as text; a step without them is left alone, but one of the steps
-            must take each.
+        given: settings that have an option of their own, not as text; a step without them is left alone, but one of the
+            steps must take each.
 
     Raises:
-        StepError: a name that none of the steps has, a value of the wrong type, an option that no step takes, or a search
-            without a ratio.
+        StepError: a name that none of the steps has, a value of the wrong type, an option that no step takes, or a
+            search without a ratio.
     """
     classes = {system: step_class(system) for system in systems}
     values = _values(classes, given, pairs)
@@ -56,7 +56,8 @@ def recipe(systems: Sequence[str], given: Mapping[str, object], pairs: Sequence[
 def known_subnet(path: Path, systems: Sequence[str], pairs: Sequence[str]) -> list[Step]:
     """:func:`recipe` without its searches: the model is cut to the sub-network in a file, then the other steps follow.
 
-    Units are sorted by the importance that the pruner among ``systems`` uses, on as many rows, unless a pair sets another.
+    Units are sorted by the importance that the pruner among ``systems`` uses, on as many rows, unless a pair sets
+    another.
 
     Raises:
         StepError: as :func:`recipe`, or ``systems`` has several pruners.
@@ -67,8 +68,8 @@ def known_subnet(path: Path, systems: Sequence[str], pairs: Sequence[str]) -> li
     pruners = [name for name in systems if name in given and given[name].family == "pruner"]
     if len(pruners) > 1:
         raise StepError(
-            f"--subnet cuts the model once, without a search; {' and '.join(pruners)} are {len(pruners)} pruners. Give the one "
-            "that found the sub-network"
+            f"--subnet cuts the model once, without a search; {' and '.join(pruners)} are {len(pruners)} pruners. "
+            "Give the one that found the sub-network"
         )
     pruner: Any = given[pruners[0]] if pruners else cut
     rows = getattr(pruner, "width_samples", getattr(pruner, "samples", None)) or vars(cut)["samples"]

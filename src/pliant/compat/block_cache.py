@@ -1,7 +1,7 @@
 """A transformers key-value cache that stores :class:`pliant.runtime.kv_blocks.Blocks`.
 
-It is passed like any cache: ``model.generate(..., past_key_values=pliant.BlockCache(...))``. A stock model gets all keys and
-values back as tensors at every step; a native run attends to the blocks directly.
+It is passed like any cache: ``model.generate(..., past_key_values=pliant.BlockCache(...))``. A stock model gets all
+keys and values back as tensors at every step; a native run attends to the blocks directly.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pliant.runtime.packed_weight import writes
 
 
 class ReadOnly(torch.Tensor):
-    """A copy of keys or values. It and views of it refuse to be changed in place: the cache would not see the change."""
+    """A copy of keys or values. It and views of it refuse to be changed in place: the cache would not see the
+    change."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -31,7 +32,8 @@ class ReadOnly(torch.Tensor):
         kwargs = kwargs or {}
         if writes(func.__name__) and args and isinstance(args[0], cls):
             raise PackedError(
-                "keys and values in blocks cannot be changed in place; pass a cache of another kind, or clone them first"
+                "keys and values in blocks cannot be changed in place; pass a cache of another kind, or clone them "
+                "first"
             )
         with torch._C.DisableTorchFunctionSubclass():
             own = {_memory(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)}
@@ -160,7 +162,8 @@ class BlockLayer(CacheLayerMixin):
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last ``-tokens_to_remove`` tokens; a positive number is the number of tokens to keep (transformers 5.14)."""
+        """Drop the last ``-tokens_to_remove`` tokens; a positive number is the number of tokens to keep (transformers
+        5.14)."""
         if self.blocks is not None and tokens_to_remove:
             length = tokens_to_remove if tokens_to_remove > 0 else self.blocks.length() + tokens_to_remove
             self.blocks.crop(max(0, length))
@@ -206,21 +209,23 @@ class BlockCache(Cache):
         keeping: settings of :class:`Keeping`: ``format``, ``key_sparsity``, ``value_sparsity``, ``recent``, ``first``.
 
     Raises:
-        PackedError: a setting is unknown or out of range, ``config`` is not a config, or no layer holds only keys and values.
+        PackedError: a setting is unknown or out of range, ``config`` is not a config, or no layer holds only keys and
+            values.
     """
 
     def __init__(self, config: Any, **keeping: Any):
         kept = Keeping.of(keeping)
         if not isinstance(config, PreTrainedConfig):
             raise PackedError(
-                f"a BlockCache needs the config of a model, as in BlockCache(model.config); not a {type(config).__name__}"
+                "a BlockCache needs the config of a model, as in BlockCache(model.config); not a "
+                f"{type(config).__name__}"
             )
         layers = [BlockLayer(kept) if may_be_blocks(layer) else layer for layer in DynamicCache(config=config).layers]
         if not any(isinstance(layer, BlockLayer) for layer in layers):
             kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
             raise PackedError(
-                f"no cache layer of {config.model_type} holds only keys and values (they are {kinds}); use the model's own "
-                "cache"
+                f"no cache layer of {config.model_type} holds only keys and values (they are {kinds}); use the "
+                "model's own cache"
             )
         super().__init__(layers=layers)
 

@@ -1,7 +1,7 @@
 """The name of the key-value cache argument: ``cache`` since transformers 5.24, ``past_key_values`` before.
 
-Each version warns about or rejects the other name. Custom model code keeps the name it was written with, so the name is read
-from the model's signature and not from the version.
+Each version warns about or rejects the other name. Custom model code keeps the name it was written with, so the name is
+read from the model's signature and not from the version.
 """
 
 from __future__ import annotations

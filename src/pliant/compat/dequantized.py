@@ -1,9 +1,9 @@
 """Save a model that was dequantised at load in its current dtype, for example bfloat16 and not FP8.
 
-transformers records in ``_weight_conversions`` how it converted the weights of a checkpoint, and reverts that when it saves. Up
-to 5.23 it also reverts the dequantisation: codes and scales are written as weights, the config names no quantisation, and the
-folder loads as noise. 5.24 deletes the conversions together with the quantization config, and so do older versions with this
-patch.
+transformers records in ``_weight_conversions`` how it converted the weights of a checkpoint, and reverts that when it
+saves. Up to 5.23 it also reverts the dequantisation: codes and scales are written as weights, the config names no
+quantisation, and the folder loads as noise. 5.24 deletes the conversions together with the quantization config, and so
+do older versions with this patch.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Rebuild per-layer shapes in ``AutoModelForCausalLM.from_pretrained``; ``import pliant`` is enough to enable it.
 
-Since 5.14 transformers reads ``per_layer_config`` into its configs, but it refuses to build a model from pliant's entries
-(checked: 5.14 to 5.24). Until it can, the constructors of a family's model classes are wrapped when its modeling file is
-imported. The outermost one builds the full-size model from the dense config (on the meta device inside ``from_pretrained``) and
-then cuts it. For any other config the wrapper only calls the original, also for families that transformers builds from
-per-layer entries of their own (Gemma 4). The official registry of replacement classes (``transformers.monkey_patching``) would
-work for layers that know their index. But with anything registered, each load of any model first walks every name of the
-package: 0.6 s, where loading a tiny model takes 0.03 s (``benchmarks/load_tax.py``).
+Since 5.14 transformers reads ``per_layer_config`` into its configs, but it refuses to build a model from pliant's
+entries (checked: 5.14 to 5.24). Until it can, the constructors of a family's model classes are wrapped when its
+modeling file is imported. The outermost one builds the full-size model from the dense config (on the meta device inside
+``from_pretrained``) and then cuts it. For any other config the wrapper only calls the original, also for families that
+transformers builds from per-layer entries of their own (Gemma 4). The official registry of replacement classes
+(``transformers.monkey_patching``) would work for layers that know their index. But with anything registered, each load
+of any model first walks every name of the package: 0.6 s, where loading a tiny model takes 0.03 s
+(``benchmarks/load_tax.py``).
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def _shaping(original: Callable[..., None]) -> Callable[..., None]:
             vars(own).update({key: value for key, value in vars(plain).items() if known.get(key, known) is not value})
         owns = {id(plain): own for plain, own in pairs}
         for module in self.modules():
-            # later changes of the model's config must reach its layers; but modules with only values computed from a config
-            # (rotary angles), which are recomputed when weights are loaded, keep the dense config
+            # later changes of the model's config must reach its layers; but modules with only values computed from a
+            # config (rotary angles), which are recomputed when weights are loaded, keep the dense config
             computed = module._non_persistent_buffers_set and not module._parameters and not module._modules
             if id(getattr(module, "config", None)) in owns and not computed:
                 module.config = owns[id(module.config)]
@@ -76,8 +77,9 @@ def _may_be_cut(config: Any) -> bool:
 def _balancing(original: Callable[..., Any]) -> Callable[..., Any]:
     """The auxiliary loss of experts, for models whose layers have different numbers of experts.
 
-    transformers concatenates the router logits of all layers. Here only those with the same number of experts are concatenated,
-    and the losses are averaged over the layers. If all layers have the same number, the original is called.
+    transformers concatenates the router logits of all layers. Here only those with the same number of experts are
+    concatenated, and the losses are averaged over the layers. If all layers have the same number, the original is
+    called.
     """
 
     import torch  # a modeling file with such a loss has imported it already

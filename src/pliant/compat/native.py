@@ -1,8 +1,9 @@
 """Run the layers of a transformers model in one native call, if that computes the same.
 
-The base of a packed model gets a subclass of its own class. Its ``forward`` passes all layers to :mod:`pliant.runtime.decoder`
-if every argument is known, no module is hooked or replaced, and the model is in evaluation mode without gradients. Otherwise
-the class of transformers computes layer by layer, with the same packed weights.
+The base of a packed model gets a subclass of its own class. Its ``forward`` passes all layers to
+:mod:`pliant.runtime.decoder` if every argument is known, no module is hooked or replaced, and the model is in
+evaluation mode without gradients. Otherwise the class of transformers computes layer by layer, with the same packed
+weights.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ def _known(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
 
 
 def _observed() -> bool:
-    """Whether a torch mode, a transform, a trace, a global hook or a capture of outputs observes or changes operations."""
+    """Whether a torch mode, a transform, a trace, a global hook or a capture of outputs observes or changes
+    operations."""
     return bool(
         observed()
         or nn.modules.module._global_forward_hooks

@@ -23,8 +23,8 @@ TRIED = 16  # tokens on which native and transformers' code are compared
 
 
 def run_natively(model: nn.Module) -> str:
-    """Make the base of a packed model run natively if it can. Native and transformers' code are compared on a few tokens at the
-    beginning and at the end of the context, and by generating a few tokens.
+    """Make the base of a packed model run natively if it can. Native and transformers' code are compared on a few
+    tokens at the beginning and at the end of the context, and by generating a few tokens.
 
     Returns:
         The reason why it cannot, or an empty string.
@@ -66,7 +66,8 @@ def run_natively(model: nn.Module) -> str:
 
 
 def how_it_runs(model: nn.Module) -> dict[str, Any]:
-    """Make a packed model run natively if it can; return ``native`` (whether it does) and ``why_not_native`` (the reason)."""
+    """Make a packed model run natively if it can; return ``native`` (whether it does) and ``why_not_native`` (the
+    reason)."""
     why_not = run_natively(model)
     return {"native": not why_not, "why_not_native": why_not}
 
@@ -78,7 +79,8 @@ def _starts(base: Any) -> list[int]:
 
 @torch.inference_mode()
 def _try(base: Any, start: int, factor: float = 1.0) -> torch.Tensor:
-    """Hidden states of ``TRIED`` tokens from position ``start``, computed in float32; ``factor`` scales the embeddings."""
+    """Hidden states of ``TRIED`` tokens from position ``start``, computed in float32; ``factor`` scales the
+    embeddings."""
     embedding = base.get_input_embeddings()
     ids = torch.arange(1, TRIED + 1).view(1, -1) * 97 % embedding.weight.shape[0]
     positions = torch.arange(start, start + TRIED)[None]

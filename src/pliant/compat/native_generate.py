@@ -21,8 +21,8 @@ BRING = ("assistant_model", "custom_generate")  # arguments of generate that add
 
 
 def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """transformers' ``generate``, with torch on one thread if the heavy work is native. The caller's own functions run with all
-    threads."""
+    """transformers' ``generate``, with torch on one thread if the heavy work is native. The caller's own functions run
+    with all threads."""
     own = type(model).generate
     if not isinstance(model.base_model, Native):
         return own(model, *args, **kwargs)

@@ -206,7 +206,8 @@ class _Reader:
         }
 
     def _window(self, layer: nn.Module, attention: nn.Module, index: int) -> int:
-        """Number of tokens that a token attends to, 0 for all: the attention, its layer and the config have to agree."""
+        """Number of tokens that a token attends to, 0 for all: the attention, its layer and the config have to
+        agree."""
         where = self.kind.get("window")
         if where is None:
             return 0

@@ -1,7 +1,7 @@
 """Keep one entry per layer in ``output_attentions``: None for a removed attention.
 
-transformers collects attention weights by hooks on the attention class; the null module of a removed attention has another
-class.
+transformers collects attention weights by hooks on the attention class; the null module of a removed attention has
+another class.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@
       "cache": {"format": "int8"}
     }
 
-The bytes of a packed layer are stored under the name of its weight. Without pliant, transformers reports that it does not know
-this method, and then refuses the folder because that tensor has another shape.
+The bytes of a packed layer are stored under the name of its weight. Without pliant, transformers reports that it does
+not know this method, and then refuses the folder because that tensor has another shape.
 """
 
 from __future__ import annotations
@@ -57,17 +57,17 @@ def make_room(model: Any, packing: Any) -> None:
     """Replace linear layers by empty packed layers, before weights are loaded.
 
     Arguments:
-        packing: the :class:`PackedConfig` of the model's config. If it came from the config of the text model inside, its names
-            are extended to those of the whole model, and it is removed from the text config. Layers of a head that the model
-            lacks are removed from it, and names get the prefix that they have in this model.
+        packing: the :class:`PackedConfig` of the model's config. If it came from the config of the text model inside,
+            its names are extended to those of the whole model, and it is removed from the text config. Layers of a head
+            that the model lacks are removed from it, and names get the prefix that they have in this model.
 
     Raises:
         ArtefactError: the version is unknown, no listed layer is in the model, or one is not linear.
     """
     if packing.version != VERSION:
         raise ArtefactError(
-            f"the packed layers have version {packing.version}, this pliant reads version {VERSION}; use the pliant that wrote "
-            "them"
+            f"the packed layers have version {packing.version}, this pliant reads version {VERSION}; use the pliant "
+            "that wrote them"
         )
     _complete(model, packing)
     packing.modules = _named_here(model, packing.modules)
@@ -91,7 +91,8 @@ def make_room(model: Any, packing: Any) -> None:
 
 
 def _named_here(model: Any, modules: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of the layers that this model has, under its names: the folder may hold a model with another head, or none."""
+    """The entries of the layers that this model has, under its names: the folder may hold a model with another head, or
+    none."""
     places = {name: find_path(model, name, model.get_submodule) for name in modules}
     here = {place: modules[name] for name, place in places.items() if place is not None}
     # a model's base is a stack of numbered layers
@@ -116,7 +117,8 @@ def _complete(model: Any, packing: Any) -> None:
 
 
 def _untie(model: Any, modules: Collection[str]) -> bool:
-    """Remove packed weights from transformers' tied weights; return whether any was tied (to an embedding, which stays)."""
+    """Remove packed weights from transformers' tied weights; return whether any was tied (to an embedding, which
+    stays)."""
     packed = {*modules}
 
     def stays(key: str, source: str) -> bool:
@@ -146,8 +148,8 @@ def settle(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if is_linear(module) and module.weight.dtype == torch.uint8:
             raise ArtefactError(
-                f"{name}: packed bytes were loaded into a layer that config.json does not list as packed; open the folder with "
-                "the class that wrote it"
+                f"{name}: packed bytes were loaded into a layer that config.json does not list as packed; open the "
+                "folder with the class that wrote it"
             )
         if isinstance(module, Packed):
             try:

@@ -1,7 +1,7 @@
 """Register packed layers as a quantisation method of transformers: their config, and the quantiser that loads them.
 
-``import pliant`` is enough for transformers to know ``"quant_method": "pliant"``. This module is imported right after that
-registry, when the rest of transformers may not be imported yet.
+``import pliant`` is enough for transformers to know ``"quant_method": "pliant"``. This module is imported right after
+that registry, when the rest of transformers may not be imported yet.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Drop a warning that transformers' own validation causes on the config of a cut model.
 
-The config of a cut model whose head counts differ has ``allow_global_per_layer_attribute_access``. Then transformers (checked:
-5.14 to 5.24) logs "Reading global config value for per-layer attribute ..." whenever its validation reads the config, at every
-load and save. The message warns programs that use the global value for a layer; the validation does not, and the user cannot
-act on it.
+The config of a cut model whose head counts differ has ``allow_global_per_layer_attribute_access``. Then transformers
+(checked: 5.14 to 5.24) logs "Reading global config value for per-layer attribute ..." whenever its validation reads the
+config, at every load and save. The message warns programs that use the global value for a layer; the validation does
+not, and the user cannot act on it.
 """
 
 from __future__ import annotations

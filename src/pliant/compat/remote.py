@@ -1,6 +1,7 @@
 """Rebuild a model with custom code from its per-layer shapes, like a model of transformers.
 
-transformers executes custom code itself, outside the import system, so the classes are wrapped when it looks one of them up.
+transformers executes custom code itself, outside the import system, so the classes are wrapped when it looks one of
+them up.
 """
 
 from __future__ import annotations

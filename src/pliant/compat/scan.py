@@ -1,9 +1,9 @@
 """The scan of state-space models on a CPU, in chunks of matrix products, and scans whose state was removed.
 
-transformers runs its reference scan on a CPU. It repeats B and C for every head and works in chunks of the model's size, which is
-meant for GPUs. Here B and C stay once per group, and a chunk is ``CHUNK`` tokens long. The functions that transformers' mixers call are
-replaced in the modeling files when these are imported. A call that has an unknown argument or tensors on another device, or that is
-compiled or traced, goes to transformers.
+transformers runs its reference scan on a CPU. It repeats B and C for every head and works in chunks of the model's
+size, which is meant for GPUs. Here B and C stay once per group, and a chunk is ``CHUNK`` tokens long. The functions
+that transformers' mixers call are replaced in the modeling files when these are imported. A call that has an unknown
+argument or tensors on another device, or that is compiled or traced, goes to transformers.
 """
 
 from __future__ import annotations

@@ -33,9 +33,11 @@ _training = itemgetter("training")
 
 
 class Watch:
-    """The state of modules that a native run relies on: classes, children, tensors, hooks, and the attributes that were read.
+    """The state of modules that a native run relies on: classes, children, tensors, hooks, and the attributes that were
+    read.
 
-    It is checked before each native call. That reads thousands of objects, which the weights have displaced from the caches.
+    It is checked before each native call. That reads thousands of objects, which the weights have displaced from the
+    caches.
 
     Arguments:
         modules: the modules that the run replaces.
@@ -93,7 +95,8 @@ class Watch:
         return self._note(vars(self.config), key)
 
     def functions(self, kind: type) -> str:
-        """Watch the functions that a class's modeling file calls; return the name of a replaced one, or an empty string."""
+        """Watch the functions that a class's modeling file calls; return the name of a replaced one, or an empty
+        string."""
         names = vars(sys.modules[kind.__module__])
         called = {name: self._note(names, name) for name in FUNCTIONS}
         return next((n for n, f in called.items() if f and not f.__module__.startswith("transformers.")), "")
@@ -108,7 +111,8 @@ class Watch:
         return not any(map(_training, self.spaces))
 
     def foreign(self) -> str:
-        """A description of the first class, forward, hook or attention function that is not known; empty if all are known."""
+        """A description of the first class, forward, hook or attention function that is not known; empty if all are
+        known."""
         for module, space in zip(self.modules, self.spaces, strict=True):
             kind = type(module)
             theirs = kind.__module__.startswith(KNOWN) and kind.forward.__module__.startswith(KNOWN)
@@ -156,7 +160,8 @@ def _known(code: Any) -> bool:
 
 
 def _interfaces(config: Any) -> list[Any]:
-    """The attention implementation: its name, its attention function and its mask function, and torch's own attention."""
+    """The attention implementation: its name, its attention function and its mask function, and torch's own
+    attention."""
     name = config._attn_implementation
     own = functional.scaled_dot_product_attention
     return [name, ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name), own]

@@ -16,9 +16,9 @@ from pliant.forward.windows import batches_of, tokens_at_once, within_memory
 def activation_sizes(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> dict[str, torch.Tensor]:
     """How much every unit of every axis contributes on calibration text.
 
-    A unit is read by matrices (``down_proj`` reads channels, ``o_proj`` heads). Its size is the root mean square of each
-    of its elements times the norm of the matrix column that reads it, summed over all its elements and readers. This is
-    the score of Wanda (Sun et al., 2023), summed over whole columns.
+    A unit is read by matrices (``down_proj`` reads channels, ``o_proj`` heads). Its size is the root mean square of
+    each of its elements times the norm of the matrix column that reads it, summed over all its elements and readers.
+    This is the score of Wanda (Sun et al., 2023), summed over whole columns.
 
     Arguments:
         windows: token ids, shape ``(windows, seqlen)``.

@@ -79,8 +79,8 @@ def measured(model: Any, anatomy: Anatomy, by: str, windows: torch.Tensor | None
         units = anatomy.axes[name].size if name in anatomy.axes else 0
         if not units or tuple(values.shape) != (units,):
             raise StepError(
-                f"importance {by!r} must give a value for each unit of an axis; for {name!r}, which has {units} units, it gave the "
-                f"shape {tuple(values.shape)}"
+                f"importance {by!r} must give a value for each unit of an axis; for {name!r}, which has {units} "
+                f"units, it gave the shape {tuple(values.shape)}"
             )
         if values.is_complex() or not values.isfinite().all():
             if by in IMPORTANCE:

@@ -22,7 +22,8 @@ def l1_orders(model: nn.Module, anatomy: Anatomy) -> dict[str, torch.Tensor]:
 
 
 def by_falling(sizes: Mapping[str, torch.Tensor], anatomy: Anatomy) -> dict[str, torch.Tensor]:
-    """Old index of each new unit when the largest comes first; equal units keep their order, and all stay in their group."""
+    """Old index of each new unit when the largest comes first; equal units keep their order, and all stay in their
+    group."""
     orders = {}
     for name, size in sizes.items():
         groups = anatomy.axes[name].groups

@@ -20,8 +20,8 @@ from pliant.progress import Progress
 def loss_increases(
     model: Any, anatomy: Anatomy, windows: torch.Tensor, progress: Progress | None = None
 ) -> dict[str, torch.Tensor]:
-    """Estimate the loss increase without each unit: half the diagonal of the empirical Fisher information of a factor on the
-    unit (Kwon et al., 2022), with every token as one sample.
+    """Estimate the loss increase without each unit: half the diagonal of the empirical Fisher information of a factor
+    on the unit (Kwon et al., 2022), with every token as one sample.
 
     The gradient goes back through one layer at a time, so that only one layer's activations are in memory.
 
@@ -64,7 +64,8 @@ def _loss_increases(
 
 @torch.enable_grad()
 def _slope_of_loss(stream: Stream, ids: torch.Tensor, last: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Gradient of the summed loss with respect to the last hidden state, with logits of ``tokens`` positions at a time."""
+    """Gradient of the summed loss with respect to the last hidden state, with logits of ``tokens`` positions at a
+    time."""
     last = last.requires_grad_()
     slope = torch.zeros_like(last)
     for where, logits in stream.parts(ids, tokens, len(stream.layers), last):
@@ -89,8 +90,8 @@ def _back(
         slope: gradient with respect to the hidden state after the layer.
 
     Returns:
-        For every call of one of ``modules`` its index, and its input times the gradient with respect to it; then the gradient
-        with respect to ``entered``.
+        For every call of one of ``modules`` its index, and its input times the gradient with respect to it; then the
+        gradient with respect to ``entered``.
     """
     calls: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 

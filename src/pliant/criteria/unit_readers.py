@@ -10,7 +10,8 @@ from pliant.anatomy import Anatomy, Axis, Block, Weight
 
 
 def readers(anatomy: Anatomy) -> list[tuple[Block, Weight]]:
-    """The matrices whose inputs are units of their block and nothing else: ``down_proj`` reads channels, ``o_proj`` heads."""
+    """The matrices whose inputs are units of their block and nothing else: ``down_proj`` reads channels, ``o_proj``
+    heads."""
     return [
         (block, weight)
         for block in anatomy.blocks.values()

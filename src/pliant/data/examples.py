@@ -62,8 +62,8 @@ class Examples:
         return Examples(rest, self.source), Examples(held_out, f"{self.source} (held out)")
 
     def encode(self, tokenizer: Any, seqlen: int) -> Encoded:
-        """Token ids and labels. Plain text is packed into windows of ``seqlen`` tokens; any other row is a sequence of its
-        own, cut off after ``seqlen`` tokens.
+        """Token ids and labels. Plain text is packed into windows of ``seqlen`` tokens; any other row is a sequence of
+        its own, cut off after ``seqlen`` tokens.
 
         Arguments:
             tokenizer: a fast transformers tokenizer; conversations need its chat template.
@@ -83,14 +83,15 @@ def examples(
 ) -> Examples:
     """Examples from a file, a data set on a hub, or a list.
 
-    A row is a string or an object with the keys of one of these forms, the first that fits: ``messages``, put into the chat
-    template of the tokenizer; ``instruction``, ``output`` and optionally ``input``, put into the Alpaca template; ``prompt`` and
-    ``completion`` (or ``response``); ``text``. Completions, outputs and the assistant's turns are trained on, the rest is not.
+    A row is a string or an object with the keys of one of these forms, the first that fits: ``messages``, put into the
+    chat template of the tokenizer; ``instruction``, ``output`` and optionally ``input``, put into the Alpaca template;
+    ``prompt`` and ``completion`` (or ``response``); ``text``. Completions, outputs and the assistant's turns are
+    trained on, the rest is not.
 
     Arguments:
-        source: a ``.txt`` (rows are paragraphs), ``.jsonl`` or ``.json`` file, optionally gzipped (``.gz``); a folder in the
-            layout of a hub or the id of a data set on one (owner/name; both need the ``train`` extra); ``pliant.text(…)``; or an
-            iterable of rows.
+        source: a ``.txt`` (rows are paragraphs), ``.jsonl`` or ``.json`` file, optionally gzipped (``.gz``); a folder
+            in the layout of a hub or the id of a data set on one (owner/name; both need the ``train`` extra);
+            ``pliant.text(…)``; or an iterable of rows.
         column: the key of plain text, which takes precedence over every form. Default: ``text``, if no other form fits.
         split: the part to read of a data set on a hub; ``train[:1000]`` reads its first rows.
         limit: maximum number of rows.
@@ -125,8 +126,8 @@ def _raw_rows(source: str | Path, split: str) -> list[Any]:
     if path.is_dir() or (not path.exists() and _HUB_ID.fullmatch(str(source))):
         return _from_hub(str(source), split)
     raise DataError(
-        f"{str(source)!r} is not training data; give a .txt, .jsonl or .json file (also .gz), a folder in hub layout, or the id "
-        "of a data set on a hub (owner/name)"
+        f"{str(source)!r} is not training data; give a .txt, .jsonl or .json file (also .gz), a folder in hub layout, "
+        "or the id of a data set on a hub (owner/name)"
     )
 
 
@@ -165,7 +166,8 @@ def _example(row: Any, column: str | None, where: str) -> Example:
     if row.get("text") is not None:
         return Example(text=_string(row, "text", where).strip())
     raise DataError(
-        f"{where} has the keys {', '.join(map(str, row))}; expected are {_FORMS}. Name another key of plain text with column="
+        f"{where} has the keys {', '.join(map(str, row))}; expected are {_FORMS}. Name another key of plain text with "
+        "column="
     )
 
 

@@ -80,8 +80,8 @@ class Text:
             count = min(count, limit)
         if count == 0:
             raise DataError(
-                f"{self.source}: {len(self.rows)} row(s) give {len(ids)} tokens, one window needs {seqlen}; give more text "
-                "or a smaller seqlen"
+                f"{self.source}: {len(self.rows)} row(s) give {len(ids)} tokens, one window needs {seqlen}; give more "
+                "text or a smaller seqlen"
             )
         return ids[: count * seqlen].view(count, seqlen)
 
@@ -90,9 +90,10 @@ def text(source: str | Path | Iterable[str], *, column: str = "text") -> Text:
     """Text from a file or a list.
 
     Arguments:
-        source: a ``.txt`` file (rows are paragraphs, separated by empty lines), a ``.jsonl`` or ``.json`` file (rows are
-            objects), each optionally gzipped (``.gz``), or an iterable of strings.
-        column: for JSON rows, the key of the text; ``instruction``, ``input`` and ``output`` of a row without it are joined.
+        source: a ``.txt`` file (rows are paragraphs, separated by empty lines), a ``.jsonl`` or ``.json`` file (rows
+            are objects), each optionally gzipped (``.gz``), or an iterable of strings.
+        column: for JSON rows, the key of the text; ``instruction``, ``input`` and ``output`` of a row without it are
+            joined.
 
     Raises:
         DataError: missing file, wrong form, or no text in it.
@@ -204,6 +205,7 @@ def _json_rows(raw: str, path: Path, column: str) -> list[str]:
             rows.append("\n".join(part for part in parts if part) if strings else parts)
         else:
             raise DataError(
-                f"{str(path)!r}, row {number}: no key {column!r}; it has {', '.join(item)}. Name the key of the text with column="
+                f"{str(path)!r}, row {number}: no key {column!r}; it has {', '.join(item)}. Name the key of the text "
+                "with column="
             )
     return rows

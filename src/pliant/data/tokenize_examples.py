@@ -97,8 +97,8 @@ def encode(rows: Sequence[Example], source: str, tokenizer: Any, seqlen: int) ->
             labels.append(label)
     if not ids:
         raise DataError(
-            f"{source}: none of the {len(rows)} row(s) has a token to train on within its first {seqlen} tokens; give a larger "
-            "seqlen"
+            f"{source}: none of the {len(rows)} row(s) has a token to train on within its first {seqlen} tokens; give "
+            "a larger seqlen"
         )
     return Encoded(tuple(ids), tuple(labels), dropped)
 
@@ -147,14 +147,15 @@ def _labelled(
 def _render(row: Example, tokenizer: Any, where: str) -> list[tuple[str, list[Span]]]:
     """Render a conversation with the chat template, and find the spans of the assistant's turns.
 
-    A turn of the assistant is the difference between the conversation rendered up to it and including it. Some templates
-    render earlier turns differently once later ones follow (they drop the reasoning). Such a conversation gives one text per
-    turn of the assistant, with only that turn trained on: this is the text that the model sees when it answers.
+    A turn of the assistant is the difference between the conversation rendered up to it and including it. Some
+    templates render earlier turns differently once later ones follow (they drop the reasoning). Such a conversation
+    gives one text per turn of the assistant, with only that turn trained on: this is the text that the model sees when
+    it answers.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
-            f"{where} is a conversation, and this tokenizer has no chat template: set tokenizer.chat_template, or give rows "
-            "of prompt and completion"
+            f"{where} is a conversation, and this tokenizer has no chat template: set tokenizer.chat_template, or "
+            "give rows of prompt and completion"
         )
     messages = [dict(message) for message in row.messages or ()]
 

@@ -31,8 +31,8 @@ class Follower:
 def narrow(tensor: torch.Tensor, block: Block, weight: Weight, kept: Mapping[str, int]) -> torch.Tensor:
     """The part of a full tensor that belongs to the kept units.
 
-    It is a view if each dimension is one stretch; a fused dimension (q, k and v in one matrix, concatenated channels) is
-    gathered into a copy.
+    It is a view if each dimension is one stretch; a fused dimension (q, k and v in one matrix, concatenated channels)
+    is gathered into a copy.
     """
     for position, dim in enumerate(weight.dims):
         stretches, start = [], 0
@@ -122,8 +122,8 @@ def place_in_cache(layers: nn.ModuleList, anatomy: Anatomy, skip: Collection[str
 class Elastic:
     """A model whose active sub-network can be changed, and restored, in about a millisecond.
 
-    The full parameters stay where they are in memory; gradients flow into their kept part. While a sub-network is active,
-    ``model.parameters()`` yields the views.
+    The full parameters stay where they are in memory; gradients flow into their kept part. While a sub-network is
+    active, ``model.parameters()`` yields the views.
 
     Arguments:
         model: a transformers model.

@@ -34,8 +34,8 @@ TOLERANCE = 2e-4  # share of the largest logit, in float32: only the order of su
 def check(model: Any, anatomy: Anatomy | None = None, *, tokens: int = 8, seed: int = 0) -> None:
     """Check on a few random tokens that the anatomy is right; the model is left as it was.
 
-    Three properties are checked: reordering the units of every axis keeps the logits; a layer whose blocks are all skipped is
-    the identity; a narrowed block computes the same as the full block with the dropped units zeroed.
+    Three properties are checked: reordering the units of every axis keeps the logits; a layer whose blocks are all
+    skipped is the identity; a narrowed block computes the same as the full block with the dropped units zeroed.
 
     Raises:
         ArchitectureError: a property fails, and the message names it; or all blocks of the model were removed.
@@ -44,7 +44,8 @@ def check(model: Any, anatomy: Anatomy | None = None, *, tokens: int = 8, seed: 
     anatomy = anatomy or anatomy_of(model)
     if not anatomy.blocks:
         raise ArchitectureError(
-            f"every block of this {type(model).__name__} was removed, so it cannot be checked; use the model before the cut"
+            f"every block of this {type(model).__name__} was removed, so it cannot be checked; use the model before "
+            "the cut"
         )
     generator = torch.Generator().manual_seed(seed)
     inputs = probe(model, tokens=tokens, seed=seed)
@@ -110,8 +111,8 @@ def _check_skip(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any]) -> N
         elastic.activate(Subnet())
     if not torch.equal(seen["in"], seen["out"]):
         raise ArchitectureError(
-            f"{anatomy.architecture.name}.yaml is wrong for this model: layer {blocks[0].layer} still changes the residual "
-            "stream after all its blocks are skipped"
+            f"{anatomy.architecture.name}.yaml is wrong for this model: layer {blocks[0].layer} still changes the "
+            "residual stream after all its blocks are skipped"
         )
 
 
@@ -125,8 +126,8 @@ def _layer_to_skip(anatomy: Anatomy) -> int:
 def _check_narrow(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any], generator: torch.Generator) -> None:
     """Cutting units must equal zeroing everything that belongs to them.
 
-    Experts are exempt, because a token that would use a dropped expert uses another one. So are units over which a norm is
-    taken that is not rescaled, because zeroed units count in it. There the model only has to run.
+    Experts are exempt, because a token that would use a dropped expert uses another one. So are units over which a norm
+    is taken that is not rescaled, because zeroed units count in it. There the model only has to run.
     """
     layers = layers_of(model, anatomy.source)
     subnet = everything = Subnet()

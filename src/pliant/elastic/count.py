@@ -16,7 +16,8 @@ def parameters(anatomy: Anatomy, subnet: Subnet = Subnet()) -> int:
 
 
 def macs(anatomy: Anatomy, subnet: Subnet = Subnet(), *, tokens: int = 1, context: int | None = None) -> int:
-    """Multiply-accumulates of one forward pass over ``tokens`` tokens: matrix products in the layers and the output head.
+    """Multiply-accumulates of one forward pass over ``tokens`` tokens: matrix products in the layers and the output
+    head.
 
     Arguments:
         tokens: tokens in the pass.
@@ -39,7 +40,8 @@ def weight_bytes(anatomy: Anatomy, subnet: Subnet = Subnet(), *, element: int) -
 
 
 def streamed_bytes(anatomy: Anatomy, subnet: Subnet = Subnet(), *, element: int, context: int = 0) -> int:
-    """Bytes that one decoding step reads: every matrix of the blocks that a token uses, the output head once, and the cache.
+    """Bytes that one decoding step reads: every matrix of the blocks that a token uses, the output head once, and the
+    cache.
 
     Arguments:
         context: tokens in the key-value cache.

@@ -33,8 +33,8 @@ def described(model: Any) -> Anatomy:
 def discover(model: Any) -> Anatomy:
     """Infer the architecture of an unknown model, check it, and record it in ``model.config``.
 
-    Layers may have one attention of separate query, key, value and output matrices and one MLP of two or three matrices, each
-    a module of its own, with norms before or after them or shared.
+    Layers may have one attention of separate query, key, value and output matrices and one MLP of two or three
+    matrices, each a module of its own, with norms before or after them or shared.
 
     Raises:
         ArchitectureError: the layout is another one, and the message says where; or it fails the self-check.
@@ -45,8 +45,9 @@ def discover(model: Any) -> Anatomy:
         raw = _read(model, config)
     except ArchitectureError as error:
         raise ArchitectureError(
-            f"no architecture file describes model_type {config.model_type!r}, and its layout could not be inferred: {error}. "
-            "Write an architecture file: see docs/architectures.md, pliant.add_architecture, and the option --architecture"
+            f"no architecture file describes model_type {config.model_type!r}, and its layout could not be inferred: "
+            f"{error}. Write an architecture file: see docs/architectures.md, pliant.add_architecture, and the option "
+            "--architecture"
         ) from None
     held.pliant_architecture = raw
     try:
@@ -55,8 +56,8 @@ def discover(model: Any) -> Anatomy:
     except ArchitectureError as error:
         del held.pliant_architecture
         raise ArchitectureError(
-            f"no architecture file describes model_type {config.model_type!r}, and the inferred layout failed the self-check: "
-            f"{error}. Write an architecture file: see 'Add an architecture' in CONTRIBUTING.md"
+            f"no architecture file describes model_type {config.model_type!r}, and the inferred layout failed the "
+            f"self-check: {error}. Write an architecture file: see 'Add an architecture' in CONTRIBUTING.md"
         ) from None
     return anatomy
 
@@ -100,8 +101,8 @@ def _read(model: Any, config: Any) -> dict[str, Any]:
 
 
 def _layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The path and modules of the longest list of modules of one class; in a multimodal model, the longest in the part that its
-    text config describes."""
+    """The path and modules of the longest list of modules of one class; in a multimodal model, the longest in the part
+    that its text config describes."""
     inside = {module for holder in holders_of(model) for module in holder.modules()}
     lists = [
         (name, module)
@@ -138,7 +139,8 @@ def _roles(module: nn.Module) -> dict[str, str]:
 
 
 def _mlp(module: nn.Module, hidden: int) -> dict[str, list[str]]:
-    """The matrices of an MLP that read the residual stream, and the one that writes it; empty if the module is not an MLP."""
+    """The matrices of an MLP that read the residual stream, and the one that writes it; empty if the module is not an
+    MLP."""
     linears = _linears(module)
     ups = [name for name, linear in linears.items() if linear.in_features == hidden and linear.out_features != hidden]
     downs = [name for name, linear in linears.items() if linear.out_features == hidden and name not in ups]
@@ -156,8 +158,8 @@ def _attention(module: Any, config: Any) -> tuple[dict[str, Any], dict[str, Any]
     out = {role: linears[name].out_features for role, name in roles.items()}
     if out["q"] != heads * width or out["k"] != (groups or heads) * width or out["v"] != out["k"]:
         raise ArchitectureError(
-            f"queries, keys and values have {out['q']}, {out['k']} and {out['v']} elements, which do not make {heads} heads of "
-            f"width {width}"
+            f"queries, keys and values have {out['q']}, {out['k']} and {out['v']} elements, which do not make {heads} "
+            f"heads of width {width}"
         )
     unit = "head_dim or hidden_size // num_attention_heads"
     if groups is None:

@@ -65,8 +65,8 @@ def validate(subnet: Subnet, anatomy: Anatomy, *, stretch: bool = False) -> None
         stretch: only a stretch of layers will run, so all attention may be skipped.
 
     Raises:
-        SubnetError: a name is unknown, an axis does not allow the kept units, a block is needed, or no block of a layer type
-            that keeps a state remains.
+        SubnetError: a name is unknown, an axis does not allow the kept units, a block is needed, or no block of a layer
+            type that keeps a state remains.
     """
     unknown = sorted(subnet.skip - set(anatomy.blocks))
     if unknown:
@@ -92,8 +92,8 @@ def validate(subnet: Subnet, anatomy: Anatomy, *, stretch: bool = False) -> None
         for key, blocks in anatomy.holders().items():
             if key not in remaining:
                 raise SubnetError(
-                    f"every {blocks[0].kind} block of the {key[1]} layers would be removed; at least one must stay, because "
-                    "the model counts the tokens it has seen there"
+                    f"every {blocks[0].kind} block of the {key[1]} layers would be removed; at least one must stay, "
+                    "because the model counts the tokens it has seen there"
                 )
 
 

@@ -9,10 +9,11 @@ from transformers import PreTrainedModel
 
 
 def correct_ties(model: nn.Module) -> None:
-    """Drop the names that a cut model no longer has from transformers' map of tied tensors, which loading and saving use.
+    """Drop the names that a cut model no longer has from transformers' map of tied tensors, which loading and saving
+    use.
 
-    transformers maps each tied name to the name of the tensor that it shares. If that name is gone, the first of the others
-    replaces it.
+    transformers maps each tied name to the name of the tensor that it shares. If that name is gone, the first of the
+    others replaces it.
     """
     parts: list[Any] = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     for part in parts:

@@ -34,13 +34,13 @@ def homogeneous(model: Any) -> Any:
     The result shares its weights with ``model``, which stays as it is.
 
     Raises:
-        ArtefactError: the model is packed, a layer is only half removed, widths differ, or the output of a layer depends on its
-            index; the message says which.
+        ArtefactError: the model is packed, a layer is only half removed, widths differ, or the output of a layer
+            depends on its index; the message says which.
     """
     if is_packed(model):
         raise ArtefactError(
-            "this model is packed, and only pliant's kernels read packed layers; export the model it was packed from. The packed "
-            "folder loads after 'import pliant'"
+            "this model is packed, and only pliant's kernels read packed layers; export the model it was packed "
+            "from. The packed folder loads after 'import pliant'"
         )
     check_finite(model)
     anatomy = anatomy_of(model)
@@ -111,12 +111,14 @@ def _uniform_config(old: Any, anatomy: Anatomy, depth: int) -> Any:
         sizes = sorted({axis.size for name, axis in axes if name == short})
         if len(sizes) > 1:
             raise ArtefactError(
-                f"{spec.config_key} differs from layer to layer ({_listed(sizes)}), but the config holds one value for all: {_INSTEAD}"
+                f"{spec.config_key} differs from layer to layer ({_listed(sizes)}), but the config holds one value "
+                f"for all: {_INSTEAD}"
             )
         if sizes and sizes[0] != global_size(config, spec.size):
             if spec.config_key is None:
                 raise ArtefactError(
-                    f"the config of {config.model_type} has no key for the number of {short}, now {sizes[0]}: {_INSTEAD}"
+                    f"the config of {config.model_type} has no key for the number of {short}, now {sizes[0]}: "
+                    f"{_INSTEAD}"
                 )
             setattr(config, spec.config_key, sizes[0])
     for short, axis in axes:
@@ -125,8 +127,8 @@ def _uniform_config(old: Any, anatomy: Anatomy, depth: int) -> Any:
             key = str(spec.unit).split(" or ")[0]
             if not key.isidentifier() or not hasattr(config, key):
                 raise ArtefactError(
-                    f"the config of {config.model_type} has no key for the size of a head, which is {axis.unit} for {axis.size} "
-                    f"heads: {_INSTEAD}"
+                    f"the config of {config.model_type} has no key for the size of a head, which is {axis.unit} for "
+                    f"{axis.size} heads: {_INSTEAD}"
                 )
             setattr(config, key, axis.unit)
     config.num_hidden_layers = depth

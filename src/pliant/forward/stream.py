@@ -112,6 +112,6 @@ class _Enter(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_layer"], name)
 
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> Any:  # noqa: ARG002 - accepts the arguments of any layer
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> Any:  # noqa: ARG002 - any layer's arguments
         out = hidden_states if self.hidden is None else self.hidden
         return (out, None) if self.returns_tuple else out

@@ -33,7 +33,8 @@ def check_model(model: Any) -> None:
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ArchitectureError(
-            f"{type(model).__name__} is an encoder-decoder model; the loss on the next token needs a causal language model"
+            f"{type(model).__name__} is an encoder-decoder model; the loss on the next token needs a causal language "
+            "model"
         )
     if not predicts(model):
         raise ArchitectureError(f"{type(model).__name__} predicts no next tokens; a causal language model is needed")
@@ -62,7 +63,8 @@ def batches_of(model: Any, windows: torch.Tensor, tokens: int | None = None) -> 
 
 
 def tokens_at_once(model: Any) -> int:
-    """Number of tokens per forward pass: the largest power of two whose logits and activations fit a quarter of the free memory.
+    """Number of tokens per forward pass: the largest power of two whose logits and activations fit a quarter of the
+    free memory.
 
     At most 512 on a CPU, where that is fastest, and at most 32,768 on an accelerator.
     """
@@ -83,7 +85,8 @@ def tokens_at_once(model: Any) -> int:
 
 
 def within_memory(model: Any, work: Callable[[int], Result], tokens: int | None = None) -> Result:
-    """Call ``work`` with a number of tokens per forward pass; if the device runs out of memory, repeat all of it with half as many.
+    """Call ``work`` with a number of tokens per forward pass; if the device runs out of memory, repeat all of it with
+    half as many.
 
     So the result is the same as if it had started with the number that fits.
 
@@ -100,8 +103,8 @@ def within_memory(model: Any, work: Callable[[int], Result], tokens: int | None 
         empty_cache(device)
         if tokens // 2 < FEWEST_AT_ONCE:
             raise MemoryLimitError(
-                f"{device} has no memory for {tokens} tokens of this model at a time; load it with a smaller dtype, on the CPU, or "
-                "with memory= (--memory)"
+                f"{device} has no memory for {tokens} tokens of this model at a time; load it with a smaller dtype, "
+                "on the CPU, or with memory= (--memory)"
             )
         tokens //= 2
     return result[0]
@@ -128,8 +131,8 @@ def seqlen_of(model: Any, seqlen: int | None, usual: int = USUAL) -> int:
         return min(usual, longest)
     if seqlen > longest:
         raise DataError(
-            f"windows of {seqlen} tokens are longer than the {longest} positions of this model; leave out seqlen, or give at most "
-            f"{longest}"
+            f"windows of {seqlen} tokens are longer than the {longest} positions of this model; leave out seqlen, or "
+            f"give at most {longest}"
         )
     return seqlen
 
@@ -195,5 +198,6 @@ def check_ids(model: Any, ids: torch.Tensor) -> None:
     rows = model.get_input_embeddings().num_embeddings
     if ids.numel() and int(ids.max()) >= rows:
         raise DataError(
-            f"the tokenizer gives token id {int(ids.max())}, but the model knows only {rows}: this is the tokenizer of another model"
+            f"the tokenizer gives token id {int(ids.max())}, but the model knows only {rows}: this is the tokenizer "
+            "of another model"
         )

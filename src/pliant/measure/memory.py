@@ -18,8 +18,9 @@ def disk_bytes(folder: str | Path) -> int | None:
 
 
 def run_memory(source: str | Path, dtype: Any = "auto") -> int | None:
-    """Peak memory in bytes of a separate process that loads a model and generates a few tokens, without the memory of torch,
-    transformers and pliant alone. None if the system does not report it (only Linux does), or the process fails."""
+    """Peak memory in bytes of a separate process that loads a model and generates a few tokens, without the memory of
+    torch, transformers and pliant alone. None if the system does not report it (only Linux does), or the process
+    fails."""
     if not Path("/proc/self/clear_refs").exists():
         return None
     task = {"source": str(source), "dtype": str(dtype).removeprefix("torch."), "tokens": TOKENS}

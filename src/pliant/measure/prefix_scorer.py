@@ -1,8 +1,8 @@
 """Score sub-networks of one model on fixed text, re-using the hidden states of shared prefixes.
 
-Sub-networks that agree on their first layers compute the same hidden states there. A ``PrefixScorer`` remembers the hidden state
-at every layer boundary of a base sub-network; a candidate starts from the boundary before the first layer in which it
-differs.
+Sub-networks that agree on their first layers compute the same hidden states there. A ``PrefixScorer`` remembers the
+hidden state at every layer boundary of a base sub-network; a candidate starts from the boundary before the first layer
+in which it differs.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ class PrefixScorer:
         windows: token ids, shape ``(windows, seqlen)``.
         metric: a score of logits, or its name.
         reuse: False runs every layer for every score, as a reference.
-        memory: limit of bytes for hidden states; if they need more, every k-th boundary is kept and the rest recomputed.
-        stretch: number of layers that all windows go through before the next layers are run; default: all. If the weights
-            are in files, as many as memory holds, so that each is read once for all windows.
-        tokens: tokens per forward pass; default: :func:`pliant.forward.windows.tokens_at_once`. If the device runs out of
-            memory, this is halved for the rest of the search, and only every second boundary is kept.
+        memory: limit of bytes for hidden states; if they need more, every k-th boundary is kept and the rest
+            recomputed.
+        stretch: number of layers that all windows go through before the next layers are run; default: all. If the
+            weights are in files, as many as memory holds, so that each is read once for all windows.
+        tokens: tokens per forward pass; default: :func:`pliant.forward.windows.tokens_at_once`. If the device runs out
+            of memory, this is halved for the rest of the search, and only every second boundary is kept.
         elastic: that of another scorer of the same model, if the two are used in turn.
 
     Attributes:
@@ -93,7 +94,8 @@ class PrefixScorer:
         return within_memory(self.model, scored, self.tokens)
 
     def _split(self, tokens: int) -> None:
-        """Cut the windows into batches of ``tokens`` tokens, and logits into as many positions; discard all hidden states."""
+        """Cut the windows into batches of ``tokens`` tokens, and logits into as many positions; discard all hidden
+        states."""
         self.tokens = self._parts = tokens
         self.batches = batches_of(self.model, self._windows, tokens)
         self._hidden: list[dict[int, torch.Tensor]] = [{} for _ in self.batches]
@@ -192,7 +194,8 @@ class Footprint:
     """Memory that scoring takes, in bytes.
 
     Attributes:
-        weights: all weights; of weights in files, those needed at a time: ``stretch`` layers and the largest other tensor.
+        weights: all weights; of weights in files, those needed at a time: ``stretch`` layers and the largest other
+            tensor.
         hidden: stored hidden states.
         logits: logits and the temporary tensors of the loss.
         stretch: as for :class:`PrefixScorer`.
@@ -238,9 +241,9 @@ def footprint(model: Any, anatomy: Anatomy, windows: torch.Tensor, metric: str |
     needs = Footprint(min(whole, largest + stretch * each), hidden, logits, stretch)
     if needs.total > pages.limit:
         raise MemoryLimitError(
-            f"the limit of {human_bytes(pages.limit)} is too low for windows of {seqlen} tokens: weights take at least "
-            f"{human_bytes(needs.weights)}, hidden states {human_bytes(hidden)}, logits {human_bytes(logits)}; give a smaller "
-            "seqlen, fewer samples, or more memory"
+            f"the limit of {human_bytes(pages.limit)} is too low for windows of {seqlen} tokens: weights take at "
+            f"least {human_bytes(needs.weights)}, hidden states {human_bytes(hidden)}, logits {human_bytes(logits)}; "
+            "give a smaller seqlen, fewer samples, or more memory"
         )
     return needs
 

@@ -39,8 +39,8 @@ class ChannelPruner(Step):
     )
 
     allocation: str = setting(
-        "uniform removes the same share of every axis; global removes the units that are smallest relative to the mean of "
-        "their axis.",
+        "uniform removes the same share of every axis; global removes the units that are smallest relative to the "
+        "mean of their axis.",
         default="uniform",
         choices=ALLOCATIONS,
     )

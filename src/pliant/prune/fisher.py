@@ -24,10 +24,10 @@ Cuts = list[tuple[str, int]]
 
 
 class FisherPruner(OrderedPruner):
-    """Narrow MLPs and attentions where the loss depends on them least, without a search: the Fisher information of every
-    channel and head is computed once (Kwon et al., "A Fast Post-Training Pruning Framework for Transformers", 2022), and the
-    groups with the smallest loss increase for what they save are removed from all layers. Within a layer units are removed in
-    ``order``. Takes a few passes over the text."""
+    """Narrow MLPs and attentions where the loss depends on them least, without a search: the Fisher information of
+    every channel and head is computed once (Kwon et al., "A Fast Post-Training Pruning Framework for Transformers",
+    2022), and the groups with the smallest loss increase for what they save are removed from all layers. Within a layer
+    units are removed in ``order``. Takes a few passes over the text."""
 
     group: int = setting(
         "Every remaining width is a multiple of so many elements; heads are removed one key-value group at a time.",
@@ -36,8 +36,8 @@ class FisherPruner(OrderedPruner):
     )
 
     per: str = setting(
-        "Cost by which the loss increase is divided: parameters, macs, bytes (that decoding reads), or prefill or decode"
-        " (milliseconds, measured on this machine first).",
+        "Cost by which the loss increase is divided: parameters, macs, bytes (that decoding reads), or prefill or "
+        "decode (milliseconds, measured on this machine first).",
         default="parameters",
         choices=COSTS,
     )

@@ -15,12 +15,12 @@ ATTENTION, MLP = frozenset({"attention"}), frozenset({"mlp", "experts"})  # role
 
 
 def read_config(path: str | Path, anatomy: Anatomy) -> Subnet:
-    """A sub-network from a file of pliant (``{"skip": [...], "keep": {...}}``), or of the original MultiPruner or BlockPruner
-    code.
+    """A sub-network from a file of pliant (``{"skip": [...], "keep": {...}}``), or of the original MultiPruner or
+    BlockPruner code.
 
-    Their files are MultiPruner's ``pruning_config.json`` (``pruned_attn_idx``, ``pruned_mlp_idx``, ``pruned_attn_width``,
-    ``pruned_mlp_width``) and BlockPruner's removal lists (``{"1": [["mha", 25]], "2": …}``: the longest is taken).
-    MultiPruner's widths count channels after reordering by L1 norm: reorder the model first.
+    Their files are MultiPruner's ``pruning_config.json`` (``pruned_attn_idx``, ``pruned_mlp_idx``,
+    ``pruned_attn_width``, ``pruned_mlp_width``) and BlockPruner's removal lists (``{"1": [["mha", 25]], "2": …}``: the
+    longest is taken). MultiPruner's widths count channels after reordering by L1 norm: reorder the model first.
 
     Raises:
         DataError: the file has neither form, or a width is not a whole number of units.

@@ -23,11 +23,11 @@ Menus = Mapping[str, Sequence[Subnet]]
 
 
 class KnapsackPruner(OrderedPruner):
-    """Choose a width for every block, or remove it: a multiple-choice knapsack over loss increases measured one at a time,
-    then swaps that are scored together.
+    """Choose a width for every block, or remove it: a multiple-choice knapsack over loss increases measured one at a
+    time, then swaps that are scored together.
 
-    The loss increases are assumed to add up, which nearly holds for widths and less so for whole blocks; swaps correct for this.
-    If the chosen widths remove more than the ratio, groups are restored one by one.
+    The loss increases are assumed to add up, which nearly holds for widths and less so for whole blocks; swaps correct
+    for this. If the chosen widths remove more than the ratio, groups are restored one by one.
     """
 
     levels: int = setting(
@@ -92,8 +92,8 @@ class KnapsackPruner(OrderedPruner):
             raise out_of_reach(self.ratio, most, "the smallest choice of every block")
 
     def _allocate(self, pruning: Pruning, menus: Menus, score: Scorer) -> tuple[Subnet, float]:
-        """Solve for the best mix of choices measured one at a time, then let pairs of blocks trade a step, one narrower and
-        one wider, while the loss falls and the ratio holds."""
+        """Solve for the best mix of choices measured one at a time, then let pairs of blocks trade a step, one narrower
+        and one wider, while the loss falls and the ratio holds."""
         anatomy, parts = pruning.anatomy, list(menus.values())
         dense = parameters(anatomy)
         saved = [[dense - parameters(anatomy, choice) for choice in menu] for menu in parts]
@@ -104,8 +104,8 @@ class KnapsackPruner(OrderedPruner):
         search.run(lambda subnet: [score(subnet)])
         if search.picked is None:
             raise RatioError(
-                f"ratio {self.ratio} cannot be reached: the loss is not finite without some blocks, and the others do not "
-                "suffice; give a smaller ratio"
+                f"ratio {self.ratio} cannot be reached: the loss is not finite without some blocks, and the others do "
+                "not suffice; give a smaller ratio"
             )
         start = self._settled(anatomy, menus, search.picked)
         picks = {start: search.picked}

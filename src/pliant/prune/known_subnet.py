@@ -31,8 +31,8 @@ class Cut(Step):
     )
 
     order: str = setting(
-        "How channels and heads were sorted when the sub-network was found: l1, activation or fisher (both need the same"
-        " calibration text again), stored, or your own as module:function.",
+        "How channels and heads were sorted when the sub-network was found: l1, activation or fisher (both need the "
+        "same calibration text again), stored, or your own as module:function.",
         default="l1",
         choices=(STORED,),
         names=IMPORTANCE,
@@ -91,7 +91,8 @@ class Cut(Step):
 
 @torch.no_grad()
 def extract_and_verify(model: Any, anatomy: Anatomy, subnet: Subnet) -> None:
-    """Extract ``subnet`` in place and check on a few tokens that the cut model computes the same as the activated one."""
+    """Extract ``subnet`` in place and check on a few tokens that the cut model computes the same as the activated
+    one."""
     with evaluating(model):
         elastic = Elastic(model, anatomy)
         inputs = probe(model, tokens=16)

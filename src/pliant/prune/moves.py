@@ -82,9 +82,10 @@ def unit_of(anatomy: Anatomy, moves: Moves) -> int:
 def fitting(anatomy: Anatomy, moves: Moves, ratio: float, units: Moves | None = None) -> Moves:
     """``moves`` without those that would end one unit or more above ``ratio``.
 
-    One unit is the smallest share of all parameters that one move can still remove: a block, a group of channels, a key-value
-    group with its queries, an expert. Near the ratio larger moves are skipped, and smaller ones remove the rest. If no small
-    units remain, a larger one is offered; :func:`pliant.prune.put_back.put_backs` then chooses the small ones to put back.
+    One unit is the smallest share of all parameters that one move can still remove: a block, a group of channels, a
+    key-value group with its queries, an expert. Near the ratio larger moves are skipped, and smaller ones remove the
+    rest. If no small units remain, a larger one is offered; :func:`pliant.prune.put_back.put_backs` then chooses the
+    small ones to put back.
 
     Arguments:
         units: all moves that may still follow, which determine the unit; default: ``moves``.
@@ -112,7 +113,8 @@ def settled(
     """Adjust ``subnet``, which removes at least ``ratio``, to less than one unit above it.
 
     Units are restored while the ratio stays reached, the largest first. If the excess is still more than the smallest
-    removable unit, one more unit is restored, which falls below the ratio, and small units are removed from the widest axes.
+    removable unit, one more unit is restored, which falls below the ratio, and small units are removed from the widest
+    axes.
 
     Arguments:
         steps: full name of an axis -> the widths that it may keep, widest first; other axes are unchanged.

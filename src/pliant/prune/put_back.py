@@ -46,8 +46,8 @@ class Removal:
 def put_backs(anatomy: Anatomy, removals: Sequence[Removal], ratio: float, unit: int) -> list[Removal]:
     """Removals to undo, in this order, to end at ``ratio`` or less than one unit above it.
 
-    Only as many as needed are undone. Of the removals whose undoing leads there, the one with the largest loss increase comes
-    first; of equal ones the latest. Moves on the same block are undone in reverse order.
+    Only as many as needed are undone. Of the removals whose undoing leads there, the one with the largest loss increase
+    comes first; of equal ones the latest. Moves on the same block are undone in reverse order.
 
     Arguments:
         removals: all moves in the order they were made; the last one reached at least ``ratio``.
@@ -102,7 +102,8 @@ def _chains(removals: Sequence[Removal]) -> list[list[int]]:
 
 
 def _sums(chains: Sequence[Sequence[int]], saved: Sequence[int], most: int, part: int) -> int:
-    """Sizes that undoing ends of the chains can restore: bit ``n`` is set for ``n * part`` parameters, up to ``most``."""
+    """Sizes that undoing ends of the chains can restore: bit ``n`` is set for ``n * part`` parameters, up to
+    ``most``."""
     bits, mask = 1, (1 << (most // part + 1)) - 1
     for chain in chains:
         grown, back = bits, 0
@@ -138,6 +139,6 @@ def _refusal(
     nearest = [math.floor((removed - bit * part) / dense * 1e4) / 1e4 for bit in (below, above)]
     shown = " or ".join(f"{near:.4f}" for near in nearest if near > 0)
     return (
-        f"ratio {ratio} cannot be reached within one unit, which is {unit / dense:.4f}: the nearest ratio of the removed "
-        f"units is {shown}; give one of these"
+        f"ratio {ratio} cannot be reached within one unit, which is {unit / dense:.4f}: the nearest ratio of the "
+        f"removed units is {shown}; give one of these"
     )

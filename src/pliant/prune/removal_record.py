@@ -13,7 +13,8 @@ def removals(points: Sequence[Mapping[str, Any]], counters: Mapping[str, Mapping
     """The score against the ratio, the work of every stage, and all removals.
 
     Arguments:
-        points: after each removal ``stage``, ``unit``, ``ratio``, ``score`` (None if it was not scored) and its ``label``.
+        points: after each removal ``stage``, ``unit``, ``ratio``, ``score`` (None if it was not scored) and its
+            ``label``.
         counters: stage -> its steps, evaluations and seconds.
     """
     if not points:
@@ -75,8 +76,8 @@ def refits(fits: Sequence[Mapping[str, Any]]) -> list[Section]:
     last = refitted[-1]
     return [
         Note(
-            f"Repair: {len(refitted)} blocks refitted. Relative mean square distance of the residual stream from that of the "
-            f"dense model, behind the last of them: {last['before']:.3g} before it was refitted, {last['after']:.3g} "
-            f"after.{skipped}"
+            f"Repair: {len(refitted)} blocks refitted. Relative mean square distance of the residual stream from that "
+            f"of the dense model, behind the last of them: {last['before']:.3g} before it was refitted, "
+            f"{last['after']:.3g} after.{skipped}"
         )
     ]

@@ -1,10 +1,10 @@
-"""Repair without training: refit the last matrix of every remaining block, so that the residual stream returns to that of
-the dense model.
+"""Repair without training: refit the last matrix of every remaining block, so that the residual stream returns to that
+of the dense model.
 
-A block adds ``W x`` to the residual stream, where W is its last matrix. Layer by layer, W is refitted by ridge regression on
-calibration tokens: its inputs are those in the cut model, its target is the dense model's stream after this block minus the
-cut model's stream before it. So a block also compensates for what was removed before it, as far as it can. The penalty is on
-the change of W, so that few tokens do not mislead the fit.
+A block adds ``W x`` to the residual stream, where W is its last matrix. Layer by layer, W is refitted by ridge
+regression on calibration tokens: its inputs are those in the cut model, its target is the dense model's stream after
+this block minus the cut model's stream before it. So a block also compensates for what was removed before it, as far as
+it can. The penalty is on the change of W, so that few tokens do not mislead the fit.
 """
 
 from __future__ import annotations
@@ -155,7 +155,8 @@ class _Factors:
     """The factors between the output of a matrix and the residual stream.
 
     Attributes:
-        tokens: a factor for every token, batch by batch, shape ``(tokens, 1)``; shape ``(1, 1)`` if it is the same for all.
+        tokens: a factor for every token, batch by batch, shape ``(tokens, 1)``; shape ``(1, 1)`` if it is the same for
+            all.
         channels: a factor for every channel, shape ``(hidden,)``.
     """
 
@@ -169,8 +170,8 @@ class _Factors:
 
 
 def _factors(seen: Seen, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> _Factors | None:
-    """Find the factors of a residual multiplier or of an RMS norm, from the output of the matrix and that of the block; None
-    if factors do not explain it.
+    """Find the factors of a residual multiplier or of an RMS norm, from the output of the matrix and that of the block;
+    None if factors do not explain it.
 
     Arguments:
         seen: inputs and outputs of the matrix, batch by batch.

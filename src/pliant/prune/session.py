@@ -157,7 +157,8 @@ class Pruning:
         metric: Score | None = None,
         beside: Scorer | None = None,
     ) -> Iterator[Scorer]:
-        """A stage that scores sub-networks, from the archive if possible; prefixes of the current sub-network are re-used.
+        """A stage that scores sub-networks, from the archive if possible; prefixes of the current sub-network are
+        re-used.
 
         Arguments:
             on_score: called after every score.
@@ -233,7 +234,8 @@ class Pruning:
             windows: calibration windows to score the result on; None for no score.
 
         Raises:
-            RatioError: the moves ran out before the ratio was reached, or no selection of removed units ends within one unit.
+            RatioError: the moves ran out before the ratio was reached, or no selection of removed units ends within one
+                unit.
         """
         if not reached(self.anatomy, self.subnet, ratio):
             now = ratio_of(self.anatomy, self.subnet)
@@ -273,7 +275,8 @@ class Pruning:
         )
 
     def cut(self, windows: torch.Tensor | None = None, ridge: float = 1.0) -> None:
-        """Refit the remaining weights if asked to, cut the model, and verify that it computes the same as the scored one.
+        """Refit the remaining weights if asked to, cut the model, and verify that it computes the same as the scored
+        one.
 
         Arguments:
             windows: calibration windows for the refit; None leaves the weights unchanged.
@@ -298,9 +301,9 @@ class Pruning:
         pages = pages_of(self.job.model)
         limit = "" if pages is None else f"; the limit is {human_bytes(pages.limit)}, weights beyond it are read again"
         self.job.progress.note(
-            f"  {windows.shape[0]} windows of {windows.shape[1]} tokens; needs about {human_bytes(needs.total)} of memory: "
-            f"weights {human_bytes(needs.weights)}, hidden states {human_bytes(needs.hidden)}, "
-            f"logits {human_bytes(needs.logits)}{limit}"
+            f"  {windows.shape[0]} windows of {windows.shape[1]} tokens; needs about {human_bytes(needs.total)} of "
+            f"memory: weights {human_bytes(needs.weights)}, hidden states {human_bytes(needs.hidden)}, logits "
+            f"{human_bytes(needs.logits)}{limit}"
         )
 
     def _note_cost(self, greedy: Greedy, whole: float, scores: float) -> None:

@@ -55,8 +55,8 @@ class Pruner(Step):
     )
 
     metric: str | Score = setting(
-        "Score that removals should preserve: perplexity, kl (divergence from the dense model's predictions), or your own as"
-        " module:Score. In Python also a Score, such as ChoiceAccuracy(questions).",
+        "Score that removals should preserve: perplexity, kl (divergence from the dense model's predictions), or "
+        "your own as module:Score. In Python also a Score, such as ChoiceAccuracy(questions).",
         default="perplexity",
         names=SCORES,
     )
@@ -71,7 +71,8 @@ class Pruner(Step):
     )
 
     ridge: float = setting(
-        "Penalty on the change of a refitted weight, as a multiple of the mean square of its inputs; fewer rows need more.",
+        "Penalty on the change of a refitted weight, as a multiple of the mean square of its inputs; fewer rows need "
+        "more.",
         default=1.0,
         above=0,
     )
@@ -105,8 +106,8 @@ class Pruner(Step):
             needs = repair_bytes(job.model, described(job.model), self._repair_windows(job))
             if needs > pages.limit:
                 raise MemoryLimitError(
-                    f"repair with {self.repair} rows needs {human_bytes(needs)}, the limit is {human_bytes(pages.limit)}; give fewer "
-                    "rows or more memory"
+                    f"repair with {self.repair} rows needs {human_bytes(needs)}, the limit is "
+                    f"{human_bytes(pages.limit)}; give fewer rows or more memory"
                 )
         seqlen = seqlen_of(job.model, self.seqlen)
         if self.seqlen is None:
@@ -154,8 +155,8 @@ class GreedyPruner(Pruner):
     """Settings shared by every pruner that removes units greedily."""
 
     search: str = setting(
-        "lazy scores only the units that may be best; exact scores every unit at every step; naive also recomputes every"
-        " layer.",
+        "lazy scores only the units that may be best; exact scores every unit at every step; naive also recomputes "
+        "every layer.",
         default="lazy",
         choices=MODES,
     )
@@ -172,8 +173,8 @@ class GreedyPruner(Pruner):
     )
 
     per: str = setting(
-        "Cost by which the loss increase of a unit is divided: unit (not at all), parameters, macs, bytes (that decoding "
-        "reads), or prefill or decode (milliseconds, measured on this machine first).",
+        "Cost by which the loss increase of a unit is divided: unit (not at all), parameters, macs, bytes (that "
+        "decoding reads), or prefill or decode (milliseconds, measured on this machine first).",
         default=UNIT,
         choices=(UNIT, *COSTS),
     )
@@ -194,7 +195,8 @@ class GreedyPruner(Pruner):
         ratio: float,
         units: Moves | None = None,
     ) -> None:
-        """Remove units until ``ratio`` is reached or no moves are left; the result exceeds the step's ratio by less than one unit.
+        """Remove units until ``ratio`` is reached or no moves are left; the result exceeds the step's ratio by less
+        than one unit.
 
         Arguments:
             name: of the stage.
@@ -209,9 +211,9 @@ class OrderedPruner(Pruner):
     """Settings shared by every pruner that narrows blocks."""
 
     order: str = setting(
-        "Channels and heads to remove first: l1 (those with the smallest weights), activation (those that contribute least on"
-        " calibration text), fisher (those without which the loss rises least), stored (the last ones), or your own as"
-        " module:function.",
+        "Channels and heads to remove first: l1 (those with the smallest weights), activation (those that contribute "
+        "least on calibration text), fisher (those without which the loss rises least), stored (the last ones), or "
+        "your own as module:function.",
         default="l1",
         choices=(STORED,),
         names=IMPORTANCE,

@@ -9,8 +9,8 @@ from pliant.step import Job
 
 
 class UnifiedPruner(WidthPruner):
-    """MultiPruner without stages and without a split to tune: every step removes the unit with the smallest loss increase for
-    what it saves, whatever its kind."""
+    """MultiPruner without stages and without a split to tune: every step removes the unit with the smallest loss
+    increase for what it saves, whatever its kind."""
 
     per: str = "parameters"
     order: str = "activation"

@@ -12,11 +12,12 @@ from pliant.prune.ratio_target import TOLERANCE
 
 
 def widths(axis: Axis, elements: int, least: int = 1) -> list[int]:
-    """Allowed widths of an axis in units, from widest to narrowest, when groups are removed from its end; at least ``least``
-    units, and those that one token uses, remain.
+    """Allowed widths of an axis in units, from widest to narrowest, when groups are removed from its end; at least
+    ``least`` units, and those that one token uses, remain.
 
     Arguments:
-        elements: every width is a multiple of so many elements; experts, which are whole matrices, are removed one by one.
+        elements: every width is a multiple of so many elements; experts, which are whole matrices, are removed one by
+            one.
     """
     step = lcm(elements // gcd(elements, axis.unit), axis.multiple) if axis.active is None else axis.multiple
     widest = (axis.size - 1) // step * step
@@ -29,10 +30,12 @@ def narrowed(cuts: Iterable[tuple[str, int]]) -> Subnet:
 
 
 def cut_until(cuts: Sequence[tuple[str, int]], removed: Callable[[Subnet], float], ratio: float) -> Subnet | None:
-    """The sub-network after the fewest of ``cuts``, in order, that bring ``removed`` to the ratio; None if all of them do not.
+    """The sub-network after the fewest of ``cuts``, in order, that bring ``removed`` to the ratio; None if all of them
+    do not.
 
-    It ends less than one unit above the ratio. One unit is the smallest group that could be removed next from the end of any axis,
-    or restored. A cut that would exceed the ratio by more is skipped, together with the later cuts on its axis.
+    It ends less than one unit above the ratio. One unit is the smallest group that could be removed next from the end
+    of any axis, or restored. A cut that would exceed the ratio by more is skipped, together with the later cuts on its
+    axis.
 
     Arguments:
         removed: the share that a sub-network removes.

@@ -34,9 +34,10 @@ def apply(
     """Apply a step, or a recipe of several, to ``model`` in place, and return it.
 
     Arguments:
-        model: a transformers model; for steps on values (``PackedLinear``, ``Magnitude``, ``RTN``, ``SparAMX``) any module with
-            linear layers. The model is changed in place; to keep the original, copy it first (``copy.deepcopy``). An error or
-            Ctrl-C leaves it unchanged, except in ``Magnitude``, ``RTN`` and ``SparAMX``; there a note on the exception says so.
+        model: a transformers model; for steps on values (``PackedLinear``, ``Magnitude``, ``RTN``, ``SparAMX``) any
+            module with linear layers. The model is changed in place; to keep the original, copy it first
+            (``copy.deepcopy``). An error or Ctrl-C leaves it unchanged, except in ``Magnitude``, ``RTN`` and
+            ``SparAMX``; there a note on the exception says so.
         step: e.g. ``pliant.MultiPruner(ratio=0.2)``.
         data: calibration text: ``pliant.text(path)`` or a path. Steps that train also take ``pliant.examples(path)``.
         tokenizer: the model's tokenizer; by default that of the folder or hub id that the model was loaded from.
@@ -49,7 +50,8 @@ def apply(
         ``model.pliant_history`` records the steps.
 
     Raises:
-        StepError: before any work: ``model`` is not a model, ``step`` is not a step, or a step comes after one that packs.
+        StepError: before any work: ``model`` is not a model, ``step`` is not a step, or a step comes after one that
+            packs.
         DataError: ``data`` is something else.
     """
     _check_model(model)
@@ -160,6 +162,7 @@ def check_unpacked(model: Any) -> None:
 def _loaded_again(model: Any) -> Any:
     if not getattr(model, "name_or_path", ""):
         raise StepError(
-            "the dense model is unknown, because this model was not loaded from a folder or hub; give dense= or teacher="
+            "the dense model is unknown, because this model was not loaded from a folder or hub; give dense= or "
+            "teacher="
         )
     return load(model.name_or_path)

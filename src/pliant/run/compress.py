@@ -55,17 +55,18 @@ def compress(
 ) -> dict[str, Any]:
     """Compress a model into the folder ``out`` and return the report.
 
-    The run is a list of stages (see :func:`stages`). Their results are kept in ``out`` + ``.work``, each under a key of all that
-    it depends on: after a crash or Ctrl-C the same call skips the stages that have one. Archives of searches become part of the
-    artefact: a run with ``overwrite`` that differs only in settings on which no score depends (such as the ratio) starts from
-    them, and an identical run finds its result.
+    The run is a list of stages (see :func:`stages`). Their results are kept in ``out`` + ``.work``, each under a key of
+    all that it depends on: after a crash or Ctrl-C the same call skips the stages that have one. Archives of searches
+    become part of the artefact: a run with ``overwrite`` that differs only in settings on which no score depends (such
+    as the ratio) starts from them, and an identical run finds its result.
 
     Arguments:
         data: calibration text; None for a step that needs none.
         measuring: the measurements before and after.
         dtype, device: as in :func:`pliant.load`.
         overwrite: replace an earlier result in ``out``.
-        memory: memory that the process may take beside what it has, as for :func:`pliant.load`; speed is then not measured.
+        memory: memory that the process may take beside what it has, as for :func:`pliant.load`; speed is then not
+            measured.
 
     Raises:
         BusyError: another run is writing to ``out``.
@@ -123,8 +124,8 @@ def stages(recipe: Recipe) -> list[Stage]:
 class Run:
     """One run of a recipe. Each stage leaves its result here for the later ones.
 
-    The model stays where it was loaded from, so ``load`` keeps no result. The result of ``write`` is the artefact; its report
-    has the key of the whole run.
+    The model stays where it was loaded from, so ``load`` keeps no result. The result of ``write`` is the artefact; its
+    report has the key of the whole run.
     """
 
     def __init__(
@@ -186,7 +187,8 @@ class Run:
         return self.report
 
     def _resumes(self, *, refused: bool) -> bool:
-        """Whether a run that ended early can resume from its work folder; a refused one only from files of its steps."""
+        """Whether a run that ended early can resume from its work folder; a refused one only from files of its
+        steps."""
         kept = [folder for folder in self.work.iterdir() if folder.is_dir() and re.match(r"\d+-", folder.name)]
         return any(map(files_in, kept)) or (not refused and (self.work / RESULTS).exists())
 
@@ -350,7 +352,8 @@ class Run:
         return [str(self.model.dtype), *device, machine()["cpu"], versions()]
 
     def _keys(self) -> list[str | None]:
-        """The key of the loaded model, and of the result of each step; None from a step on that reads data without a digest."""
+        """The key of the loaded model, and of the result of each step; None from a step on that reads data without a
+        digest."""
         of = self.calibration
         rows = None if of is None else (of.digest, of.token_digest(self.tokenizer))
         keys: list[str | None] = [json_digest([fingerprint(self.model), rows, self._where()])]
@@ -368,7 +371,8 @@ class Run:
         return json_digest(["quality", fingerprint(self.model), texts, of.seqlen, of.windows, of.limit, tasks])
 
     def _written(self) -> dict[str, Any]:
-        """The report in ``out`` if it is that of this very run, and the model beside it is complete; otherwise nothing."""
+        """The report in ``out`` if it is that of this very run, and the model beside it is complete; otherwise
+        nothing."""
         try:
             report = json.loads((self.out / "report.json").read_text("utf-8"))
             check_folder(self.out)

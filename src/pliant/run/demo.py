@@ -1,4 +1,5 @@
-"""The demo: a real small model and real text that pip alone can fetch, SmolLM2-135M-Instruct and Wikipedia lead sections."""
+"""The demo: a real small model and real text that pip alone can fetch, SmolLM2-135M-Instruct and Wikipedia lead
+sections."""
 
 from __future__ import annotations
 
@@ -76,7 +77,8 @@ def _convert(gguf: Path, to: Path) -> None:
 
 
 def run(folder: Path, progress: Progress) -> dict[str, Any]:
-    """Prune SmolLM2-135M by a tenth, refit the kept weights, pack it in int4, reload it with plain transformers and measure both.
+    """Prune SmolLM2-135M by a tenth, refit the kept weights, pack it in int4, reload it with plain transformers and
+    measure both.
 
     A second run finds the result of the first.
     """

@@ -51,11 +51,11 @@ def compare_formats(
         dtype: of a model given by name or folder.
 
     Returns:
-        ``formats``: name -> ``decode``, ``prefill`` (tokens per second), ``speedup`` of both over the original, ``bits`` of
-        a weight, ``bytes`` of weights read per token, milliseconds per token as in ``token_time``, ``perplexity``, whether all
-        layers run in one ``native`` call, and why not;
-        ``break_even``: for each format, the sparsity from which leaving zeros out is faster (above 1: never);
-        ``recommended``: a format, or the dtype of the original model.
+        ``formats``: name -> ``decode``, ``prefill`` (tokens per second), ``speedup`` of both over the original,
+        ``bits`` of a weight, ``bytes`` of weights read per token, milliseconds per token as in ``token_time``,
+        ``perplexity``, whether all layers run in one ``native`` call, and why not; ``break_even``: for each format, the
+        sparsity from which leaving zeros out is faster (above 1: never); ``recommended``: a format, or the dtype of the
+        original model.
 
     Raises:
         DataError: the prompt and the tokens exceed the model's positions.

@@ -11,9 +11,11 @@ from pliant.measure.speed.bench import PROMPT
 
 
 def model_costs(model: Any) -> dict[str, Any]:
-    """Parameters, multiply-accumulates and bytes of a model, and the ``units`` of its axes (1 for a block without axes).
+    """Parameters, multiply-accumulates and bytes of a model, and the ``units`` of its axes (1 for a block without
+    axes).
 
-    ``streamed_bytes`` are what decoding one token reads: weights, and a cache of as many tokens as the prompt of a timing.
+    ``streamed_bytes`` are what decoding one token reads: weights, and a cache of as many tokens as the prompt of a
+    timing.
     """
     anatomy = described(model)
     whole = {block.name: 1 for block in anatomy.blocks.values() if not block.leaders}

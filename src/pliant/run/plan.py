@@ -28,9 +28,9 @@ def plan(recipe: str | Path, *, model: str | Path | None = None, data: str | Pat
         model, data: as for :func:`pliant.run.recipe.read_recipe`.
 
     Returns:
-        ``model``, ``parameters``, ``weight_bytes``; ``stages``: for each its ``stage`` (the name), ``seconds``, ``memory`` and
-        ``disk`` (bytes in memory while it runs, bytes that it leaves on the disk); ``seconds``, ``memory`` (the largest) and
-        ``disk`` of all.
+        ``model``, ``parameters``, ``weight_bytes``; ``stages``: for each its ``stage`` (the name), ``seconds``,
+        ``memory`` and ``disk`` (bytes in memory while it runs, bytes that it leaves on the disk); ``seconds``,
+        ``memory`` (the largest) and ``disk`` of all.
     """
     read = read_recipe(recipe, model=model, data=data)
     parameters, layers, element = _size(read)

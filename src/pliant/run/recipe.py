@@ -202,8 +202,8 @@ def _text(of: Any, given: str | Path | None = None) -> Text | None:
     path = described.get("path")
     if path is None:
         raise DataError(
-            f"the recipe was made with text from {described.get('source', 'a list')}, not from a file; give the text with "
-            "--data (data=)"
+            f"the recipe was made with text from {described.get('source', 'a list')}, not from a file; give the text "
+            "with --data (data=)"
         )
     if not isinstance(path, str):
         raise StepError(f"the path of a text must be a text; not {path!r}")

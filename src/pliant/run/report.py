@@ -12,15 +12,20 @@ from pliant.run.card import changed, measured_on, settings_line, table
 
 STYLE = """
 :root{--ink:#1c2024;--dim:#60646c;--line:#d9dce0;--paper:#fff;--fill:#2a7d6f;--gone:#e7e9ec;--mark:#c2502e}
-@media(prefers-color-scheme:dark){:root{--ink:#edeef0;--dim:#a0a5ad;--line:#3a3f46;--paper:#16181b;--fill:#4fb3a1;--gone:#2a2e33;
---mark:#e88a68}}
-body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:54rem;margin:2rem auto;padding:0 1rem}
+@media(prefers-color-scheme:dark){:root{--ink:#edeef0;--dim:#a0a5ad;--line:#3a3f46;
+--paper:#16181b;--fill:#4fb3a1;--gone:#2a2e33;--mark:#e88a68}}
+body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);
+max-width:54rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.5rem;margin-bottom:.2rem}h2{font-size:1.1rem;margin-top:2rem}h3{font-size:1rem}p{color:var(--dim)}
-table{border-collapse:collapse;width:100%}td,th{text-align:right;padding:.3rem .6rem;border-bottom:1px solid var(--line)}
+table{border-collapse:collapse;width:100%}
+td,th{text-align:right;padding:.3rem .6rem;border-bottom:1px solid var(--line)}
 td:first-child,th:first-child{text-align:left}td{font-variant-numeric:tabular-nums}th{font-weight:600;color:var(--dim)}
 svg{width:100%;height:auto}svg text{fill:var(--dim);font:11px system-ui,sans-serif}
-.axis{stroke:var(--line)}.curve{stroke:var(--fill);fill:none;stroke-width:2}.dot{fill:var(--fill)}.first{fill:var(--mark)}
-.kept{fill:var(--fill)}.gone{fill:var(--gone)}.said td{text-align:left;vertical-align:top;white-space:pre-wrap}code{font-size:.9em}details{margin-top:1rem}
+.axis{stroke:var(--line)}.curve{stroke:var(--fill);fill:none;stroke-width:2}
+.dot{fill:var(--fill)}.first{fill:var(--mark)}
+.kept{fill:var(--fill)}.gone{fill:var(--gone)}
+.said td{text-align:left;vertical-align:top;white-space:pre-wrap}
+code{font-size:.9em}details{margin-top:1rem}
 """
 
 
@@ -38,7 +43,8 @@ def page(report: dict[str, Any]) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>pliant: {model}</title><style>{STYLE}</style></head><body>
 <h1>{model}</h1>
-<p>{escape(changed(report).capitalize())}. Measured on {escape(measured_on(report))}, in {report["dtype"]}; {escape(versions)}.</p>
+<p>{escape(changed(report).capitalize())}. Measured on {escape(measured_on(report))}, in {report["dtype"]};
+{escape(versions)}.</p>
 <h2>Before and after</h2>
 <table><tr><th></th><th>before</th><th>after</th></tr>{"".join(rows)}</table>
 {_replies(report.get("replies", []))}
@@ -54,7 +60,7 @@ def _replies(replies: list[dict[str, str]]) -> str:
     if not replies:
         return ""
     rows = "".join(
-        f'<tr class="said"><td>{escape(r["prompt"])}</td><td>{escape(r["before"])}</td><td>{escape(r["after"])}</td></tr>'
+        f'<tr class="said">{"".join(f"<td>{escape(r[key])}</td>" for key in ("prompt", "before", "after"))}</tr>'
         for r in replies
     )
     return (
@@ -77,9 +83,9 @@ def _predicted(report: dict[str, Any]) -> str:
         )
     settings = speed["settings"]
     return (
-        "<h2>Speed-up, predicted and measured</h2><table><tr><th></th><th>predicted</th><th>measured</th><th>p10 to p90</th></tr>"
-        f"{''.join(rows)}</table><p>Both models were timed alternately in {settings['repeats']} rounds: prompt of "
-        f"{settings['prompt']} tokens, {settings['tokens']} decoded, batch {settings['batch']}.</p>"
+        "<h2>Speed-up, predicted and measured</h2><table><tr><th></th><th>predicted</th><th>measured</th><th>p10 to "
+        f"p90</th></tr>{''.join(rows)}</table><p>Both models were timed alternately in {settings['repeats']} rounds: "
+        f"prompt of {settings['prompt']} tokens, {settings['tokens']} decoded, batch {settings['batch']}.</p>"
     )
 
 
@@ -124,13 +130,15 @@ def _plot(curve: Curve) -> str:
     dots = []
     for i, (x, y) in enumerate(map(place, xs, ys)):
         dots.append(
-            f'<circle class="{"first" if i in marks else "dot"}" cx="{x:.1f}" cy="{y:.1f}" r="{4 if i in marks else 2.5}">'
+            f'<circle class="{"first" if i in marks else "dot"}" cx="{x:.1f}" cy="{y:.1f}" '
+            f'r="{4 if i in marks else 2.5}">'
             f"<title>{escape(curve.labels[i])}</title></circle>"
         )
         if i in marks:
             dots.append(f'<text x="{x + 6:.1f}" y="{y + 14:.1f}">{escape(marks[i])}</text>')
     ticks = "".join(
-        f'<text x="{place(t * top_x, low)[0]:.0f}" text-anchor="{anchor}" y="{height - 8}">{t * top_x:{curve.x_format}}</text>'
+        f'<text x="{place(t * top_x, low)[0]:.0f}" text-anchor="{anchor}" y="{height - 8}">'
+        f"{t * top_x:{curve.x_format}}</text>"
         for t, anchor in ((0, "middle"), (0.25, "middle"), (0.5, "middle"), (0.75, "middle"), (1, "end"))
     ) + "".join(
         f'<text x="4" y="{place(0, low + t * span)[1] + 4:.0f}">{low + t * span:.4g}</text>' for t in (0, 0.5, 1)

@@ -47,7 +47,8 @@ def save(
 
     Arguments:
         folder: must not exist yet, unless ``overwrite``.
-        tokenizer: written beside the model. By default all files of the source folder but the weights are copied unchanged.
+        tokenizer: written beside the model. By default all files of the source folder but the weights are copied
+            unchanged.
         report: the report of ``pliant compress``; written as ``report.json`` and ``report.html``.
         inputs: data and measurements of the run, for the recipe.
         extra: files to add: name -> path to copy from.
@@ -56,8 +57,8 @@ def save(
         max_shard_size: as in transformers; within a memory limit at most an eighth of it.
 
     Raises:
-        ArtefactError: the folder exists or cannot be written, the disk is full, or the model cannot be saved. Nothing is left
-            behind.
+        ArtefactError: the folder exists or cannot be written, the disk is full, or the model cannot be saved. Nothing
+            is left behind.
     """
     if not hasattr(model, "save_pretrained"):
         raise ArtefactError(
@@ -122,7 +123,8 @@ def check_savable(model: Any, tokenizer: Any = None) -> None:
     """
     if getattr(model, "peft_config", None):
         raise ArtefactError(
-            "this model has a peft adapter, and transformers would save the adapter alone; call merge_and_unload() first"
+            "this model has a peft adapter, and transformers would save the adapter alone; call merge_and_unload() "
+            "first"
         )
     try:
         with tempfile.TemporaryDirectory() as place:
@@ -163,9 +165,11 @@ def _refused() -> Iterator[None]:
 
 @contextmanager
 def _generation_config_kept(model: Any, aside: Path) -> Iterator[None]:
-    """While inside, ``save_pretrained`` writes a default generation config; afterwards the model's own replaces it unchanged.
+    """While inside, ``save_pretrained`` writes a default generation config; afterwards the model's own replaces it
+    unchanged.
 
-    Many models have one that transformers loads but refuses to save, for example with a temperature and ``do_sample=false``.
+    Many models have one that transformers loads but refuses to save, for example with a temperature and
+    ``do_sample=false``.
     """
     own = getattr(model, "generation_config", None)
     if own is None or not model.can_generate():

@@ -42,7 +42,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of a run. ``estimate`` takes the number of blocks and the tokens in a row of text, as that of a step does."""
+    """One part of a run. ``estimate`` takes the number of blocks and the tokens in a row of text, as that of a step
+    does."""
 
     name: str
     run: Callable[[Any], None]
@@ -78,7 +79,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def keep_model(model: Any, folder: Path, key: str, seconds: float) -> bool:
-    """Keep the result of a step in its folder, unless writing takes longer than the step did or the disk has too little space.
+    """Keep the result of a step in its folder, unless writing takes longer than the step did or the disk has too little
+    space.
 
     Returns:
         Whether it was kept.

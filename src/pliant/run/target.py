@@ -101,13 +101,13 @@ def check_replaceable(target: Path) -> None:
     own = _listed(target)
     if own is None:
         raise ArtefactError(
-            f"{str(target)!r} is not an earlier result, so it is not replaced: it has no {RECIPE} that lists its files, and holds "
-            f"{_some(found)}; name another folder, or remove this one yourself"
+            f"{str(target)!r} is not an earlier result, so it is not replaced: it has no {RECIPE} that lists its "
+            f"files, and holds {_some(found)}; name another folder, or remove this one yourself"
         )
     if foreign := found - own:
         raise ArtefactError(
-            f"{str(target)!r} holds files that are not part of the earlier result and would be lost: {_some(foreign)}; move them "
-            "away, or name another folder"
+            f"{str(target)!r} holds files that are not part of the earlier result and would be lost: "
+            f"{_some(foreign)}; move them away, or name another folder"
         )
 
 

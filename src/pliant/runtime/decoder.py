@@ -1,7 +1,7 @@
 """Run all layers of a Llama-like decoder in one native call.
 
-Eager PyTorch spends several times as long between the matrix products of a small model as in them. Here layers are packed
-matrices and vectors; :mod:`pliant.compat.native` decides which models they can replace.
+Eager PyTorch spends several times as long between the matrix products of a small model as in them. Here layers are
+packed matrices and vectors; :mod:`pliant.compat.native` decides which models they can replace.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Layer:
 
     Attributes:
         packed: role (``q``, ``k``, ``v``, ``o``, ``gate``, ``up``, ``down``) -> packed layer.
-        norms: ``attention_norm`` and ``mlp_norm``, shape ``(hidden,)``; ``q_norm`` and ``k_norm``, shape ``(width,)``, in
-            layers that have them.
+        norms: ``attention_norm`` and ``mlp_norm``, shape ``(hidden,)``; ``q_norm`` and ``k_norm``, shape ``(width,)``,
+            in layers that have them.
         heads, kv_heads: numbers of query heads and of key-value heads.
         window: number of tokens that a token attends to, 0 for all.
         rotates: whether its attention applies rotary positions.
@@ -153,8 +153,8 @@ def decoder(
             return _Vector(None, 0)
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.dtype not in TYPES:
             raise PackedError(
-                f"a norm or a bias is {tensor.dtype} on {tensor.device}, or not contiguous; it must be a contiguous float "
-                "on the CPU"
+                f"a norm or a bias is {tensor.dtype} on {tensor.device}, or not contiguous; it must be a contiguous "
+                "float on the CPU"
             )
         held.append(tensor)
         return _Vector(tensor.data_ptr(), TYPES[tensor.dtype])

@@ -81,8 +81,8 @@ def why_kept(layer: Any) -> str:
 def _is_product(layer: Any) -> bool:
     """Whether a layer computes exactly ``x W^T + bias``.
 
-    A derived class with its own ``forward`` is tested on three random rows; one with other parameters, buffers or children is
-    not accepted, because its output may depend on them.
+    A derived class with its own ``forward`` is tested on three random rows; one with other parameters, buffers or
+    children is not accepted, because its output may depend on them.
     """
     if "forward" in vars(layer):
         return False

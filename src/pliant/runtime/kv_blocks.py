@@ -37,8 +37,8 @@ class Keeping:
 
     Attributes:
         format: format of older blocks: bf16, int8, or float32 to pack none.
-        key_sparsity: share of each block's keys that is zeroed when the block is packed: the smallest ones of each head, after
-            rotary positions are applied.
+        key_sparsity: share of each block's keys that is zeroed when the block is packed: the smallest ones of each
+            head, after rotary positions are applied.
         value_sparsity: the same for values.
         recent: number of tokens at the end that stay float32.
         first: number of tokens at the beginning in which nothing is zeroed.

@@ -1,7 +1,7 @@
 """Find, load and describe the compiled kernels, without importing torch.
 
-They are plain C behind ``ctypes``, so that one build serves every version of Python and torch. Without them (no compiler when
-pliant was installed, an unknown processor) everything is computed with PyTorch.
+They are plain C behind ``ctypes``, so that one build serves every version of Python and torch. Without them (no
+compiler when pliant was installed, an unknown processor) everything is computed with PyTorch.
 """
 
 from __future__ import annotations

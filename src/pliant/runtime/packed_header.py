@@ -1,4 +1,5 @@
-"""The header of a packed matrix, its first 128 bytes. ``native/format.h`` declares it as well; a test compares the two."""
+"""The header of a packed matrix, its first 128 bytes. ``native/format.h`` declares it as well; a test compares the
+two."""
 
 from __future__ import annotations
 

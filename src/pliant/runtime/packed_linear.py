@@ -25,8 +25,8 @@ _ops.define("linear(Tensor x, Tensor weight, Tensor? bias, int out_features) -> 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
     """``x W^T + bias`` with a packed W.
 
-    In int8 and int4, x is rounded to 8 bits as well, with a scale per row and 32 inputs. The result of a row does not depend
-    on the other rows, nor on the number of threads.
+    In int8 and int4, x is rounded to 8 bits as well, with a scale per row and 32 inputs. The result of a row does not
+    depend on the other rows, nor on the number of threads.
 
     Arguments:
         x: shape ``(..., in_features)``, float32, bfloat16 or float16.
@@ -227,8 +227,8 @@ class Packed(nn.Module):
         if isinstance(weight, torch.Tensor):
             if weight.dtype != torch.uint8:
                 raise PackedError(
-                    f"{prefix}weight is a dense weight of shape {tuple(weight.shape)}, but this layer is packed; load it into "
-                    "the model before packing"
+                    f"{prefix}weight is a dense weight of shape {tuple(weight.shape)}, but this layer is packed; load "
+                    "it into the model before packing"
                 )
             self._check(weight)
             own_tensors(self, buffers=True)["weight"] = room(weight.numel())  # its size depends on the sparsity

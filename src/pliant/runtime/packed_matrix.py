@@ -1,6 +1,7 @@
 """Packed matrices: the weight of a linear layer in bf16, int8 or int4, dense or sparse, as one tensor of bytes.
 
-``native/format.h`` defines the layout. Without kernels, ``reference.py`` reads and writes the same bytes in plain PyTorch.
+``native/format.h`` defines the layout. Without kernels, ``reference.py`` reads and writes the same bytes in plain
+PyTorch.
 """
 
 from __future__ import annotations
@@ -94,12 +95,12 @@ def pack(
 
     Arguments:
         weight: shape ``(out_features, in_features)``.
-        format: bf16 (rounded to nearest), int8 (a scale per output) or int4 (a bf16 scale per output and group of inputs, the
-            one of seven candidates with the smallest squared error).
+        format: bf16 (rounded to nearest), int8 (a scale per output) or int4 (a bf16 scale per output and group of
+            inputs, the one of seven candidates with the smallest squared error).
         sparse: leave zeros out.
         group: inputs that share a scale in int4: 32, 64 or 128.
-        scales: scales of the int8 or int4 codes, shape ``(out_features,)`` or ``(out_features, groups)``. They can be left
-            out for weights that lie on a grid already, because the same scales are found again.
+        scales: scales of the int8 or int4 codes, shape ``(out_features,)`` or ``(out_features, groups)``. They can be
+            left out for weights that lie on a grid already, because the same scales are found again.
 
     Returns:
         Shape ``(bytes,)``, uint8.

@@ -27,7 +27,8 @@ _ADDRESS = {
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
     """The op ``pliant::linear``, with a tangent of x or of the bias in forward-mode differentiation.
 
-    The op has no rule for tangents and would drop them. A tangent is multiplied with the unpacked weights, like a gradient.
+    The op has no rule for tangents and would drop them. A tangent is multiplied with the unpacked weights, like a
+    gradient.
     """
     apply = torch.ops.pliant.linear
     if not forward_differentiation():
@@ -44,10 +45,12 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ou
 
 
 class PackedWeight(torch.Tensor):
-    """The tensor that ``layer.weight`` of a packed layer returns, shape ``(out_features, in_features)``, in the layer's dtype.
+    """The tensor that ``layer.weight`` of a packed layer returns, shape ``(out_features, in_features)``, in the layer's
+    dtype.
 
-    ``F.linear`` with it computes the packed product. Every other operation unpacks it first, which is slow. PyTorch's fused
-    encoder layers, which would read its memory directly, are skipped because it is not a plain tensor. It is read-only.
+    ``F.linear`` with it computes the packed product. Every other operation unpacks it first, which is slow. PyTorch's
+    fused encoder layers, which would read its memory directly, are skipped because it is not a plain tensor. It is
+    read-only.
     """
 
     packed: torch.Tensor

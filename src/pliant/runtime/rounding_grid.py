@@ -13,9 +13,9 @@ TINY = 1e-30
 def scales_of(weight: torch.Tensor, bits: int, group: int | None) -> torch.Tensor:
     """The scale of every row, or of every row and group, of a symmetric grid.
 
-    With 8 bits the largest weight is 127 steps. With fewer bits the scale is a bf16 number, the one of seven candidates with
-    the smallest squared error: some clip the largest weight, and a negative one makes use of the lowest code, which has no
-    positive counterpart. Weights that lie on such a grid already get the same scale again.
+    With 8 bits the largest weight is 127 steps. With fewer bits the scale is a bf16 number, the one of seven candidates
+    with the smallest squared error: some clip the largest weight, and a negative one makes use of the lowest code,
+    which has no positive counterpart. Weights that lie on such a grid already get the same scale again.
 
     Arguments:
         weight: shape ``(out, in)``, float32.

@@ -26,7 +26,8 @@ def pays(format: str, sparsity: float) -> bool:
 
 
 def break_even(format: str) -> float:
-    """The sparsity at which a format's sparse form is as fast as its dense one on this machine; above 1 if it never is."""
+    """The sparsity at which a format's sparse form is as fast as its dense one on this machine; above 1 if it never
+    is."""
     return 2.0 if library() is None else _measured(format, isa(), threads())
 
 

@@ -21,8 +21,8 @@ def threads() -> int:
 def torch_on_one() -> Iterator[None]:
     """Run everything but the kernels on one thread, in this Python thread.
 
-    This is for code that does little between kernels. After each operation that they share, torch's threads wait busily for
-    milliseconds on the cores that the kernels' threads are about to use.
+    This is for code that does little between kernels. After each operation that they share, torch's threads wait busily
+    for milliseconds on the cores that the kernels' threads are about to use.
     """
     before, held = torch.get_num_threads(), _held.set(threads())
     _here(1)

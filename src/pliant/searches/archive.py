@@ -27,7 +27,8 @@ class Archive:
         belongs_to: model, data and settings that the scores depend on, JSON-ready.
 
     Attributes:
-        tokens: number of tokens per forward pass of the last score, on which the rounding of sums depends; None if unknown.
+        tokens: number of tokens per forward pass of the last score, on which the rounding of sums depends; None if
+            unknown.
 
     Raises:
         ArchiveError: the file belongs to another search; the message names the differences.

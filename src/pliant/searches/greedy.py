@@ -38,8 +38,8 @@ class Greedy(Search):
         more: whether another unit has to be removed.
         gain: savings of a move, above 0; the move with the smallest loss increase per gain wins.
         mode: ``naive`` and ``exact`` score every move at every step (they differ only in whether the scorer re-uses
-            prefixes). ``lazy`` remembers the loss increase of each unit from when it was last scored: it scores only units that
-            may be best, and the neighbours of the last removed unit, whose loss increase changes most.
+            prefixes). ``lazy`` remembers the loss increase of each unit from when it was last scored: it scores only
+            units that may be best, and the neighbours of the last removed unit, whose loss increase changes most.
         slack: lazy: share by which the loss increase of a unit is assumed to fall at most since it was last scored.
         refresh: lazy: number of steps after which every unit is scored again; 0 for never.
 

@@ -44,8 +44,8 @@ class Limits:
 class Search(ABC):
     """A search for sub-networks with small values.
 
-    A subclass writes its algorithm as a generator, :meth:`candidates`. The same values always lead to the same candidates, so a
-    search is resumed by running it again: the archive holds earlier evaluations.
+    A subclass writes its algorithm as a generator, :meth:`candidates`. The same values always lead to the same
+    candidates, so a search is resumed by running it again: the archive holds earlier evaluations.
 
     Attributes:
         seen: the values of every evaluated candidate, in order.
@@ -115,7 +115,8 @@ class SpaceSearch(Search):
     """
 
     multi_objective: ClassVar[bool] = False
-    """Whether it looks for a front of several values. If not, it makes the first value small, and the others are limits."""
+    """Whether it looks for a front of several values. If not, it makes the first value small, and the others are
+    limits."""
 
     space: Space
     first: Sequence[Subnet]
@@ -139,8 +140,8 @@ class SpaceSearch(Search):
             for candidate in self.ask():
                 if (asked := asked + 1) > ENDLESS * (self.budget + 1):
                     raise StepError(
-                        f"the search {type(self).__name__} does not end: it asked for {asked} sub-networks with a budget of "
-                        f"{self.budget}. Its method candidates must return"
+                        f"the search {type(self).__name__} does not end: it asked for {asked} sub-networks with a "
+                        f"budget of {self.budget}. Its method candidates must return"
                     )
                 self.tell(candidate, evaluate(candidate))
 

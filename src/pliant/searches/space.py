@@ -17,8 +17,8 @@ from pliant.elastic import Subnet
 class Space:
     """Independent choices: each block is present or removed, each axis has one of its sizes.
 
-    An axis may be of any kind: channels, heads, the rank of an adapter, the size of a kernel. Sizes inside a removed block have
-    no effect.
+    An axis may be of any kind: channels, heads, the rank of an adapter, the size of a kernel. Sizes inside a removed
+    block have no effect.
 
     Attributes:
         blocks: blocks that may be removed.
@@ -39,7 +39,8 @@ class Space:
         """The space of a model.
 
         Arguments:
-            groups: short name of an axis (``channels``, ``kv``) -> units that are removed together; other axes are units alone.
+            groups: short name of an axis (``channels``, ``kv``) -> units that are removed together; other axes are
+                units alone.
             blocks: blocks that may be removed. The last holder of each state stays.
             base: the cuts that all sub-networks share.
         """

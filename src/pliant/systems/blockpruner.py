@@ -10,7 +10,8 @@ from pliant.step import Job, setting
 
 
 class BlockPruner(GreedyPruner):
-    """Algorithm 1 of the paper: mask each remaining block in turn, remove the one with the lowest perplexity, repeat."""
+    """Algorithm 1 of the paper: mask each remaining block in turn, remove the one with the lowest perplexity,
+    repeat."""
 
     blocks: str = setting(
         "Blocks to remove: attention, mlp, or mix for all.", default="mix", choices=("mix", "attention", "mlp")

@@ -27,8 +27,8 @@ class MultiPrunerEvol(WidthPruner):
     width_samples: int = setting("Rows of calibration text for the widths.", default=128, at_least=1)
 
     width_search: str = setting(
-        "How widths are searched: nsga2 evolves a front of loss and ratio; hill and random make the loss small at the ratio; or"
-        " your own as module:Class.",
+        "How widths are searched: nsga2 evolves a front of loss and ratio; hill and random make the loss small at "
+        "the ratio; or your own as module:Class.",
         default="nsga2",
         names=SEARCHES,
     )
@@ -95,8 +95,8 @@ class MultiPrunerEvol(WidthPruner):
             )
         if not near:
             raise RatioError(
-                f"none of {len(ratios)} sub-networks is within {self.tolerance} above ratio {self.ratio} (their ratios are "
-                f"{min(ratios.values(), default=0):.3f} to {max(ratios.values(), default=0):.3f}); give more generations or a "
-                "larger tolerance"
+                f"none of {len(ratios)} sub-networks is within {self.tolerance} above ratio {self.ratio} (their "
+                f"ratios are {min(ratios.values(), default=0):.3f} to {max(ratios.values(), default=0):.3f}); give "
+                "more generations or a larger tolerance"
             )
         return min(near, key=lambda subnet: search.seen[subnet][0])

@@ -1,7 +1,7 @@
 """SparAMX: run a sparse model on a CPU, with weights and key-value cache stored without their zeros.
 
-"SparAMX: Accelerating Compressed LLMs Token Generation on AMX-powered CPUs", 2025 (arXiv 2502.12444). Linear layers keep a
-bitmap and the values that are not zero; so do keys and values, of which the smallest are dropped.
+"SparAMX: Accelerating Compressed LLMs Token Generation on AMX-powered CPUs", 2025 (arXiv 2502.12444). Linear layers
+keep a bitmap and the values that are not zero; so do keys and values, of which the smallest are dropped.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The training loop.
 
-Every random draw of an optimizer step depends on the seed and the number of that step alone, so a training that was interrupted
-and resumed computes the same as one that was not.
+Every random draw of an optimizer step depends on the seed and the number of that step alone, so a training that was
+interrupted and resumed computes the same as one that was not.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class Plan:
     """How to train.
 
-    The fields are those settings of :class:`pliant.train.recover.Recover`, with their defaults filled in. With infinitely many
-    ``steps`` the ``minutes`` end the training.
+    The fields are those settings of :class:`pliant.train.recover.Recover`, with their defaults filled in. With
+    infinitely many ``steps`` the ``minutes`` end the training.
     """
 
     steps: float
@@ -57,7 +57,8 @@ class Plan:
     minutes: float | None
 
     def share(self, step: int, seconds: float) -> float:
-        """The share of the training done in the middle of a step: of the steps or of the minutes, whichever is larger."""
+        """The share of the training done in the middle of a step: of the steps or of the minutes, whichever is
+        larger."""
         of_time = 0.0 if self.minutes is None else seconds / (60 * self.minutes)
         return min(1.0, max((step + 0.5) / self.steps, of_time))
 
@@ -88,8 +89,8 @@ class Training:
     Attributes:
         step: number of optimizer steps done.
         seconds: duration of the training, including the time before an interruption.
-        curve: one row for each evaluation: ``step``, mean training ``loss`` since the last evaluation, ``held_out`` loss
-            (both in nats per token), ``seconds``.
+        curve: one row for each evaluation: ``step``, mean training ``loss`` since the last evaluation, ``held_out``
+            loss (both in nats per token), ``seconds``.
         best: the step whose parameters have the lowest held-out loss.
     """
 
@@ -187,8 +188,9 @@ class Training:
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), self.plan.max_grad_norm)
         if not math.isfinite(loss) or not torch.isfinite(norm):
             raise DivergedError(
-                f"the training diverged: the loss of step {self.step + 1} is {loss}, the norm of its gradient {norm.item()}. "
-                f"The model is unchanged; try a learning_rate below {self.plan.learning_rate}, or a larger warmup_ratio"
+                f"the training diverged: the loss of step {self.step + 1} is {loss}, the norm of its gradient "
+                f"{norm.item()}. The model is unchanged; try a learning_rate below {self.plan.learning_rate}, or a "
+                "larger warmup_ratio"
             )
         for group in self._optimizer.param_groups:
             group["lr"] = self.plan.rate(self.plan.share(self.step, self.seconds))

@@ -16,7 +16,8 @@ from pliant.train.trunk_and_head import Halves
 def logits_at_once(device: torch.device) -> int:
     """The number of tokens whose logits are in memory at a time.
 
-    On a CPU they are so few that the allocator reuses their memory, instead of asking the system for pages to be cleared.
+    On a CPU they are so few that the allocator reuses their memory, instead of asking the system for pages to be
+    cleared.
     """
     return 64 if device.type == "cpu" else 1024
 
@@ -43,8 +44,8 @@ def backward(
 ) -> torch.Tensor:
     """Compute the loss of a batch, and add its gradients to those of the parameters.
 
-    The loss is the sum over predicted tokens, not their mean: it does not depend on how a step is split into batches, and its
-    gradients are large enough for float16.
+    The loss is the sum over predicted tokens, not their mean: it does not depend on how a step is split into batches,
+    and its gradients are large enough for float16.
 
     Arguments:
         batch: ids, labels and mask, from :meth:`pliant.data.tokenize_examples.Encoded.batch`.
@@ -79,8 +80,8 @@ def _loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The summed loss of some tokens and its gradient with respect to their logits.
 
-    Both are written out, because the gradient of either part is a difference of probabilities: autograd would keep several more
-    tensors of the size of the logits, which are the largest.
+    Both are written out, because the gradient of either part is a difference of probabilities: autograd would keep
+    several more tensors of the size of the logits, which are the largest.
 
     Arguments:
         logits: shape ``(tokens, vocabulary)``.

@@ -21,14 +21,15 @@ def memory_needed(
 ) -> dict[str, int]:
     """The bytes that a training needs, by purpose.
 
-    Activations are a rule of thumb: the inputs and outputs of linear layers, and as much again for norms, activation functions
-    and dropout.
+    Activations are a rule of thumb: the inputs and outputs of linear layers, and as much again for norms, activation
+    functions and dropout.
 
     Arguments:
         linears: the linear layers of the blocks, by full path.
         parameters: the trained parameters.
         tokens: tokens in one forward pass.
-        copies: copies of the trained parameters that are kept: their best state, and their original values if all are trained.
+        copies: copies of the trained parameters that are kept: their best state, and their original values if all are
+            trained.
         recompute: gradient checkpointing.
     """
     weights = sum(p.numel() * p.element_size() for one in (model, teacher) if one for p in one.parameters())

@@ -47,8 +47,8 @@ def training_sections(recovery: Mapping[str, Any]) -> list[Section]:
     return [
         *([curve] if looks else []),
         Note(
-            f"{recovery['steps']} steps, {recovery['tokens']:,} tokens at {recovery['tokens_per_second']:,.0f} tokens/s; the "
-            f"state of step {recovery['best_step']} was kept."
+            f"{recovery['steps']} steps, {recovery['tokens']:,} tokens at {recovery['tokens_per_second']:,.0f} "
+            f"tokens/s; the state of step {recovery['best_step']} was kept."
         ),
     ]
 
@@ -86,8 +86,8 @@ class Recover(Step):
     )
 
     seqlen: int | None = setting(
-        "Tokens in a sequence. Longer examples are truncated; plain text is packed into windows of this length. Default: the "
-        "smaller of 256 and the model's positions.",
+        "Tokens in a sequence. Longer examples are truncated; plain text is packed into windows of this length. "
+        "Default: the smaller of 256 and the model's positions.",
         default=None,
         at_least=2,
     )
@@ -127,14 +127,15 @@ class Recover(Step):
     )
 
     target_modules: str | Sequence[str] | None = setting(
-        "lora: names of the linear layers with adapters, such as q_proj,v_proj. Default: all linear layers in the blocks.",
+        "lora: names of the linear layers with adapters, such as q_proj,v_proj. Default: all linear layers in the "
+        "blocks.",
         default=None,
         formerly="targets",
     )
 
     distillation_weight: float = setting(
-        "Weight of the distillation from the dense model: 0 learns from the text alone, 1 from the dense model's next-token "
-        "distributions alone.",
+        "Weight of the distillation from the dense model: 0 learns from the text alone, 1 from the dense model's "
+        "next-token distributions alone.",
         default=0.0,
         at_least=0,
         at_most=1,
@@ -156,7 +157,8 @@ class Recover(Step):
     )
 
     held_out: int = setting(
-        "Sequences held out of the training, at most a tenth of all, to choose the best state by. 0 takes the last state.",
+        "Sequences held out of the training, at most a tenth of all, to choose the best state by. 0 takes the last "
+        "state.",
         default=32,
         at_least=0,
     )
@@ -219,14 +221,14 @@ class Recover(Step):
         }
         if teacher is not None and belongs_to["dense"] == belongs_to["model"]:
             raise StepError(
-                "the dense model has the same weights as the model to recover, so there is nothing to learn from it; give the "
-                "model from before the cut with teacher= (or pliant.apply(..., dense=model))"
+                "the dense model has the same weights as the model to recover, so there is nothing to learn from it; "
+                "give the model from before the cut with teacher= (or pliant.apply(..., dense=model))"
             )
         state = StateFile(job.file("state.safetensors"), belongs_to)
         state.read()  # refuses the state of another training, before any work
         job.progress.note(
-            f"{given.source}: {len(train)} sequences of at most {seqlen} tokens, {train.tokens:,} in all; {len(held_out)} held out; "
-            f"{self._length(len(train))}"
+            f"{given.source}: {len(train)} sequences of at most {seqlen} tokens, {train.tokens:,} in all; "
+            f"{len(held_out)} held out; {self._length(len(train))}"
         )
         was_training = teacher is not None and teacher.training
         try:
@@ -338,8 +340,8 @@ class Recover(Step):
         count = min(self.held_out, max(1, len(encoded) // 10))
         if count >= len(encoded):
             raise DataError(
-                f"{given.source} gives only one sequence of {seqlen} tokens, so none can be held out; give more data or "
-                "a smaller seqlen, or set held_out=0"
+                f"{given.source} gives only one sequence of {seqlen} tokens, so none can be held out; give more data "
+                "or a smaller seqlen, or set held_out=0"
             )
         return encoded.split(count)
 
@@ -359,7 +361,8 @@ class Recover(Step):
 
 
 def _names(given: Any) -> tuple[str, ...] | None:
-    """Names of layers, given as a list, or as text with commas between (on the command line, and in recipes of version 0.1)."""
+    """Names of layers, given as a list, or as text with commas between (on the command line, and in recipes of version
+    0.1)."""
     names = [name.strip() for name in given.split(",")] if isinstance(given, str) else given
     if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
         raise StepError(f"target_modules must be a list of names, such as ['q_proj', 'v_proj'], or none; not {given!r}")

@@ -1,6 +1,7 @@
 """The trained parameters of a model: all of its weights, or low-rank adapters on linear layers.
 
-Both keep the original weights until the end, so that a training that fails or is interrupted leaves the model unchanged.
+Both keep the original weights until the end, so that a training that fails or is interrupted leaves the model
+unchanged.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The two parts of a causal language model: a trunk, from token ids to final hidden states, and a head, from there to logits.
+"""The two parts of a causal language model: a trunk, from token ids to final hidden states, and a head, from there to
+logits.
 
-Logits are by far the largest tensor of a training step. With a separate head they can be computed for a few tokens at a time,
-and only for tokens whose prediction counts.
+Logits are by far the largest tensor of a training step. With a separate head they can be computed for a few tokens at a
+time, and only for tokens whose prediction counts.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from pliant.torch_private import copy_with_child
 
 
 class Halves:
-    """A model's trunk and head: ``halves.trunk(ids, mask)`` computes hidden states, ``halves.head(hidden)`` their logits.
+    """A model's trunk and head: ``halves.trunk(ids, mask)`` computes hidden states, ``halves.head(hidden)`` their
+    logits.
 
-    The head is the model's own forward on top of a stand-in for the trunk, so it includes all that a family does to its logits
-    (soft caps, scales). The model itself is not changed; both halves read its tensors.
+    The head is the model's own forward on top of a stand-in for the trunk, so it includes all that a family does to its
+    logits (soft caps, scales). The model itself is not changed; both halves read its tensors.
 
     Raises:
-        ArchitectureError: the model does not predict next tokens, or its logits depend on more than its final hidden states.
+        ArchitectureError: the model does not predict next tokens, or its logits depend on more than its final hidden
+            states.
     """
 
     def __init__(self, model: Any):
@@ -40,7 +43,8 @@ class Halves:
         model.train(was)
         if not torch.allclose(whole[0], parts, equal_nan=True):
             raise ArchitectureError(
-                f"the logits of {type(model).__name__} depend on more than its final hidden states, so it cannot be trained"
+                f"the logits of {type(model).__name__} depend on more than its final hidden states, so it cannot be "
+                "trained"
             )
 
     def trunk(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

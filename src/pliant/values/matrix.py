@@ -39,7 +39,8 @@ class Matrix:
         name: what holds it, e.g. ``model.layers.3.mlp.up_proj``.
         path: name of the parameter.
         weight: a view of its values with inputs last, shape ``(out, in)`` or ``(experts, out, in)``.
-        layer: the linear layer that it belongs to; None for a parameter outside linear layers: a stack of experts, a router.
+        layer: the linear layer that it belongs to; None for a parameter outside linear layers: a stack of experts, a
+            router.
         names: all names of that layer: one module may be registered in several places.
     """
 
@@ -64,7 +65,8 @@ class Selection:
 
     @contextmanager
     def changing(self, model: nn.Module) -> Iterator[Iterator[Matrix]]:
-        """The matrices, to be changed in place one after the other: there may be no memory for a copy of the original weights.
+        """The matrices, to be changed in place one after the other: there may be no memory for a copy of the original
+        weights.
 
         After an error or Ctrl-C some of them are changed and others are not. A note on the exception says so.
         """
@@ -86,8 +88,8 @@ class ValueStep(Step):
     reshapes: ClassVar[bool] = False
 
     target_modules: str | Sequence[str] | None = setting(
-        "The linear layers to change, as in peft: names or name endings; or a regular expression that matches whole names; or "
-        "all-linear. Default: those in the blocks if the model has an architecture file, otherwise all.",
+        "The linear layers to change, as in peft: names or name endings; or a regular expression that matches whole "
+        "names; or all-linear. Default: those in the blocks if the model has an architecture file, otherwise all.",
         default=None,
     )
 
@@ -187,8 +189,8 @@ def skipped_parameters(model: nn.Module, found: Selection, changed: int) -> dict
         changed: number of parameters that it has changed.
 
     Returns:
-        ``parameters``, ``bytes`` and ``share`` (of all parameters); ``reasons``: for each reason ``why``, ``parameters``,
-        ``bytes`` and the ``names`` of layers, the largest first.
+        ``parameters``, ``bytes`` and ``share`` (of all parameters); ``reasons``: for each reason ``why``,
+        ``parameters``, ``bytes`` and the ``names`` of layers, the largest first.
     """
     still = (one for one in found.matrices if one.layer is None or model.get_submodule(one.name) is one.layer)
     seen = {id(_parameter(model, one)) for one in still}
@@ -250,7 +252,8 @@ def _ready(model: nn.Module) -> None:
 
 
 def _candidates(model: nn.Module, blocks: Sequence[Matrix]) -> dict[str, Matrix]:
-    """First name -> matrix, for all linear layers (even those quantised by other libraries) and stacks of experts in blocks."""
+    """First name -> matrix, for all linear layers (even those quantised by other libraries) and stacks of experts in
+    blocks."""
     names: dict[int, list[str]] = {}
     layers: dict[int, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -289,7 +292,8 @@ def _blocks(model: Any) -> Iterator[Matrix]:
 
 
 def _named(everything: dict[str, Matrix], wanted: str | Sequence[str], setting: str) -> set[str]:
-    """The names of the layers matched by a regular expression (whole names), or by names or name endings, as in peft."""
+    """The names of the layers matched by a regular expression (whole names), or by names or name endings, as in
+    peft."""
     chosen: set[str] = set()
     for pattern in [wanted] if isinstance(wanted, str) else wanted:
         fits = {

@@ -40,25 +40,27 @@ SPARSE = ("auto", "always", "never")
 
 
 class PackedLinear(ValueStep):
-    """Store linear layers as bf16, int8 or int4, leave zeros out where that is faster, and run them on pliant's CPU kernels.
+    """Store linear layers as bf16, int8 or int4, leave zeros out where that is faster, and run them on pliant's CPU
+    kernels.
 
-    Any module with linear layers can be packed. Layers whose weight is read or wrapped by other code (an adapter, a parametrization)
-    are skipped; the record lists them and their share of the model. Packing comes last: a packed model can be run, saved, loaded
-    and measured, but no longer cut or trained. An error or Ctrl-C while layers are packed leaves the model unchanged.
+    Any module with linear layers can be packed. Layers whose weight is read or wrapped by other code (an adapter, a
+    parametrization) are skipped; the record lists them and their share of the model. Packing comes last: a packed model
+    can be run, saved, loaded and measured, but no longer cut or trained. An error or Ctrl-C while layers are packed
+    leaves the model unchanged.
     """
 
     packs: ClassVar[bool] = True
 
     format: str = setting(
-        "Format of the layers: bf16, int8, int4, or auto: the smallest one that stores a layer without loss (int4 or int8 for "
-        "weights that were rounded to such a grid, otherwise bf16).",
+        "Format of the layers: bf16, int8, int4, or auto: the smallest one that stores a layer without loss (int4 or "
+        "int8 for weights that were rounded to such a grid, otherwise bf16).",
         default="auto",
         choices=CHOICES,
     )
 
     group: int = setting(
-        "int4: inputs that share a scale: 128, 64 or 32. Smaller groups are more accurate and larger (4.125, 4.25 or 4.5 bits "
-        "per weight).",
+        "int4: inputs that share a scale: 128, 64 or 32. Smaller groups are more accurate and larger (4.125, 4.25 or "
+        "4.5 bits per weight).",
         default=128,
         choices=GROUPS,
     )
@@ -70,8 +72,9 @@ class PackedLinear(ValueStep):
     )
 
     rules: Mapping[str, str] = setting(
-        "Other formats for some layers: a regular expression that is searched for in the layer's name, and a format, or dense "
-        "to leave the layer as it is. The first match counts. On the command line: 'down_proj=int8,layers.0.=bf16'.",
+        "Other formats for some layers: a regular expression that is searched for in the layer's name, and a format, "
+        "or dense to leave the layer as it is. The first match counts. On the command line: "
+        "'down_proj=int8,layers.0.=bf16'.",
         factory=dict,
     )
 
@@ -91,7 +94,8 @@ class PackedLinear(ValueStep):
     value_sparsity: float = setting("The same for values.", default=0.0, at_least=0, below=1)
 
     sparse: str = setting(
-        "Whether zeros are left out: always, never, or auto: in layers with so many zeros that it is faster on this machine.",
+        "Whether zeros are left out: always, never, or auto: in layers with so many zeros that it is faster on this "
+        "machine.",
         default="auto",
         choices=SPARSE,
     )
@@ -203,7 +207,8 @@ class PackedLinear(ValueStep):
                     break
         if unused := [pattern for pattern in self.rules if pattern not in used]:
             raise StepError(
-                f"rules: no linear layer's name matches {unused[0]!r}; an existing name is {next(iter(choices), None)!r}"
+                f"rules: no linear layer's name matches {unused[0]!r}; an existing name is "
+                f"{next(iter(choices), None)!r}"
             )
         return [(one, choices[one.name]) for one in layers if choices[one.name] != "dense"]
 
@@ -223,7 +228,8 @@ def show_packed(job: Job) -> None:
 
 
 def _lossless(weight: torch.Tensor) -> tuple[str, int]:
-    """The smallest format that stores these weights without loss, and its group; bf16, which rounds, if there is none."""
+    """The smallest format that stores these weights without loss, and its group; bf16, which rounds, if there is
+    none."""
     dense = weight.float()
     for group in reversed(GROUPS):
         if torch.equal(round_to_grid(dense, 4, group).to(weight.dtype), weight):

@@ -12,8 +12,9 @@ from pliant.values.matrix import ValueStep, select_matrices, show_skipped
 class RTN(ValueStep):
     """Round every matrix to nearest on a symmetric grid of few bits. Needs no data.
 
-    The weights stay floating-point numbers, which lie on the grid, so any tool opens the model. ``PackedLinear`` recognises a
-    grid of 8 bits with a scale per row, or of 4 bits with groups of 128, 64 or 32, and stores such weights without another error.
+    The weights stay floating-point numbers, which lie on the grid, so any tool opens the model. ``PackedLinear``
+    recognises a grid of 8 bits with a scale per row, or of 4 bits with groups of 128, 64 or 32, and stores such weights
+    without another error.
     """
 
     bits: int = setting("Bits of a weight, from 2 to 8.", default=4, at_least=2, at_most=8)

@@ -36,8 +36,8 @@ def label_index(row: dict[str, Any], key: str, labels: Sequence[str]) -> int:
     label = str(int(value) if isinstance(value, bool) else value).strip()
     if label not in known:
         raise DataError(
-            f"{key!r} must be {', '.join(known[:-1])} or {known[-1]}; it is {value!r}. Splits without public answers cannot be "
-            "measured"
+            f"{key!r} must be {', '.join(known[:-1])} or {known[-1]}; it is {value!r}. Splits without public answers "
+            "cannot be measured"
         )
     return known.index(label)
 

@@ -43,9 +43,9 @@ class OpenQuestion:
     def matches(self, written: str) -> bool:
         """Whether ``written`` gives the answer.
 
-        A number is compared with the last number in ``written``, within 0.001. A letter is compared with the letter that is
-        stated as the answer or begins the text, else with the last capital A to J that stands alone. Any other answer is
-        compared with the first line, ignoring case and a full stop at the end.
+        A number is compared with the last number in ``written``, within 0.001. A letter is compared with the letter
+        that is stated as the answer or begins the text, else with the last capital A to J that stands alone. Any other
+        answer is compared with the first line, ignoring case and a full stop at the end.
         """
         reference = self.answer.strip()
         if _NUMBER.fullmatch(reference):

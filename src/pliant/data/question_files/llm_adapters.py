@@ -15,8 +15,8 @@ _CHOICE = re.compile(r"(answer|solution|ending|option)(\d+)")
 def ask_instruction(row: dict[str, Any], asked: str = ASKED) -> Question | OpenQuestion:
     """``{"instruction": "Please choose …: QUESTION Answer1: … Answer2: … Answer format: …", "answer": "answer2"}``.
 
-    Choices are scored as full texts. Questions to be answered with true or false get ``no`` and ``yes``. A row whose answer
-    is neither is an open question.
+    Choices are scored as full texts. Questions to be answered with true or false get ``no`` and ``yes``. A row whose
+    answer is neither is an open question.
 
     Arguments:
         asked: template of the question, which depends on the data set; rows of different data sets look the same.
@@ -40,8 +40,8 @@ def ask_instruction(row: dict[str, Any], asked: str = ASKED) -> Question | OpenQ
     question, *choices = (part.strip() for part in re.split(rf"\b{word}\d+:", body))
     if not question or not 1 <= number <= len(choices):
         raise DataError(
-            f"the answer is {answer!r}, but the instruction lists {len(choices)} choice(s); it must read 'Please choose …: "
-            f"question {word}1: … {word}2: … Answer format: …'"
+            f"the answer is {answer!r}, but the instruction lists {len(choices)} choice(s); it must read 'Please "
+            f"choose …: question {word}1: … {word}2: … Answer format: …'"
         )
     if word == "Option":
         return fill(question, choices, number - 1)

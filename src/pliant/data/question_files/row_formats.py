@@ -25,7 +25,8 @@ class Form:
         name: its usual name.
         keys: keys of such a row, ``one/or/another`` if names differ.
         pose: makes a question from a row, or raises DataError.
-        named: text that the name of the file or its folder must contain, because rows of another data set look the same.
+        named: text that the name of the file or its folder must contain, because rows of another data set look the
+            same.
     """
 
     name: str

@@ -21,9 +21,9 @@ def compare(a: dict[str, Any], b: dict[str, Any], *, seed: int = 0) -> dict[str,
 
     Returns:
         In the layout of the results, for each text under ``loss`` (nats per token) and for each task under its metrics
-        ``{"difference": mean of a - b, "low", "high", "p", "items"}``. ``low`` and ``high`` bound the 95 % interval of a
-        paired bootstrap with 10,000 resamples; ``p`` is the two-sided probability of a difference at least as far from 0 if
-        the models do not differ. These three are None for a single item, or if a value is not finite.
+        ``{"difference": mean of a - b, "low", "high", "p", "items"}``. ``low`` and ``high`` bound the 95 % interval of
+        a paired bootstrap with 10,000 resamples; ``p`` is the two-sided probability of a difference at least as far
+        from 0 if the models do not differ. These three are None for a single item, or if a value is not finite.
 
     Raises:
         DataError: results without items, or on different items.
@@ -34,8 +34,8 @@ def compare(a: dict[str, Any], b: dict[str, Any], *, seed: int = 0) -> dict[str,
         if ours.keys() != theirs.keys():
             alone = sorted(ours.keys() ^ theirs.keys())
             raise DataError(
-                f"the results are not on the same {part}: {', '.join(map(repr, alone))} is only in one of them; evaluate both "
-                "models on the same files"
+                f"the results are not on the same {part}: {', '.join(map(repr, alone))} is only in one of them; "
+                "evaluate both models on the same files"
             )
         compared[part] = {name: _pair(name, ours[name], theirs[name], seed) for name in ours}
     if not any(compared.values()):
@@ -58,8 +58,8 @@ def _items(rows: dict[str, Any]) -> dict[str, Any]:
 def _pair(name: str, ours: dict[str, Any], theirs: dict[str, Any], seed: int) -> dict[str, Any]:
     if ours["digest"] != theirs["digest"]:
         raise DataError(
-            f"the two results for {name!r} are not on the same items: the file, its limit, the windows or the tokenizer differ; "
-            "evaluate both models with the same settings"
+            f"the two results for {name!r} are not on the same items: the file, its limit, the windows or the "
+            "tokenizer differ; evaluate both models with the same settings"
         )
     return {
         metric: difference(np.asarray(values, float) - np.asarray(theirs[metric], float), seed)

@@ -64,10 +64,11 @@ def evaluate(
     Arguments:
         model: a transformers model, evaluated on its device; or what :func:`pliant.load` takes.
         perplexity: text files (or ``pliant.text``), each evaluated on its own.
-        tasks: question files, or questions by name; see :func:`pliant.questions`. Questions with choices are answered by
-            likelihood, open ones by greedy generation; a continuation is correct if every token is the likeliest.
+        tasks: question files, or questions by name; see :func:`pliant.questions`. Questions with choices are answered
+            by likelihood, open ones by greedy generation; a continuation is correct if every token is the likeliest.
         harness: tasks of lm-eval, by name or YAML file; needs ``pip install 'pliant[eval]'``.
-        reference: a model to compare next-token distributions with, on the same text; or what :func:`pliant.load` takes.
+        reference: a model to compare next-token distributions with, on the same text; or what :func:`pliant.load`
+            takes.
         seqlen: tokens in a window; at most the model's positions are used.
         windows: maximum number of windows of each text.
         limit: maximum number of questions of each task.
@@ -78,10 +79,10 @@ def evaluate(
     Returns:
         ``{"perplexity": {name: {"perplexity", "loss", "stderr", "windows", "seqlen"[, "kl"]}}, "tasks": {name: {"acc",
         "acc_norm", "stderr", "stderr_norm", "questions"}}}``; a task of open questions has ``{"match", "stderr",
-        "questions"}``, one of continuations ``{"acc", "stderr", "perplexity", "stderr_perplexity", "questions"}``. ``stderr`` is
-        one standard error: of the loss in nats per token, of acc or match. ``"harness"`` is only there when asked for. With
-        ``items`` every text has ``"items": {"digest", "loss"}``, every task ``{"digest"}`` and 0 or 1 for each question under
-        its metrics.
+        "questions"}``, one of continuations ``{"acc", "stderr", "perplexity", "stderr_perplexity", "questions"}``.
+        ``stderr`` is one standard error: of the loss in nats per token, of acc or match. ``"harness"`` is only there
+        when asked for. With ``items`` every text has ``"items": {"digest", "loss"}``, every task ``{"digest"}`` and 0
+        or 1 for each question under its metrics.
 
     Raises:
         ArchitectureError: a model that predicts no next tokens.
@@ -143,7 +144,8 @@ def _predict(model: Any, name: str, ids: torch.Tensor, reference: Any, keep: boo
         raise not_finite(model, f"the model's loss on {name!r} is {mean}")
     if mean > MOST:
         raise WeightError(
-            f"the model's loss on {name!r} is {mean:.4g} nats per token, and its perplexity overflows; check the model's weights"
+            f"the model's loss on {name!r} is {mean:.4g} nats per token, and its perplexity overflows; check the "
+            "model's weights"
         )
     result = {
         "perplexity": math.exp(mean),
@@ -183,8 +185,8 @@ def _losses(model: Any, ids: torch.Tensor, reference: Any, tokens: int) -> tuple
             theirs = reference(input_ids=batch.to(reference.device), use_cache=False).logits.to(logits.device)
             if theirs.shape != logits.shape:
                 raise DataError(
-                    f"the reference has a vocabulary of {theirs.shape[-1]}, the model one of {logits.shape[-1]}; divergence "
-                    "is defined only between models with the same vocabulary"
+                    f"the reference has a vocabulary of {theirs.shape[-1]}, the model one of {logits.shape[-1]}; "
+                    "divergence is defined only between models with the same vocabulary"
                 )
             divergences.append(kl(logits, theirs))
     return torch.cat(losses), torch.cat(divergences) if divergences else None
@@ -218,7 +220,8 @@ def _ask(
         right = answer(model, tokenizer, name, items, max_new_tokens)
     else:
         raise DataError(
-            f"task {name!r} mixes questions with choices, open questions and continuations; put each kind into its own task"
+            f"task {name!r} mixes questions with choices, open questions and continuations; put each kind into its "
+            "own task"
         )
     shares = {metric: sum(each) / len(each) for metric, each in right.items()}
     errors = {SHARES[metric]: (share * (1 - share) / len(items)) ** 0.5 for metric, share in shares.items()}
@@ -239,8 +242,8 @@ def _continue(model: Any, tokenizer: Any, name: str, items: Sequence[Continuatio
     mean, share = sum(losses) / len(losses), sum(right) / len(right)
     if mean > MOST:
         raise WeightError(
-            f"task {name!r}: the mean loss of a continuation is {mean:.4g} nats, and its perplexity overflows; check the model's "
-            "weights"
+            f"task {name!r}: the mean loss of a continuation is {mean:.4g} nats, and its perplexity overflows; check "
+            "the model's weights"
         )
     perplexity = math.exp(mean)
     row: dict[str, Any] = {

@@ -38,8 +38,8 @@ def generate(model: Any, tokenizer: Any, name: str, prompts: Sequence[str], max_
     room = longest_of(model) - max_new_tokens
     if max_new_tokens < 1 or room < 1:
         raise DataError(
-            f"max_new_tokens={max_new_tokens} leaves no room for a question and its answer; the model has {longest_of(model)} "
-            "positions"
+            f"max_new_tokens={max_new_tokens} leaves no room for a question and its answer; the model has "
+            f"{longest_of(model)} positions"
         )
     rows = [ids[-room:] for ids in open_ended(tokenizer, prompts)]
     for number, ids in enumerate(rows, 1):

@@ -22,8 +22,9 @@ def harness(
         tasks: names of lm-eval tasks, or paths of its YAML files.
 
     Returns:
-        ``{task: {METRIC: value, "METRIC_stderr": value, "questions": count}}``. A metric with a filter of the output is called
-        ``metric,filter``. With ``items``, for each task also ``"items"``: a digest and the figures of every question.
+        ``{task: {METRIC: value, "METRIC_stderr": value, "questions": count}}``. A metric with a filter of the output is
+        called ``metric,filter``. With ``items``, for each task also ``"items"``: a digest and the figures of every
+        question.
 
     Raises:
         WeightError: a result is not finite.

@@ -21,8 +21,8 @@ def choose(model: Any, tokenizer: Any, name: str, items: Sequence[Question]) -> 
     """Answer every question with its likeliest choice.
 
     Returns:
-        For every question, under ``acc``, whether the likeliest choice is the right one; under ``acc_norm``, whether the
-        likeliest per character is, not counting the space before it, as in lm-eval.
+        For every question, under ``acc``, whether the likeliest choice is the right one; under ``acc_norm``, whether
+        the likeliest per character is, not counting the space before it, as in lm-eval.
 
     Raises:
         DataError: an empty context, or the tokenizer of another model.
@@ -40,8 +40,8 @@ def continuations(model: Any, tokenizer: Any, name: str, items: Sequence[Continu
     """The log-likelihood of each continuation after its context, and whether greedy generation would write it.
 
     Raises:
-        DataError: an empty context, a continuation that is longer than the model's positions, or the tokenizer of another
-            model.
+        DataError: an empty context, a continuation that is longer than the model's positions, or the tokenizer of
+            another model.
         WeightError: the log-likelihood of a continuation is not finite.
     """
     likelihoods = _likelihoods(
@@ -50,8 +50,8 @@ def continuations(model: Any, tokenizer: Any, name: str, items: Sequence[Continu
     for number, likelihood in enumerate(likelihoods, 1):
         if likelihood.cut:
             raise DataError(
-                f"task {name!r}, row {number}: the continuation is longer than the {longest_of(model)} positions of this model; "
-                "shorten or remove it"
+                f"task {name!r}, row {number}: the continuation is longer than the {longest_of(model)} positions of "
+                "this model; shorten or remove it"
             )
         value = likelihood.log_likelihood
         if not math.isfinite(value):
@@ -94,8 +94,8 @@ class Likelihood:
 def _likelihoods(model: Any, tokenizer: Any, name: str, pairs: Sequence[tuple[int, str, str]]) -> list[Likelihood]:
     """The likelihood of every continuation.
 
-    The last token of a continuation is predicted but never read. So choices of one token after the same context share one row
-    of a batch.
+    The last token of a continuation is predicted but never read. So choices of one token after the same context share
+    one row of a batch.
 
     Arguments:
         pairs: row number for error messages, context, continuation.
@@ -130,7 +130,8 @@ def _scored(model: Any, wanted: dict[Ids, list[tuple[int, Ids, bool]]], tokens: 
 
 def _tokens(tokenizer: Any, name: str, pairs: Sequence[tuple[int, str, str]]) -> Iterator[tuple[Ids, Ids]]:
     """The tokens to read and those to predict from them, for every pair."""
-    # white space belongs to the word behind it in most tokenizers: at the end of a context it would be a token of its own
+    # white space belongs to the word behind it in most tokenizers: at the end of a context it would be a token of its
+    # own
     contexts = open_ended(tokenizer, [context.rstrip() or context for _, context, _ in pairs])
     wholes = open_ended(tokenizer, [context + continuation for _, context, continuation in pairs])
     for (number, _, _), context, whole in zip(pairs, contexts, wholes, strict=True):

@@ -50,7 +50,8 @@ def replies(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int = 64
 
 
 def inputs_of(model: Any, tokenizer: Any, prompt: str, *, chat: bool) -> dict[str, torch.Tensor]:
-    """Token ids and attention mask of a prompt, on the model's device; with ``chat`` in the tokenizer's chat template."""
+    """Token ids and attention mask of a prompt, on the model's device; with ``chat`` in the tokenizer's chat
+    template."""
     if chat:
         talk = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt", return_dict=True)

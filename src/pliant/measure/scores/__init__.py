@@ -22,8 +22,8 @@ def score_of(metric: str | Mapping[str, Any] | Score) -> Score:
     name = settings.pop("score")
     if "key" in settings:
         raise StepError(
-            f"the score {name} was made in Python from data that a recipe does not hold. Apply the step in Python, or give another "
-            "metric"
+            f"the score {name} was made in Python from data that a recipe does not hold. Apply the step in Python, or "
+            "give another metric"
         )
     kind = find(SCORES, name, "metric", base=Score)
     try:

@@ -15,9 +15,10 @@ PLAIN = (int, float, str, type(None))  # bool is an int
 class Score:
     """A number for a model, the mean over what it is measured on.
 
-    A score of logits implements :meth:`batch`. It is measured on the calibration windows, and sub-networks that begin alike share
-    the hidden states of their first layers. A score of its own examples, or one that generates, implements :meth:`measure`
-    instead. Both return a sum and the number of things that were summed. A score with settings is a dataclass.
+    A score of logits implements :meth:`batch`. It is measured on the calibration windows, and sub-networks that begin
+    alike share the hidden states of their first layers. A score of its own examples, or one that generates, implements
+    :meth:`measure` instead. Both return a sum and the number of things that were summed. A score with settings is a
+    dataclass.
 
         class NextToken(Score):
             label = "next tokens predicted"
@@ -29,7 +30,8 @@ class Score:
     """
 
     name: ClassVar[str] = ""
-    """Name in the archive and in messages; by default its name in the registry, or that of the class in small letters."""
+    """Name in the archive and in messages; by default its name in the registry, or that of the class in small
+    letters."""
 
     label: ClassVar[str] = ""
     """The shown value in a few words, for tables and curves; by default the name."""
@@ -56,13 +58,13 @@ class Score:
 
     @property
     def key(self) -> str:
-        """A text for the archive that names everything the score depends on besides the model and the calibration text: its name,
-        and the fields of a dataclass. A score that holds anything else has a key of its own."""
+        """A text for the archive that names everything the score depends on besides the model and the calibration text:
+        its name, and the fields of a dataclass. A score that holds anything else has a key of its own."""
         return ":".join([self.name, *(f"{name}={value!r}" for name, value in _fields(self).items())])
 
     def plain(self) -> str | dict[str, Any]:
-        """The score as plain data, for recipes: its name, with the fields of a dataclass. A recipe cannot repeat a score that holds
-        anything else, and has its key instead."""
+        """The score as plain data, for recipes: its name, with the fields of a dataclass. A recipe cannot repeat a
+        score that holds anything else, and has its key instead."""
         name, fields = name_of(SCORES, type(self)), _fields(self)
         if vars(self).keys() != fields.keys() or not all(isinstance(value, PLAIN) for value in fields.values()):
             return {"score": name, "key": self.key}
@@ -80,7 +82,8 @@ class Score:
 
         Arguments:
             logits: shape ``(windows, tokens, vocabulary)``.
-            targets: the token after each of them, shape ``(windows, tokens)``, or one token less at the end of the windows.
+            targets: the token after each of them, shape ``(windows, tokens)``, or one token less at the end of the
+                windows.
             reference: logits of the dense model, as ``logits``; None unless :attr:`needs_reference`.
         """
         raise NotImplementedError(f"{type(self).__name__} is not a score of logits; it implements measure")

@@ -44,9 +44,9 @@ def bench(
         dtype, device: of models that are given by name or folder, as in :func:`pliant.load`.
 
     Returns:
-        For ``model`` (and ``against``): ``prefill`` and ``decode`` in tokens per second as ``median``, ``p10``, ``p90``;
-        ``speedup`` as the median over rounds of model/against; ``peak_memory`` of the process in bytes; ``settings``: the
-        values used for the arguments; ``on``: device and dtype of each model.
+        For ``model`` (and ``against``): ``prefill`` and ``decode`` in tokens per second as ``median``, ``p10``,
+        ``p90``; ``speedup`` as the median over rounds of model/against; ``peak_memory`` of the process in bytes;
+        ``settings``: the values used for the arguments; ``on``: device and dtype of each model.
 
     Raises:
         ArchitectureError: a model that predicts no next tokens.
@@ -90,7 +90,8 @@ def bench(
 
 
 def prompt_for(models: Mapping[str, Any], prompt: int | None, tokens: int, usual: int = PROMPT) -> int:
-    """Length of a prompt before ``tokens`` tokens: ``prompt``, or by default the smaller of ``usual`` and all models' positions.
+    """Length of a prompt before ``tokens`` tokens: ``prompt``, or by default the smaller of ``usual`` and all models'
+    positions.
 
     Raises:
         ArchitectureError: a model that predicts no next tokens.

@@ -26,11 +26,12 @@ class Latency:
     """Milliseconds of a forward pass, as the sum over its blocks.
 
     Attributes:
-        phase: ``prefill`` (a prompt of 256 tokens, or of the model's positions if it has fewer) or ``decode`` (one token).
+        phase: ``prefill`` (a prompt of 256 tokens, or of the model's positions if it has fewer) or ``decode`` (one
+            token).
         rest: milliseconds outside the blocks: embeddings, output head, and layers without blocks.
         blocks: kind of block -> milliseconds of one of them at full width.
-        axes: (kind, axis) -> (share of the axis kept, share of the block's milliseconds), ascending; values in between are
-            interpolated.
+        axes: (kind, axis) -> (share of the axis kept, share of the block's milliseconds), ascending; values in between
+            are interpolated.
     """
 
     phase: str

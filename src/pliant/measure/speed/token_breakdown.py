@@ -25,8 +25,8 @@ from pliant.runtime.packed_linear import Packed
 def token_time(model: Any, *, prompt: int = 64, tokens: int = 32, seed: int = 0) -> dict[str, float]:
     """Decode random tokens one at a time after a prompt, and time the parts.
 
-    Attention is the time of its modules without their matrix products: positions, cache, softmax. If the layers run natively
-    it is only softmax attention and cache.
+    Attention is the time of its modules without their matrix products: positions, cache, softmax. If the layers run
+    natively it is only softmax attention and cache.
 
     Returns:
         ``linears``, ``attention``, ``rest`` and ``total``, in milliseconds per token.
@@ -71,8 +71,8 @@ def attention_modules(model: Any) -> set[nn.Module]:
 
 @contextmanager
 def _timed(roots: list[nn.Module], attention: set[nn.Module]) -> Iterator[dict[str, float]]:
-    """Seconds spent in linear layers, in attention modules, and in linear layers within these. A native run falls back to calling
-    modules one by one if it finds a hook, so ``roots`` must not contain the modules that it runs."""
+    """Seconds spent in linear layers, in attention modules, and in linear layers within these. A native run falls back
+    to calling modules one by one if it finds a hook, so ``roots`` must not contain the modules that it runs."""
     spent = {"linears": 0.0, "attention": 0.0, "within": 0.0}
     inside: list[nn.Module] = []
     begun: dict[nn.Module, float] = {}
