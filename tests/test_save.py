@@ -702,9 +702,14 @@ def test_a_module_that_is_no_model_of_transformers_is_refused(tmp_path):
 
 
 def test_a_run_deletes_what_a_killed_one_left_and_restores_what_it_set_aside(tmp_path):
-    for name in (".out.abcd1234", ".out.abcd1234.old", ".out.notes", ".other.abcd1234"):
+    left, aside, of_the_user = (
+        ".out.pliant-abcd1234",
+        ".out.pliant-efgh5678.old",
+        (".out.original", ".out.kept.old", ".other"),
+    )
+    for name in (left, aside, *of_the_user):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
     clear_leftovers(tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.abcd1234", ".out.notes", "out"]
-    assert (tmp_path / "out" / "file").read_text() == ".out.abcd1234.old"
+    assert {path.name for path in tmp_path.iterdir()} == {*of_the_user, "out"}
+    assert (tmp_path / "out" / "file").read_text() == aside

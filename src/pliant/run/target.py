@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import glob
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ RECIPE = "recipe.yaml"
 RECIPE_VERSION = 2
 LOCK = "lock"
 _SHOWN = 5  # names in a message
+_MARK = ".pliant-"  # in the name of a temporary folder, so that no folder of the user's has such a name
 _PREFIX = 40  # characters of the name of a result in that of a temporary folder
 
 
@@ -143,17 +143,17 @@ def clear_leftovers(target: Path) -> None:
     """
     if len(target.name) > _PREFIX:  # other results may have the same beginning
         return
-    for folder in target.parent.glob(f".{glob.escape(target.name)}.*"):
-        if re.fullmatch(r"[a-z0-9_]{8}", folder.name.rpartition(".")[2]) and folder.is_dir():
+    for folder in target.parent.glob(f".{glob.escape(target.name + _MARK)}*"):
+        if folder.suffix != ".old":
             shutil.rmtree(folder, ignore_errors=True)
-        elif folder.name.endswith(".old") and not target.exists():
+        elif not target.exists():  # otherwise either may be the complete one, and both stay
             os.replace(folder, target)
 
 
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
     """A new temporary folder beside ``target``, deleted at the end unless it was moved."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name[:_PREFIX]}.", dir=target.parent))
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name[:_PREFIX]}{_MARK}", dir=target.parent))
     try:
         yield aside
     finally:
