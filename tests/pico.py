@@ -21,7 +21,7 @@ FAMILIES = (  # each is one more use of words that are tried on the above: see t
     *("glm4", "gptj", "gpt_neo", "persimmon", "xglm", "ctrl", "gpt_bigcode", "mpt", "diffllama", "bitnet", "lfm2"),
     *("olmoe", "flex_olmo", "granitemoe", "granitemoeshared", "phimoe", "gpt_oss", "qwen2_moe", "mellum", "dots1"),
     *("glm4_moe", "deepseek_v3", "minimax_m2", "hunyuan_v1_moe", "ernie4_5_moe", "xlm-roberta", "camembert"),
-    *("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h"),
+    *("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h", "zamba2"),
 )
 LAYOUTS = (  # where a run over every family would take too long: every trick that an architecture file can describe
     *("llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt2"),
@@ -118,6 +118,10 @@ _OWN |= {
     "nemotron_h": {**_SPECIAL, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 6, "head_dim": 8}
     | {"num_key_value_heads": 3, "hybrid_override_pattern": "M-*M*-", "num_hidden_layers": 6, "mamba_num_heads": 8}
     | {"mamba_head_dim": 8, "ssm_state_size": 10, "n_groups": 2, "chunk_size": 8},
+    "zamba2": {**_SPECIAL, "hidden_size": 36, "intermediate_size": 48, "num_attention_heads": 6, "num_mem_blocks": 2}
+    | {"num_hidden_layers": 6, "layers_block_type": ["linear_attention", *["hybrid"] * 2, "linear_attention", *["hybrid"] * 2]}
+    | {"use_shared_attention_adapter": True, "adapter_rank": 4, "use_mem_rope": True, "n_mamba_heads": 8}
+    | {"mamba_ngroups": 2, "mamba_d_state": 10, "chunk_size": 8, "time_step_min": 1e-30, "max_position_embeddings": 256},
     "xlm-roberta": _OWN_HEADS,
     "camembert": _OWN_HEADS,
 }
@@ -132,6 +136,7 @@ _OWN_KEYS_ONLY += (
     "falcon_mamba",
     "mamba2",
     "nemotron_h",
+    "zamba2",
 )
 
 

@@ -74,9 +74,24 @@ class Anatomy:
         names = [f"layers.{layer}.{spec.kind}" for layer in range(self.depth) for spec in self.specs(layer)]
         return [name for name in names if name not in self.blocks]
 
+    def removed_with(self, skip: Collection[str]) -> frozenset[str]:
+        """The blocks in ``skip`` and those inside them, which have no effect without them."""
+        return frozenset(
+            block.name
+            for block in self.blocks.values()
+            if block.name in skip or any(name in skip for name in self.outside(block))
+        )
+
+    def outside(self, block: Block) -> tuple[str, ...]:
+        """The blocks that a block is inside of, from the innermost."""
+        if block.spec.inside is None:
+            return ()
+        return tuple(f"layers.{block.layer}.{kind}" for kind in self.architecture.inside(block.kind))
+
     def alive(self, skip: Collection[str] = NONE) -> list[Block]:
-        """The blocks except those in ``skip``."""
-        return [block for block in self.blocks.values() if block.name not in skip]
+        """The blocks except those in ``skip`` and those inside them."""
+        removed = self.removed_with(skip)
+        return [block for block in self.blocks.values() if block.name not in removed]
 
     def holders(self, skip: Collection[str] = NONE) -> dict[tuple[tuple[str, ...], str], list[Block]]:
         """(state, layer type) -> the blocks that keep it, except those in ``skip``, in running order.
@@ -113,7 +128,7 @@ class Anatomy:
 
 
 def counted_once(blocks: Iterable[Block]) -> Iterator[tuple[Block, bool]]:
-    """Each block, and whether its tensors count: tensors that tied blocks share count only for the first of them."""
+    """Each block, and whether its tied tensors count: tensors that blocks share count only for the first of them."""
     seen = set()
     for block in blocks:
         yield block, block.tied not in seen

@@ -82,6 +82,7 @@ class Weight:
         depthwise: it is the weight of a depthwise convolution: not a matrix, but each element is multiplied once per
             token.
         rescaled: it is the weight of a norm over an axis. It grows as the axis narrows, so that cutting equals zeroing.
+        tied: it is shared with the blocks that its block is tied to.
     """
 
     path: str
@@ -91,6 +92,7 @@ class Weight:
     buffer: bool = False
     depthwise: bool = False
     rescaled: bool = False
+    tied: bool = False
 
     def identity(self, layer: nn.Module) -> int:
         """A number that is equal for two weights exactly if they are the same tensor."""
@@ -139,7 +141,9 @@ class Block:
         norm_parameters: parameters of those norms.
         removable: False for a block that the model needs: a stem, a classifier.
         cached: heads that one token adds to the cache, if they are not those of its axis.
-        tied: the name of the first of the blocks that share its tensors; None if it shares none.
+        tied: the name of the first of the blocks that share its tensors, all or some; None if it shares none.
+        norms_tied: its norms are shared with these blocks, too.
+        unused: modules inside its modules that hold tensors which only the blocks tied to it use.
     """
 
     name: str
@@ -154,6 +158,8 @@ class Block:
     removable: bool = True
     cached: int | None = None
     tied: str | None = None
+    norms_tied: bool = False
+    unused: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -208,8 +214,12 @@ class Block:
             return prod(self.shape(weight, kept)[1:]) * experts.active
         return prod(self.shape(weight, kept))
 
-    def parameters(self, kept: Mapping[str, int]) -> int:
-        """Parameters of the block and its norms."""
-        return self.norm_parameters + sum(
-            prod(self.shape(weight, kept)) for weight in self.weights if not weight.buffer
-        )
+    def parameters(self, kept: Mapping[str, int], *, tied: bool = True) -> int:
+        """Parameters of the block and its norms.
+
+        Arguments:
+            tied: count those that it shares with other blocks.
+        """
+        norms = 0 if self.norms_tied and not tied else self.norm_parameters
+        counted = (weight for weight in self.weights if not weight.buffer and (tied or not weight.tied))
+        return norms + sum(prod(self.shape(weight, kept)) for weight in counted)

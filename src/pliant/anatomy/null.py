@@ -20,6 +20,8 @@ class Null(nn.Module):
         guard: path of a weight of the module it replaces. A tensor of one element gets this path, so that loading the
             weights into a model that still has the module fails with a size mismatch.
         attention: whether it replaces an attention module, which would have returned attention weights.
+        passes: number of first elements of its input that it returns instead of zeros.
+        counts: the call argument that names a cache slot, to which it adds a key of width 1 for each token.
     """
 
     on_attention: ClassVar[list[Callable[[], None]]] = []
@@ -31,12 +33,16 @@ class Null(nn.Module):
         residual: int | None = None,
         guard: str | None = None,
         attention: bool = False,
+        passes: int | None = None,
+        counts: str | None = None,
     ):
         super().__init__()
         self.attention = attention
         self.returns_tuple = returns_tuple
         self.residual = residual
         self.guard = guard
+        self.passes = passes
+        self.counts = counts
         if guard is not None:
             owner: nn.Module = self
             *holders, name = guard.split(".")
@@ -45,12 +51,18 @@ class Null(nn.Module):
                 owner = owner.get_submodule(holder)
             owner.register_buffer(name, torch.zeros(1))
 
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs):  # noqa: ARG002 - any block's arguments
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
         if self.attention:
             for call in self.on_attention:
                 call()
-        inputs = (hidden_states, *args)
-        out = torch.zeros_like(hidden_states) if self.residual is None else inputs[self.residual]
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        if self.counts is not None and cache is not None:
+            key = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
+            cache.update(key, key, kwargs[self.counts])
+        if self.passes is not None:
+            out = hidden_states[..., : self.passes]
+        else:
+            out = torch.zeros_like(hidden_states) if self.residual is None else (hidden_states, *args)[self.residual]
         return (out, None) if self.returns_tuple else out
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from math import lcm
 from typing import Any
 
@@ -16,6 +15,7 @@ from pliant.anatomy.anatomy import Anatomy, Traced, counted_once
 from pliant.anatomy.block import Attribute, Axis, Block, Weight
 from pliant.anatomy.config import global_size, guards, layer_config, layer_types_of, plain_config, text_config_of
 from pliant.anatomy.null import Null
+from pliant.anatomy.tie import tie
 from pliant.architecture import Architecture, BlockSpec, Part, architecture_of, catalogue, parse
 from pliant.architecture.format import EMPTY_STATE
 from pliant.errors import ArchitectureError
@@ -101,10 +101,10 @@ def anatomy_of(model: Any, *, example: Any = None) -> Anatomy:
         guards(spec, architecture, layer_config(plain, 0))  # raises now, before anything is cut
     types = layer_types_of(plain, len(layers))
     blocks = {b.name: b for i, layer in enumerate(layers) for b in blocks_of(layer, i, architecture, plain, types[i])}
-    blocks = _tie(blocks, layers)
+    blocks = tie(blocks, layers)
     total = sum(parameter.numel() for parameter in model.parameters())  # tied parameters come once
     total += sum(module.parameters_held() for module in model.modules() if isinstance(module, Packed))
-    inside = sum(block.parameters({}) if own else block.norm_parameters for block, own in counted_once(blocks.values()))
+    inside = sum(block.parameters({}, tied=first) for block, first in counted_once(blocks.values()))
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return Anatomy(
         source=architecture,
@@ -114,30 +114,6 @@ def anatomy_of(model: Any, *, example: Any = None) -> Anatomy:
         rest=total - inside,
         head=0 if head is None else Weight("weight", ()).tensor(head).numel(),
     )
-
-
-def _tie(blocks: Mapping[str, Block], layers: nn.ModuleList) -> dict[str, Block]:
-    """The blocks; those that share their tensors share their axes."""
-    owners: dict[int, str] = {}
-    twins: dict[str, str] = {}
-    for block in blocks.values():
-        held = [weight.identity(layers[block.layer]) for weight in block.weights]
-        first = {owners.setdefault(tensor, block.name) for tensor in held} - {block.name}
-        if not first:
-            continue
-        if len(first) > 1 or not block.spec.tied or not all(owners[tensor] in first for tensor in held):
-            raise ArchitectureError(
-                f"{block.name} shares tensors with {', '.join(sorted(first))}; blocks that share all their tensors "
-                "need 'tied: true' in the architecture file, and blocks that share only some cannot be cut"
-            )
-        twins[block.name] = twins[min(first)] = min(first)
-
-    def tied(block: Block) -> Block:
-        first = twins[block.name]
-        axes = {short: replace(axis, name=f"tied.{first}.{short}") for short, axis in block.axes.items()}
-        return replace(block, axes=axes, tied=first)
-
-    return {name: tied(block) if name in twins else block for name, block in blocks.items()}
 
 
 def described_by(config: Any) -> Architecture:
@@ -163,42 +139,78 @@ def blocks_of(layer: nn.Module, index: int, architecture: Architecture, plain: A
         if not any(path.startswith(f"{module}.") for module in known):
             raise ArchitectureError(f"layer {index} holds {path!r}, which is in no block of {architecture.name}.yaml")
     own = layer_config(plain, index)
-    layouts = [_layout(layer, spec, architecture, index) for spec in specs]
+    earlier = [architecture.blocks_of(layer_type) for layer_type in layer_types_of(plain, index)[:index]]
+    positions = [sum(spec in of_layer for of_layer in earlier) for spec in specs]
+    layouts = [_layout(layer, *of_spec, architecture, index) for of_spec in zip(specs, positions, strict=True)]
     norms = [_norms(layer, layout or spec.layouts[0]) for layout, spec in zip(layouts, specs, strict=True)]
-    return [
-        _read_block(layer, layout, architecture, own, index, [n for n in of_block if sum(n in o for o in norms) == 1])
-        for layout, of_block in zip(layouts, norms, strict=True)
-        if layout is not None
-    ]
+    blocks = []
+    for spec, position, layout, of_block in zip(specs, positions, layouts, norms, strict=True):
+        if layout is not None:
+            only = [norm for norm in of_block if sum(norm in others for others in norms) == 1]
+            unused = _unused(layer, spec, layout, position)
+            blocks.append(_read_block(layer, layout, architecture, own, index, only, unused))
+    return blocks
 
 
-def _layout(layer: nn.Module, spec: BlockSpec, architecture: Architecture, index: int) -> BlockSpec | None:
-    """The layout that a block has in one layer; None if the block was removed."""
-    if any(isinstance(_find(layer, layout.module), Null) for layout in spec.layouts):
+def _layout(
+    layer: nn.Module, spec: BlockSpec, position: int, architecture: Architecture, index: int
+) -> BlockSpec | None:
+    """The layout that a block has in one layer; None if the block was removed.
+
+    Arguments:
+        position: number of the layer among those that have the block.
+    """
+    layouts = [layout.at(position, tuple(_first(layer, names) for names in layout.modules)) for layout in spec.layouts]
+    if any(isinstance(_find(layer, layout.module), Null) for layout in layouts):
         return None
-    for layout in spec.either:
-        needed = (layout.prefix + child for child in layout.weights if child not in layout.optional)
-        if all(_find(layer, path) is not None for path in (*layout.modules, *needed)):
-            return layout
-    file = f"{architecture.name}.yaml"
     if spec.either:
-        raise ArchitectureError(f"layers.{index}.{spec.kind} has none of the layouts that {file} lists under 'either'")
-    for module in spec.modules:
+        for layout in layouts:
+            needed = (layout.prefix + child for child in layout.weights if child not in layout.optional)
+            if all(_find(layer, path) is not None for path in (*layout.modules, *needed)):
+                return layout
+        raise ArchitectureError(
+            f"layers.{index}.{spec.kind} has none of the layouts that {architecture.name}.yaml lists under 'either'"
+        )
+    for module, names in zip(layouts[0].modules, spec.modules, strict=True):
         if _find(layer, module) is None:
-            raise ArchitectureError(f"layer {index} has no {module!r}, which {file} lists")
-    return spec
+            raise ArchitectureError(f"layer {index} has no {names!r}, which {architecture.name}.yaml lists")
+    return layouts[0]
+
+
+def _first(layer: nn.Module, names: str) -> str:
+    """The first of ``a or b`` that a layer has; if it has none, the first."""
+    several = names.split(" or ")
+    return next((name for name in several if _find(layer, name) is not None), several[0])
+
+
+def _unused(layer: nn.Module, spec: BlockSpec, layout: BlockSpec, position: int) -> tuple[str, ...]:
+    """The entries in the lists of a block that belong to other layers and hold tensors."""
+    lists = {layout.prefix + name for variant in spec.layouts for name in variant.lists}
+    return tuple(
+        f"{path}.{name}"
+        for path in sorted(lists)
+        for name, entry in getattr(_find(layer, path), "named_children", tuple)()
+        if name != str(position) and any(True for _ in entry.parameters())
+    )
 
 
 def _read_block(
-    layer: nn.Module, spec: BlockSpec, architecture: Architecture, plain: Any, index: int, norms: list[str]
+    layer: nn.Module,
+    spec: BlockSpec,
+    architecture: Architecture,
+    plain: Any,
+    index: int,
+    norms: list[str],
+    unused: tuple[str, ...] = (),
 ) -> Block:
     """One block of one layer.
 
     Arguments:
         norms: its norms that no other block of the layer has.
+        unused: modules of it that belong to other layers.
     """
     name, file = f"layers.{index}.{spec.kind}", f"{architecture.name}.yaml"
-    used = {part.axis for dims in spec.weights.values() for dim in dims or () for part in dim}
+    used = {part.axis for dims in spec.weights.values() for dim in dims or () for part in dim} | {spec.passes}
     fixed = {axis: global_size(plain, key) for axis, key in architecture.fixed.items() if axis in used}
     weights, attributes = [], []
     for child, dims in spec.weights.items():
@@ -243,12 +255,24 @@ def _read_block(
     removed = (*spec.modules[:-1], *norms)
     cached = next((global_size(plain, n) for key, n in (spec.cached or {}).items() if getattr(plain, key, None)), None)
     block = Block(
-        name, index, spec, axes, fixed, tuple(weights), tuple(attributes), removed, norm_parameters, cached=cached
+        name,
+        index,
+        spec,
+        axes,
+        fixed,
+        tuple(weights),
+        tuple(attributes),
+        removed,
+        norm_parameters,
+        cached=cached,
+        unused=unused,
     )
 
     listed = {weight.path: weight for weight in weights}
     for module in spec.modules:
         for path, parameter in layer.get_submodule(module).named_parameters(prefix=module):
+            if path.startswith(tuple(f"{entry}." for entry in unused)):
+                continue
             if path not in listed:
                 raise ArchitectureError(f"{name} holds {path!r}, which {file} does not list")
             expected = block.shape(listed[path], {})

@@ -23,7 +23,8 @@ One YAML file beside this one describes the repeated layer of a family::
         when: [full_attention]      # only in layers of these types (``layer_types`` in config.json); default: all
         state: kv                   # the state between tokens: kv, conv, scan or a list of these; needs ``slot``
         tied: true                  # it may share tensors with this block of other layers: cut alike, counted once
-        module: self_attn           # the module that computes f in ``x + f(norm(x))``; see below for a list
+        module: self_attn           # the module that computes f in ``x + f(norm(x))``; ``a or b`` is the first that
+                                    # exists; see below for a list
         norms: [input_layernorm]    # the norms that are removed with it; ``a or b`` is the first that exists
         output: tuple               # the module returns a tensor (default) or (tensor, None)
         residual: 0                 # the argument to which the module itself adds f; omitted if the layer adds it
@@ -32,6 +33,11 @@ One YAML file beside this one describes the repeated layer of a family::
                                     # next float, a size by 0. Default: the config's norm epsilon, or the keys of the
                                     # axes without one
         slot: layer_idx             # the attribute that names its cache slot; it makes kv the default state
+        counts: layer_idx           # instead, if a call argument names the slot: the module in place of a removed one
+                                    # adds a key of width 1 there, so that transformers still counts tokens
+        inside: mixer               # another block of the layer, which reads its output: removed with that block
+        passes: hidden              # the output of the module in its place: as many first elements of the input,
+                                    # instead of zeros
         scores: heads               # the axis that attention scores are computed over (for counting MACs)
         cached: {multi_query: 1}    # heads in the cache if this config key is set (the first that is); else ``scores``
         attributes: {num_heads: heads, split_size: heads.width}    # plain attributes that must follow an axis: its
@@ -42,6 +48,8 @@ One YAML file beside this one describes the repeated layer of a family::
           packed: [{heads: 3}, hidden]           # 3 units wide per head, interleaved
           experts.down_proj: [experts, hidden, channels]    # a parameter: a stack of one matrix per expert
           q_norm?: [head]           # only some models of the family have it
+          adapters.*.0: [heads, rank]    # a list with an entry for each layer that has the block; a cut of tied
+                                    # blocks removes the entries of other layers
           odd: whole                # never cut, only removed with its block
           gate.correction: [experts]                     # a buffer is listed like a parameter
         transposed: [experts.up]    # stacks of matrices that are stored (in, out)
@@ -79,7 +87,7 @@ An axis exists only in the layers that have a weight on it. Blocks of different 
 last block of each layer type that keeps a state stays, because models count tokens in it. The ``weights`` of a
 depthwise convolution are ``[[channels], one, kernel]`` with ``fixed: {one: 1}``; its sizes follow by themselves. Keys
 that other families need but that are not supported yet are refused with an explanation: ``own``, ``scale``, ``stays``,
-``parts``, ``part``, ``record``, ``has``, ``inside``, ``removes``, ``count``.
+``parts``, ``part``, ``record``, ``has``.
 
 The ``roles`` of an attention are q, k, v, o and, if it has them, q_norm and k_norm; those of an MLP are gate, up and
 down. ``native`` lists the model types whose layers have an RMS norm before each block, rotary positions, softmax
@@ -89,8 +97,8 @@ attends to (``window``) and whether it applies rotary positions (``rotates``); `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pliant.errors import ArchitectureError
@@ -167,6 +175,9 @@ class BlockSpec:
         elementwise: weights of two or more dimensions that are not matrices.
         rescale: norms over an axis, whose epsilon and weight make up for a narrower axis.
         tied: its tensors may be shared with the same block of other layers.
+        counts: the call argument that names its cache slot, if no attribute does; a removed block still counts tokens.
+        inside: the block of the layer that reads its output, so that it has no effect without that block.
+        passes: the dimension of the input that the module in its place passes on; None if that returns zeros.
     """
 
     kind: str
@@ -190,6 +201,9 @@ class BlockSpec:
     elementwise: frozenset[str] = frozenset()
     rescale: frozenset[str] = frozenset()
     tied: bool = False
+    counts: str | None = None
+    inside: str | None = None
+    passes: str | None = None
 
     @property
     def layouts(self) -> tuple[BlockSpec, ...]:
@@ -200,6 +214,30 @@ class BlockSpec:
     def module(self) -> str:
         """The module that returns f."""
         return self.modules[-1]
+
+    def at(self, position: int, modules: tuple[str, ...]) -> BlockSpec:
+        """The block in one layer.
+
+        Arguments:
+            position: number of the layer among those that have the block, which ``*`` in names of weights stands for.
+            modules: its modules in this layer.
+        """
+
+        def named(names: Iterable[str]) -> dict[str, str]:
+            return {name: name.replace("*", str(position)) for name in names}
+
+        weights = named(self.weights)
+        return replace(
+            self,
+            modules=modules,
+            weights={weights[name]: dims for name, dims in self.weights.items()},
+            optional=frozenset(named(self.optional).values()),
+        )
+
+    @property
+    def lists(self) -> tuple[str, ...]:
+        """The lists of its weights that have an entry for each layer that has the block."""
+        return tuple(dict.fromkeys(name.partition(".*")[0] for name in self.weights if "*" in name))
 
     @property
     def prefix(self) -> str:
@@ -248,6 +286,11 @@ class Architecture:
     def blocks_of(self, layer_type: str) -> tuple[BlockSpec, ...]:
         """The blocks that a layer of this type has."""
         return tuple(block for block in self.blocks if block.when is None or layer_type in block.when)
+
+    def inside(self, kind: str) -> tuple[str, ...]:
+        """The kinds of the blocks that a block is inside of, from the innermost."""
+        outer = next(block.inside for block in self.blocks if block.kind == kind)
+        return () if outer is None else (outer, *self.inside(outer))
 
     def leader(self, axis: str) -> str:
         """The axis that an axis follows, or itself: ``heads`` follows ``kv`` in grouped-query attention."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pliant.architecture.format import (
@@ -26,7 +27,7 @@ _KEYS = {
     "file": {"models", "layers", "output", "fixed", "axes", "blocks", "native"},
     "native": set(_NATIVE),
     "axis": {"size", "unit", "follows", "cut", "active", "multiple", "normed", "least", "groups", "copies"},
-    "block": {*_LAYOUT, "guard", "slot", "role", "state", "when", "either", "tied"},
+    "block": {*_LAYOUT, "guard", "slot", "role", "state", "when", "either", "tied", "counts", "inside", "passes"},
     "variant": _LAYOUT,
 }
 _LATER = {  # keys that other families need and that are not supported yet; ignoring one would misread the file
@@ -37,9 +38,6 @@ _LATER = {  # keys that other families need and that are not supported yet; igno
     "part": "only the config of the text decoder is read yet",
     "record": "only traced models record shapes instead of per_layer_config yet",
     "has": "list the layouts under 'either', or the layer types under 'when'",
-    "inside": "a block inside another block is not supported yet",
-    "removes": "list the modules that are removed with the block under 'norms'",
-    "count": "a removed block cannot write into the cache yet",
     "buffers": "list a buffer under 'weights', like a parameter",
 }
 
@@ -83,6 +81,7 @@ class _Parser:
                     f"axis {axis!r} follows {spec.follows!r}; it must follow a declared axis that follows no other"
                 )
         blocks = tuple(self.block(kind, spec) for kind, spec in self.mapping("the file", top, "blocks").items())
+        self.nesting({block.kind: block for block in blocks})
         native = self.native(top["native"]) if "native" in top else None
         if top.get("output", "tensor") not in ("tensor", "tuple"):
             self.faults.append(f"the output of a layer must be 'tensor' or 'tuple', not {top['output']!r}")
@@ -179,6 +178,14 @@ class _Parser:
         if not isinstance(spec.get("tied", False), bool):
             self.faults.append(f"{where}: tied must be true or false, not {spec['tied']!r}")
         whole |= {"tied": spec.get("tied", False), "when": self.words(where, spec, "when")}
+        for word, meaning in (("counts", "the name of a call argument"), ("inside", "the name of another block")):
+            if not _is_name(spec.get(word, "x")):
+                self.faults.append(f"{where}: {word} must be {meaning}, not {spec[word]!r}")
+        if spec.get("passes", next(iter(self.fixed), None)) not in self.fixed:
+            self.faults.append(f"{where}: passes must be a dimension under 'fixed', not {spec['passes']!r}")
+        if "counts" in spec and "slot" in spec:
+            self.faults.append(f"{where} has both 'slot' and 'counts'; its cache slot is named by one of them")
+        whole |= {word: spec.get(word) for word in ("counts", "inside", "passes")}
         role = spec.get("role", kind if kind in ROLES else "attention" if spec.get("scores") else "other")
         if role not in ROLES:
             self.faults.append(f"{where}: role must be one of {', '.join(ROLES)}; not {role!r}")
@@ -215,6 +222,22 @@ class _Parser:
             either=tuple(either),
             **whole,
         )
+
+    def nesting(self, blocks: Mapping[str, BlockSpec]) -> None:
+        """Every block is inside one that all its layers have, and none is inside itself."""
+        for kind, block in blocks.items():
+            outer = blocks.get(str(block.inside))
+            if block.inside is not None and (
+                outer is None or (outer.when is not None and not set(outer.when).issuperset(block.when or ("",)))
+            ):
+                self.faults.append(
+                    f"block {kind!r} is inside {block.inside!r}; it must be inside a block that all its layers have"
+                )
+            chain = [kind]
+            while (outer := blocks.get(str(blocks[chain[-1]].inside))) is not None and outer.kind not in chain:
+                chain.append(outer.kind)
+            if outer is not None:
+                self.faults.append(f"block {kind!r} is inside itself: {' inside '.join([*chain, outer.kind])}")
 
     def layout(self, kind: str, where: str, spec: dict[str, Any], whole: dict[str, Any]) -> BlockSpec:
         """A block, or one of its variants."""

@@ -237,7 +237,7 @@ def _shape_layer(
     layer: nn.Module, index: int, layers: list[Any], architecture: Architecture, plain: Any, types: tuple[str, ...]
 ) -> None:
     for block in blocks_of(layer, index, architecture, plain, types[index]):
-        if block.kind in layers[index].skip:
+        if {block.kind, *architecture.inside(block.kind)} & set(layers[index].skip):
             remove(layer, block)
             continue
         kept = {axis.leader: global_size(layers[index], architecture.axes[axis.leader].size) for axis in block.leaders}

@@ -90,7 +90,10 @@ def stand_in(block: Block, path: str, module: nn.Module) -> nn.Module:
     """The module that replaces one of a removed block."""
     if path != block.spec.module:
         return NullNorm(module)
-    return Null(block.spec.returns_tuple, block.spec.residual, attention=block.spec.scores is not None)
+    spec = block.spec
+    passes = None if spec.passes is None else block.fixed[spec.passes]
+    attention = spec.scores is not None
+    return Null(spec.returns_tuple, spec.residual, attention=attention, passes=passes, counts=spec.counts)
 
 
 def slot(index: int, alive: Collection[int], layer_types: Sequence[str]) -> int:
@@ -153,15 +156,16 @@ class Elastic:
         if subnet == self.active:
             return
         validate(subnet, self.anatomy, stretch=stretch)
-        changed = [b for b in self.anatomy.blocks.values() if (b.name in subnet.skip) != (b.name in self.active.skip)]
+        removed, before = self.anatomy.removed_with(subnet.skip), self.anatomy.removed_with(self.active.skip)
+        changed = [b for b in self.anatomy.blocks.values() if (b.name in removed) != (b.name in before)]
         for block in changed:
-            self._set_skipped(block, block.name in subnet.skip)
+            self._set_skipped(block, block.name in removed)
         touched = {block.tied for block in changed} - {
             None
         }  # tied blocks may be one module, whose state is now unknown
         for block in self.anatomy.alive(subnet.skip):
             # a module that was put aside is full, whatever is kept of a shared axis
-            held = Subnet() if block.name in self.active.skip else self.active
+            held = Subnet() if block.name in before else self.active
             if block.tied in touched or subnet.kept(block) != held.kept(block):
                 self._set_kept(block, subnet.kept(block))
         if any(block.spec.state for block in changed):

@@ -137,8 +137,10 @@ def _check_narrow(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any], ge
             everything = everything.keeping(axis.name, narrower)
             subnet = subnet if axis.normed else subnet.keeping(axis.name, narrower)
     zeroed_slices = []
-    for block, own in counted_once(anatomy.blocks.values()):
-        for weight in block.weights if own else ():
+    for block, first in counted_once(anatomy.blocks.values()):
+        for weight in block.weights:
+            if weight.tied and not first:
+                continue
             for position, dropped in _dropped(block, weight, subnet.kept(block)):
                 parameter = weight.tensor(layers[block.layer])
                 index = dropped.to(parameter.device)

@@ -23,28 +23,22 @@ def extract(model: nn.Module, anatomy: Anatomy, subnet: Subnet) -> Anatomy:
     """
     validate(subnet, anatomy)
     layers = layers_of(model, anatomy.source)
+    removed = anatomy.removed_with(subnet.skip)
+    if not removed and all(subnet.kept(block) == Subnet().kept(block) for block in anatomy.blocks.values()):
+        return anatomy
     shared: dict[str, dict[str, torch.Tensor]] = {}
     for block in within_limit(model, anatomy.blocks.values()):
-        if block.name in subnet.skip:
-            remove(layers[block.layer], block)
-        elif block.tied in shared:
-            _share(layers[block.layer], block, subnet.kept(block), shared[block.tied])
-        else:
-            shrink(layers[block.layer], block, subnet.kept(block))
-            if block.tied is not None:
-                shared[block.tied] = {weight.path: weight.tensor(layers[block.layer]) for weight in block.weights}
+        layer = layers[block.layer]
+        if block.name in removed:
+            remove(layer, block)
+            continue
+        shrink(layer, block, subnet.kept(block), shared.get(block.tied or "", {}))
+        if block.tied is not None:
+            shared[block.tied] = {weight.path: weight.tensor(layer) for weight in block.weights if weight.tied}
     correct_ties(model)
     cut = anatomy_of(model)
     place_in_cache(layers, cut)
     return cut
-
-
-def _share(layer: nn.Module, block: Block, kept: Mapping[str, int], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give a block the cut tensors of a block that it is tied to."""
-    for path, tensor in tensors.items():
-        owner, _, name = path.rpartition(".")
-        setattr(layer.get_submodule(owner), name, tensor)
-    follow(layer, block, kept)
 
 
 def remove(layer: nn.Module, block: Block) -> None:
@@ -53,13 +47,24 @@ def remove(layer: nn.Module, block: Block) -> None:
         layer.set_submodule(path, stand_in(block, path, layer.get_submodule(path)))
 
 
-def shrink(layer: nn.Module, block: Block, kept: Mapping[str, int]) -> None:
-    """Cut the tensors of a block to the kept units, which are their first ones."""
+def shrink(
+    layer: nn.Module, block: Block, kept: Mapping[str, int], shared: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Cut the tensors of a block to the kept units, which are their first ones, and drop those that it does not use.
+
+    Arguments:
+        shared: path -> tensor, for those that a block tied to it has cut already.
+    """
+    for path in block.unused:
+        layer.set_submodule(path, nn.Identity())
     for weight in block.weights:
+        path, _, name = weight.path.rpartition(".")
+        if shared and weight.path in shared:
+            setattr(layer.get_submodule(path), name, shared[weight.path])
+            continue
         full = weight.tensor(layer)
         part = narrow(full, block, weight, kept)
         if part is not full:
-            path, _, name = weight.path.rpartition(".")
             own = part.clone(memory_format=torch.contiguous_format)
             if in_file(full):  # the model is larger than memory: the rest of a tensor stays in its file
                 own = full.detach().view(-1)[: own.numel()].view(own.shape).copy_(own)

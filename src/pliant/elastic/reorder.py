@@ -33,13 +33,12 @@ def reorder(model: nn.Module, anatomy: Anatomy, orders: Mapping[str, torch.Tenso
         in_group = axes[name].size // axes[name].groups
         if (order.cpu() // max(1, in_group) != torch.arange(axes[name].size) // max(1, in_group)).any():
             raise SubnetError(f"the order given for {name} moves units into another of its {axes[name].groups} groups")
-    for block, own in counted_once(anatomy.blocks.values()):
-        if not own:  # a block tied to it has been reordered
-            continue
+    for block, first in counted_once(anatomy.blocks.values()):
         chosen = {axis.leader: orders[axis.name] for axis in block.leaders if axis.name in orders}
         if not chosen:
             continue
-        for weight in within_limit(model, block.weights):
+        # the tied tensors have been reordered with the first block that holds them
+        for weight in within_limit(model, [weight for weight in block.weights if first or not weight.tied]):
             parameter = weight.tensor(layers[block.layer])
             for position, dim in enumerate(weight.dims):
                 if any(part.axis in block.axes and block.axes[part.axis].leader in chosen for part in dim):

@@ -75,7 +75,7 @@ def validate(subnet: Subnet, anatomy: Anatomy, *, stretch: bool = False) -> None
     if needed:
         raise SubnetError(f"{needed[0]} cannot be removed, only made narrower: the model needs it")
     axes = anatomy.axes
-    removed = tuple(f"{block}." for block in subnet.skip)
+    removed = tuple(f"{block}." for block in anatomy.removed_with(subnet.skip))
     for name, units in subnet.keep:
         if name not in axes:
             raise SubnetError(f"the model has no axis {name!r} to choose; its axes are {_some(axes)}")
