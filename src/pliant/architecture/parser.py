@@ -181,7 +181,7 @@ class _Parser:
         for word, meaning in (("counts", "the name of a call argument"), ("inside", "the name of another block")):
             if not _is_name(spec.get(word, "x")):
                 self.faults.append(f"{where}: {word} must be {meaning}, not {spec[word]!r}")
-        if spec.get("passes", next(iter(self.fixed), None)) not in self.fixed:
+        if "passes" in spec and spec["passes"] not in list(self.fixed):
             self.faults.append(f"{where}: passes must be a dimension under 'fixed', not {spec['passes']!r}")
         if "counts" in spec and "slot" in spec:
             self.faults.append(f"{where} has both 'slot' and 'counts'; its cache slot is named by one of them")

@@ -10,8 +10,7 @@ from pliant.elastic.subnet import Subnet
 def parameters(anatomy: Anatomy, subnet: Subnet = Subnet()) -> int:
     """Parameters of the model under ``subnet``, including embeddings and head, tied ones once."""
     return anatomy.rest + sum(
-        block.parameters(subnet.kept(block), tied=first)
-        for block, first in counted_once(anatomy.alive(subnet.skip))
+        block.parameters(subnet.kept(block), tied=first) for block, first in counted_once(anatomy.alive(subnet.skip))
     )
 
 
