@@ -70,7 +70,7 @@ def test_an_unknown_argument_goes_to_transformers():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["mamba", "mamba2", "bamba", "nemotron_h"])
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "bamba", "nemotron_h", "zamba2"])
 def test_without_a_state_the_skip_and_the_gate_stay_and_generation_is_cached(name):
     model = pico(name)
     anatomy = anatomy_of(model)
@@ -114,7 +114,7 @@ def test_a_traced_or_compiled_scan_is_that_of_transformers():
     assert ours(*again, **kept).shape[1] == 21
 
 
-FAMILIES = ("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h")
+FAMILIES = ("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h", "zamba2")
 PRUNED = pliant.text([" ".join(f"word {i * j % 17}" for j in range(1, 30)) for i in range(1, 40)])
 
 

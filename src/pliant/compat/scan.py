@@ -17,6 +17,7 @@ from typing import Any
 from pliant.architecture.format import EMPTY_STATE
 
 CHUNK = 64  # tokens
+_PASSED_ON = ("position_embeddings",)  # arguments of a layer that a mixer (of zamba2) hands on and that no scan reads
 
 
 def wrap_scans(module: ModuleType) -> None:
@@ -33,7 +34,8 @@ def _wrapped(original: Callable[..., Any], scan: Callable[..., Any]) -> Callable
     @functools.wraps(original)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            bound = parameters.bind(*args, **{name: value for name, value in kwargs.items() if value is not None})
+            given = {name: value for name, value in kwargs.items() if value is not None and name not in _PASSED_ON}
+            bound = parameters.bind(*args, **given)
         except TypeError:  # an argument that the scan does not know
             return original(*args, **kwargs)
         result = scan(*bound.args, **bound.kwargs)

@@ -56,7 +56,9 @@ def _means(
         for ids in batches:
             hidden: torch.Tensor | None = None
             for layer in range(anatomy.depth):
-                blocks = [block.name for block in anatomy.blocks.values() if block.layer == layer]
+                here = [block for block in anatomy.blocks.values() if block.layer == layer]
+                # a block inside another has an effect only with that one
+                blocks = [block.name for block in sorted(here, key=lambda block: len(anatomy.outside(block)))]
                 states = []
                 for count in range(len(blocks) + 1):
                     elastic.activate(Subnet(frozenset(blocks[count:])), stretch=True)

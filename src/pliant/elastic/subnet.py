@@ -75,9 +75,15 @@ def validate(subnet: Subnet, anatomy: Anatomy, *, stretch: bool = False) -> None
     if needed:
         raise SubnetError(f"{needed[0]} cannot be removed, only made narrower: the model needs it")
     axes = anatomy.axes
-    removed = tuple(f"{block}." for block in anatomy.removed_with(subnet.skip))
+    removed = tuple(f"{block}." for block in subnet.skip)
     for name, units in subnet.keep:
         if name not in axes:
+            block, _, axis = name.rpartition(".")
+            if block in anatomy.blocks and (tied := anatomy.blocks[block].axes.get(axis)) is not None:
+                raise SubnetError(
+                    f"{block} shares its tensors with other layers, so all of them are cut alike: choose {tied.name!r} "
+                    f"instead of {name!r}"
+                )
             raise SubnetError(f"the model has no axis {name!r} to choose; its axes are {_some(axes)}")
         axis = axes[name]
         if not axis.allows(units):

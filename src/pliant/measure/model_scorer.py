@@ -45,7 +45,7 @@ class ModelScorer:
         """The loss of ``subnet``: its mean score over the examples, negated if higher is better."""
         self.elastic.activate(subnet)
         total, count = self.metric.measure(self.model, self.tokenizer())
-        self.block_forwards += len(self.anatomy.blocks) - len(subnet.skip)
+        self.block_forwards += len(self.anatomy.alive(subnet.skip))
         self.evaluations += 1
         return loss_of(self.metric, total, count)
 

@@ -167,9 +167,7 @@ class PrefixScorer:
                 del hidden[later]
 
     def _count(self, subnet: Subnet, start: int, end: int) -> None:
-        self.block_forwards += sum(
-            start <= block.layer < end and block.name not in subnet.skip for block in self.anatomy.blocks.values()
-        )
+        self.block_forwards += sum(start <= block.layer < end for block in self.anatomy.alive(subnet.skip))
 
     @torch.inference_mode()
     def _dense_ends(self) -> list[torch.Tensor]:

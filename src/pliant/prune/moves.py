@@ -31,7 +31,7 @@ def layer_moves(anatomy: Anatomy) -> Moves:
         free = {move.unit for move in of_blocks(subnet)}
         offered = []
         for layer in range(anatomy.depth):
-            alive = [b.name for b in anatomy.blocks.values() if b.layer == layer and b.name not in subnet.skip]
+            alive = [block.name for block in anatomy.alive(subnet.skip) if block.layer == layer]
             if alive and free.issuperset(alive):
                 offered.append(Move(f"layers.{layer}", subnet.without(*alive)))
         return offered
@@ -51,11 +51,11 @@ def width_moves(anatomy: Anatomy, groups: Mapping[str, int]) -> Moves:
     }
 
     def moves(subnet: Subnet) -> list[Move]:
-        keep = dict(subnet.keep)
+        keep, removed = dict(subnet.keep), anatomy.removed_with(subnet.skip)
         offered = []
         for axis in axes:
             units = axis.less(keep.get(axis.name, axis.size), groups[axis.leader])
-            if not holders[axis.name] <= subnet.skip and units is not None:
+            if not holders[axis.name] <= removed and units is not None:
                 offered.append(Move(axis.name, subnet.keeping(axis.name, units)))
         return offered
 
@@ -74,9 +74,9 @@ def pooled(*several: Moves) -> Moves:
 
 
 def unit_of(anatomy: Anatomy, moves: Moves) -> int:
-    """Parameters of the smallest move in the dense model."""
+    """Parameters of the smallest move in the dense model; one of several tied blocks may remove none."""
     dense = parameters(anatomy)
-    return min(dense - parameters(anatomy, move.subnet) for move in moves(Subnet()))
+    return min(saved for move in moves(Subnet()) if (saved := dense - parameters(anatomy, move.subnet)) > 0)
 
 
 def fitting(anatomy: Anatomy, moves: Moves, ratio: float, units: Moves | None = None) -> Moves:
@@ -97,7 +97,8 @@ def fitting(anatomy: Anatomy, moves: Moves, ratio: float, units: Moves | None = 
         now = ratio_of(anatomy, subnet)
         if now + largest < ratio:
             return moves(subnet)
-        smallest = min((ratio_of(anatomy, move.subnet) - now for move in (units or moves)(subnet)), default=0.0)
+        saved = (ratio_of(anatomy, move.subnet) - now for move in (units or moves)(subnet))
+        smallest = min((share for share in saved if share > 0), default=0.0)
         return [move for move in moves(subnet) if ratio_of(anatomy, move.subnet) < ratio + smallest - TOLERANCE]
 
     return fit
@@ -138,7 +139,7 @@ def settled(
 
     def narrower(now: Subnet) -> list[Move]:
         keep, offered = dict(now.keep), []
-        alive = {axis.name for b in anatomy.blocks.values() if b.name not in now.skip for axis in b.leaders}
+        alive = {axis.name for block in anatomy.alive(now.skip) for axis in block.leaders}
         for name, w in steps.items():
             index = w.index(keep.get(name, w[0])) + 1
             if name in alive and index < len(w):

@@ -62,7 +62,7 @@ def put_backs(anatomy: Anatomy, removals: Sequence[Removal], ratio: float, unit:
     if excess < unit:
         return []
     saved = [parameters(anatomy, removal.before) - parameters(anatomy, removal.after) for removal in removals]
-    chains = _chains(removals)
+    chains = _chains(anatomy, removals)
     back: list[Removal] = []
     while excess >= unit:
         # the last move of each chain can be undone next
@@ -90,15 +90,25 @@ def _known(hurt: float) -> float:
     return -math.inf if math.isnan(hurt) else hurt
 
 
-def _chains(removals: Sequence[Removal]) -> list[list[int]]:
-    """Indices of the removals that changed the same blocks, in order."""
+def _chains(anatomy: Anatomy, removals: Sequence[Removal]) -> list[list[int]]:
+    """Indices of the removals that changed the same blocks, in order; or blocks that are tied or one inside the other,
+    where the order decides what a removal saves."""
     chains: list[tuple[frozenset[str], list[int]]] = []
     for index, removal in enumerate(removals):
-        same = [chain for chain in chains if chain[0] & removal.blocks]
-        merged = frozenset().union(removal.blocks, *(blocks for blocks, _ in same))
+        changed = removal.blocks.union(*(_related(anatomy, name) for name in removal.blocks))
+        same = [chain for chain in chains if chain[0] & changed]
+        merged = changed.union(*(blocks for blocks, _ in same))
         indices = sorted([index, *(i for _, of_chain in same for i in of_chain)])
         chains = [chain for chain in chains if chain not in same] + [(merged, indices)]
     return [indices for _, indices in chains]
+
+
+def _related(anatomy: Anatomy, name: str) -> set[str]:
+    """The outermost block around a block, and a name that tied blocks have in common."""
+    block = anatomy.blocks.get(name)
+    if block is None:
+        return set()
+    return {*anatomy.outside(block)[-1:], *(() if block.tied is None else (f"tied.{block.tied}",))}
 
 
 def _sums(chains: Sequence[Sequence[int]], saved: Sequence[int], most: int, part: int) -> int:

@@ -61,6 +61,7 @@ def _repair(
     pages = pages_of(model)
     keep = torch.clone if pages is None else pages.copy
     saved: dict[torch.Tensor, torch.Tensor] = {}
+    removed = anatomy.removed_with(subnet.skip)
     dense: Hidden = [None] * len(batches)
     cut: Hidden = [None] * len(batches)
     fits = []
@@ -79,9 +80,11 @@ def _repair(
             # the cut model's stream between its blocks; before the first one it is the input of the layer
             incoming = advance(layer, subnet.without(*(block.name for block in blocks)), cut)
             for block in blocks:
-                if block.name in subnet.skip:
+                if block.name in removed:
                     continue
-                weight = last_matrix(block)
+                # the output of a block inside another is not part of the stream, and a shared matrix is used elsewhere
+                alone = block.spec.inside is None and not _shared(anatomy, block, subnet)
+                weight = last_matrix(block) if alone else None
                 seen: Seen = []
                 owner: Any = None
                 handle = None
@@ -119,6 +122,11 @@ def _repair(
     finally:
         elastic.activate(Subnet())
     return fits
+
+
+def _shared(anatomy: Anatomy, block: Block, subnet: Subnet) -> bool:
+    """Whether another remaining block shares tensors with this one."""
+    return block.tied is not None and sum(other.tied == block.tied for other in anatomy.alive(subnet.skip)) > 1
 
 
 def repair_bytes(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> int:

@@ -41,8 +41,7 @@ class Latency:
 
     def of(self, anatomy: Anatomy, subnet: Subnet = Subnet()) -> float:
         """Milliseconds of the model under ``subnet``."""
-        alive = (block for block in anatomy.blocks.values() if block.name not in subnet.skip)
-        return self.rest + sum(self._block(block, subnet.kept(block)) for block in alive)
+        return self.rest + sum(self._block(block, subnet.kept(block)) for block in anatomy.alive(subnet.skip))
 
     def to_dict(self) -> dict[str, Any]:
         """The table as JSON-ready data."""
@@ -105,10 +104,12 @@ def measure_latency(model: Any, anatomy: Anatomy, phase: str = "prefill", *, rep
     median = {name: statistics.median(times[1:]) for name, times in taken.items()}  # the first round warms up
     dense = median["dense",]
     blocks, axes = {}, {}
-    for kind, block in kinds.items():
+    # from the inside out: the time of a block does not include that of the blocks inside it
+    for kind, block in sorted(kinds.items(), key=lambda item: -len(anatomy.outside(item[1]))):
         count = sum(other.kind == kind for other in anatomy.blocks.values())
-        removed = max(1, len(subnets["without", kind].skip))
-        whole = max(1e-6, (dense - median["without", kind]) / removed)
+        skip = subnets["without", kind].skip
+        inside = sum(blocks[anatomy.blocks[name].kind] for name in anatomy.removed_with(skip) - skip)
+        whole = max(1e-6, (dense - median["without", kind] - inside) / max(1, len(skip)))
         blocks[kind] = whole
         for axis in block.leaders:
             points = [(0.0, 0.0)]
