@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -82,6 +82,8 @@ class Weight:
         depthwise: it is the weight of a depthwise convolution: not a matrix, but each element is multiplied once per
             token.
         rescaled: it is the weight of a norm over an axis. It grows as the axis narrows, so that cutting equals zeroing.
+        skips: it is all that remains of a scan once this axis has no units left; None for other weights.
+        alone: its value in that case, of its full shape; None if it stays as it is.
     """
 
     path: str
@@ -91,6 +93,8 @@ class Weight:
     buffer: bool = False
     depthwise: bool = False
     rescaled: bool = False
+    skips: str | None = None
+    alone: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
     def identity(self, layer: nn.Module) -> int:
         """A number that is equal for two weights exactly if they are the same tensor."""

@@ -48,6 +48,7 @@ One YAML file beside this one describes the repeated layer of a family::
         elementwise: [gate.bias]    # tensors of two or more dimensions that are not matrices
         rescale: [norm]             # a norm over an axis: its epsilon and its weight change when the axis narrows, so
                                     # that cutting equals zeroing
+        skip: {D: state}            # weights that are all that remains of a scan whose axis has no units: weight -> axis
         roles: {q: q_proj, k: k_proj, v: v_proj, o: o_proj}    # the role of each weight, for native runs
     native:                         # optional: the parts that pliant's kernels need to run all layers in one call
       models:
@@ -166,6 +167,7 @@ class BlockSpec:
         transposed: stacks of matrices that are stored (in, out).
         elementwise: weights of two or more dimensions that are not matrices.
         rescale: norms over an axis, whose epsilon and weight make up for a narrower axis.
+        skip: weights that are all that remains of a scan whose axis has no units left: weight -> that axis.
         tied: its tensors may be shared with the same block of other layers.
     """
 
@@ -189,6 +191,7 @@ class BlockSpec:
     transposed: frozenset[str] = frozenset()
     elementwise: frozenset[str] = frozenset()
     rescale: frozenset[str] = frozenset()
+    skip: Mapping[str, str] = field(default_factory=dict)
     tied: bool = False
 
     @property

@@ -21,7 +21,7 @@ from pliant.errors import ArchitectureError
 
 _NATIVE = tuple(NativeSpec.__dataclass_fields__)
 _LAYOUT = {"module", "norms", "output", "residual", "scores", "cached", "attributes", "weights"}
-_LAYOUT |= {"transposed", "elementwise", "rescale", "roles"}
+_LAYOUT |= {"transposed", "elementwise", "rescale", "skip", "roles"}
 _KEYS = {
     "file": {"models", "layers", "output", "fixed", "axes", "blocks", "native"},
     "native": set(_NATIVE),
@@ -250,6 +250,12 @@ class _Parser:
         for word in ("transposed", "elementwise", "rescale"):
             for weight in sorted(set(lists[word]) - set(weights)):
                 self.faults.append(f"{where}: {word} names {weight!r}, which is not one of its weights")
+        skip = self.mapping(where, spec, "skip")
+        for weight, axis in skip.items():
+            if weight not in weights or str(axis) not in self.axes or self.axes[str(axis)].least:
+                self.faults.append(
+                    f"{where}: skip must map one of its weights to an axis with 'least: 0', not {weight!r} to {axis!r}"
+                )
         return BlockSpec(
             kind=kind,
             modules=tuple(map(str, modules)) if isinstance(modules, list) and modules else (str(modules),),
@@ -265,6 +271,7 @@ class _Parser:
             transposed=frozenset(lists["transposed"]),
             elementwise=frozenset(lists["elementwise"]),
             rescale=frozenset(lists["rescale"]),
+            skip=skip,
             **whole,
         )
 
