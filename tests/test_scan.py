@@ -164,3 +164,7 @@ def test_a_gathered_buffer_is_written_back_to_the_units_of_its_groups():
     changed = full.clone()
     give_back(part + 100, changed, block, weight, kept)
     assert changed.tolist() == [value + 100 if value in expected else value for value in full.tolist()]
+    weight = Weight("buffer", ((Part("one"),), *weight.dims), buffer=True)
+    changed = full[None].clone()
+    give_back(part[None] + 100, changed, block, weight, kept)
+    assert changed.tolist() == [[value + 100 if value in expected else value for value in full.tolist()]]
