@@ -120,7 +120,7 @@ class Attribute:
         parts: the stretches whose sum it holds.
         measure: what it holds of each: ``width`` in elements, number of ``units``, or width of one ``group``.
         epsilon: for the epsilon of a norm over these stretches, its value at full width: it is divided by the share of
-            elements that are kept. None for other attributes.
+            elements that are kept, unless none are. None for other attributes.
     """
 
     path: str
@@ -199,7 +199,7 @@ class Block:
         if attribute.epsilon is None:
             return width
         full = sum(self.width(part, {}) for part in attribute.parts)
-        return attribute.epsilon if width == full else attribute.epsilon * full / width
+        return attribute.epsilon if width in (0, full) else attribute.epsilon * full / width
 
     def shape(self, weight: Weight, kept: Mapping[str, int]) -> tuple[int, ...]:
         """Shape of a parameter if ``kept`` units are kept."""

@@ -141,13 +141,15 @@ def _tie(blocks: Mapping[str, Block], layers: nn.ModuleList) -> dict[str, Block]
 
 
 def described_by(config: Any) -> Architecture:
-    """The architecture for a config: the one that it carries, else the one known for its ``model_type``.
+    """The architecture for a config: the one that it carries, else the one known for its ``model_type``; without the
+    blocks that this model does not have.
 
     Raises:
         ArchitectureError: neither exists.
     """
     carried = getattr(config, "pliant_architecture", None)
-    return parse(config.model_type, carried) if carried else architecture_of(config.model_type)
+    architecture = parse(config.model_type, carried) if carried else architecture_of(config.model_type)
+    return architecture.of(plain_config(config))
 
 
 def blocks_of(layer: nn.Module, index: int, architecture: Architecture, plain: Any, layer_type: str) -> list[Block]:
@@ -204,7 +206,7 @@ def _read_block(
     for child, dims in spec.weights.items():
         path = spec.prefix + child
         target = _find(layer, path)
-        if target is None and child in spec.optional:
+        if child in spec.optional and (target is None or isinstance(target, nn.Identity)):
             continue
         if target is None:
             raise ArchitectureError(f"{name} has no {child!r}, which {file} lists")

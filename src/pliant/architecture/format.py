@@ -21,6 +21,7 @@ One YAML file beside this one describes the repeated layer of a family::
         role: attention             # attention, mlp, experts, conv, scan or other; default: the block's name if it is
                                     # one of these, else attention if it has ``scores``, else other
         when: [full_attention]      # only in layers of these types (``layer_types`` in config.json); default: all
+        needs: num_local_experts    # only in models whose config sets this key, and not to 0; default: all
         state: kv                   # the state between tokens: kv, conv, scan or a list of these; needs ``slot``
         tied: true                  # it may share tensors with this block of other layers: cut alike, counted once
         module: self_attn           # the module that computes f in ``x + f(norm(x))``; see below for a list
@@ -71,7 +72,7 @@ A block whose layout differs between layers lists its variants::
       mlp:
         module: mlp
         norms: [norm]
-        either:                     # the first whose weights all exist; it has no role, state, slot, tied or guard
+        either:                     # the first whose weights all exist; it has no role, state, slot, tied, needs, guard
           - weights: {gate.weight: [experts, hidden], experts.up: [experts, channels, hidden]}
             attributes: {gate.num_experts: experts}
           - weights: {up_proj: [dense, hidden], down_proj: [hidden, dense]}
@@ -91,7 +92,7 @@ attends to (``window``) and whether it applies rotary positions (``rotates``); `
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pliant.errors import ArchitectureError
@@ -163,6 +164,7 @@ class BlockSpec:
         role: the kind of block: attention, mlp, experts, conv, scan or other.
         state: the states that it keeps between tokens; empty if none.
         when: the types of the layers that have it; None for all layers.
+        needs: the config key without which a model does not have it; None if every model of the family has it.
         either: the layouts that it may have; the first whose weights all exist applies.
         transposed: stacks of matrices that are stored (in, out).
         elementwise: weights of two or more dimensions that are not matrices.
@@ -187,6 +189,7 @@ class BlockSpec:
     role: str = "other"
     state: tuple[str, ...] = ()
     when: tuple[str, ...] | None = None
+    needs: str | None = None
     either: tuple[BlockSpec, ...] = ()
     transposed: frozenset[str] = frozenset()
     elementwise: frozenset[str] = frozenset()
@@ -247,6 +250,14 @@ class Architecture:
     returns_tuple: bool
     raw: Mapping[str, Any] = field(repr=False, compare=False)
     native: NativeSpec | None = None
+
+    def of(self, plain: Any) -> Architecture:
+        """The architecture without the blocks that a model does not have.
+
+        Arguments:
+            plain: the dense model's config.
+        """
+        return replace(self, blocks=tuple(b for b in self.blocks if b.needs is None or getattr(plain, b.needs, None)))
 
     def blocks_of(self, layer_type: str) -> tuple[BlockSpec, ...]:
         """The blocks that a layer of this type has."""

@@ -26,7 +26,7 @@ _KEYS = {
     "file": {"models", "layers", "output", "fixed", "axes", "blocks", "native"},
     "native": set(_NATIVE),
     "axis": {"size", "unit", "follows", "cut", "active", "multiple", "normed", "least", "groups", "copies"},
-    "block": {*_LAYOUT, "guard", "slot", "role", "state", "when", "either", "tied"},
+    "block": {*_LAYOUT, "guard", "slot", "role", "state", "when", "needs", "either", "tied"},
     "variant": _LAYOUT,
 }
 _LATER = {  # keys that other families need and that are not supported yet; ignoring one would misread the file
@@ -171,9 +171,10 @@ class _Parser:
     def block(self, kind: str, given: Any) -> BlockSpec:
         where = f"block {kind!r}"
         spec = self.known(where, given, "block")
-        whole = {key: spec[key] for key in ("guard", "slot") if key in spec}
-        if spec.get("guard") is not None and not isinstance(spec["guard"], str):
-            self.faults.append(f"{where}: guard must be a config key, not {spec['guard']!r}")
+        whole = {key: spec[key] for key in ("guard", "slot", "needs") if key in spec}
+        for word in ("guard", "needs"):
+            if spec.get(word) is not None and not isinstance(spec[word], str):
+                self.faults.append(f"{where}: {word} must be a config key, not {spec[word]!r}")
         if spec.get("slot") is not None and not isinstance(spec["slot"], str):
             self.faults.append(f"{where}: slot must be the name of an attribute, not {spec['slot']!r}")
         if not isinstance(spec.get("tied", False), bool):

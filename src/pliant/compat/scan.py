@@ -104,7 +104,7 @@ def mamba2_chunk_scan(
     x = hidden_states.float()
     skip = 0 if D is None else x * D[:, None].float()
     if state == 0:
-        output = x.new_zeros(x.shape) + skip
+        output = (x.new_zeros(x.shape) + skip).contiguous()
         return (output, x.new_zeros(batch, heads, width, 0)) if return_final_states else output
     if hidden_states.device.type != "cpu" or torch.compiler.is_compiling() or observed():
         return None
@@ -140,6 +140,7 @@ def mamba2_chunk_scan(
     carried = carried.view(batch, count, groups, chunk, shared, width).transpose(3, 4)
     output = output + carried.reshape(batch, count, heads, chunk, width) * decay.exp()[..., None]
     output = output.transpose(2, 3).reshape(batch, -1, heads, width)[:, :tokens] + skip
+    output = output.contiguous()  # the mixer of falcon_h1 views heads and width as one dimension
     return (output, now) if return_final_states else output
 
 
