@@ -23,6 +23,7 @@ from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttri
 from pliant.anatomy import (
     DENSE_LAYERS,
     Anatomy,
+    Axis,
     anatomy_of,
     blocks_of,
     described_by,
@@ -265,12 +266,7 @@ def _shape_layer(
         if block.kind in layers[index].skip:
             remove(layer, block)
             continue
-        specs = {axis.leader: architecture.axes[axis.leader] for axis in block.leaders}
-        kept = {
-            leader: global_size(layers[index], spec.size)
-            for leader, spec in specs.items()
-            if not spec.built or hasattr(layers[index], str(spec.config_key))  # else no layer is cut along this axis
-        }
+        kept = {axis.leader: _units(layers[index], axis, architecture) for axis in block.leaders}
         for leader, units in kept.items():
             axis = block.axes[leader]
             if not min(1, axis.least) <= units <= axis.size:
@@ -287,3 +283,11 @@ def _shape_layer(
                 if spec.state == block.spec.state and spec.kind not in entry.skip
             ]
             setattr(layer.get_submodule(block.spec.module), str(block.spec.slot), slot(index, alive, types))
+
+
+def _units(config: Any, axis: Axis, architecture: Architecture) -> int:
+    """The units of an axis that the config of one layer asks for."""
+    spec = architecture.axes[axis.leader]
+    if spec.built and not hasattr(config, str(spec.config_key)):  # no layer was cut along this axis
+        return axis.size
+    return global_size(config, spec.size)
