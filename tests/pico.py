@@ -22,6 +22,7 @@ FAMILIES = (  # each is one more use of words that are tried on the above: see t
     *("olmoe", "flex_olmo", "granitemoe", "granitemoeshared", "phimoe", "gpt_oss", "qwen2_moe", "mellum", "dots1"),
     *("glm4_moe", "deepseek_v3", "minimax_m2", "hunyuan_v1_moe", "ernie4_5_moe", "xlm-roberta", "camembert"),
     *("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h", "granitemoehybrid", "falcon_h1", "jamba"),
+    *("lfm2_moe",),
 )
 LAYOUTS = (  # where a run over every family would take too long: every trick that an architecture file can describe
     *("llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt2"),
@@ -94,6 +95,8 @@ _OWN |= {
     "diffllama": {**_NO_HEAD_DIM, "num_attention_heads": 12, "num_key_value_heads": 6},
     "bitnet": {"hidden_size": 48},
     "lfm2": {"hidden_size": 48, "layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"hidden_size": 48, "layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1}
+    | {**_FOUR, "moe_intermediate_size": 24},
     "olmoe": {**_NO_HEAD_DIM, **_FOUR},
     "flex_olmo": {**_NO_HEAD_DIM, **_FOUR},
     "granitemoe": {**_NO_HEAD_DIM, **_LOCAL},

@@ -39,6 +39,13 @@ def test_every_file_that_ships_is_valid_and_tested():
     [
         ({"axes": {"channels": {}}}, "needs 'size'"),
         ({"axes": {"channels": {"size": "intermediate_size", "follows": "heads"}}}, "follows 'heads'"),
+        ({"axes": {"channels": {"size": "built"}}}, "axis 'channels': 'built' must come after a key of pliant's own"),
+        ({"axes": {"channels": {"size": "built or mlp_size"}}}, "'built' must come after a key of pliant's own"),
+        ({"axes": {"channels": {"size": "mlp_size or 2 * built"}}}, "'built' must come after a key of pliant's own"),
+        (
+            {"axes": {"channels": {"size": "size or built"}, "narrow": {"size": "size", "follows": "channels"}}},
+            "axis 'channels': .* neither follows another nor is followed",
+        ),
         ({"colour": "red"}, "unknown key 'colour'"),
         ({"layers": None}, "'layers' is missing"),
         ({"blocks": {"mlp": {"weights": {}}}}, "needs 'module'"),

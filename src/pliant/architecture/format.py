@@ -62,10 +62,12 @@ One YAML file beside this one describes the repeated layer of a family::
       scale: scaling                # the attribute of attention that its scores are multiplied by
 
 An axis counts in units (heads, channels); ``unit`` is the width of one in elements. Sizes and units are numbers or
-config keys, or sums and products of those (``a * b``, ``a // b``, ``a + b``). If a key may be absent, ``n_inner or
-4 * hidden_size`` gives its default. If f has no module of its own, ``module: [fc1, fc2]`` lists the modules of the
-layer that compute it, and weights are named from the layer; the last module returns f. A norm that several blocks of a
-layer list is shared and stays.
+config keys, or sums and products of those (``a * b``, ``a // b``, ``a + b``). If a key may be absent, ``n_inner or 4 *
+hidden_size`` gives its default. A size that no key of the family holds gets a key of pliant's own, which only the
+config of a cut model has: ``shared_size or 2 * hidden_size``; or ``mlp_size or built`` if transformers computes the
+size in a way that has no words here, so that only a built layer shows it. If f has no module of its own, ``module:
+[fc1, fc2]`` lists the modules of the layer that compute it, and weights are named from the layer; the last module
+returns f. A norm that several blocks of a layer list is shared and stays.
 
 A block whose layout differs between layers lists its variants::
 
@@ -124,6 +126,11 @@ class AxisSpec:
     copies: int | str = 1
 
     @property
+    def built(self) -> bool:
+        """Whether only a built layer shows the size, unless the config has the key."""
+        return BUILT in self.size.split()
+
+    @property
     def config_key(self) -> str | None:
         """The config key that holds the size; None if the size is computed from others."""
         first = self.size.split(" or ")[0]
@@ -139,6 +146,8 @@ class Part:
 
 
 WHOLE = "whole"
+BUILT = "built"
+"""The last alternative of a size that only a layer shows that transformers has built."""
 EMPTY_STATE = "_pliant_empty_state"
 """Mark of a scan function of transformers that pliant has replaced by one that runs with a state of size 0."""
 ROLES = ("attention", "mlp", "experts", "conv", "scan", "other")

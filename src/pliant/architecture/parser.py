@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pliant.architecture.format import (
+    BUILT,
     MEASURES,
     ROLES,
     STATES,
@@ -81,6 +82,12 @@ class _Parser:
             ):
                 self.faults.append(
                     f"axis {axis!r} follows {spec.follows!r}; it must follow a declared axis that follows no other"
+                )
+            in_family = spec.follows or any(other.follows == axis for other in self.axes.values())
+            if spec.built and (in_family or spec.size != f"{spec.config_key} or {BUILT}"):
+                self.faults.append(
+                    f"axis {axis!r}: {BUILT!r} must come after a key of pliant's own, as in 'mlp_size or {BUILT}', and "
+                    "such an axis neither follows another nor is followed"
                 )
         blocks = tuple(self.block(kind, spec) for kind, spec in self.mapping("the file", top, "blocks").items())
         native = self.native(top["native"]) if "native" in top else None
