@@ -111,6 +111,9 @@ def test_a_faulty_file_is_refused_with_the_fault(change, told):
         ("role", "memory", "role must be one of attention, mlp, experts, conv, scan, other; not 'memory'"),
         ("state", "kv", "block 'mlp' has a state and needs 'slot'"),
         ("state", ["ring"], r"state must be one of kv, conv, scan, or a list of these; not \['ring'\]"),
+        ("state", ["scan"], "a block with the state 'scan' lists the axes that span it under scan_state"),
+        ("scan_state", ["channels"], "a block with the state 'scan' lists the axes that span it under scan_state"),
+        ("scan_state", ["heads"], "scan_state of block 'mlp': unknown axis 'heads'"),
         ("when", "conv", "when must be a list of names, not 'conv'"),
         ("tied", "yes", "tied must be true or false, not 'yes'"),
         ("needs", ["experts"], r"block 'mlp': needs must be a config key, not \['experts'\]"),
@@ -195,6 +198,7 @@ def test_what_a_block_is_has_defaults_and_can_be_said():
     raw["blocks"] = {name: copy.deepcopy(raw["blocks"]["mlp"]) for name in ("mlp", "mixer", "looker", "conv")}
     raw["blocks"]["looker"] |= {"scores": "channels", "slot": "layer_idx"}
     raw["blocks"]["conv"] |= {"state": ["conv", "scan"], "slot": "index", "when": ["conv"], "tied": True}
+    raw["blocks"]["conv"]["scan_state"] = ["channels"]
     read = {block.kind: block for block in parse("toy", raw).blocks}
     assert {kind: (block.role, block.state, block.when) for kind, block in read.items()} == {
         "mlp": ("mlp", (), None),
@@ -203,6 +207,7 @@ def test_what_a_block_is_has_defaults_and_can_be_said():
         "conv": ("conv", ("conv", "scan"), ("conv",)),
     }
     assert read["conv"].tied
+    assert read["conv"].scan_state == ("channels",)
     assert [block.kind for block in parse("toy", raw).blocks_of("full_attention")] == ["mlp", "mixer", "looker"]
 
 
@@ -238,6 +243,16 @@ def test_a_renamed_block_is_offered_like_any_other():
         assert [move.unit.count("layers") for move in moves(renamed)(Subnet())] == [1] * len(moves(dense)(Subnet()))
     assert len(renamed.may_go(roles={"attention"})) == 4
     assert renamed.axes_of({"attention"}) == ["kv"]
+
+
+def test_the_state_of_a_scan_is_spanned_by_axes_of_its_weights():
+    model = pico("mamba2")
+    raw = copy.deepcopy(dict(anatomy_of(model).architecture.raw))
+    raw["axes"]["heads"] = {"size": "num_heads"}
+    raw["blocks"]["mamba"]["scan_state"] = ["heads", "state"]
+    model.config.pliant_architecture = raw
+    with pytest.raises(ArchitectureError, match="lists 'heads' under 'scan_state', but no weight has that axis"):
+        anatomy_of(model)
 
 
 def test_all_faults_are_told_at_once():

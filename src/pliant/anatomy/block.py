@@ -212,6 +212,21 @@ class Block:
             return prod(self.shape(weight, kept)[1:]) * experts.active
         return prod(self.shape(weight, kept))
 
+    def conv_state(self, kept: Mapping[str, int]) -> int:
+        """Elements that its convolution keeps between tokens: the last inputs of each channel, as many as the kernel
+        reads."""
+        convolutions = (weight for weight in self.weights if weight.depthwise and "conv" in self.spec.state)
+        return sum(prod(self.shape(weight, kept)) for weight in convolutions)
+
+    def scan_state(self, kept: Mapping[str, int]) -> int:
+        """Elements that its scan keeps between tokens; 0 without a scan. The copies of an axis are not counted."""
+        if not self.spec.scan_state:
+            return 0
+        return prod(
+            self.fixed[axis] if axis in self.fixed else self.units(Part(axis), kept) * self.axes[axis].unit
+            for axis in self.spec.scan_state
+        )
+
     def parameters(self, kept: Mapping[str, int]) -> int:
         """Parameters of the block and its norms."""
         return self.norm_parameters + sum(

@@ -200,7 +200,7 @@ def _read_block(
         norms: its norms that no other block of the layer has.
     """
     name, file = f"layers.{index}.{spec.kind}", f"{architecture.name}.yaml"
-    used = {part.axis for dims in spec.weights.values() for dim in dims or () for part in dim}
+    used = {part.axis for dims in spec.weights.values() for dim in dims or () for part in dim} | {*spec.scan_state}
     fixed = {axis: global_size(plain, key) for axis, key in architecture.fixed.items() if axis in used}
     weights, attributes = [], []
     for child, dims in spec.weights.items():
@@ -240,6 +240,9 @@ def _read_block(
         attributes.append(Attribute(path, attribute, parts, value[0].partition(".")[2] or "units"))
 
     axes = _read_axes(layer, spec, architecture, plain, name, weights, fixed)
+    for axis in spec.scan_state:
+        if axis not in axes and axis not in fixed:
+            raise ArchitectureError(f"{name}: {file} lists {axis!r} under 'scan_state', but no weight has that axis")
     attributes = [a for a in attributes if all(part.axis in axes or part.axis in fixed for part in a.parts)]
     norm_parameters = sum(p.numel() for norm in norms for p in layer.get_submodule(norm).parameters())
     removed = (*spec.modules[:-1], *norms)

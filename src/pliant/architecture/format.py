@@ -34,6 +34,7 @@ One YAML file beside this one describes the repeated layer of a family::
                                     # axes without one
         slot: layer_idx             # the attribute that names its cache slot; it makes kv the default state
         scores: heads               # the axis that attention scores are computed over (for counting MACs)
+        scan_state: [scan, state]   # the axes that span the state of a scan; needed by a block with the state scan
         cached: {multi_query: 1}    # heads in the cache if this config key is set (the first that is); else ``scores``
         attributes: {num_heads: heads, split_size: heads.width}    # plain attributes that must follow an axis: its
                                     # units, its ``width`` in elements, or that of one ``group``; a list is added up
@@ -168,6 +169,7 @@ class BlockSpec:
         residual: the argument to which the module adds f; None if the layer adds it.
         guard: the config key that is overridden where the block is removed, so that transformers alone refuses the
             config; None for the norm epsilon, or the keys of its axes.
+        scan_state: the axes, or fixed dimensions, that span the state of its scan.
         cached: config key -> number of heads in the cache if this is the first key that is set.
         roles: role -> name of the weight.
         role: the kind of block: attention, mlp, experts, conv, scan or other.
@@ -192,6 +194,7 @@ class BlockSpec:
     guard: str | None = None
     slot: str | None = None
     scores: str | None = None
+    scan_state: tuple[str, ...] = ()
     cached: dict[str, int | str] | None = None
     attributes: dict[str, tuple[str, ...]] | None = None
     roles: Mapping[str, str] = field(default_factory=dict)

@@ -21,7 +21,7 @@ from pliant.architecture.format import (
 from pliant.errors import ArchitectureError
 
 _NATIVE = tuple(NativeSpec.__dataclass_fields__)
-_LAYOUT = {"module", "norms", "output", "residual", "scores", "cached", "attributes", "weights"}
+_LAYOUT = {"module", "norms", "output", "residual", "scores", "scan_state", "cached", "attributes", "weights"}
 _LAYOUT |= {"transposed", "elementwise", "rescale", "skip", "roles"}
 _KEYS = {
     "file": {"models", "layers", "output", "fixed", "axes", "blocks", "native"},
@@ -245,6 +245,14 @@ class _Parser:
                 self.size(f"cached {key!r} of {where}", given)
         if spec.get("scores") is not None:
             self.part(f"scores of {where}", spec["scores"])
+        scan_state = self.words(where, spec, "scan_state") or ()
+        for axis in scan_state:
+            self.part(f"scan_state of {where}", axis)
+        if ("scan" in whole["state"]) != bool(scan_state):
+            self.faults.append(
+                f"{where}: a block with the state 'scan' lists the axes that span it under scan_state, and no other "
+                f"block does; not {spec.get('scan_state')!r}"
+            )
         roles = spec.get("roles") or {}
         if not isinstance(roles, dict) or not all(
             role in WEIGHT_ROLES and isinstance(weight, str) and weight in weights for role, weight in roles.items()
@@ -273,6 +281,7 @@ class _Parser:
             returns_tuple=spec.get("output") == "tuple",
             residual=residual,
             scores=spec.get("scores"),
+            scan_state=scan_state,
             cached=spec.get("cached"),
             attributes=attributes,
             roles=roles,
