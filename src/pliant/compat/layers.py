@@ -60,6 +60,8 @@ def _shaping(original: Callable[..., None]) -> Callable[..., None]:
         for part in cuts:
             shape_model(self, part)
         correct_ties(self)
+        if hasattr(self, "tie_weights"):
+            self.tie_weights(recompute_mapping=False)  # tensors that several layers share were cut in each of them
         return None
 
     setattr(construct, _MARK, True)

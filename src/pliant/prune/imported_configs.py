@@ -75,6 +75,7 @@ def _widths(raw: Mapping[str, Any], anatomy: Anatomy) -> Subnet:
     for roles, index in ((ATTENTION, "pruned_attn_idx"), (MLP, "pruned_mlp_idx")):
         for layer in raw.get(index) or ():
             subnet = subnet.without(_block(anatomy, layer, roles).name)
+    chosen: dict[str, dict[str, int]] = {}
     for roles, widths in ((ATTENTION, "pruned_attn_width"), (MLP, "pruned_mlp_width")):
         for layer, width in (raw.get(widths) or {}).items():
             block = _block(anatomy, layer, roles)
@@ -85,9 +86,30 @@ def _widths(raw: Mapping[str, Any], anatomy: Anatomy) -> Subnet:
             units, rest = divmod(int(width), widest)
             if rest:
                 raise SubnetError(f"width {width} of {block.name} is not a multiple of {widest}")
-            if block.name not in subnet.skip and units != leader.size:
-                subnet = subnet.keeping(leader.name, units)
+            if block.name not in subnet.skip:
+                chosen.setdefault(leader.name, {})[block.name] = units
+                if units != leader.size:
+                    subnet = subnet.keeping(leader.name, units)
+    for axis, units in chosen.items():
+        _check_alike([b for b in anatomy.alive(subnet.skip) if axis in {leader.name for leader in b.leaders}], units)
     return subnet
+
+
+def _check_alike(sharing: list[Block], units: Mapping[str, int]) -> None:
+    """Raise if blocks that share their tensors would keep different widths.
+
+    Arguments:
+        sharing: the remaining blocks that share an axis.
+        units: block -> units of this axis; a block that is missing keeps all.
+    """
+    kept = {block.name: units.get(block.name, block.leaders[0].size) for block in sharing}
+    first = sharing[0].name
+    for other, own in kept.items():
+        if own != kept[first]:
+            raise SubnetError(
+                f"{first} and {other} share their tensors, but would keep {kept[first]} and {own} "
+                f"{sharing[0].leaders[0].leader}; give every layer that shares them the same width"
+            )
 
 
 def _block(anatomy: Anatomy, layer: Any, roles: frozenset[str]) -> Block:

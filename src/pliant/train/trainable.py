@@ -121,22 +121,31 @@ def linear_layers(model: nn.Module, anatomy: Anatomy, targets: Sequence[str] = (
     """The linear layers in the blocks of a model, by full path.
 
     Arguments:
-        targets: names of the layers to take; if empty, all.
+        targets: names of the layers to take; if empty, all but those whose weights several layers share.
 
     Raises:
-        StepError: no linear layer has one of the names.
+        StepError: no linear layer has one of the names, or several layers share its weight: adapters on it would
+            differ from layer to layer, and could not be merged.
     """
     layers = layers_of(model, anatomy.source)
     prefix = next(name for name, module in model.named_modules() if module is layers)
     found: dict[str, Any] = {}
+    shared = set()
     for block in anatomy.blocks.values():
         for weight in block.weights:
             path = weight.path.removesuffix(".weight")
             module = layers[block.layer].get_submodule(path) if path != weight.path else None
-            if is_linear(module):
+            if is_linear(module) and weight.tied:
+                shared.add(path.rpartition(".")[2])
+            elif is_linear(module):
                 found[f"{prefix}.{block.layer}.{path}"] = module
-    names = sorted({path.rpartition(".")[2] for path in found})
+    names = sorted({path.rpartition(".")[2] for path in found} - shared)
     for target in targets:
+        if target in shared:
+            raise StepError(
+                f"target_modules: {target!r} is a weight that several layers share, so it cannot have adapters; choose "
+                f"from: {', '.join(names)}; or choose method full"
+            )
         if target not in names:
             raise StepError(f"target_modules: unknown linear layer {target!r}; choose from: {', '.join(names)}")
     return {path: module for path, module in found.items() if not targets or path.rpartition(".")[2] in targets}
