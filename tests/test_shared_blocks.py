@@ -15,7 +15,7 @@ from pliant.checkpoint.per_layer_config import write
 from pliant.criteria.block_ranking import influence
 from pliant.elastic import Subnet, extract, macs, parameters
 from pliant.errors import ArchitectureError, ArtefactError, DataError, StepError, SubnetError
-from pliant.prune import parse_config
+from pliant.prune.imported_configs import parse_config
 from pliant.prune.put_back import Removal, put_backs
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the kernels of Mamba are not installed
@@ -137,7 +137,7 @@ def test_shared_heads_and_channels_are_cut_in_every_layer_and_counted_once(tmp_p
     torch.testing.assert_close(logits(reloaded(saved(again, tmp_path))), activated, rtol=0, atol=5e-6)
 
 
-def test_a_cut_that_cuts_nothing_leaves_the_file_of_transformers(tmp_path):
+def test_a_cut_that_cuts_nothing_leaves_the_file_of_transformers():
     model = pico("zamba2")
     before = {name for name, _ in model.named_parameters()}
     extract(model, anatomy_of(model), Subnet().keeping("layers.0.mamba.state", 10))
@@ -198,7 +198,11 @@ def test_a_shared_block_without_adapters_of_attention_saves_nothing_until_its_la
     anatomy = anatomy_of(model)
     assert parameters(anatomy, Subnet().without("layers.1.attention")) == parameters(anatomy)
     pliant.apply(
-        model, pliant.BlockPruner(ratio=0.3, samples=4, seqlen=24), TEXT, tokenizer=tokenizer(), progress=False
+        model,
+        pliant.UnifiedPruner(ratio=0.3, samples=4, seqlen=24),
+        TEXT,
+        tokenizer=tokenizer(),
+        progress=False,
     )
     assert sum(p.numel() for p in model.parameters()) <= 0.7 * parameters(anatomy)
 
@@ -210,7 +214,8 @@ def test_removals_that_share_tensors_are_put_back_in_reverse_order():
     for name in names:
         subnets.append(subnets[-1].without(name))
     removals = [
-        Removal(name, before, after, hurt) for name, before, after, hurt in zip(names, subnets, subnets[1:], [3, 1, 2])
+        Removal(name, before, after, hurt)
+        for name, before, after, hurt in zip(names, subnets[:-1], subnets[1:], [3, 1, 2], strict=True)
     ]
     dense = parameters(anatomy)
     saves = MAMBA + OWN["attention"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from pliant.anatomy import Anatomy, Axis
+from pliant.anatomy import Anatomy, Axis, counted_once
 from pliant.elastic import Subnet, parameters
 from pliant.elastic import ratio as ratio_of
 from pliant.prune.ratio_target import TOLERANCE, reached
@@ -91,7 +91,10 @@ def fitting(anatomy: Anatomy, moves: Moves, ratio: float, units: Moves | None = 
         units: all moves that may still follow, which determine the unit; default: ``moves``.
     """
 
+    # the last use of shared tensors saves more than any use of the dense model
+    shared = sum(b.parameters({}) - b.parameters({}, tied=False) for b, first in counted_once(anatomy.alive()) if first)
     largest = max((ratio_of(anatomy, move.subnet) for move in moves(Subnet())), default=0.0)
+    largest += shared / parameters(anatomy)
 
     def fit(subnet: Subnet) -> Sequence[Move]:
         now = ratio_of(anatomy, subnet)
