@@ -55,8 +55,8 @@ class Axis:
 
     @property
     def fewest(self) -> int:
-        """The fewest units that can stay."""
-        return max(self.active or 0, self.least)
+        """The fewest units that can stay; every group keeps as many as one token uses, because it may use those."""
+        return max((self.active or 0) * self.groups, self.least)
 
     def allows(self, units: int) -> bool:
         """Whether this number of units can be kept."""

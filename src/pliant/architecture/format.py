@@ -9,7 +9,7 @@ One YAML file beside this one describes the repeated layer of a family::
     axes:                           # dimensions that can shrink
       kv:      {size: num_key_value_heads, unit: head_dim}
       heads:   {size: num_attention_heads, unit: head_dim, follows: kv}
-      experts: {size: num_local_experts, active: num_experts_per_tok}  # units that one token uses; at least these stay
+      experts: {size: num_local_experts, active: num_experts_per_tok}  # units of one token; a group keeps them
       wide:    {size: intermediate_size, multiple: 8}                  # cut only to multiples of 8, for a kernel
       whole:   {size: num_heads, unit: head_dim, cut: false}           # never cut
       rank:    {size: q_lora_rank, normed: true}                       # a norm runs over it: cutting is not zeroing
