@@ -32,6 +32,11 @@ VARIANTS = {name: (name, {}) for name in FAMILIES} | {
     ),
     "qwen3_moe, a layer without experts": ("qwen3_moe", {"mlp_only_layers": [1]}),
     "ernie4_5_moe, no shared expert": ("ernie4_5_moe", {"moe_num_shared_experts": 0}),
+    "granitemoehybrid, no experts, one group": ("granitemoehybrid", {"num_local_experts": 0, "mamba_n_groups": 1}),
+    "granitemoehybrid, no positions": ("granitemoehybrid", {"position_embedding_type": None}),
+    "falcon_h1, no norm": ("falcon_h1", {"mamba_rms_norm": False}),
+    "falcon_h1, norm before gate, one group": ("falcon_h1", {"mamba_norm_before_gate": True, "mamba_n_groups": 1}),
+    "jamba, no experts": ("jamba", {"num_experts": 1, "num_experts_per_tok": 1}),
 }
 VARIANTS = {variant: given for variant, given in VARIANTS.items() if given[0] in transformers.CONFIG_MAPPING}
 

@@ -43,7 +43,9 @@ def test_outputs_states_and_gradients_are_those_of_transformers(shape):
     results = []
     for function in scan():
         given, named = arguments(SHAPES[shape])
+        given[0] = given[0].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
         output, state = function(*given, **named)
+        output.view(*output.shape[:2], -1)  # as the mixer of falcon_h1 does
         leaves = [leaf for leaf in (*given, named["D"], named["initial_states"]) if leaf.requires_grad]
         results.append((output, state, *torch.autograd.grad(output.sum() + state.square().sum(), leaves)))
     for ours, theirs in zip(*results, strict=True):
@@ -162,3 +164,7 @@ def test_a_gathered_buffer_is_written_back_to_the_units_of_its_groups():
     changed = full.clone()
     give_back(part + 100, changed, block, weight, kept)
     assert changed.tolist() == [value + 100 if value in expected else value for value in full.tolist()]
+    weight = Weight("buffer", ((Part("one"),), *weight.dims), buffer=True)
+    changed = full[None].clone()
+    give_back(part[None] + 100, changed, block, weight, kept)
+    assert changed.tolist() == [[value + 100 if value in expected else value for value in full.tolist()]]

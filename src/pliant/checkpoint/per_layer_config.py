@@ -122,7 +122,8 @@ def write(model: Any) -> None:
         config.per_layer_config = written
     if overrides:
         setattr(config, DENSE_LAYERS, {str(layer): entry for layer, entry in dense.items()})
-    if anatomy.architecture != shipped().get(config.model_type):  # another machine may lack this file
+    known = shipped().get(config.model_type)
+    if known is None or anatomy.architecture.raw != known.raw:  # another machine may lack this file
         config.pliant_architecture = dict(anatomy.architecture.raw)
     # a family whose config validates its head count, or whose output head asks for the number of experts, can only be
     # read back if the global value may be read; there the narrower tensors themselves make transformers alone refuse

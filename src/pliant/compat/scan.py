@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -18,20 +19,47 @@ from pliant.architecture.format import EMPTY_STATE
 
 CHUNK = 64  # tokens
 
+Watch = Callable[[Any, Any], None]
+_watches: list[Watch] = []
+
+
+@contextmanager
+def watched_scans(watch: Watch) -> Iterator[None]:
+    """Context in which every scan of a sequence shows its input and its output to ``watch``.
+
+    Both have the shape ``(batch, tokens, units, width)``: heads, or the channels of Mamba-1, whose width is 1. The output
+    contains the skip ``D``, but not yet the gate.
+    """
+    _watches.append(watch)
+    try:
+        yield
+    finally:
+        _watches.remove(watch)
+
 
 def wrap_scans(module: ModuleType) -> None:
     """Replace the scan functions that a modeling file has."""
-    for name, scan in _SCANS.items():
+    for name, (scan, by_unit) in _SCANS.items():
         original = getattr(module, name, None)
         if original is not None and not hasattr(original, EMPTY_STATE):
-            setattr(module, name, _wrapped(original, scan))
+            setattr(module, name, _wrapped(original, scan, by_unit))
 
 
-def _wrapped(original: Callable[..., Any], scan: Callable[..., Any]) -> Callable[..., Any]:
+def _wrapped(
+    original: Callable[..., Any], scan: Callable[..., Any], by_unit: Callable[[Any], Any]
+) -> Callable[..., Any]:
     parameters = inspect.signature(scan)
 
     @functools.wraps(original)
     def run(*args: Any, **kwargs: Any) -> Any:
+        result = compute(*args, **kwargs)
+        if _watches:
+            output = result if kwargs.get("z") is None else compute(*args, **{**kwargs, "z": None})
+            for watch in _watches:
+                watch(by_unit(args[0]), by_unit(output[0] if isinstance(output, tuple) else output))
+        return result
+
+    def compute(*args: Any, **kwargs: Any) -> Any:
         try:
             bound = parameters.bind(*args, **{name: value for name, value in kwargs.items() if value is not None})
         except TypeError:  # an argument that the scan does not know
@@ -76,7 +104,7 @@ def mamba2_chunk_scan(
     x = hidden_states.float()
     skip = 0 if D is None else x * D[:, None].float()
     if state == 0:
-        output = x.new_zeros(x.shape) + skip
+        output = (x.new_zeros(x.shape) + skip).contiguous()
         return (output, x.new_zeros(batch, heads, width, 0)) if return_final_states else output
     if hidden_states.device.type != "cpu" or torch.compiler.is_compiling() or observed():
         return None
@@ -112,6 +140,7 @@ def mamba2_chunk_scan(
     carried = carried.view(batch, count, groups, chunk, shared, width).transpose(3, 4)
     output = output + carried.reshape(batch, count, heads, chunk, width) * decay.exp()[..., None]
     output = output.transpose(2, 3).reshape(batch, -1, heads, width)[:, :tokens] + skip
+    output = output.contiguous()  # the mixer of falcon_h1 views heads and width as one dimension
     return (output, now) if return_final_states else output
 
 
@@ -147,4 +176,8 @@ def mamba_selective_scan(
     return (output, state) if return_last_state else output
 
 
-_SCANS = {"mamba2_chunk_scan": mamba2_chunk_scan, "mamba_selective_scan": mamba_selective_scan}
+_SCANS = {
+    "mamba2_chunk_scan": (mamba2_chunk_scan, lambda x: x),
+    "mamba_selective_scan": (mamba_selective_scan, lambda x: x.transpose(1, 2).unsqueeze(-1)),
+}
+"""Name in the modeling files -> pliant's scan, and what brings its input and output into one shape for watching."""
