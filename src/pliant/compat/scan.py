@@ -4,19 +4,59 @@ transformers runs its reference scan on a CPU. It repeats B and C for every head
 size, which is meant for GPUs. Here B and C stay once per group, and a chunk is ``CHUNK`` tokens long. The functions
 that transformers' mixers call are replaced in the modeling files when these are imported. A call that has an unknown
 argument or tensors on another device, or that is compiled or traced, goes to transformers.
+
+The state of a scan is in none of the inputs and outputs of a module, so :func:`watching_scans` shows it to measures of
+importance.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from pliant.architecture.format import EMPTY_STATE
 
 CHUNK = 64  # tokens
+
+
+class ScanInputs(NamedTuple):
+    """The tensors of one call of a scan, in one layout for Mamba-1 and Mamba-2.
+
+    A channel of Mamba-1 is a head of width 1. The state ``h`` of a head is ``exp(dt A) h + dt x B`` after each token,
+    and the scan returns ``C h`` and its skip.
+
+    Attributes:
+        x: shape ``(batch, tokens, heads, width)``.
+        dt: step sizes, shape ``(batch, tokens, heads)``.
+        A: shape ``(heads, state)``, or ``(heads, 1)`` if all units of the state decay alike.
+        B, C: shape ``(batch, tokens, groups, state)``.
+    """
+
+    x: Any
+    dt: Any
+    A: Any
+    B: Any
+    C: Any
+
+
+Watch = Callable[[ScanInputs], Any]
+_watching: list[Watch] = []
+
+
+@contextmanager
+def watching_scans(watch: Watch) -> Iterator[None]:
+    """While inside, every scan of a whole sequence shows its inputs to ``watch``, and goes on with the C that this
+    returns. Scans that are not functions of transformers, or have an argument that pliant does not know, show
+    nothing."""
+    _watching.append(watch)
+    try:
+        yield
+    finally:
+        _watching.remove(watch)
 
 
 def wrap_scans(module: ModuleType) -> None:
@@ -36,11 +76,35 @@ def _wrapped(original: Callable[..., Any], scan: Callable[..., Any]) -> Callable
             bound = parameters.bind(*args, **{name: value for name, value in kwargs.items() if value is not None})
         except TypeError:  # an argument that the scan does not know
             return original(*args, **kwargs)
+        for watch in _watching:
+            given = {**_defaults(parameters), **bound.arguments}
+            ours = bound.arguments["C"] = _watched(scan, given, watch)
+            args, kwargs = (args, {**kwargs, "C": ours}) if "C" in kwargs else ((*args[:4], ours, *args[5:]), kwargs)
         result = scan(*bound.args, **bound.kwargs)
         return original(*args, **kwargs) if result is None else result
 
     setattr(run, EMPTY_STATE, True)
     return run
+
+
+def _defaults(signature: inspect.Signature) -> dict[str, Any]:
+    return {name: parameter.default for name, parameter in signature.parameters.items()}
+
+
+def _watched(scan: Callable[..., Any], given: Mapping[str, Any], watch: Watch) -> Any:
+    """The C that a scan goes on with, in the layout of the scan."""
+    from torch.nn import functional
+
+    x, dt, A, B, C = (given[name] for name in ("hidden_states", "dt", "A", "B", "C"))
+    if scan is mamba2_chunk_scan:
+        dt = dt if given["dt_bias"] is None else dt + given["dt_bias"].to(dt.dtype)
+        dt = (functional.softplus(dt) if given["dt_softplus"] else dt).clamp(*given["dt_limit"])
+        return watch(ScanInputs(x, dt, A[:, None], B, C))
+    dt = dt if given["delta_bias"] is None else dt + given["delta_bias"].to(dt.dtype)[:, None]
+    dt = functional.softplus(dt) if given["delta_softplus"] else dt
+    B, C = (tensor.transpose(1, 2).unsqueeze(2) for tensor in (B, C))
+    C = watch(ScanInputs(x.transpose(1, 2).unsqueeze(3), dt.transpose(1, 2), A, B, C))
+    return C.squeeze(2).transpose(1, 2)
 
 
 def mamba2_chunk_scan(
