@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -82,6 +82,8 @@ class Weight:
         depthwise: it is the weight of a depthwise convolution: not a matrix, but each element is multiplied once per
             token.
         rescaled: it is the weight of a norm over an axis. It grows as the axis narrows, so that cutting equals zeroing.
+        skips: it is all that remains of a scan once this axis has no units left; None for other weights.
+        alone: its value in that case, of its full shape; None if it stays as it is.
     """
 
     path: str
@@ -91,6 +93,8 @@ class Weight:
     buffer: bool = False
     depthwise: bool = False
     rescaled: bool = False
+    skips: str | None = None
+    alone: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
     def identity(self, layer: nn.Module) -> int:
         """A number that is equal for two weights exactly if they are the same tensor."""
@@ -116,7 +120,7 @@ class Attribute:
         parts: the stretches whose sum it holds.
         measure: what it holds of each: ``width`` in elements, number of ``units``, or width of one ``group``.
         epsilon: for the epsilon of a norm over these stretches, its value at full width: it is divided by the share of
-            elements that are kept. None for other attributes.
+            elements that are kept, unless none are. None for other attributes.
     """
 
     path: str
@@ -182,7 +186,7 @@ class Block:
         )
 
     @property
-    def scan_state(self) -> Axis | None:
+    def state_axis(self) -> Axis | None:
         """The axis of the state of a scan: the only one that no matrix reads; None if the block has none."""
         read = {self.axes[part.axis].leader for weight in self.reading for part in weight.dims[weight.reads or 0]}
         unread = [axis for axis in self.leaders if axis.leader not in read]
@@ -214,7 +218,7 @@ class Block:
         if attribute.epsilon is None:
             return width
         full = sum(self.width(part, {}) for part in attribute.parts)
-        return attribute.epsilon if width == full else attribute.epsilon * full / width
+        return attribute.epsilon if width in (0, full) else attribute.epsilon * full / width
 
     def shape(self, weight: Weight, kept: Mapping[str, int]) -> tuple[int, ...]:
         """Shape of a parameter if ``kept`` units are kept."""
@@ -226,6 +230,21 @@ class Block:
         if experts is not None and experts.active is not None:
             return prod(self.shape(weight, kept)[1:]) * experts.active
         return prod(self.shape(weight, kept))
+
+    def conv_state(self, kept: Mapping[str, int]) -> int:
+        """Elements that its convolution keeps between tokens: the last inputs of each channel, as many as the kernel
+        reads."""
+        convolutions = (weight for weight in self.weights if weight.depthwise and "conv" in self.spec.state)
+        return sum(prod(self.shape(weight, kept)) for weight in convolutions)
+
+    def scan_state(self, kept: Mapping[str, int]) -> int:
+        """Elements that its scan keeps between tokens; 0 without a scan. The copies of an axis are not counted."""
+        if not self.spec.scan_state:
+            return 0
+        return prod(
+            self.fixed[axis] if axis in self.fixed else self.units(Part(axis), kept) * self.axes[axis].unit
+            for axis in self.spec.scan_state
+        )
 
     def parameters(self, kept: Mapping[str, int]) -> int:
         """Parameters of the block and its norms."""

@@ -52,8 +52,8 @@ def _sizes(model: Any, anatomy: Anatomy, batches: list[torch.Tensor]) -> dict[st
         return hook
 
     def record_state(block: Block, inputs: ScanInputs) -> torch.Tensor:
-        assert block.scan_state is not None
-        name = block.scan_state.name
+        assert block.state_axis is not None
+        name = block.state_axis.name
         states[name] = states.get(name, 0) + state_squares(inputs)
         return inputs.C
 

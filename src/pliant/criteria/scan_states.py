@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pliant.anatomy import Block
-from pliant.compat.scan import ScanInputs, watching_scans
+from pliant.compat.scan import ScanInputs, watched_scan_inputs
 from pliant.device import to_float64
 
 
@@ -26,7 +26,7 @@ def watching_states(
     running: list[Block] = []
 
     def seen(inputs: ScanInputs) -> torch.Tensor:
-        axis = running[-1].scan_state if running else None
+        axis = running[-1].state_axis if running else None
         if axis is None or inputs.C.shape[2:] != (axis.copies, axis.size) or axis.size == 0:
             return inputs.C
         return watch(running[-1], inputs)
@@ -38,7 +38,7 @@ def watching_states(
             leave = module.register_forward_hook(lambda *_: running.clear(), always_call=True)
             stack.callback(enter.remove)
             stack.callback(leave.remove)
-        stack.enter_context(watching_scans(seen))
+        stack.enter_context(watched_scan_inputs(seen))
         yield
 
 

@@ -48,7 +48,7 @@ def _loss_increases(
     blocks = [[block for block in anatomy.blocks.values() if block.layer == layer] for layer in range(depth)]
     increases: dict[str, torch.Tensor] = {}
     called: set[tuple[str, str]] = set()
-    first = next((n for n in range(depth) if any(b.reading or b.scan_state for b in blocks[n])), depth)
+    first = next((n for n in range(depth) if any(b.reading or b.state_axis for b in blocks[n])), depth)
     batches = batches_of(model, windows, tokens)
     for number, ids in enumerate(batches, 1):
         with torch.no_grad():
@@ -137,8 +137,8 @@ def _of_factors(products: list[Product]) -> dict[tuple[str, int], torch.Tensor]:
     slopes: dict[tuple[str, int], torch.Tensor] = {}
     for block, weight, product in products:
         if weight is None:
-            assert block.scan_state is not None
-            of_axes = [(block.scan_state, to_float64(product.sum(2).flatten(0, 1)))]
+            assert block.state_axis is not None
+            of_axes = [(block.state_axis, to_float64(product.sum(2).flatten(0, 1)))]
         else:
             of_axes = list(by_unit(block, weight, to_float64(product.flatten(0, -2))))
         for axis, of_units in of_axes:

@@ -22,7 +22,7 @@ def measured_axes(anatomy: Anatomy) -> list[Axis]:
         for block, weight in readers(anatomy)
         for part in weight.dims[weight.reads or 0]
     }
-    names |= {state.name for block in anatomy.blocks.values() if (state := block.scan_state) is not None}
+    names |= {state.name for block in anatomy.blocks.values() if (state := block.state_axis) is not None}
     return [axis for axis in anatomy.axes.values() if axis.name in names]
 
 

@@ -34,6 +34,8 @@ def narrow(tensor: torch.Tensor, block: Block, weight: Weight, kept: Mapping[str
     It is a view if each dimension is one stretch; a fused dimension (q, k and v in one matrix, concatenated channels)
     is gathered into a copy.
     """
+    if weight.alone is not None and kept.get(str(weight.skips)) == 0:
+        tensor = weight.alone
     for position, dim in enumerate(weight.dims):
         stretches, start = [], 0
         for part in dim:
@@ -48,7 +50,7 @@ def narrow(tensor: torch.Tensor, block: Block, weight: Weight, kept: Mapping[str
         kept_in_all = sum(stretch.shape[position] for stretch in stretches)
         if start != kept_in_all:
             tensor = stretches[0] if len(stretches) == 1 else torch.cat(stretches, position)
-            if weight.rescaled:
+            if weight.rescaled and kept_in_all:
                 tensor = tensor * math.sqrt(start / kept_in_all)
     return tensor
 
@@ -58,16 +60,15 @@ def give_back(part: torch.Tensor, full: torch.Tensor, block: Block, weight: Weig
     """Write a gathered buffer back into the full one, such as the statistics that a batch norm collected in training.
 
     Arguments:
-        part: the result of :func:`narrow` for ``full``, which has one dimension; a view needs no writing back.
+        part: the result of :func:`narrow` for ``full``; a view needs no writing back.
     """
     if part.untyped_storage().data_ptr() == full.untyped_storage().data_ptr():
         return
-    start = taken = 0
-    for stretch in weight.dims[0]:
-        whole, width, pieces = block.width(stretch, {}), block.width(stretch, kept), block.pieces(stretch)
-        place = full.narrow(0, start, whole).unflatten(0, (pieces, whole // pieces)).narrow(1, 0, width // pieces)
-        place.copy_(part.narrow(0, taken, width).unflatten(0, (pieces, width // pieces)))
-        start, taken = start + whole, taken + width
+    elements = [
+        narrow(torch.arange(size, device=full.device), block, Weight("", (dim,)), kept)
+        for size, dim in zip(full.shape, weight.dims, strict=True)
+    ]
+    full[torch.meshgrid(*elements, indexing="ij")] = part
 
 
 def follow(layer: nn.Module, block: Block, kept: Mapping[str, int]) -> None:
