@@ -173,6 +173,25 @@ class Block:
         """The axes whose width can be chosen."""
         return tuple(axis for short, axis in self.axes.items() if axis.leader == short and axis.cut)
 
+    @property
+    def reading(self) -> tuple[Weight, ...]:
+        """The matrices whose inputs are units of the block and nothing else: ``down_proj`` reads channels, ``o_proj``
+        heads."""
+        return tuple(
+            weight
+            for weight in self.weights
+            if weight.reads is not None
+            and len(weight.dims) == 2
+            and all(part.axis in self.axes for part in weight.dims[weight.reads])
+        )
+
+    @property
+    def state_axis(self) -> Axis | None:
+        """The axis of the state of a scan: the only one that no matrix reads; None if the block has none."""
+        read = {self.axes[part.axis].leader for weight in self.reading for part in weight.dims[weight.reads or 0]}
+        unread = [axis for axis in self.leaders if axis.leader not in read]
+        return unread[0] if self.role == "scan" and len(unread) == 1 else None
+
     def units(self, part: Part, kept: Mapping[str, int]) -> int:
         """Units of ``part.axis`` if ``kept[leader]`` units are kept of each leader; a missing leader is full."""
         axis = self.axes[part.axis]
