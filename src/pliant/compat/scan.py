@@ -27,8 +27,8 @@ _watches: list[Watch] = []
 def watched_scans(watch: Watch) -> Iterator[None]:
     """Context in which every scan of a sequence shows its input and its output to ``watch``.
 
-    Both have the shape ``(batch, tokens, units, width)``: heads, or the channels of Mamba-1, whose width is 1. The output
-    contains the skip ``D``, but not yet the gate.
+    Both have the shape ``(batch, tokens, units, width)``: heads, or the channels of Mamba-1, whose width is 1. The
+    output contains the skip ``D``, but not yet the gate.
     """
     _watches.append(watch)
     try:
