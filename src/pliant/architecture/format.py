@@ -50,7 +50,7 @@ One YAML file beside this one describes the repeated layer of a family::
         elementwise: [gate.bias]    # tensors of two or more dimensions that are not matrices
         rescale: [norm]             # a norm over an axis: its epsilon and its weight change when the axis narrows, so
                                     # that cutting equals zeroing
-        skip: {D: state}            # weights that are all that remains of a scan whose axis has no units: weight -> axis
+        skip: {D: state}            # weights that alone remain of a scan whose axis has no units: weight -> axis
         roles: {q: q_proj, k: k_proj, v: v_proj, o: o_proj}    # the role of each weight, for native runs
     native:                         # optional: the parts that pliant's kernels need to run all layers in one call
       models:
