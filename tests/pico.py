@@ -22,7 +22,7 @@ FAMILIES = (  # each is one more use of words that are tried on the above: see t
     *("olmoe", "flex_olmo", "granitemoe", "granitemoeshared", "phimoe", "gpt_oss", "qwen2_moe", "mellum", "dots1"),
     *("glm4_moe", "deepseek_v3", "minimax_m2", "hunyuan_v1_moe", "ernie4_5_moe", "xlm-roberta", "camembert"),
     *("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h", "granitemoehybrid", "falcon_h1", "jamba"),
-    *("lfm2_moe", "zamba2"),
+    *("lfm2_moe", "kimi_linear", "zamba2"),
 )
 LAYOUTS = (  # where a run over every family would take too long: every trick that an architecture file can describe
     *("llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt2"),
@@ -110,6 +110,15 @@ _OWN |= {
     "glm4_moe": _ROUTED,
     "deepseek_v3": {**_ROUTED, "head_dim": None, "num_key_value_heads": 6, "q_lora_rank": 20, "kv_lora_rank": 16}
     | {"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    "kimi_linear": {
+        **_NO_HEAD_DIM,
+        "num_key_value_heads": 6,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 10,
+    }
+    | {"qk_nope_head_dim": 8, "num_experts": 4, "num_experts_per_token": 2, "moe_intermediate_size": 24}
+    | {"layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_heads": 5, "linear_head_dim": 8},
     "minimax_m2": _LOCAL,
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "ernie4_5_moe": {**_NO_HEAD_DIM, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24}

@@ -9,6 +9,7 @@ import pliant
 from pico import IDS, logits, pico, tokenizer
 from pliant.anatomy import Weight, anatomy_of
 from pliant.architecture.format import Part
+from pliant.compat.scan import watched_scan_inputs
 from pliant.elastic import Subnet, check, extract, reorder
 from pliant.elastic.activate import give_back, narrow
 
@@ -69,6 +70,16 @@ def test_an_unknown_argument_goes_to_transformers():
     given, named = arguments(SHAPES["one chunk"])
     with pytest.raises(ValueError, match="packed sequences"):
         ours(*given, **named, seq_idx=torch.zeros(2, 5, dtype=torch.int32))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_arguments_that_are_off_are_no_obstacle():
+    """granitemoehybrid passes ``output_router_logits`` on to its scan."""
+    model = pico("granitemoehybrid")
+    scans = []
+    with watched_scan_inputs(lambda inputs: scans.append(inputs) or inputs.C), torch.no_grad():
+        model(input_ids=IDS, use_cache=False)
+    assert len(scans) == 2
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -17,6 +17,7 @@ from pliant.elastic import Subnet, extract, macs, parameters
 from pliant.errors import ArchitectureError, ArtefactError, DataError, StepError, SubnetError
 from pliant.prune.imported_configs import parse_config
 from pliant.prune.put_back import Removal, put_backs
+from pliant.prune.ratio_target import by_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the kernels of Mamba are not installed
 TEXT = pliant.text([" ".join(f"word {i * j % 17}" for j in range(1, 30)) for i in range(1, 40)])
@@ -219,7 +220,7 @@ def test_removals_that_share_tensors_are_put_back_in_reverse_order():
     ]
     dense = parameters(anatomy)
     saves = MAMBA + OWN["attention"]
-    back = put_backs(anatomy, removals, saves / dense, OWN["attention"])
+    back = put_backs(by_parameters(anatomy), removals, saves / dense, OWN["attention"], anatomy.coupled())
     subnet = subnets[-1]
     for removal in back:
         subnet = removal.undone(subnet)
@@ -248,7 +249,7 @@ def test_adapters_are_trained_where_no_other_layer_reads_the_weights():
     pytest.importorskip("peft")
     model = pico("zamba2")
     given = {"steps": 2, "seqlen": 24, "batch_size": 2, "method": "lora"}
-    with pytest.raises(StepError, match="'q_proj' is a weight that several layers share"):
+    with pytest.raises(StepError, match="q_proj of this model cannot have an adapter: several layers share its weight"):
         pliant.apply(
             model, pliant.Recover(**given, target_modules=["q_proj"]), TEXT, tokenizer=tokenizer(), progress=False
         )
@@ -257,6 +258,7 @@ def test_adapters_are_trained_where_no_other_layer_reads_the_weights():
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert "model.layers.0.mamba.in_proj.weight" in changed
     assert not any("_proj.weight" in name and "shared_transformer" in name for name in changed)
+    assert "model.layers.4.shared_transformer.self_attn.linear_q_adapter_list.2.0.weight" in changed
 
 
 def test_a_cut_model_is_trained_and_its_layers_still_share_tensors(tmp_path):

@@ -88,6 +88,14 @@ class Anatomy:
             return ()
         return tuple(f"layers.{block.layer}.{kind}" for kind in self.architecture.inside(block.kind))
 
+    def coupled(self) -> dict[str, frozenset[str]]:
+        """Block -> names that it has in common with the blocks on which its saving depends: those that share its
+        tensors, and those that are inside the same block."""
+        return {
+            block.name: frozenset((*self.outside(block)[-1:], *([f"tied.{block.tied}"] if block.tied else [])))
+            for block in self.blocks.values()
+        }
+
     def alive(self, skip: Collection[str] = NONE) -> list[Block]:
         """The blocks except those in ``skip`` and those inside them."""
         removed = self.removed_with(skip)

@@ -55,8 +55,8 @@ class Axis:
 
     @property
     def fewest(self) -> int:
-        """The fewest units that can stay."""
-        return max(self.active or 0, self.least)
+        """The fewest units that can stay; every group keeps as many as one token uses, because it may use those."""
+        return max((self.active or 0) * self.groups, self.least)
 
     def allows(self, units: int) -> bool:
         """Whether this number of units can be kept."""
@@ -178,6 +178,25 @@ class Block:
     def leaders(self) -> tuple[Axis, ...]:
         """The axes whose width can be chosen."""
         return tuple(axis for short, axis in self.axes.items() if axis.leader == short and axis.cut)
+
+    @property
+    def reading(self) -> tuple[Weight, ...]:
+        """The matrices whose inputs are units of the block and nothing else: ``down_proj`` reads channels, ``o_proj``
+        heads."""
+        return tuple(
+            weight
+            for weight in self.weights
+            if weight.reads is not None
+            and len(weight.dims) == 2
+            and all(part.axis in self.axes for part in weight.dims[weight.reads])
+        )
+
+    @property
+    def state_axis(self) -> Axis | None:
+        """The axis of the state of a scan: the only one that no matrix reads; None if the block has none."""
+        read = {self.axes[part.axis].leader for weight in self.reading for part in weight.dims[weight.reads or 0]}
+        unread = [axis for axis in self.leaders if axis.leader not in read]
+        return unread[0] if self.role == "scan" and len(unread) == 1 else None
 
     def units(self, part: Part, kept: Mapping[str, int]) -> int:
         """Units of ``part.axis`` if ``kept[leader]`` units are kept of each leader; a missing leader is full."""

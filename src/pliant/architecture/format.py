@@ -9,7 +9,7 @@ One YAML file beside this one describes the repeated layer of a family::
     axes:                           # dimensions that can shrink
       kv:      {size: num_key_value_heads, unit: head_dim}
       heads:   {size: num_attention_heads, unit: head_dim, follows: kv}
-      experts: {size: num_local_experts, active: num_experts_per_tok}  # units that one token uses; at least these stay
+      experts: {size: num_local_experts, active: num_experts_per_tok}  # units of one token; a group keeps them
       wide:    {size: intermediate_size, multiple: 8}                  # cut only to multiples of 8, for a kernel
       whole:   {size: num_heads, unit: head_dim, cut: false}           # never cut
       rank:    {size: q_lora_rank, normed: true}                       # a norm runs over it: cutting is not zeroing
@@ -58,7 +58,7 @@ One YAML file beside this one describes the repeated layer of a family::
         elementwise: [gate.bias]    # tensors of two or more dimensions that are not matrices
         rescale: [norm]             # a norm over an axis: its epsilon and its weight change when the axis narrows, so
                                     # that cutting equals zeroing
-        skip: {D: state}            # weights that are all that remains of a scan whose axis has no units: weight -> axis
+        skip: {D: state}            # weights that alone remain of a scan whose axis has no units: weight -> axis
         roles: {q: q_proj, k: k_proj, v: v_proj, o: o_proj}    # the role of each weight, for native runs
     native:                         # optional: the parts that pliant's kernels need to run all layers in one call
       models:

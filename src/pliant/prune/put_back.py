@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
-from pliant.anatomy import Anatomy
-from pliant.elastic import Subnet, parameters
+from pliant.elastic import Subnet
 from pliant.errors import RatioError
-from pliant.prune.ratio_target import TOLERANCE
+from pliant.prune.ratio_target import TOLERANCE, Budget
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,13 @@ class Removal:
         return Subnet((subnet.skip - blocks) | (self.before.skip & blocks), tuple(sorted(keep)))
 
 
-def put_backs(anatomy: Anatomy, removals: Sequence[Removal], ratio: float, unit: int) -> list[Removal]:
+def put_backs(
+    budget: Budget,
+    removals: Sequence[Removal],
+    ratio: float,
+    unit: int,
+    coupled: Mapping[str, frozenset[str]] | None = None,
+) -> list[Removal]:
     """Removals to undo, in this order, to end at ``ratio`` or less than one unit above it.
 
     Only as many as needed are undone. Of the removals whose undoing leads there, the one with the largest loss increase
@@ -51,18 +56,19 @@ def put_backs(anatomy: Anatomy, removals: Sequence[Removal], ratio: float, unit:
 
     Arguments:
         removals: all moves in the order they were made; the last one reached at least ``ratio``.
-        unit: parameters of the smallest unit.
+        unit: cost of the smallest unit.
+        coupled: see :meth:`pliant.anatomy.Anatomy.coupled`; removals of such blocks are undone in reverse order, too.
 
     Raises:
         RatioError: no selection of these removals ends there.
     """
-    dense = parameters(anatomy)
-    removed = dense - parameters(anatomy, removals[-1].after) if removals else 0
+    dense = budget.dense
+    removed = dense - budget.size(removals[-1].after) if removals else 0
     excess = _excess(removed, dense, ratio)
     if excess < unit:
         return []
-    saved = [parameters(anatomy, removal.before) - parameters(anatomy, removal.after) for removal in removals]
-    chains = _chains(anatomy, removals)
+    saved = [max(0, budget.size(removal.before) - budget.size(removal.after)) for removal in removals]
+    chains = _chains(removals, coupled or {})
     back: list[Removal] = []
     while excess >= unit:
         # the last move of each chain can be undone next
@@ -82,7 +88,7 @@ def put_backs(anatomy: Anatomy, removals: Sequence[Removal], ratio: float, unit:
 
 
 def _excess(removed: int, dense: int, ratio: float) -> int:
-    """Parameters that may be put back."""
+    """Cost that may be put back."""
     return math.floor(removed - (ratio - TOLERANCE) * dense)
 
 
@@ -90,12 +96,11 @@ def _known(hurt: float) -> float:
     return -math.inf if math.isnan(hurt) else hurt
 
 
-def _chains(anatomy: Anatomy, removals: Sequence[Removal]) -> list[list[int]]:
-    """Indices of the removals that changed the same blocks, in order; or blocks that are tied or one inside the other,
-    where the order decides what a removal saves."""
+def _chains(removals: Sequence[Removal], coupled: Mapping[str, frozenset[str]]) -> list[list[int]]:
+    """Indices of the removals that changed the same blocks, or coupled ones, in order."""
     chains: list[tuple[frozenset[str], list[int]]] = []
     for index, removal in enumerate(removals):
-        changed = removal.blocks.union(*(_related(anatomy, name) for name in removal.blocks))
+        changed = removal.blocks.union(*(coupled.get(name, ()) for name in removal.blocks))
         same = [chain for chain in chains if chain[0] & changed]
         merged = changed.union(*(blocks for blocks, _ in same))
         indices = sorted([index, *(i for _, of_chain in same for i in of_chain)])
@@ -103,16 +108,8 @@ def _chains(anatomy: Anatomy, removals: Sequence[Removal]) -> list[list[int]]:
     return [indices for _, indices in chains]
 
 
-def _related(anatomy: Anatomy, name: str) -> set[str]:
-    """The outermost block around a block, and a name that tied blocks have in common."""
-    block = anatomy.blocks.get(name)
-    if block is None:
-        return set()
-    return {*anatomy.outside(block)[-1:], *(() if block.tied is None else (f"tied.{block.tied}",))}
-
-
 def _sums(chains: Sequence[Sequence[int]], saved: Sequence[int], most: int, part: int) -> int:
-    """Sizes that undoing ends of the chains can restore: bit ``n`` is set for ``n * part`` parameters, up to
+    """Sizes that undoing ends of the chains can restore: bit ``n`` is set for a cost of ``n * part``, up to
     ``most``."""
     bits, mask = 1, (1 << (most // part + 1)) - 1
     for chain in chains:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from pliant.anatomy import Anatomy, layers_of
+from pliant.anatomy import Anatomy, layers_of, output_of, probe
 from pliant.errors import MissingExtraError, StepError
 from pliant.runtime.dense import is_linear, stored_in_out
 from pliant.train.seeds import seeded
@@ -23,6 +23,8 @@ HALF = (torch.float16, torch.bfloat16)
 
 class Full:
     """All parameters of the model. Those in half precision are trained in float32 and rounded once, at the end."""
+
+    without: ClassVar[dict[str, str]] = {}
 
     def __init__(self, model: nn.Module):
         self.parameters = dict(model.named_parameters())
@@ -50,8 +52,11 @@ class Lora:
     """Low-rank adapters (Hu et al., 2021, arXiv 2106.09685) on linear layers of the blocks; the rest is frozen.
 
     Arguments:
-        targets: names of linear layers, such as ``q_proj``; if empty, all.
+        targets: names of linear layers, such as ``q_proj``; if empty, all that can have an adapter.
         seed: of the initial values of the adapters.
+
+    Attributes:
+        without: name of a linear layer that cannot have an adapter -> the reason.
 
     Raises:
         MissingExtraError: peft is not installed.
@@ -76,7 +81,17 @@ class Lora:
                 "method lora needs peft: pip install 'pliant[train]'; or choose method full"
             ) from None
         self._model = model
-        self._linears = linear_layers(model, anatomy, targets)
+        with seeded(model.device, seed):
+            self.without = _without_adapters(model, anatomy)
+        possible = sorted({_name(path) for path in linear_layers(model, anatomy)} - self.without.keys())
+        if wrong := [name for name in targets if name in self.without]:
+            raise StepError(
+                f"target_modules: {wrong[0]} of this model cannot have an adapter: {self.without[wrong[0]]}; choose "
+                f"from: {', '.join(possible)}"
+            )
+        if not possible:
+            raise StepError("no linear layer in the blocks of this model can have an adapter; choose method full")
+        self._linears = linear_layers(model, anatomy, targets or possible)
         self._given: dict[str, torch.Tensor] = {}
         settings = peft.LoraConfig(
             r=rank,
@@ -117,35 +132,64 @@ class Lora:
             del self._model.peft_config
 
 
+def _name(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+@torch.no_grad()
+def _without_adapters(model: Any, anatomy: Anatomy) -> dict[str, str]:
+    """The names of linear layers that cannot have an adapter, each with the reason.
+
+    Code may read the weight of a layer and never call it, as the mixers of Mamba do. An adapter on it would have no
+    effect until it is merged. peft refuses such layers of some models by their names. If several layers share a weight,
+    each would merge an adapter of its own into it.
+    """
+    import peft
+
+    linears = linear_layers(model, anatomy)
+    shared = {w.path.rpartition(".")[0] for b in anatomy.blocks.values() for w in b.weights if w.tied}
+    called: set[str] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda *_, path=path: called.add(path)) for path, module in linears.items()
+    ]
+    try:
+        output_of(model, probe(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    reasons = {_name(path): "the model reads its weight and never calls it" for path in linears if path not in called}
+    reasons |= {_name(path): "several layers share its weight" for path in shared}
+    for name in {_name(path) for path in linears} - reasons.keys():
+        alone: Any = nn.Module()
+        alone.config = model.config
+        alone.add_module(name, nn.Linear(1, 1))
+        try:
+            peft.LoraModel(alone, peft.LoraConfig(r=1, target_modules=[name]), "default")
+        except ValueError:
+            reasons[name] = f"peft refuses it in a {model.config.model_type}"
+    return dict(sorted(reasons.items()))
+
+
 def linear_layers(model: nn.Module, anatomy: Anatomy, targets: Sequence[str] = ()) -> dict[str, Any]:
     """The linear layers in the blocks of a model, by full path.
 
     Arguments:
-        targets: names of the layers to take; if empty, all but those whose weights several layers share.
+        targets: names of the layers to take; if empty, all.
 
     Raises:
-        StepError: no linear layer has one of the names, or several layers share its weight: adapters on it would
-            differ from layer to layer, and could not be merged.
+        StepError: no linear layer has one of the names.
     """
     layers = layers_of(model, anatomy.source)
     prefix = next(name for name, module in model.named_modules() if module is layers)
     found: dict[str, Any] = {}
-    shared = set()
     for block in anatomy.blocks.values():
         for weight in block.weights:
             path = weight.path.removesuffix(".weight")
             module = layers[block.layer].get_submodule(path) if path != weight.path else None
-            if is_linear(module) and weight.tied:
-                shared.add(path.rpartition(".")[2])
-            elif is_linear(module):
+            if is_linear(module):
                 found[f"{prefix}.{block.layer}.{path}"] = module
-    names = sorted({path.rpartition(".")[2] for path in found} - shared)
+    names = sorted({path.rpartition(".")[2] for path in found})
     for target in targets:
-        if target in shared:
-            raise StepError(
-                f"target_modules: {target!r} is a weight that several layers share, so it cannot have adapters; choose "
-                f"from: {', '.join(names)}; or choose method full"
-            )
         if target not in names:
             raise StepError(f"target_modules: unknown linear layer {target!r}; choose from: {', '.join(names)}")
     return {path: module for path, module in found.items() if not targets or path.rpartition(".")[2] in targets}
