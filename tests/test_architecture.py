@@ -124,6 +124,11 @@ def test_a_faulty_file_is_refused_with_the_fault(change, told):
         ("rescale", True, "rescale must be a list of names, not True"),
         ("skip", {"up": "channels"}, "one of its weights to an axis with 'least: 0', not 'up' to 'channels'"),
         ("skip", {"up": ["channels"]}, "skip must map one of its weights"),
+        ("counts", 3, "counts must be the name of a call argument, not 3"),
+        ("inside", ["mlp"], "inside must be the name of another block, not"),
+        ("inside", "mixer", "block 'mlp' is inside 'mixer'; it must be inside a block that all its layers have"),
+        ("inside", "mlp", "block 'mlp' is inside itself: mlp inside mlp"),
+        ("passes", "channels", "passes must be a dimension under 'fixed', not 'channels'"),
     ],
 )
 def test_a_faulty_word_about_a_block_is_refused_with_the_fault(key, value, told):

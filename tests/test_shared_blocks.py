@@ -2,6 +2,7 @@
 and 5 another."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,8 @@ def saved(model, folder):
 
 
 def reloaded(folder):
-    model, told = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, told = loaded
     assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()
 
