@@ -232,7 +232,7 @@ def test_a_block_that_a_model_does_not_need_is_not_a_removed_one(tmp_path):
     written = json.loads((tmp_path / "config.json").read_text("utf-8"))
     written["per_layer_config"]["1"]["skip"] = ["moe"]
     (tmp_path / "config.json").write_text(json.dumps(written), "utf-8")
-    with pytest.raises(ArtefactError, match="skips 'moe' in layer 1.* has the blocks attention, mlp"):
+    with pytest.raises(ArtefactError, match=r"skips 'moe' in layer 1.* has the blocks attention, mlp"):
         pliant.load(tmp_path)
 
 

@@ -14,6 +14,7 @@ from pico import IDS, logits, pico, tokenizer
 from pliant.anatomy import anatomy_of
 from pliant.checkpoint.per_layer_config import write
 from pliant.criteria.block_ranking import influence
+from pliant.criteria.unit_fisher import loss_increases
 from pliant.elastic import Subnet, extract, macs, parameters
 from pliant.errors import ArchitectureError, ArtefactError, DataError, StepError, SubnetError
 from pliant.prune.imported_configs import parse_config
@@ -228,6 +229,39 @@ def test_removals_that_share_tensors_are_put_back_in_reverse_order():
         subnet = removal.undone(subnet)
     assert [removal.unit for removal in back] == ["layers.4.attention"]
     assert dense - parameters(anatomy, subnet) == saves
+
+
+def test_a_model_of_2_7_billion_parameters_is_counted_as_published():
+    """Both by its own size, and by that of the untied copy with merged adapters that Mamba-Shedder starts from."""
+    with torch.device("meta"):
+        settings = transformers.AutoConfig.for_model("zamba2", n_mamba_heads=80, num_mem_blocks=2)
+        anatomy = anatomy_of(transformers.AutoModelForCausalLM.from_config(settings))
+    untied = anatomy.rest
+    for block in anatomy.blocks.values():
+        own = block.parameters({}, tied=False)
+        untied += own if block.tied is None else block.parameters({}) - own
+    assert untied == 3_828_481_440
+    assert parameters(anatomy) == untied - 7 * (91_755_520 + 78_645_760) + 9 * 2_949_120 == 2_662_214_560
+
+
+def test_fisher_information_of_a_shared_unit_is_that_of_one_factor_in_all_its_layers():
+    model = pico("zamba2")
+    anatomy = anatomy_of(model)
+    factor = torch.ones(*IDS.shape, 48, requires_grad=True)
+    handles = [
+        model.model.layers[layer].shared_transformer.feed_forward.down_proj.register_forward_pre_hook(
+            lambda _, args: (args[0] * factor,)
+        )
+        for layer in (1, 4)
+    ]
+    logits = model(input_ids=IDS, use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum")
+    (slopes,) = torch.autograd.grad(loss, factor)
+    for handle in handles:
+        handle.remove()
+    found = loss_increases(model, anatomy, IDS)["tied.layers.1.mlp.channels"]
+    expected = slopes.double().flatten(0, 1).square().sum(0) / (2 * IDS.numel())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-12)
 
 
 def test_inner_blocks_are_ranked_by_their_effect_through_the_outer_one():

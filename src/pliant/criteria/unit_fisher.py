@@ -48,17 +48,24 @@ def _loss_increases(
     blocks = [[block for block in anatomy.blocks.values() if block.layer == layer] for layer in range(depth)]
     increases: dict[str, torch.Tensor] = {}
     called: set[tuple[str, str]] = set()
+    tied = {axis.name for block in anatomy.blocks.values() if block.tied for axis in block.leaders}
     first = next((n for n in range(depth) if any(b.reading or b.state_axis for b in blocks[n])), depth)
     batches = batches_of(model, windows, tokens)
     for number, ids in enumerate(batches, 1):
         with torch.no_grad():
             entered = stream.run(ids, 0, depth)
         slope = _slope_of_loss(stream, ids, entered[depth], tokens)
+        slopes: dict[tuple[str, int], torch.Tensor] = {}  # of units that several layers share, summed over the layers
         for layer in within_limit(model, reversed(range(first, depth))):
             products, slope = _back(stream, ids, layer, entered.get(layer), slope, blocks[layer])
             called |= {(block.name, weight.path) for block, weight, _ in products if weight is not None}
-            for (name, _), of_tokens in _of_factors(products).items():
-                increases[name] = increases.get(name, 0) + of_tokens.square().sum(0).cpu() / (2 * windows.numel())
+            for (name, count), of_tokens in _of_factors(products).items():
+                if name in tied:
+                    slopes[name, count] = slopes.get((name, count), 0) + of_tokens
+                    continue
+                increases[name] = increases.get(name, 0) + _fisher(of_tokens) / windows.numel()
+        for (name, _), of_tokens in slopes.items():
+            increases[name] = increases.get(name, 0) + _fisher(of_tokens) / windows.numel()
         progress.step(number / len(batches), f"batch {number} of {len(batches)}")
     left_out = unheard(readers(anatomy), called)
     return {name: found for name, found in increases.items() if name in anatomy.axes and name not in left_out}
@@ -125,6 +132,11 @@ def _back(
     slopes = torch.autograd.grad(output, variables, slope)
     products = [(*call[:2], call[2] * gradient) for call, gradient in zip(calls, slopes, strict=False)]
     return products, slopes[-1]
+
+
+def _fisher(slopes: torch.Tensor) -> torch.Tensor:
+    """Half the Fisher information, summed over the tokens, from slopes of shape ``(tokens, units)``."""
+    return slopes.square().sum(0).cpu() / 2
 
 
 def _of_factors(products: list[Product]) -> dict[tuple[str, int], torch.Tensor]:
