@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -54,8 +54,8 @@ class Axis:
 
     @property
     def fewest(self) -> int:
-        """The fewest units that can stay."""
-        return max(self.active or 0, self.least)
+        """The fewest units that can stay; every group keeps as many as one token uses, because it may use those."""
+        return max((self.active or 0) * self.groups, self.least)
 
     def allows(self, units: int) -> bool:
         """Whether this number of units can be kept."""
@@ -82,6 +82,8 @@ class Weight:
             token.
         rescaled: for the weight of a norm over an axis, whether it is taken over the ``width`` or over each ``group``.
             It grows as the axis narrows, so that cutting equals zeroing. None for other tensors.
+        skips: it is all that remains of a scan once this axis has no units left; None for other weights.
+        alone: its value in that case, of its full shape; None if it stays as it is.
     """
 
     path: str
@@ -91,6 +93,8 @@ class Weight:
     buffer: bool = False
     depthwise: bool = False
     rescaled: str | None = None
+    skips: str | None = None
+    alone: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
     def identity(self, layer: nn.Module) -> int:
         """A number that is equal for two weights exactly if they are the same tensor."""
@@ -116,7 +120,7 @@ class Attribute:
         parts: the stretches whose sum it holds.
         measure: what it holds of each: ``width`` in elements, number of ``units``, or width of one ``group``.
         epsilon: for the epsilon of a norm over this measure, its value at full width: it is divided by the share of
-            elements that are kept. None for other attributes.
+            elements that are kept, unless none are. None for other attributes.
     """
 
     path: str
@@ -169,6 +173,25 @@ class Block:
         """The axes whose width can be chosen."""
         return tuple(axis for short, axis in self.axes.items() if axis.leader == short and axis.cut)
 
+    @property
+    def reading(self) -> tuple[Weight, ...]:
+        """The matrices whose inputs are units of the block and nothing else: ``down_proj`` reads channels, ``o_proj``
+        heads."""
+        return tuple(
+            weight
+            for weight in self.weights
+            if weight.reads is not None
+            and len(weight.dims) == 2
+            and all(part.axis in self.axes for part in weight.dims[weight.reads])
+        )
+
+    @property
+    def state_axis(self) -> Axis | None:
+        """The axis of the state of a scan: the only one that no matrix reads; None if the block has none."""
+        read = {leader for weight in self.reading for leader in self.leaders_of(weight.dims[weight.reads or 0])}
+        unread = [axis for axis in self.leaders if axis.leader not in read]
+        return unread[0] if self.role == "scan" and len(unread) == 1 else None
+
     def units(self, part: Part, kept: Mapping[str, int]) -> int:
         """Units of ``part.axis`` if ``kept[leader]`` units are kept of each leader; a missing leader is full."""
         axis = self.axes[part.axis]
@@ -204,6 +227,11 @@ class Block:
             (None, elements // max(1, units)),
         )
 
+    def leaders_of(self, dim: Sequence[Part]) -> set[str]:
+        """The leading axes that a tensor dimension depends on, by short name."""
+        numbers = (number for part in dim if part.axis in self.axes for number in self.by_leader(part))
+        return {leader for leader, _ in numbers if leader is not None}
+
     def measured(self, parts: Sequence[Part], measure: str, kept: Mapping[str, int]) -> int:
         """The ``units``, the ``width`` in elements, or the width of one ``group`` of a few stretches in all."""
         if measure == "units":
@@ -216,7 +244,7 @@ class Block:
         if attribute.epsilon is None:
             return now
         full = self.measured(attribute.parts, attribute.measure, {})
-        return attribute.epsilon if now == full else attribute.epsilon * full / now
+        return attribute.epsilon if now in (0, full) else attribute.epsilon * full / now
 
     def shape(self, weight: Weight, kept: Mapping[str, int]) -> tuple[int, ...]:
         """Shape of a parameter if ``kept`` units are kept."""
@@ -228,6 +256,21 @@ class Block:
         if experts is not None and experts.active is not None:
             return prod(self.shape(weight, kept)[1:]) * experts.active
         return prod(self.shape(weight, kept))
+
+    def conv_state(self, kept: Mapping[str, int]) -> int:
+        """Elements that its convolution keeps between tokens: the last inputs of each channel, as many as the kernel
+        reads."""
+        convolutions = (weight for weight in self.weights if weight.depthwise and "conv" in self.spec.state)
+        return sum(prod(self.shape(weight, kept)) for weight in convolutions)
+
+    def scan_state(self, kept: Mapping[str, int]) -> int:
+        """Elements that its scan keeps between tokens; 0 without a scan. The copies of an axis are not counted."""
+        if not self.spec.scan_state:
+            return 0
+        return prod(
+            self.fixed[axis] if axis in self.fixed else self.units(Part(axis), kept) * self.axes[axis].unit
+            for axis in self.spec.scan_state
+        )
 
     def parameters(self, kept: Mapping[str, int]) -> int:
         """Parameters of the block and its norms."""

@@ -139,13 +139,15 @@ def _tie(blocks: Mapping[str, Block], layers: nn.ModuleList) -> dict[str, Block]
 
 
 def described_by(config: Any) -> Architecture:
-    """The architecture for a config: the one that it carries, else the one known for its ``model_type``.
+    """The architecture for a config: the one that it carries, else the one known for its ``model_type``; without the
+    blocks that this model does not have.
 
     Raises:
         ArchitectureError: neither exists.
     """
     carried = getattr(config, "pliant_architecture", None)
-    return parse(config.model_type, carried) if carried else architecture_of(config.model_type)
+    architecture = parse(config.model_type, carried) if carried else architecture_of(config.model_type)
+    return architecture.of(plain_config(config))
 
 
 def blocks_of(layer: nn.Module, index: int, architecture: Architecture, plain: Any, layer_type: str) -> list[Block]:
@@ -196,13 +198,13 @@ def _read_block(
         norms: its norms that no other block of the layer has.
     """
     name, file = f"layers.{index}.{spec.kind}", f"{architecture.name}.yaml"
-    used = {part.axis for dims in spec.weights.values() for dim in dims or () for part in dim}
+    used = {part.axis for dims in spec.weights.values() for dim in dims or () for part in dim} | {*spec.scan_state}
     fixed = {axis: global_size(plain, key) for axis, key in architecture.fixed.items() if axis in used}
     weights, attributes = [], []
     for child, dims in spec.weights.items():
         path = spec.prefix + child
         target = _find(layer, path)
-        if target is None and child in spec.optional:
+        if child in spec.optional and (target is None or isinstance(target, nn.Identity)):
             continue
         if target is None:
             raise ArchitectureError(f"{name} has no {child!r}, which {file} lists")
@@ -236,6 +238,9 @@ def _read_block(
         attributes.append(Attribute(path, attribute, parts, value[0].partition(".")[2] or "units"))
 
     axes = read_axes(layer, spec, architecture, plain, name, weights, attributes, fixed)
+    for axis in spec.scan_state:
+        if axis not in axes and axis not in fixed:
+            raise ArchitectureError(f"{name}: {file} lists {axis!r} under 'scan_state', but no weight has that axis")
     attributes = [a for a in attributes if all(part.axis in axes or part.axis in fixed for part in a.parts)]
     norm_parameters = sum(p.numel() for norm in norms for p in layer.get_submodule(norm).parameters())
     removed = (*spec.modules[:-1], *norms)
@@ -264,7 +269,7 @@ def _tensor_weight(
     if not isinstance(target, nn.Parameter):
         return Weight(path, dims, buffer=True)
     if len(dims) < 2 or child in spec.elementwise:
-        return Weight(path, dims)
+        return Weight(path, dims, skips=spec.skip.get(child))
     return Weight(path, dims, reads=len(dims) - (2 if child in spec.transposed else 1))
 
 

@@ -115,7 +115,8 @@ def _read_family(
         Short name -> axis; None if no dimension is of this kind.
     """
     family = [leader, *(n for n, a in architecture.axes.items() if a.follows == leader)]
-    sizes = {member: global_size(plain, architecture.axes[member].size) for member in family}
+    # an axis whose size only a built layer shows has no followers, so that only the ratio of 1 is needed
+    sizes = {n: 1 if (axis := architecture.axes[n]).built else global_size(plain, axis.size) for n in family}
     wide = {member: global_size(plain, architecture.axes[member].unit) for member in family}
     ratios = {member: sizes[member] // sizes[leader] for member in family}
     given = {member: architecture.axes[member].copies for member in family}

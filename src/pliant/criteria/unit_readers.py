@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 
@@ -13,26 +13,32 @@ from pliant.architecture import Part
 def readers(anatomy: Anatomy) -> list[tuple[Block, Weight]]:
     """The matrices whose inputs are units of their block and nothing else: ``down_proj`` reads channels, ``o_proj``
     heads."""
-    return [
-        (block, weight)
-        for block in anatomy.blocks.values()
-        for weight in block.weights
-        if weight.reads is not None
-        and len(weight.dims) == 2
-        and all(part.axis in block.axes for part in weight.dims[weight.reads])
-    ]
+    return [(block, weight) for block in anatomy.blocks.values() for weight in block.reading]
 
 
-def read_axes(anatomy: Anatomy) -> list[Axis]:
-    """The axes that can be cut and determine the inputs of these matrices."""
+def measured_axes(anatomy: Anatomy) -> list[Axis]:
+    """The axes that can be cut and are measured on text: those that matrices read, and the states of scans."""
     names = {
         block.axes[leader].name
         for block, weight in readers(anatomy)
-        for part in weight.dims[weight.reads or 0]
-        for leader, _ in block.by_leader(part)
-        if leader is not None
+        for leader in block.leaders_of(weight.dims[weight.reads or 0])
     }
+    names |= {state.name for block in anatomy.blocks.values() if (state := block.state_axis) is not None}
     return [axis for axis in anatomy.axes.values() if axis.name in names]
+
+
+def unheard(watched: Iterable[tuple[Block, Weight]], called: Collection[tuple[str, str]]) -> set[str]:
+    """The axes with a reader that was never called: other code reads its weight, so its inputs are unknown.
+
+    Arguments:
+        called: (block, path of the weight) of the readers that were called.
+    """
+    return {
+        block.axes[leader].name
+        for block, weight in watched
+        if (block.name, weight.path) not in called
+        for leader in block.leaders_of(weight.dims[weight.reads or 0])
+    }
 
 
 def by_unit(block: Block, weight: Weight, elements: torch.Tensor) -> Iterator[tuple[Axis, torch.Tensor]]:

@@ -34,6 +34,8 @@ def narrow(tensor: torch.Tensor, block: Block, weight: Weight, kept: Mapping[str
     It is a view if each dimension is one stretch; a fused dimension (q, k and v in one matrix, concatenated channels)
     is gathered into a copy.
     """
+    if weight.alone is not None and kept.get(str(weight.skips)) == 0:
+        tensor = weight.alone
     for position, dim in enumerate(weight.dims):
         stretches, start = [], 0
         for part in dim:
@@ -45,7 +47,7 @@ def narrow(tensor: torch.Tensor, block: Block, weight: Weight, kept: Mapping[str
             tensor = stretches[0] if len(stretches) == 1 else torch.cat(stretches, position)
             if weight.rescaled is not None:
                 full, now = (block.measured(dim, weight.rescaled, of) for of in ({}, kept))
-                tensor = tensor * math.sqrt(full / now) if now != full else tensor
+                tensor = tensor * math.sqrt(full / now) if now not in (0, full) else tensor
     return tensor
 
 
@@ -64,17 +66,15 @@ def give_back(part: torch.Tensor, full: torch.Tensor, block: Block, weight: Weig
     """Write a gathered buffer back into the full one, such as the statistics that a batch norm collected in training.
 
     Arguments:
-        part: the result of :func:`narrow` for ``full``, which has one dimension; a view needs no writing back.
+        part: the result of :func:`narrow` for ``full``; a view needs no writing back.
     """
     if part.untyped_storage().data_ptr() == full.untyped_storage().data_ptr():
         return
-    start = taken = 0
-    for stretch in weight.dims[0]:
-        whole, width = block.width(stretch, {}), block.width(stretch, kept)
-        copies, groups, elements = pieces = block.pieces(stretch, kept)
-        place = full.narrow(0, start, whole).unflatten(0, block.pieces(stretch, {}))[:copies, :groups, :elements]
-        place.copy_(part.narrow(0, taken, width).unflatten(0, pieces))
-        start, taken = start + whole, taken + width
+    elements = [
+        narrow(torch.arange(size, device=full.device), block, Weight("", (dim,)), kept)
+        for size, dim in zip(full.shape, weight.dims, strict=True)
+    ]
+    full[torch.meshgrid(*elements, indexing="ij")] = part
 
 
 def follow(layer: nn.Module, block: Block, kept: Mapping[str, int]) -> None:
