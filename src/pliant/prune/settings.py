@@ -275,12 +275,13 @@ class WidthPruner(OrderedPruner, GreedyPruner):
         return self._groups(job, anatomy, {"attention"})
 
     def _groups(self, job: Job, anatomy: Anatomy, roles: Collection[str]) -> dict[str, int]:
-        """One expert, ``head_group`` heads, or ``mlp_group`` single channels."""
+        """One expert, ``head_group`` heads or groups of heads, or ``mlp_group`` single channels."""
         channels = self.mlp_group or max(1, job.model.config.get_text_config(decoder=True).hidden_size // 4)
         axes = {axis.leader: axis for axis in anatomy.axes.values()}
+        of_heads = {axis.grouped_by for axis in axes.values()}
         groups = {}
         for name in anatomy.axes_of(roles):
-            single = axes[name].unit == 1  # channels, or one rank of a latent
+            single = axes[name].unit == 1 and name not in of_heads  # channels, or one rank of a latent
             groups[name] = 1 if axes[name].active is not None else channels if single else self.head_group
         return groups
 
