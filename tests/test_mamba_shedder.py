@@ -7,10 +7,12 @@ import pytest
 import torch
 import transformers
 from torch.nn import functional
+from typer.testing import CliRunner
 
 import pliant
 from pico import IDS, logits, pico, tokenizer
 from pliant.anatomy import anatomy_of, layers_of
+from pliant.cli.main import app
 from pliant.compat.scan import watched_scans
 from pliant.elastic import Elastic, Subnet, extract, parameters
 from pliant.errors import ArtefactError, DataError, PliantError, RatioError, StepError
@@ -303,6 +305,34 @@ def folder_of_mamba(tmp_path):
     pico("mamba2").save_pretrained(tmp_path / "mamba2")
     tokenizer().save_pretrained(tmp_path / "mamba2")
     return tmp_path / "mamba2"
+
+
+def test_the_command_line_counts_steps_and_plans_the_recipe(folder_of_mamba, tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(TEXT.rows), "utf-8")
+    settings = ("samples=8", "seqlen=32", "stages=block:1, ssm:2", "skip=identity")
+    words = ["compress", str(folder_of_mamba), "--system", "mamba_shedder", "--data", str(tmp_path / "text.txt")]
+    words += ["--out", str(tmp_path / "small"), "--no-speed", "--windows", "2"]
+    words += [word for pair in settings for word in ("--set", pair)]
+    runner = CliRunner(env={"NO_COLOR": "1"})
+    outcome = runner.invoke(app, words, catch_exceptions=False)
+    assert outcome.exit_code == 0, outcome.output
+    assert "1-mamba_shedder" in [stage["stage"] for stage in pliant.plan(tmp_path / "small")["stages"]]
+    few, many = (pliant.MambaShedder(steps=steps).estimate(8, 30)[0] for steps in (1, 4))
+    assert 0 < few < many
+    shown = (tmp_path / "small" / "README.md").read_text("utf-8")
+    assert "Scans removed: 2. In their place x is multiplied by 1." in shown
+    with pytest.raises(StepError, match="exactly one of steps"):
+        runner.invoke(app, [*words[:-8], "--set", "target=ssm", "--overwrite"], catch_exceptions=False)
+    cut = ["--subnet", str(_config(tmp_path)), "--out", str(tmp_path / "cut")]
+    outcome = runner.invoke(app, ["compress", str(folder_of_mamba), *cut, "--no-speed"], catch_exceptions=False)
+    assert outcome.exit_code == 0, outcome.output
+    assert (pliant.load(tmp_path / "cut").backbone.layers[1].mixer.D == 1).all()
+
+
+def _config(folder):
+    path = folder / "pruning_config.json"
+    path.write_text(json.dumps({"pruned_mamba_block_idx": [], "pruned_ssm_idx": [1]}), "utf-8")
+    return path
 
 
 # The published configurations

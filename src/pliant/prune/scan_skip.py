@@ -1,4 +1,4 @@
-"""What remains of a scan whose state is removed: a skip that multiplies its input."""
+"""The skip that remains of a scan whose state is removed: a multiple of its input."""
 
 from __future__ import annotations
 

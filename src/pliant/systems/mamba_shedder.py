@@ -81,6 +81,12 @@ class MambaShedder(WidthPruner):
 
     skip: str = setting(SKIP_HELP, default=KEPT, choices=SKIPS)
 
+    mlp_group: int | None = setting(
+        "Channels of MLPs, or of the scans of Mamba-1, removed in one move. Default: a quarter of the hidden size.",
+        default=None,
+        at_least=1,
+    )
+
     head_group: int = setting(
         "Scan heads removed in one move, from each group of heads that shares B and C.", default=1, at_least=1
     )
