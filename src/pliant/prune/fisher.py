@@ -8,7 +8,7 @@ import torch
 
 from pliant.anatomy import Anatomy
 from pliant.criteria.unit_fisher import loss_increases
-from pliant.criteria.unit_readers import read_axes
+from pliant.criteria.unit_readers import measured_axes
 from pliant.elastic import Subnet, ratio
 from pliant.errors import StepError
 from pliant.measure.cost import COSTS, Cost
@@ -53,7 +53,7 @@ class FisherPruner(OrderedPruner, Pruner):
         pruning = self.begin(job)
         anatomy = pruning.anatomy
         self._reaching(
-            [(axis.name, units) for axis in read_axes(anatomy) for units in widths(axis, self.group)], anatomy
+            [(axis.name, units) for axis in measured_axes(anatomy) for units in widths(axis, self.group)], anatomy
         )
         windows = self.windows(job, self.samples, self.seed)
         with ordered(job, anatomy, self.order, windows):
@@ -63,7 +63,7 @@ class FisherPruner(OrderedPruner, Pruner):
                 check_loss(of_units.sum().item())
             subnet = self._reaching(self._cuts(anatomy, increases, pruning.cost(self.per)), anatomy)
             pruning.commit("fisher information", Move("all", subnet), None)
-            self.finish(pruning, job, step_moves(read_axes(anatomy), self.group))
+            self.finish(pruning, job, step_moves([anatomy.axes[name] for name in increases], self.group))
 
     def _cuts(self, anatomy: Anatomy, increases: Mapping[str, torch.Tensor], cost: Cost) -> Cuts:
         """All cuts; those with the smallest loss increase for what they save come first."""
