@@ -18,6 +18,7 @@ import torch
 from pliant.anatomy import Anatomy, Block, Weight, layers_of
 from pliant.device import to_float64
 from pliant.elastic import Elastic, Subnet
+from pliant.elastic.activate import give_back
 from pliant.forward.stream import Stream
 from pliant.forward.windows import batches_of, tokens_at_once, within_memory
 from pliant.pages import pages_of
@@ -84,10 +85,11 @@ def _repair(
                 weight = last_matrix(block)
                 seen: Seen = []
                 owner: Any = None
-                handle = None
+                handle = full = None
                 if weight is not None:
                     elastic.activate(Subnet())
                     owner = elastic.layers[layer].get_submodule(weight.path.rpartition(".")[0])
+                    full = owner.weight
                     saved |= {p: keep(p.detach()) for p in (owner.weight, owner.bias) if p is not None}
                     # with a copy of the output, which a layer may change in place
                     handle = owner.register_forward_hook(
@@ -100,8 +102,9 @@ def _repair(
                         handle.remove()
                 distance = None
                 factors = None if weight is None else _factors(seen, incoming, after)
-                if factors is not None:
+                if factors is not None and weight is not None and full is not None:
                     change = _refit(owner, seen, factors, after, targets[block.name], ridge)
+                    give_back(owner.weight, full, block, weight, subnet.kept(block))
                     before = _distance(after, targets[block.name])
                     if factors.normed or owner.weight.dtype.itemsize < change.itemsize:
                         after = advance(layer, subnet.without(*later[block.name]), cut)
