@@ -9,6 +9,7 @@ it can. The penalty is on the change of W, so that few tokens do not mislead the
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,7 @@ def repair(
 
     Returns:
         For each block: its name, and the mean square distance of the stream from the dense one before and after; None
-        for a block that does not end in a matrix, or a matrix and a norm, and is not refitted.
+        for a block that is not refitted: it does not end in a matrix, or a matrix and a norm, or others share it.
     """
     return within_memory(
         model,
@@ -59,6 +60,7 @@ def _repair(
     model: Any, anatomy: Anatomy, subnet: Subnet, batches: list[torch.Tensor], ridge: float, progress: Progress
 ) -> list[dict[str, Any]]:
     elastic, stream = Elastic(model.eval(), anatomy), Stream(model, anatomy)
+    tied = Counter(block.tied for block in anatomy.alive(subnet.skip) if block.tied is not None)
     pages = pages_of(model)
     keep = torch.clone if pages is None else pages.copy
     saved: dict[torch.Tensor, torch.Tensor] = {}
@@ -82,7 +84,8 @@ def _repair(
             for block in blocks:
                 if block.name in subnet.skip:
                     continue
-                weight = last_matrix(block)
+                # a refit in one layer would spoil the outputs of the other layers that use the matrix, too
+                weight = last_matrix(block) if tied[block.tied] < 2 else None
                 seen: Seen = []
                 owner: Any = None
                 handle = full = None

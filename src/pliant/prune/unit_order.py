@@ -27,8 +27,10 @@ def ordered(job: Job, anatomy: Anatomy, order: str, windows: torch.Tensor | None
     orders = {} if order == STORED else l1_orders(job.model, anatomy)
     if order not in ("l1", STORED):
         with job.progress.stage(f"order by {order}"):
-            # units that it does not measure, such as experts, which no matrix reads, keep their L1 order
-            orders |= by_falling(measured(job.model, anatomy, order, windows), anatomy)
+            sizes = measured(job.model, anatomy, order, windows)
+            if others := sorted({anatomy.axes[name].leader for name in orders.keys() - sizes.keys()}):
+                job.progress.note(f"  {order} measures no units of {', '.join(others)}: they are sorted by l1")
+            orders |= by_falling(sizes, anatomy)
     reorder(job.model, anatomy, orders)
     shapes = [parameter.shape for parameter in job.model.parameters()]
     try:
