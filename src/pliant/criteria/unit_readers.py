@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 import torch
 
 from pliant.anatomy import Anatomy, Axis, Block, Weight
+from pliant.architecture import Part
 
 
 def readers(anatomy: Anatomy) -> list[tuple[Block, Weight]]:
@@ -18,9 +19,11 @@ def readers(anatomy: Anatomy) -> list[tuple[Block, Weight]]:
 def measured_axes(anatomy: Anatomy) -> list[Axis]:
     """The axes that can be cut and are measured on text: those that matrices read, and the states of scans."""
     names = {
-        block.axes[block.axes[part.axis].leader].name
+        block.axes[leader].name
         for block, weight in readers(anatomy)
         for part in weight.dims[weight.reads or 0]
+        for leader, _ in block.by_leader(part)
+        if leader is not None
     }
     names |= {state.name for block in anatomy.blocks.values() if (state := block.state_axis) is not None}
     return [axis for axis in anatomy.axes.values() if axis.name in names]
@@ -53,8 +56,22 @@ def by_unit(block: Block, weight: Weight, elements: torch.Tensor) -> Iterator[tu
     start = 0
     for part in weight.dims[weight.reads]:
         width = block.width(part, {})
-        axis = block.axes[block.axes[part.axis].leader]
-        own = elements[..., start : start + width]
-        copies = block.axes[part.axis].copies
-        yield axis, own.unflatten(-1, (copies, axis.size, width // max(1, copies * axis.size))).sum((-3, -1))
+        yield from sums(block, part, elements[..., start : start + width])
         start += width
+
+
+def sums(block: Block, part: Part, elements: torch.Tensor) -> Iterator[tuple[Axis, torch.Tensor]]:
+    """For every leading axis that determines a stretch of a dimension, the sums over its units, shape ``(…, units)``.
+
+    Arguments:
+        elements: a value for every element of the stretch, shape ``(…, elements)``.
+    """
+    if part.axis not in block.axes:
+        return
+    (copied, _), (grouped, _), (leader, _), _ = nested = block.by_leader(part)
+    split = elements.unflatten(-1, [size for _, size in nested])
+    yield block.axes[str(leader)], split.sum((-4, -1)).flatten(-2)
+    if grouped is not None:
+        yield block.axes[grouped], split.sum((-4, -2, -1))
+    if copied is not None:
+        yield block.axes[copied], split.sum((-3, -2, -1))

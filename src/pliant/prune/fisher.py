@@ -14,7 +14,7 @@ from pliant.errors import StepError
 from pliant.measure.cost import COSTS, Cost
 from pliant.prune.moves import step_moves
 from pliant.prune.ratio_target import out_of_reach
-from pliant.prune.settings import OrderedPruner
+from pliant.prune.settings import OrderedPruner, Pruner
 from pliant.prune.unit_order import ordered
 from pliant.prune.width_cuts import cut_until, narrowed, widths
 from pliant.searches.greedy import Move, check_loss
@@ -23,7 +23,7 @@ from pliant.step import Job, setting
 Cuts = list[tuple[str, int]]
 
 
-class FisherPruner(OrderedPruner):
+class FisherPruner(OrderedPruner, Pruner):
     """Narrow MLPs and attentions where the loss depends on them least, without a search: the Fisher information of
     every channel and head is computed once (Kwon et al., "A Fast Post-Training Pruning Framework for Transformers",
     2022), and the groups with the smallest loss increase for what they save are removed from all layers. Within a layer
