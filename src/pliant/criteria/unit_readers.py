@@ -36,10 +36,12 @@ def unheard(watched: Iterable[tuple[Block, Weight]], called: Collection[tuple[st
         called: (block, path of the weight) of the readers that were called.
     """
     return {
-        block.axes[block.axes[part.axis].leader].name
+        block.axes[leader].name
         for block, weight in watched
         if (block.name, weight.path) not in called
         for part in weight.dims[weight.reads or 0]
+        for leader, _ in block.by_leader(part)
+        if leader is not None
     }
 
 

@@ -265,7 +265,7 @@ class WidthPruner(OrderedPruner, GreedyPruner):
 
     head_group: int = setting(
         "Key-value groups removed in one move, each with all query heads that share it; or heads of a scan, rounded up "
-        "to as many in each of its groups.",
+        "to as many in each of its groups; or whole groups of them.",
         default=1,
         at_least=1,
     )
@@ -285,9 +285,10 @@ class WidthPruner(OrderedPruner, GreedyPruner):
         """One expert, ``head_group`` heads, or ``mlp_group`` single channels; an eighth of a state."""
         channels = self.mlp_group or max(1, job.model.config.get_text_config(decoder=True).hidden_size // 4)
         axes = {axis.leader: axis for axis in sorted(anatomy.axes.values(), key=lambda axis: axis.size)}  # the widest
+        nests = {axis.grouped_by for axis in axes.values()}
         groups = {}
         for name in anatomy.axes_of(roles):
-            single = axes[name].unit == 1  # channels, or one rank of a latent
+            single = axes[name].unit == 1 and name not in nests  # channels, or one rank of a latent
             units = channels if single else self.head_group
             groups[name] = 1 if axes[name].active is not None else step_of(axes[name], units)
         return groups

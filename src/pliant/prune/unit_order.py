@@ -10,7 +10,7 @@ import torch
 from pliant.anatomy import Anatomy
 from pliant.criteria import by_falling, l1_orders
 from pliant.criteria.importance import measured
-from pliant.elastic import reorder
+from pliant.elastic.reorder import reorder, restore
 from pliant.step import Job
 
 STORED = "stored"
@@ -38,5 +38,5 @@ def ordered(job: Job, anatomy: Anatomy, order: str, windows: torch.Tensor | None
     except BaseException:  # Ctrl-C, too
         if shapes != [parameter.shape for parameter in job.model.parameters()]:
             raise  # the error came after the cut: the removed units cannot be restored
-        reorder(job.model, anatomy, {axis: torch.argsort(permutation) for axis, permutation in orders.items()})
+        restore(job.model, anatomy, orders)
         raise
