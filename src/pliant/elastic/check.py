@@ -23,7 +23,7 @@ from pliant.anatomy import (
     rounding,
 )
 from pliant.elastic.activate import Elastic, narrow
-from pliant.elastic.reorder import reorder
+from pliant.elastic.reorder import reorder, restore
 from pliant.elastic.subnet import Subnet
 from pliant.errors import ArchitectureError, WeightError
 
@@ -74,10 +74,7 @@ def _check_reorder(
     try:
         difference = (_output(model, inputs) - dense).abs().max().item()
     finally:
-        blocks = anatomy.blocks.values()
-        groups = {block.axes[axis.grouped_by].name for block in blocks for axis in block.leaders if axis.grouped_by}
-        for names in (orders.keys() & groups, orders.keys() - groups):  # groups first: orders count in the old ones
-            reorder(model, anatomy, {name: torch.argsort(orders[name]) for name in names})
+        restore(model, anatomy, orders)
     if not math.isfinite(difference):
         raise WeightError("the model's outputs on a few tokens are not finite numbers; check its weights")
     if not difference <= TOLERANCE * rounding(dense, next(model.parameters()).dtype):
