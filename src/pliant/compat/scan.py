@@ -1,9 +1,13 @@
-"""The scan of state-space models on a CPU, in chunks of matrix products, and scans whose state was removed.
+"""The scans of state-space models on a CPU, faster than those of transformers, and scans whose state was removed.
 
-transformers runs its reference scan on a CPU. It repeats B and C for every head and works in chunks of the model's
-size, which is meant for GPUs. Here B and C stay once per group, and a chunk is ``CHUNK`` tokens long. The functions
-that transformers' mixers call are replaced in the modeling files when these are imported. A call that has an unknown
-argument or tensors on another device, or that is compiled or traced, goes to transformers.
+transformers runs its reference scans on a CPU. That of Mamba-2 repeats B and C for every head and works in chunks of
+the model's size, which is meant for GPUs. That of Mamba-1 computes the factors of all tokens before it begins. Their
+steps of a single token compute the decay of a head anew for every element of its state, and allocate the state several
+times. Here B and C stay once per group, a scan keeps the tensors of a few tokens in the caches of the CPU, and a step
+changes the state in place.
+
+The functions that transformers' mixers call are replaced in the modeling files when these are imported. A call that
+has an unknown argument or tensors on another device, or that is compiled or traced, goes to transformers.
 """
 
 from __future__ import annotations
@@ -16,31 +20,53 @@ from typing import Any
 
 from pliant.architecture.format import EMPTY_STATE
 
-CHUNK = 64  # tokens
+CHUNK = 32  # tokens of a chunk of Mamba-2; twice as many for gradients, whose cost per chunk is higher
+ELEMENTS = 2**18  # of a tensor of all states in a chunk of Mamba-1: 1 MiB in float32
+FEWEST, MOST = 4, 64  # tokens of a chunk of Mamba-1
 
 
 def wrap_scans(module: ModuleType) -> None:
     """Replace the scan functions that a modeling file has."""
-    for name, scan in _SCANS.items():
-        original = getattr(module, name, None)
-        if original is not None and not hasattr(original, EMPTY_STATE):
-            setattr(module, name, _wrapped(original, scan))
+    for functions, without_state in ((_SCANS, True), (_STEPS, False)):
+        for name, function in functions.items():
+            original = getattr(module, name, None)
+            if original is not None and not hasattr(original, EMPTY_STATE):
+                setattr(module, name, _wrapped(original, function, without_state))
 
 
-def _wrapped(original: Callable[..., Any], scan: Callable[..., Any]) -> Callable[..., Any]:
-    parameters = inspect.signature(scan)
+def _wrapped(original: Callable[..., Any], function: Callable[..., Any], without_state: bool) -> Callable[..., Any]:
+    """A function that answers where it can, and else leaves the call to transformers.
+
+    Arguments:
+        without_state: it runs with a state of size 0, which transformers' does not.
+    """
+    known = inspect.signature(function).parameters
 
     @functools.wraps(original)
     def run(*args: Any, **kwargs: Any) -> Any:
-        try:
-            bound = parameters.bind(*args, **{name: value for name, value in kwargs.items() if value is not None})
-        except TypeError:  # an argument that the scan does not know
-            return original(*args, **kwargs)
-        result = scan(*bound.args, **bound.kwargs)
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        result = function(*args, **given) if given.keys() <= known.keys() else None
         return original(*args, **kwargs) if result is None else result
 
-    setattr(run, EMPTY_STATE, True)
+    setattr(run, EMPTY_STATE, without_state)
     return run
+
+
+def _ours(tensor: Any) -> bool:
+    """Whether a call on this tensor is computed here: on a CPU, neither compiled nor traced."""
+    import torch
+
+    from pliant.torch_private import observed
+
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not observed()
+
+
+def _step_sizes(dt: Any, bias: Any, softplus: bool) -> Any:
+    """The step sizes of a scan, in the dtype of ``dt``, as transformers computes them."""
+    from torch.nn import functional
+
+    dt = dt if bias is None else dt + bias.to(dt.dtype)
+    return functional.softplus(dt) if softplus else dt
 
 
 def mamba2_chunk_scan(
@@ -57,7 +83,7 @@ def mamba2_chunk_scan(
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     return_final_states: bool = False,
 ) -> Any:
-    """The scan of Mamba-2 (Dao and Gu, 2024, section 6); None on another device, or while torch compiles or traces.
+    """The scan of Mamba-2 (Dao and Gu, 2024, section 6), one chunk after another; None if it is left to transformers.
 
     Arguments:
         hidden_states: shape ``(batch, tokens, heads, head_dim)``.
@@ -67,52 +93,85 @@ def mamba2_chunk_scan(
         initial_states: shape ``(batch, heads, head_dim, state)``.
     """
     import torch
-    from torch.nn import functional
-
-    from pliant.torch_private import observed
 
     batch, tokens, heads, width = hidden_states.shape
-    groups, state = B.shape[2:]
+    groups, size = B.shape[2:]
     x = hidden_states.float()
-    skip = 0 if D is None else x * D[:, None].float()
-    if state == 0:
-        output = x.new_zeros(x.shape) + skip
+    skip = None if D is None else D[:, None].float()
+    if size == 0:
+        output = x.new_zeros(x.shape) if skip is None else x * skip
         return (output, x.new_zeros(batch, heads, width, 0)) if return_final_states else output
-    if hidden_states.device.type != "cpu" or torch.compiler.is_compiling() or observed():
+    if not _ours(hidden_states):
         return None
-    dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
-    dt = (functional.softplus(dt) if dt_softplus else dt).clamp(*dt_limit).float()
-    chunk = min(CHUNK, tokens)
-    padding = -tokens % chunk
-    count, shared = (tokens + padding) // chunk, heads // groups
+    shared = heads // groups
+    dt = _step_sizes(dt, dt_bias, dt_softplus).clamp(*dt_limit).float()
+    chunk = min(tokens, CHUNK * 2 if torch.is_grad_enabled() else CHUNK)
+    future = x.new_full((chunk, chunk), -torch.inf).triu_(1)
+    state = x.new_zeros(batch, heads, width, size) if initial_states is None else initial_states.float()
+    state = state.reshape(batch, groups, shared * width, size)
+    outputs = []
+    for rates, values, b, c in zip(
+        *(tensor.split(chunk, 1) for tensor in (dt * A.float(), x * dt[..., None], B.float(), C.float())), strict=True
+    ):
+        values, b, c = (tensor.transpose(1, 2) for tensor in (values, b, c))  # (batch, heads or groups, chunk, …)
+        count = rates.shape[1]
+        decay = rates.transpose(1, 2).cumsum(-1)  # (batch, heads, chunk)
+        weights = (decay[..., :, None] - decay[..., None, :]).add_(future[:count, :count]).exp_()
+        weights = weights.view(batch, groups, shared, count, count) * (c @ b.transpose(-1, -2)).unsqueeze(2)
+        carried = (c @ state.transpose(-1, -2)).view(batch, groups, count, shared, width).transpose(2, 3)
+        carried = carried.reshape(batch, heads, count, width) * decay.exp()[..., None]
+        outputs.append((weights.view(batch, heads, count, count) @ values + carried).transpose(1, 2))
+        remaining = (decay[..., -1:] - decay).exp()[..., None]  # of a token's contribution at the end of the chunk
+        added = (values * remaining).transpose(-1, -2).reshape(batch, groups, shared * width, count) @ b
+        state = torch.addcmul(added, state, _per_row(decay[..., -1].exp(), groups, width))
+    output = torch.cat(outputs, 1)
+    output = output if skip is None else torch.addcmul(output, x, skip)
+    return (output, state.view(batch, heads, width, size)) if return_final_states else output
 
-    def chunks(tensor: Any, *shape: int) -> Any:
-        """Shape ``(batch, tokens, n, …)`` as ``(batch, chunks, n, chunk, …)``."""
-        padded = functional.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, padding))
-        return padded.view(batch, count, chunk, *shape).transpose(2, 3)
 
-    decay = chunks(dt * A.float(), heads).cumsum(-1)  # (batch, chunks, heads, chunk)
-    x = chunks(x * dt[..., None], heads, width)  # (batch, chunks, heads, chunk, width)
-    B, C = chunks(B.float(), groups, state), chunks(C.float(), groups, state)  # (batch, chunks, groups, chunk, state)
-    future = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
-    weights = (decay[..., :, None] - decay[..., None, :]).masked_fill(future, -torch.inf).exp()
-    weights = weights.view(batch, count, groups, shared, chunk, chunk) * (C @ B.transpose(-1, -2)).unsqueeze(3)
-    output = weights.view(batch, count, heads, chunk, chunk) @ x
+def _per_row(heads: Any, groups: int, width: int) -> Any:
+    """Shape ``(batch, heads)`` as ``(batch, groups, heads of a group * width, 1)``: a value for each row of a state."""
+    return heads[..., None].expand(-1, -1, width).reshape(len(heads), groups, -1, 1)
 
-    left = (decay[..., -1:] - decay).exp()  # of a token's contribution at the end of its chunk
-    added = (x * left[..., None]).transpose(-1, -2).reshape(batch, count, groups, shared * width, chunk) @ B
-    added = added.view(batch, count, heads, width, state)
-    whole = decay[..., -1].exp()[..., None, None]
-    now = x.new_zeros(batch, heads, width, state) if initial_states is None else initial_states.float()
-    before = []
-    for number in range(count):
-        before.append(now)
-        now = now * whole[:, number] + added[:, number]
-    carried = C @ torch.stack(before, 1).view(batch, count, groups, shared * width, state).transpose(-1, -2)
-    carried = carried.view(batch, count, groups, chunk, shared, width).transpose(3, 4)
-    output = output + carried.reshape(batch, count, heads, chunk, width) * decay.exp()[..., None]
-    output = output.transpose(2, 3).reshape(batch, -1, heads, width)[:, :tokens] + skip
-    return (output, now) if return_final_states else output
+
+def mamba2_selective_state_update(
+    state: Any,
+    hidden_states: Any,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any = None,
+    dt_bias: Any = None,
+    dt_softplus: bool = False,
+) -> Any:
+    """One token of Mamba-2, which changes the state in place; None if it is left to transformers.
+
+    Arguments:
+        state: shape ``(batch, heads, head_dim, state)``.
+        hidden_states: shape ``(batch, heads, head_dim)``.
+        dt, A, dt_bias: one number per head, expanded to shape ``(batch, heads, head_dim)``, ``(heads, head_dim,
+            state)`` and ``(heads, head_dim)``.
+        D: shape ``(heads, head_dim)``.
+        B, C: shape ``(batch, groups, state)``.
+    """
+    import torch
+
+    batch, heads, width, size = state.shape
+    expanded = not any((dt.stride(2), *A.stride()[1:], 0 if dt_bias is None else dt_bias.stride(1)))
+    single = state.dtype == torch.float32 and hidden_states.dtype != torch.float64
+    in_place = state.is_contiguous() and not torch.is_grad_enabled()
+    if size == 0 or not (expanded and single and in_place and _ours(state)):
+        return None
+    groups = B.shape[1]
+    dt = _step_sizes(dt[..., 0], None if dt_bias is None else dt_bias[:, 0], dt_softplus).float()
+    x = hidden_states.float()
+    rows = state.view(batch * groups, -1, size)
+    rows.mul_(_per_row((dt * A[:, 0, 0].float()).exp(), groups, width).view(batch * groups, -1, 1))
+    rows.baddbmm_((x * dt[..., None]).view(batch * groups, -1, 1), B.float().reshape(batch * groups, 1, size))
+    output = (rows @ C.float().reshape(batch * groups, size, 1)).view(batch, heads, width)
+    output = output if D is None else output + x * D.float()
+    return output.to(hidden_states.dtype)
 
 
 def mamba_selective_scan(
@@ -127,24 +186,46 @@ def mamba_selective_scan(
     delta_softplus: bool = False,
     return_last_state: bool = False,
     use_mambapy: bool = False,
-    use_associative_scan: bool = False,
+    use_associative_scan: bool = False,  # only transformers' compiled scan is an associative one
 ) -> Any:
-    """The scan of Mamba-1 without its state, or None if it has one.
+    """The scan of Mamba-1 (Gu and Dao, 2023, section 3), one chunk after another; None if it is left to transformers.
 
     Arguments:
-        hidden_states, z: shape ``(batch, channels, tokens)``.
-        B: shape ``(batch, state, tokens)``.
-        D: shape ``(channels,)``.
+        hidden_states, dt, z: shape ``(batch, channels, tokens)``.
+        A: shape ``(channels, state)``.
+        B, C: shape ``(batch, state, tokens)``; a state of size 0 leaves only the skip ``D``.
+        D, delta_bias: shape ``(channels,)``.
     """
+    import torch
     from torch.nn import functional
 
-    if B.shape[1]:
+    size = B.shape[1]
+    state = torch.zeros(len(B), size, len(A), device=B.device)
+    if size == 0:
+        output = torch.zeros_like(hidden_states)
+    elif use_mambapy or hidden_states.dtype == torch.float64 or not _ours(hidden_states):
         return None
-    output = hidden_states * (0 if D is None else D[:, None])
-    if z is not None:
-        output = output * functional.silu(z)
-    state = hidden_states.new_zeros(*hidden_states.shape[:2], 0)
-    return (output, state) if return_last_state else output
+    else:
+        dt = _step_sizes(dt, None if delta_bias is None else delta_bias[:, None], delta_softplus)
+        dt = dt.float().permute(2, 0, 1).contiguous()  # (tokens, batch, channels)
+        added = dt * hidden_states.float().permute(2, 0, 1)
+        rates, b, c = A.float().t().contiguous(), B.float().permute(2, 0, 1), C.float().permute(2, 0, 1)
+        chunk = max(FEWEST, min(MOST, ELEMENTS // state.numel()))
+        gradients = torch.is_grad_enabled()
+        outputs = []
+        for steps, inputs, into, out_of in zip(*(tensor.split(chunk) for tensor in (dt, added, b, c)), strict=True):
+            decay = (steps[:, :, None] * rates).exp_()  # (chunk, batch, state, channels)
+            states = inputs[:, :, None] * into[..., None]
+            computed = []
+            for share, new in zip(decay.unbind(), states.unbind(), strict=True):
+                state = torch.addcmul(new, share, state) if gradients else new.addcmul_(share, state)
+                computed.append(state)
+            outputs.append(out_of[:, :, None] @ (torch.stack(computed) if gradients else states))
+        output = torch.cat(outputs)[:, :, 0].permute(1, 2, 0).to(hidden_states.dtype)
+    output = output if D is None else output + hidden_states * D[:, None]
+    output = output if z is None else output * functional.silu(z)
+    return (output, state.transpose(1, 2).contiguous()) if return_last_state else output
 
 
 _SCANS = {"mamba2_chunk_scan": mamba2_chunk_scan, "mamba_selective_scan": mamba_selective_scan}
+_STEPS = {"mamba2_selective_state_update": mamba2_selective_state_update}
