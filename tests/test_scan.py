@@ -16,6 +16,9 @@ from pliant.elastic.activate import give_back, narrow
 
 SCANS = hasattr(importlib.import_module("transformers.models.mamba2.modeling_mamba2"), "mamba2_chunk_scan")
 pytestmark = pytest.mark.skipif(not SCANS, reason="the scan of this transformers is not a function")
+FAMILIES = ("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h")
+WIDE = {"mamba": {}, "falcon_mamba": {}, "mamba2": {"state_size": 72}, "bamba": {"mamba_d_state": 72}}
+WIDE |= {"nemotron_h": {"ssm_state_size": 72}}  # so wide that pliant takes the decode step
 SHAPES = {  # batch, tokens, heads, width, groups, state
     "two groups": (2, 37, 8, 8, 2, 12),
     "one token": (1, 1, 4, 4, 1, 3),
@@ -108,6 +111,25 @@ def test_outputs_states_and_gradients_are_those_of_transformers(case):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_scan_is_as_precise_as_float32_allows():
+    """The cumulative decay of a long chunk, as transformers takes it, is not."""
+    given, named = arguments((1, 256, 6, 16, 2, 8))
+    named |= {"chunk_size": 256, "dt_limit": (0.0, float("inf"))}
+    x, dt, rates, b, c = (tensor.detach().double() for tensor in given)
+    dt = torch.nn.functional.softplus(dt + named["dt_bias"])
+    b, c = (tensor.repeat_interleave(3, 2) for tensor in (b, c))
+    state, outputs = named["initial_states"].double(), []
+    for token in range(256):
+        state = state * (dt[:, token] * rates).exp()[..., None, None]
+        state = state + (dt[:, token, :, None] * x[:, token])[..., None] * b[:, token, :, None]
+        outputs.append((state * c[:, token, :, None]).sum(-1) + named["D"][:, None] * x[:, token])
+    with torch.inference_mode():
+        results = scan()[0](*given, **named)
+    for found, exact in zip(results, (torch.stack(outputs, 1), state), strict=True):
+        close(found.double(), exact, 2e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("made", "shape"), [(arguments, "many chunks"), (channels, "a chunk and more")])
 def test_a_scan_goes_on_with_the_state_that_it_left(made, shape):
     """Mamba-1's takes no state; its outputs are those of a scan over fewer tokens."""
@@ -151,7 +173,7 @@ def test_mamba_1_in_bfloat16_is_computed_more_precisely_than_by_transformers():
     assert apart[0] <= apart[1] < 0.01
 
 
-STEPS = {"two groups": (2, 8, 4, 2, 5), "one group": (3, 6, 8, 1, 16)}
+STEPS = {"two groups": (2, 8, 16, 2, 17), "one group": (3, 6, 16, 1, 16)}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -165,6 +187,7 @@ def test_a_step_gives_the_output_and_the_state_of_transformers(shape):
     close(*outputs)
     close(*states)
     assert not states[0].equal(given[0])
+    assert not torch.equal(*states)  # so it was not left to transformers
     given, named = step(STEPS[shape], torch.bfloat16)
     with torch.inference_mode():
         results = [function(given[0].clone(), *given[1:], **named) for function in (ours, theirs)]
@@ -219,9 +242,9 @@ def states(model, ids, steps):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_cache_of_a_model_holds_the_states_that_transformers_leaves(name, stock):
-    model = pico(name)
+    model = pico(name, **WIDE[name])
     ids = torch.cat([IDS] * 8, 1)
     ours = states(model, ids, 3)
     stock(name)
@@ -232,9 +255,9 @@ def test_the_cache_of_a_model_holds_the_states_that_transformers_leaves(name, st
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_rows_of_a_padded_batch_are_those_of_single_rows(name):
-    model = pico(name)
+    model = pico(name, **WIDE[name])
     rows = [torch.cat([IDS] * 8, 1)[:1], IDS[1:, :7]]
     longest = rows[0].shape[1]
     ids, mask = torch.zeros(2, longest, dtype=torch.long), torch.zeros(2, longest, dtype=torch.long)
@@ -317,7 +340,6 @@ def test_a_traced_or_compiled_scan_is_that_of_transformers():
     assert ours(*again, **kept).shape[1] == 21
 
 
-FAMILIES = ("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h")
 PRUNED = pliant.text([" ".join(f"word {i * j % 17}" for j in range(1, 30)) for i in range(1, 40)])
 
 

@@ -23,6 +23,7 @@ from pliant.architecture.format import EMPTY_STATE
 CHUNK = 32  # tokens of a chunk of Mamba-2; twice as many for gradients, whose cost per chunk is higher
 ELEMENTS = 2**18  # of a tensor of all states in a chunk of Mamba-1: 1 MiB in float32
 FEWEST, MOST = 4, 64  # tokens of a chunk of Mamba-1
+STEP = 2**12  # elements of a state; a step of a smaller one is faster in transformers
 
 
 def wrap_scans(module: ModuleType) -> None:
@@ -158,12 +159,12 @@ def mamba2_selective_state_update(
     import torch
 
     batch, heads, width, size = state.shape
+    groups = B.shape[1]
     expanded = not any((dt.stride(2), *A.stride()[1:], 0 if dt_bias is None else dt_bias.stride(1)))
     single = state.dtype == torch.float32 and hidden_states.dtype != torch.float64
     in_place = state.is_contiguous() and not torch.is_grad_enabled()
-    if size == 0 or not (expanded and single and in_place and _ours(state)):
+    if state.numel() < STEP or not (expanded and single and in_place and _ours(state)):
         return None
-    groups = B.shape[1]
     dt = _step_sizes(dt[..., 0], None if dt_bias is None else dt_bias[:, 0], dt_softplus).float()
     x = hidden_states.float()
     rows = state.view(batch * groups, -1, size)
