@@ -14,7 +14,7 @@ from pliant.anatomy import anatomy_of, global_size
 from pliant.architecture import add_architecture, architecture_of, catalogue, families, known_families, parse
 from pliant.checkpoint.per_layer_config import write
 from pliant.elastic import Subnet, check, extract
-from pliant.errors import ArchitectureError, SubnetError
+from pliant.errors import ArchitectureError, ArtefactError, SubnetError
 from pliant.prune import block_moves, layer_moves
 
 GOOD = """
@@ -39,6 +39,13 @@ def test_every_file_that_ships_is_valid_and_tested():
     [
         ({"axes": {"channels": {}}}, "needs 'size'"),
         ({"axes": {"channels": {"size": "intermediate_size", "follows": "heads"}}}, "follows 'heads'"),
+        ({"axes": {"channels": {"size": "built"}}}, "axis 'channels': 'built' must come after a key of pliant's own"),
+        ({"axes": {"channels": {"size": "built or mlp_size"}}}, "'built' must come after a key of pliant's own"),
+        ({"axes": {"channels": {"size": "mlp_size or 2 * built"}}}, "'built' must come after a key of pliant's own"),
+        (
+            {"axes": {"channels": {"size": "size or built"}, "narrow": {"size": "size", "follows": "channels"}}},
+            "axis 'channels': .* neither follows another nor is followed",
+        ),
         ({"colour": "red"}, "unknown key 'colour'"),
         ({"layers": None}, "'layers' is missing"),
         ({"blocks": {"mlp": {"weights": {}}}}, "needs 'module'"),
@@ -109,11 +116,14 @@ def test_a_faulty_file_is_refused_with_the_fault(change, told):
         ("scan_state", ["heads"], "scan_state of block 'mlp': unknown axis 'heads'"),
         ("when", "conv", "when must be a list of names, not 'conv'"),
         ("tied", "yes", "tied must be true or false, not 'yes'"),
+        ("needs", ["experts"], r"block 'mlp': needs must be a config key, not \['experts'\]"),
         ("transposed", ["side"], "transposed names 'side', which is not one of its weights"),
         ("elementwise", ["side"], "elementwise names 'side', which is not one of its weights"),
         ("either", {}, "either must be a list of two or more variants, not {}"),
         ("either", [{"slot": "a"}, {}], "variant 1 of block 'mlp' has the unknown key 'slot'"),
         ("rescale", True, "rescale must be a list of names, not True"),
+        ("skip", {"up": "channels"}, "one of its weights to an axis with 'least: 0', not 'up' to 'channels'"),
+        ("skip", {"up": ["channels"]}, "skip must map one of its weights"),
     ],
 )
 def test_a_faulty_word_about_a_block_is_refused_with_the_fault(key, value, told):
@@ -199,6 +209,26 @@ def test_what_a_block_is_has_defaults_and_can_be_said():
     assert read["conv"].tied
     assert read["conv"].scan_state == ("channels",)
     assert [block.kind for block in parse("toy", raw).blocks_of("full_attention")] == ["mlp", "mixer", "looker"]
+
+
+def test_a_block_that_a_model_does_not_need_is_not_a_removed_one(tmp_path):
+    dense = pico("granitemoehybrid", num_local_experts=0)
+    anatomy = anatomy_of(dense)
+    assert {block.kind for block in anatomy.blocks.values()} == {"mamba", "attention", "mlp"}
+    assert "layers.0.moe" in anatomy_of(pico("granitemoehybrid")).blocks
+    assert anatomy.removed() == []
+    extract(dense, anatomy, Subnet().without("layers.1.mlp"))  # its norm is its own without experts
+    assert anatomy_of(dense).removed() == ["layers.1.mlp"]
+    assert not list(dense.model.layers[1].post_attention_layernorm.parameters())
+    write(dense)
+    assert dense.config.per_layer_config[1].skip == ["mlp"]
+    assert not hasattr(dense.config, "pliant_architecture")
+    dense.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    written["per_layer_config"]["1"]["skip"] = ["moe"]
+    (tmp_path / "config.json").write_text(json.dumps(written), "utf-8")
+    with pytest.raises(ArtefactError, match=r"skips 'moe' in layer 1.* has the blocks attention, mlp"):
+        pliant.load(tmp_path)
 
 
 def test_a_renamed_block_is_offered_like_any_other():
