@@ -174,4 +174,4 @@ def _runs_without_state(layer: nn.Module) -> bool:
     """Whether the scan of a layer runs with a state of size 0: pliant has replaced the one of transformers, if it is a
     function."""
     functions = vars(sys.modules[type(layer).__module__]).values()
-    return any(hasattr(function, EMPTY_STATE) for function in functions)
+    return any(getattr(function, EMPTY_STATE, False) for function in functions)
