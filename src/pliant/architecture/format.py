@@ -2,7 +2,8 @@
 
 One YAML file beside this one describes the repeated layer of a family::
 
-    models: [llama]                 # the ``model_type`` values of config.json that have this layout
+    models: [llama]                 # the ``model_type`` values of config.json that have this layout; or the class of a
+                                    # plain module
     layers: model.layers            # where the list of layers is
     output: tensor                  # what a layer returns: a tensor (default) or a tuple that begins with it
     fixed: {hidden: hidden_size}    # dimensions that no sub-network changes: name -> config key
