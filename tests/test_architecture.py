@@ -14,7 +14,7 @@ from pliant.anatomy import anatomy_of, global_size
 from pliant.architecture import add_architecture, architecture_of, catalogue, families, known_families, parse
 from pliant.checkpoint.per_layer_config import write
 from pliant.elastic import Subnet, check, extract
-from pliant.errors import ArchitectureError, SubnetError
+from pliant.errors import ArchitectureError, ArtefactError, SubnetError
 from pliant.prune import block_moves, layer_moves
 
 GOOD = """
@@ -39,6 +39,13 @@ def test_every_file_that_ships_is_valid_and_tested():
     [
         ({"axes": {"channels": {}}}, "needs 'size'"),
         ({"axes": {"channels": {"size": "intermediate_size", "follows": "heads"}}}, "follows 'heads'"),
+        ({"axes": {"channels": {"size": "built"}}}, "axis 'channels': 'built' must come after a key of pliant's own"),
+        ({"axes": {"channels": {"size": "built or mlp_size"}}}, "'built' must come after a key of pliant's own"),
+        ({"axes": {"channels": {"size": "mlp_size or 2 * built"}}}, "'built' must come after a key of pliant's own"),
+        (
+            {"axes": {"channels": {"size": "size or built"}, "narrow": {"size": "size", "follows": "channels"}}},
+            "axis 'channels': .* neither follows another nor is followed",
+        ),
         ({"colour": "red"}, "unknown key 'colour'"),
         ({"layers": None}, "'layers' is missing"),
         ({"blocks": {"mlp": {"weights": {}}}}, "needs 'module'"),
@@ -104,13 +111,19 @@ def test_a_faulty_file_is_refused_with_the_fault(change, told):
         ("role", "memory", "role must be one of attention, mlp, experts, conv, scan, other; not 'memory'"),
         ("state", "kv", "block 'mlp' has a state and needs 'slot'"),
         ("state", ["ring"], r"state must be one of kv, conv, scan, or a list of these; not \['ring'\]"),
+        ("state", ["scan"], "a block with the state 'scan' lists the axes that span it under scan_state"),
+        ("scan_state", ["channels"], "a block with the state 'scan' lists the axes that span it under scan_state"),
+        ("scan_state", ["heads"], "scan_state of block 'mlp': unknown axis 'heads'"),
         ("when", "conv", "when must be a list of names, not 'conv'"),
         ("tied", "yes", "tied must be true or false, not 'yes'"),
+        ("needs", ["experts"], r"block 'mlp': needs must be a config key, not \['experts'\]"),
         ("transposed", ["side"], "transposed names 'side', which is not one of its weights"),
         ("elementwise", ["side"], "elementwise names 'side', which is not one of its weights"),
         ("either", {}, "either must be a list of two or more variants, not {}"),
         ("either", [{"slot": "a"}, {}], "variant 1 of block 'mlp' has the unknown key 'slot'"),
         ("rescale", True, "rescale must be a list of names, not True"),
+        ("skip", {"up": "channels"}, "one of its weights to an axis with 'least: 0', not 'up' to 'channels'"),
+        ("skip", {"up": ["channels"]}, "skip must map one of its weights"),
     ],
 )
 def test_a_faulty_word_about_a_block_is_refused_with_the_fault(key, value, told):
@@ -185,6 +198,7 @@ def test_what_a_block_is_has_defaults_and_can_be_said():
     raw["blocks"] = {name: copy.deepcopy(raw["blocks"]["mlp"]) for name in ("mlp", "mixer", "looker", "conv")}
     raw["blocks"]["looker"] |= {"scores": "channels", "slot": "layer_idx"}
     raw["blocks"]["conv"] |= {"state": ["conv", "scan"], "slot": "index", "when": ["conv"], "tied": True}
+    raw["blocks"]["conv"]["scan_state"] = ["channels"]
     read = {block.kind: block for block in parse("toy", raw).blocks}
     assert {kind: (block.role, block.state, block.when) for kind, block in read.items()} == {
         "mlp": ("mlp", (), None),
@@ -193,7 +207,28 @@ def test_what_a_block_is_has_defaults_and_can_be_said():
         "conv": ("conv", ("conv", "scan"), ("conv",)),
     }
     assert read["conv"].tied
+    assert read["conv"].scan_state == ("channels",)
     assert [block.kind for block in parse("toy", raw).blocks_of("full_attention")] == ["mlp", "mixer", "looker"]
+
+
+def test_a_block_that_a_model_does_not_need_is_not_a_removed_one(tmp_path):
+    dense = pico("granitemoehybrid", num_local_experts=0)
+    anatomy = anatomy_of(dense)
+    assert {block.kind for block in anatomy.blocks.values()} == {"mamba", "attention", "mlp"}
+    assert "layers.0.moe" in anatomy_of(pico("granitemoehybrid")).blocks
+    assert anatomy.removed() == []
+    extract(dense, anatomy, Subnet().without("layers.1.mlp"))  # its norm is its own without experts
+    assert anatomy_of(dense).removed() == ["layers.1.mlp"]
+    assert not list(dense.model.layers[1].post_attention_layernorm.parameters())
+    write(dense)
+    assert dense.config.per_layer_config[1].skip == ["mlp"]
+    assert not hasattr(dense.config, "pliant_architecture")
+    dense.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    written["per_layer_config"]["1"]["skip"] = ["moe"]
+    (tmp_path / "config.json").write_text(json.dumps(written), "utf-8")
+    with pytest.raises(ArtefactError, match=r"skips 'moe' in layer 1.* has the blocks attention, mlp"):
+        pliant.load(tmp_path)
 
 
 def test_a_renamed_block_is_offered_like_any_other():
@@ -208,6 +243,16 @@ def test_a_renamed_block_is_offered_like_any_other():
         assert [move.unit.count("layers") for move in moves(renamed)(Subnet())] == [1] * len(moves(dense)(Subnet()))
     assert len(renamed.may_go(roles={"attention"})) == 4
     assert renamed.axes_of({"attention"}) == ["kv"]
+
+
+def test_the_state_of_a_scan_is_spanned_by_axes_of_its_weights():
+    model = pico("mamba2")
+    raw = copy.deepcopy(dict(anatomy_of(model).architecture.raw))
+    raw["axes"]["heads"] = {"size": "num_heads"}
+    raw["blocks"]["mamba"]["scan_state"] = ["heads", "state"]
+    model.config.pliant_architecture = raw
+    with pytest.raises(ArchitectureError, match="lists 'heads' under 'scan_state', but no weight has that axis"):
+        anatomy_of(model)
 
 
 def test_all_faults_are_told_at_once():

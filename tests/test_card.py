@@ -40,6 +40,11 @@ def test_the_table_does_without_quality():
     assert [name for name, _, _ in table(report)] == ["parameters", "weights", "KV cache per token"]
 
 
+def test_the_table_shows_states_of_a_fixed_size():
+    before, after = costs(2_000_000, {}) | {"state_bytes": 8192}, costs(1_600_000, {}) | {"state_bytes": 4096}
+    assert ("state of a sequence", "8,192 B", "4,096 B") in table(REPORT | {"before": before, "after": after})
+
+
 def _card(name="models/pico", history=(STEP,), report=REPORT):
     return card(SimpleNamespace(name_or_path=name), list(history), report)
 

@@ -3,14 +3,18 @@
 import json
 import random
 from itertools import pairwise
+from math import prod
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import pliant
-from pico import pico, tokenizer
+from pico import IDS, pico, tokenizer
 from pliant.anatomy import anatomy_of
-from pliant.elastic import Subnet
+from pliant.cli.show import show_inspection
+from pliant.compat.cache_argument import cache_argument
+from pliant.elastic import Subnet, cache_bytes, extract, macs, parameters, state_bytes, streamed_bytes
 from pliant.measure.cost import COSTS, cost_of
 from pliant.measure.speed.latency_table import Latency, measure_latency
 from pliant.prune.moves import block_moves, pooled, width_moves
@@ -25,6 +29,85 @@ def test_counted_costs_fall_with_every_removal(cost):
     of = cost_of(cost, model, anatomy)
     moves = pooled(block_moves(anatomy), width_moves(anatomy, {"channels": 8, "kv": 1}))
     assert all(of(move.subnet) < of(Subnet()) for move in moves(Subnet()))
+
+
+SCANS = {  # elements of the state of a scan, and of its convolution, in one layer
+    "mamba": (64 * 6, 64 * 4),
+    "mamba2": (8 * 8 * 10, (64 + 2 * 2 * 10) * 4),
+    "bamba": (12 * 8 * 10, (96 + 2 * 2 * 10) * 4),
+}
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_a_scan_costs_three_multiply_accumulates_per_element_of_its_state(name):
+    model = pico(name)
+    anatomy = anatomy_of(model)
+    scans = [block for block in anatomy.blocks.values() if block.role == "scan"]
+    scan, conv = SCANS[name]
+    assert [(block.scan_state({}), block.conv_state({})) for block in scans] == [(scan, conv)] * len(scans)
+    used = {"in_proj", "conv1d", "out_proj"} | ({"x_proj", "dt_proj"} if name == "mamba" else set())
+    matrices = anatomy.head
+    for path, parameter in model.named_parameters():
+        attention_or_mlp = "self_attn" in path or "feed_forward" in path
+        if path.endswith(".weight") and (attention_or_mlp or path.split(".")[-2] in used):
+            matrices += parameter.numel()
+    scores = sum(2 * 5 * 48 for block in anatomy.blocks.values() if block.role == "attention")
+    assert macs(anatomy, tokens=2, context=5) == 2 * (matrices + scores + len(scans) * 3 * scan)
+    assert state_bytes(anatomy, element=2) == len(scans) * (4 * scan + 2 * conv)
+    read = 2 * sum(parameter.numel() for parameter in model.parameters())
+    outside = anatomy.rest - anatomy.head
+    streamed = streamed_bytes(anatomy, element=2, context=7)
+    assert streamed == read - 2 * outside + 7 * cache_bytes(anatomy, element=2) + 2 * state_bytes(anatomy, element=2)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h", "lfm2"])
+def test_the_states_of_a_narrowed_model_take_the_bytes_that_are_counted(name, dtype):
+    model = pico(name)
+    anatomy = anatomy_of(model)
+    subnet = Subnet()
+    for index, axis in enumerate(anatomy.axes.values()):
+        if axis.leader in ("state", "scan", "channels") and index % 2:
+            subnet = subnet.keeping(axis.name, axis.size // 2)
+    extract(model, anatomy, subnet)
+    model.to(dtype)
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(input_ids=IDS[:1], **cache_argument(model, cache), use_cache=True)
+    held = 0
+    for layer in cache.layers:
+        for kind in ("conv_states", "recurrent_states"):
+            held += sum(state.nbytes for state in vars(layer).get(kind, {}).values() if state is not None)
+    assert held == state_bytes(anatomy, subnet, element=dtype.itemsize) > 0
+    assert pliant.inspect(model, self_check=False)["state_bytes"] == held
+
+
+def test_an_inspection_shows_the_state_of_a_sequence(capsys):
+    show_inspection(pliant.inspect(pico("mamba2"), self_check=False))
+    assert "16 KiB of state for a sequence" in " ".join(capsys.readouterr().out.split())
+    show_inspection(pliant.inspect(pico("llama"), self_check=False))
+    assert "of state" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_a_scan_without_a_state_costs_nothing(name):
+    anatomy = anatomy_of(pico(name))
+    block = next(block for block in anatomy.blocks.values() if block.role == "scan")
+    subnet = Subnet().keeping(f"{block.name}.state", 0)
+    assert block.scan_state(subnet.kept(block)) == 0
+    saved = 3 * SCANS[name][0]
+    weights = parameters(anatomy) - parameters(anatomy, subnet)
+    kept = sum(weight.path.endswith((".bias", "A_log")) * prod(block.shape(weight, {})) for weight in block.weights)
+    kept -= sum(
+        weight.path.endswith((".bias", "A_log")) * prod(block.shape(weight, subnet.kept(block)))
+        for weight in block.weights
+    )
+    assert macs(anatomy, context=0) - macs(anatomy, subnet, context=0) == saved + weights - kept
+    conv = block.conv_state({}) - block.conv_state(subnet.kept(block))
+    assert state_bytes(anatomy, element=2) - state_bytes(anatomy, subnet, element=2) == 4 * saved // 3 + 2 * conv
+    of = cost_of("bytes", pico(name), anatomy)
+    assert of(Subnet()) - of(subnet) == 4 * weights + 2 * (4 * saved // 3 + 4 * conv)
 
 
 def test_a_latency_table_adds_up_interpolates_and_survives_json():

@@ -6,20 +6,39 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache
 
 import pliant
-from pico import FAMILIES, IDS, config, head_of, logits, pico
-from pliant.anatomy import anatomy_of
+from pico import FAMILIES, IDS, config, head_of, logits, pico, tokenizer
+from pliant.anatomy import anatomy_of, plain_config
 from pliant.checkpoint.per_layer_config import write
 from pliant.compat.cache_argument import cache_argument
 from pliant.elastic import Subnet, check, extract, parameters
+from pliant.errors import ArtefactError
+from pliant.exporters.homogeneous import homogeneous
 from pliant.prune import width_moves
 
+_DELTA = {"head_dim": 8, "num_heads": 5, "short_conv_kernel_size": 3, "kda_layers": [1, 3], "full_attn_layers": [2, 4]}
 VARIANTS = {name: (name, {}) for name in FAMILIES} | {
+    "kimi_linear, low-rank queries and grouped experts": (
+        "kimi_linear",
+        {"q_lora_rank": 12, "num_experts": 8, "num_expert_group": 2},
+    ),
+    "deepseek_v3, grouped experts": ("deepseek_v3", {"n_routed_experts": 8, "n_group": 2}),
+    "kimi_linear, a config in the checkpoint's own words": (
+        "kimi_linear",
+        {"linear_attn_config": _DELTA, "layer_types": None, "linear_num_heads": None, "linear_head_dim": None},
+    ),
     "qwen3_moe, a layer without experts": ("qwen3_moe", {"mlp_only_layers": [1]}),
     "ernie4_5_moe, no shared expert": ("ernie4_5_moe", {"moe_num_shared_experts": 0}),
+    "granitemoehybrid, no experts, one group": ("granitemoehybrid", {"num_local_experts": 0, "mamba_n_groups": 1}),
+    "granitemoehybrid, no positions": ("granitemoehybrid", {"position_embedding_type": None}),
+    "falcon_h1, no norm": ("falcon_h1", {"mamba_rms_norm": False}),
+    "falcon_h1, norm before gate, one group": ("falcon_h1", {"mamba_norm_before_gate": True, "mamba_n_groups": 1}),
+    "jamba, no experts": ("jamba", {"num_experts": 1, "num_experts_per_tok": 1}),
 }
+VARIANTS = {variant: given for variant, given in VARIANTS.items() if given[0] in transformers.CONFIG_MAPPING}
 
 
 def narrower(anatomy):
@@ -125,6 +144,39 @@ def test_an_axis_may_lose_all_its_units_where_the_file_allows_it(tmp_path):
     assert anatomy_of(again).axes["layers.2.mlp.shared"].size == 0
 
 
+def test_a_size_that_only_a_built_layer_shows_is_written_and_cut_again(tmp_path):
+    model = pico("lfm2")
+    write(model)
+    assert not hasattr(model.config, "mlp_channels")
+    dense = anatomy_of(model).axes["layers.0.mlp.channels"].size
+    assert dense == model.model.layers[0].feed_forward.w1.out_features != model.config.intermediate_size
+    everywhere = [f"layers.{layer}.mlp.channels" for layer in range(4)]
+    for units in (200, 100):  # the first cut leaves no tensor of the dense size; it is not written before the second
+        extract(model, anatomy_of(model), Subnet(keep=tuple((axis, units) for axis in everywhere)))
+    write(model)
+    assert plain_config(model.config).mlp_channels == dense
+    model.save_pretrained(tmp_path / "cut")
+    again = pliant.load(tmp_path / "cut")
+    assert torch.equal(logits(again), logits(model))
+    extract(again, anatomy_of(again), Subnet().without("layers.0.mlp").keeping("layers.1.mlp.channels", 60))
+    write(again)
+    again.save_pretrained(tmp_path / "again")
+    last = pliant.load(tmp_path / "again")
+    assert torch.equal(logits(last), logits(again))
+    assert plain_config(last.config).mlp_channels == dense
+    assert [last.config.per_layer_config[layer].mlp_channels for layer in (1, 2, 3)] == [60, 100, 100]
+    assert {a.size for name, a in anatomy_of(last).axes.items() if "mlp" in name} == {60, 100}
+
+
+def test_layers_are_dropped_from_a_model_whose_width_only_a_built_layer_shows():
+    model = pico("lfm2")
+    extract(model, anatomy_of(model), Subnet().without("layers.2.conv", "layers.2.mlp"))
+    assert torch.allclose(logits(homogeneous(model)), logits(model), atol=5e-6)
+    extract(model, anatomy_of(model), Subnet(keep=tuple((f"layers.{i}.mlp.channels", 100) for i in (0, 1, 3))))
+    with pytest.raises(ArtefactError, match=r"w1.weight has shape \(100, 48\), but transformers builds"):
+        homogeneous(model)
+
+
 def test_every_axis_of_a_layer_with_and_without_experts_is_narrowed():
     model = pico("qwen2_moe")
     anatomy, job = anatomy_of(model), SimpleNamespace(model=model)
@@ -135,3 +187,23 @@ def test_every_axis_of_a_layer_with_and_without_experts_is_narrowed():
         "layers.2.mlp.shared",
         "layers.2.mlp.experts",
     }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "ratio"), [("lfm2", 0.19), ("lfm2_moe", 0.1), ("kimi_linear", 0.1)])
+def test_a_search_reuses_prefixes_across_mixers_of_two_kinds(name, ratio):
+    if name not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {name}")
+    text = pliant.text([" ".join(f"word {i * j % 17}" for j in range(1, 30)) for i in range(1, 40)])
+    found = []
+    for search in ("naive", "exact"):
+        step = pliant.BlockPruner(ratio=ratio, samples=4, seqlen=24, search=search)
+        model = pliant.apply(pico(name), step, text, tokenizer=tokenizer(), progress=False)
+        found.append(model.pliant_history[0]["subnet"])
+    assert found[0] == found[1]
+    assert found[0]["skip"]
+
+
+def test_every_group_of_experts_keeps_as_many_as_a_token_uses():
+    axis = anatomy_of(pico("deepseek_v3", n_routed_experts=12, n_group=2)).axes["layers.1.mlp.experts"]
+    assert [units for units in range(1, 13) if axis.allows(units)] == [4, 6, 8, 10, 12]

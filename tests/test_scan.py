@@ -9,6 +9,7 @@ import pliant
 from pico import IDS, logits, pico, tokenizer
 from pliant.anatomy import Weight, anatomy_of
 from pliant.architecture.format import Part
+from pliant.compat.scan import watched_scan_inputs
 from pliant.elastic import Subnet, check, extract, reorder
 from pliant.elastic.activate import give_back, narrow
 
@@ -43,7 +44,9 @@ def test_outputs_states_and_gradients_are_those_of_transformers(shape):
     results = []
     for function in scan():
         given, named = arguments(SHAPES[shape])
+        given[0] = given[0].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
         output, state = function(*given, **named)
+        output.view(*output.shape[:2], -1)  # as the mixer of falcon_h1 does
         leaves = [leaf for leaf in (*given, named["D"], named["initial_states"]) if leaf.requires_grad]
         results.append((output, state, *torch.autograd.grad(output.sum() + state.square().sum(), leaves)))
     for ours, theirs in zip(*results, strict=True):
@@ -67,6 +70,16 @@ def test_an_unknown_argument_goes_to_transformers():
     given, named = arguments(SHAPES["one chunk"])
     with pytest.raises(ValueError, match="packed sequences"):
         ours(*given, **named, seq_idx=torch.zeros(2, 5, dtype=torch.int32))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_arguments_that_are_off_are_no_obstacle():
+    """granitemoehybrid passes ``output_router_logits`` on to its scan."""
+    model = pico("granitemoehybrid")
+    scans = []
+    with watched_scan_inputs(lambda inputs: scans.append(inputs) or inputs.C), torch.no_grad():
+        model(input_ids=IDS, use_cache=False)
+    assert len(scans) == 2
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -162,3 +175,7 @@ def test_a_gathered_buffer_is_written_back_to_the_units_of_its_groups():
     changed = full.clone()
     give_back(part + 100, changed, block, weight, kept)
     assert changed.tolist() == [value + 100 if value in expected else value for value in full.tolist()]
+    weight = Weight("buffer", ((Part("one"),), *weight.dims), buffer=True)
+    changed = full[None].clone()
+    give_back(part[None] + 100, changed, block, weight, kept)
+    assert changed.tolist() == [[value + 100 if value in expected else value for value in full.tolist()]]

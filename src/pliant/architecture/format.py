@@ -9,18 +9,22 @@ One YAML file beside this one describes the repeated layer of a family::
     axes:                           # dimensions that can shrink
       kv:      {size: num_key_value_heads, unit: head_dim}
       heads:   {size: num_attention_heads, unit: head_dim, follows: kv}
-      experts: {size: num_local_experts, active: num_experts_per_tok}  # units that one token uses; at least these stay
+      experts: {size: num_local_experts, active: num_experts_per_tok}  # units of one token; a group keeps them
       wide:    {size: intermediate_size, multiple: 8}                  # cut only to multiples of 8, for a kernel
       whole:   {size: num_heads, unit: head_dim, cut: false}           # never cut
       rank:    {size: q_lora_rank, normed: true}                       # a norm runs over it: cutting is not zeroing
       shared:  {size: shared_size, least: 0}                           # the fewest units that can stay; default 1
       scan:    {size: num_heads, unit: head_dim, groups: n_groups}     # in equal groups; each keeps equally many
       state:   {size: state_size, copies: n_groups}                    # one copy after another, all cut alike
+      key:     {size: linear_num_key_heads, unit: linear_key_head_dim}
+      value:   {size: linear_num_value_heads, unit: linear_value_head_dim, groups: key}   # the units of an axis as its
+                                                                       # groups, which can be removed too
     blocks:                         # residual blocks, in the order in which they run
       attention:
         role: attention             # attention, mlp, experts, conv, scan or other; default: the block's name if it is
                                     # one of these, else attention if it has ``scores``, else other
         when: [full_attention]      # only in layers of these types (``layer_types`` in config.json); default: all
+        needs: num_local_experts    # only in models whose config sets this key, and not to 0; default: all
         state: kv                   # the state between tokens: kv, conv, scan or a list of these; needs ``slot``
         tied: true                  # it may share tensors with this block of other layers: cut alike, counted once
         module: self_attn           # the module that computes f in ``x + f(norm(x))``; see below for a list
@@ -33,6 +37,7 @@ One YAML file beside this one describes the repeated layer of a family::
                                     # axes without one
         slot: layer_idx             # the attribute that names its cache slot; it makes kv the default state
         scores: heads               # the axis that attention scores are computed over (for counting MACs)
+        scan_state: [scan, state]   # the axes that span the state of a scan; needed by a block with the state scan
         cached: {multi_query: 1}    # heads in the cache if this config key is set (the first that is); else ``scores``
         attributes: {num_heads: heads, split_size: heads.width}    # plain attributes that must follow an axis: its
                                     # units, its ``width`` in elements, or that of one ``group``; a list is added up
@@ -47,7 +52,8 @@ One YAML file beside this one describes the repeated layer of a family::
         transposed: [experts.up]    # stacks of matrices that are stored (in, out)
         elementwise: [gate.bias]    # tensors of two or more dimensions that are not matrices
         rescale: [norm]             # a norm over an axis: its epsilon and its weight change when the axis narrows, so
-                                    # that cutting equals zeroing
+                                    # that cutting equals zeroing; {norm: group} for a norm over each group alone
+        skip: {D: state}            # weights that alone remain of a scan whose axis has no units: weight -> axis
         roles: {q: q_proj, k: k_proj, v: v_proj, o: o_proj}    # the role of each weight, for native runs
     native:                         # optional: the parts that pliant's kernels need to run all layers in one call
       models:
@@ -60,17 +66,25 @@ One YAML file beside this one describes the repeated layer of a family::
       scale: scaling                # the attribute of attention that its scores are multiplied by
 
 An axis counts in units (heads, channels); ``unit`` is the width of one in elements. Sizes and units are numbers or
-config keys, or sums and products of those (``a * b``, ``a // b``, ``a + b``). If a key may be absent, ``n_inner or
-4 * hidden_size`` gives its default. If f has no module of its own, ``module: [fc1, fc2]`` lists the modules of the
-layer that compute it, and weights are named from the layer; the last module returns f. A norm that several blocks of a
-layer list is shared and stays.
+config keys, or sums and products of those (``a * b``, ``a // b``, ``a + b``). If a key may be absent, ``n_inner or 4 *
+hidden_size`` gives its default. A size that no key of the family holds gets a key of pliant's own, which only the
+config of a cut model has: ``shared_size or 2 * hidden_size``; or ``mlp_size or built`` if transformers computes the
+size in a way that has no words here, so that only a built layer shows it. If f has no module of its own, ``module:
+[fc1, fc2]`` lists the modules of the layer that compute it, and weights are named from the layer; the last module
+returns f. A norm that several blocks of a layer list is shared and stays.
+
+``groups`` and ``copies`` may name another axis instead of a number. Then each unit of that axis has one group, or one
+copy, and it is removed with them; every group that stays keeps equally many units. The units kept of an axis in groups
+are counted over all groups, so that their number does not depend on how many groups are kept. Of 8 value heads in 4
+groups, ``value: 4`` with ``key: 3`` keeps one in each of three groups: 3 heads in all, the number in ``config.json``.
+An axis that only names groups (those of Mamba-2, which no weight has) is read from the attribute that holds it.
 
 A block whose layout differs between layers lists its variants::
 
       mlp:
         module: mlp
         norms: [norm]
-        either:                     # the first whose weights all exist; it has no role, state, slot, tied or guard
+        either:                     # the first whose weights all exist; it has no role, state, slot, tied, needs, guard
           - weights: {gate.weight: [experts, hidden], experts.up: [experts, channels, hidden]}
             attributes: {gate.num_experts: experts}
           - weights: {up_proj: [dense, hidden], down_proj: [hidden, dense]}
@@ -90,7 +104,7 @@ attends to (``window``) and whether it applies rotary positions (``rotates``); `
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pliant.errors import ArchitectureError
@@ -106,8 +120,10 @@ class AxisSpec:
         multiple: a cut axis keeps a multiple of this many units.
         normed: a norm is taken over all units together, so cutting a unit differs from zeroing it.
         least: the fewest units that can stay.
-        groups: number of equal groups that the units are in; every group keeps equally many.
-        copies: how often the units are repeated in a tensor dimension; all copies are cut alike.
+        groups: number of equal groups that the units are in, or the axis whose units they are; every group keeps
+            equally many.
+        copies: how often the units are repeated in a tensor dimension, or the axis whose units have one copy each; all
+            copies are cut alike.
     """
 
     size: str
@@ -120,6 +136,11 @@ class AxisSpec:
     least: int = 1
     groups: int | str = 1
     copies: int | str = 1
+
+    @property
+    def built(self) -> bool:
+        """Whether only a built layer shows the size, unless the config has the key."""
+        return BUILT in self.size.split()
 
     @property
     def config_key(self) -> str | None:
@@ -137,6 +158,8 @@ class Part:
 
 
 WHOLE = "whole"
+BUILT = "built"
+"""The last alternative of a size that only a layer shows that transformers has built."""
 EMPTY_STATE = "_pliant_empty_state"
 """Mark of a scan function of transformers that pliant has replaced by one that runs with a state of size 0."""
 ROLES = ("attention", "mlp", "experts", "conv", "scan", "other")
@@ -157,15 +180,19 @@ class BlockSpec:
         residual: the argument to which the module adds f; None if the layer adds it.
         guard: the config key that is overridden where the block is removed, so that transformers alone refuses the
             config; None for the norm epsilon, or the keys of its axes.
+        scan_state: the axes, or fixed dimensions, that span the state of its scan.
         cached: config key -> number of heads in the cache if this is the first key that is set.
         roles: role -> name of the weight.
         role: the kind of block: attention, mlp, experts, conv, scan or other.
         state: the states that it keeps between tokens; empty if none.
         when: the types of the layers that have it; None for all layers.
+        needs: the config key without which a model does not have it; None if every model of the family has it.
         either: the layouts that it may have; the first whose weights all exist applies.
         transposed: stacks of matrices that are stored (in, out).
         elementwise: weights of two or more dimensions that are not matrices.
-        rescale: norms over an axis, whose epsilon and weight make up for a narrower axis.
+        rescale: norms over an axis, whose epsilon and weight make up for a narrower axis -> whether it is taken over
+            the whole ``width`` or over each ``group``.
+        skip: weights that are all that remains of a scan whose axis has no units left: weight -> that axis.
         tied: its tensors may be shared with the same block of other layers.
     """
 
@@ -179,16 +206,19 @@ class BlockSpec:
     guard: str | None = None
     slot: str | None = None
     scores: str | None = None
+    scan_state: tuple[str, ...] = ()
     cached: dict[str, int | str] | None = None
     attributes: dict[str, tuple[str, ...]] | None = None
     roles: Mapping[str, str] = field(default_factory=dict)
     role: str = "other"
     state: tuple[str, ...] = ()
     when: tuple[str, ...] | None = None
+    needs: str | None = None
     either: tuple[BlockSpec, ...] = ()
     transposed: frozenset[str] = frozenset()
     elementwise: frozenset[str] = frozenset()
-    rescale: frozenset[str] = frozenset()
+    rescale: Mapping[str, str] = field(default_factory=dict)
+    skip: Mapping[str, str] = field(default_factory=dict)
     tied: bool = False
 
     @property
@@ -245,6 +275,14 @@ class Architecture:
     raw: Mapping[str, Any] = field(repr=False, compare=False)
     native: NativeSpec | None = None
 
+    def of(self, plain: Any) -> Architecture:
+        """The architecture without the blocks that a model does not have.
+
+        Arguments:
+            plain: the dense model's config.
+        """
+        return replace(self, blocks=tuple(b for b in self.blocks if b.needs is None or getattr(plain, b.needs, None)))
+
     def blocks_of(self, layer_type: str) -> tuple[BlockSpec, ...]:
         """The blocks that a layer of this type has."""
         return tuple(block for block in self.blocks if block.when is None or layer_type in block.when)
@@ -257,7 +295,13 @@ class Architecture:
         """The axes of a block that follow no other axis, in file order."""
         weights = (dims for layout in block.layouts for dims in layout.weights.values())
         used = {part.axis for dims in weights for dim in dims or () for part in dim}
+        used |= {named for name in used & set(self.axes) for named in self.named_by(name)}
         return tuple(name for name, axis in self.axes.items() if axis.follows is None and name in used)
+
+    def named_by(self, axis: str) -> tuple[str, ...]:
+        """The axes whose units are the groups or copies of an axis."""
+        named = (self.axes[self.leader(axis)].groups, self.axes[axis].copies)
+        return tuple(str(name) for name in named if name in self.axes)
 
 
 def factors(alternative: str) -> list[list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pliant.architecture.format import (
+    BUILT,
     MEASURES,
     ROLES,
     STATES,
@@ -20,13 +21,13 @@ from pliant.architecture.format import (
 from pliant.errors import ArchitectureError
 
 _NATIVE = tuple(NativeSpec.__dataclass_fields__)
-_LAYOUT = {"module", "norms", "output", "residual", "scores", "cached", "attributes", "weights"}
-_LAYOUT |= {"transposed", "elementwise", "rescale", "roles"}
+_LAYOUT = {"module", "norms", "output", "residual", "scores", "scan_state", "cached", "attributes", "weights"}
+_LAYOUT |= {"transposed", "elementwise", "rescale", "skip", "roles"}
 _KEYS = {
     "file": {"models", "layers", "output", "fixed", "axes", "blocks", "native"},
     "native": set(_NATIVE),
     "axis": {"size", "unit", "follows", "cut", "active", "multiple", "normed", "least", "groups", "copies"},
-    "block": {*_LAYOUT, "guard", "slot", "role", "state", "when", "either", "tied"},
+    "block": {*_LAYOUT, "guard", "slot", "role", "state", "when", "needs", "either", "tied"},
     "variant": _LAYOUT,
 }
 _LATER = {  # keys that other families need and that are not supported yet; ignoring one would misread the file
@@ -82,6 +83,19 @@ class _Parser:
                 self.faults.append(
                     f"axis {axis!r} follows {spec.follows!r}; it must follow a declared axis that follows no other"
                 )
+            in_family = spec.follows or any(other.follows == axis for other in self.axes.values())
+            if spec.built and (in_family or spec.size != f"{spec.config_key} or {BUILT}"):
+                self.faults.append(
+                    f"axis {axis!r}: {BUILT!r} must come after a key of pliant's own, as in 'mlp_size or {BUILT}', and "
+                    "such an axis neither follows another nor is followed"
+                )
+            for word, named in (("groups", spec.groups), ("copies", spec.copies)):
+                other = self.axes.get(str(named))
+                if other and (other.follows or other.least < 1 or (other.groups, other.copies) != (1, 1)):
+                    self.faults.append(
+                        f"axis {axis!r}: {word} names the axis {named!r}, which must follow no other, have neither "
+                        "groups nor copies, and keep at least 1 unit"
+                    )
         blocks = tuple(self.block(kind, spec) for kind, spec in self.mapping("the file", top, "blocks").items())
         native = self.native(top["native"]) if "native" in top else None
         if top.get("output", "tensor") not in ("tensor", "tuple"):
@@ -171,9 +185,10 @@ class _Parser:
     def block(self, kind: str, given: Any) -> BlockSpec:
         where = f"block {kind!r}"
         spec = self.known(where, given, "block")
-        whole = {key: spec[key] for key in ("guard", "slot") if key in spec}
-        if spec.get("guard") is not None and not isinstance(spec["guard"], str):
-            self.faults.append(f"{where}: guard must be a config key, not {spec['guard']!r}")
+        whole = {key: spec[key] for key in ("guard", "slot", "needs") if key in spec}
+        for word in ("guard", "needs"):
+            if spec.get(word) is not None and not isinstance(spec[word], str):
+                self.faults.append(f"{where}: {word} must be a config key, not {spec[word]!r}")
         if spec.get("slot") is not None and not isinstance(spec["slot"], str):
             self.faults.append(f"{where}: slot must be the name of an attribute, not {spec['slot']!r}")
         if not isinstance(spec.get("tied", False), bool):
@@ -237,6 +252,14 @@ class _Parser:
                 self.size(f"cached {key!r} of {where}", given)
         if spec.get("scores") is not None:
             self.part(f"scores of {where}", spec["scores"])
+        scan_state = self.words(where, spec, "scan_state") or ()
+        for axis in scan_state:
+            self.part(f"scan_state of {where}", axis)
+        if ("scan" in whole["state"]) != bool(scan_state):
+            self.faults.append(
+                f"{where}: a block with the state 'scan' lists the axes that span it under scan_state, and no other "
+                f"block does; not {spec.get('scan_state')!r}"
+            )
         roles = spec.get("roles") or {}
         if not isinstance(roles, dict) or not all(
             role in WEIGHT_ROLES and isinstance(weight, str) and weight in weights for role, weight in roles.items()
@@ -244,12 +267,23 @@ class _Parser:
             self.faults.append(
                 f"{where}: roles must map {', '.join(WEIGHT_ROLES)} to weights of the block, not {roles!r}"
             )
-        lists = {
-            word: self.words(where, spec, word) or () for word in ("norms", "transposed", "elementwise", "rescale")
-        }
-        for word in ("transposed", "elementwise", "rescale"):
-            for weight in sorted(set(lists[word]) - set(weights)):
+        lists = {word: self.words(where, spec, word) or () for word in ("norms", "transposed", "elementwise")}
+        rescale = spec.get("rescale") or {}
+        if not isinstance(rescale, dict):
+            rescale = dict.fromkeys(self.words(where, spec, "rescale") or (), "width")
+        if not all(measure in MEASURES for measure in rescale.values()):
+            self.faults.append(
+                f"{where}: rescale must list norms, or map each to {' or '.join(MEASURES)}; not {spec['rescale']!r}"
+            )
+        for word, named in (*lists.items(), ("rescale", rescale)):
+            for weight in sorted(set(named) - set(weights)) if word != "norms" else ():
                 self.faults.append(f"{where}: {word} names {weight!r}, which is not one of its weights")
+        skip = self.mapping(where, spec, "skip")
+        for weight, axis in skip.items():
+            if weight not in weights or str(axis) not in self.axes or self.axes[str(axis)].least:
+                self.faults.append(
+                    f"{where}: skip must map one of its weights to an axis with 'least: 0', not {weight!r} to {axis!r}"
+                )
         return BlockSpec(
             kind=kind,
             modules=tuple(map(str, modules)) if isinstance(modules, list) and modules else (str(modules),),
@@ -259,12 +293,14 @@ class _Parser:
             returns_tuple=spec.get("output") == "tuple",
             residual=residual,
             scores=spec.get("scores"),
+            scan_state=scan_state,
             cached=spec.get("cached"),
             attributes=attributes,
             roles=roles,
             transposed=frozenset(lists["transposed"]),
             elementwise=frozenset(lists["elementwise"]),
-            rescale=frozenset(lists["rescale"]),
+            rescale=rescale,
+            skip=skip,
             **whole,
         )
 

@@ -11,7 +11,7 @@ keeps the dense entries, and its presence marks a config that pliant wrote.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,6 +23,8 @@ from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttri
 from pliant.anatomy import (
     DENSE_LAYERS,
     Anatomy,
+    Axis,
+    Block,
     anatomy_of,
     blocks_of,
     described_by,
@@ -48,8 +50,12 @@ from pliant.errors import ArchitectureError, ArtefactError
 _ALLOW = "allow_global_per_layer_attribute_access"
 
 
-def describe(anatomy: Anatomy, config: Any) -> dict[int, dict[str, Any]]:
-    """The ``per_layer_config`` of a cut model: for each layer that differs from the dense one, the keys that differ."""
+def describe(anatomy: Anatomy, config: Any, built: Mapping[str, int]) -> dict[int, dict[str, Any]]:
+    """The ``per_layer_config`` of a cut model: for each layer that differs from the dense one, the keys that differ.
+
+    Arguments:
+        built: axis -> dense size, for sizes that the config does not give.
+    """
     plain = plain_config(config)
     overrides: dict[int, dict[str, Any]] = {}
     for layer in range(anatomy.depth):
@@ -62,11 +68,31 @@ def describe(anatomy: Anatomy, config: Any) -> dict[int, dict[str, Any]]:
                 entry |= guards(spec, anatomy.architecture, dense)
                 continue
             for short, axis in block.axes.items():
-                if axis.config_key and axis.size != global_size(dense, anatomy.architecture.axes[short].size):
+                size = anatomy.architecture.axes[short].size
+                if axis.config_key and axis.size != (built[short] if short in built else global_size(dense, size)):
                     entry[axis.config_key] = axis.size
         if entry:
             overrides[layer] = entry
     return overrides
+
+
+def _sizes_built(model: Any, anatomy: Anatomy, config: Any) -> dict[str, int]:
+    """Axis -> dense size, for sizes that neither a key nor a formula gives: those of the dense model, which is built on
+    the meta device.
+
+    Arguments:
+        config: the config of the text decoder; once a cut was written, it holds the sizes.
+    """
+    axes = {short: anatomy.architecture.axes[short] for block in anatomy.blocks.values() for short in block.axes}
+    known = vars(plain_config(config))
+    wanted = {short for short, spec in axes.items() if spec.built and spec.config_key not in known}
+    if not wanted:
+        return {}
+    with torch.device("meta"):
+        dense = anatomy_of(type(model)(uncut(model.config)[0]))
+    return {
+        short: axis.size for block in dense.blocks.values() for short, axis in block.axes.items() if short in wanted
+    }
 
 
 def write(model: Any) -> None:
@@ -82,7 +108,8 @@ def write(model: Any) -> None:
         return
     config = text_config_of(model.config)
     cut_before, dense = is_cut(config), entries_of(plain_config(config))
-    overrides = describe(anatomy, config)
+    built = _sizes_built(model, anatomy, config)
+    overrides = describe(anatomy, config, built)
     config.per_layer_config = None
     vars(config).pop(DENSE_LAYERS, None)
     if overrides:
@@ -91,12 +118,13 @@ def write(model: Any) -> None:
         for axis in {short for block in anatomy.blocks.values() for short in block.axes}:
             spec = anatomy.architecture.axes[axis]
             if spec.config_key and not hasattr(plain, spec.config_key):
-                setattr(config, spec.config_key, global_size(plain, spec.size))
+                setattr(config, spec.config_key, built[axis] if axis in built else global_size(plain, spec.size))
     if written := {layer: dense.get(layer, {}) | overrides.get(layer, {}) for layer in sorted({*dense, *overrides})}:
         config.per_layer_config = written
     if overrides:
         setattr(config, DENSE_LAYERS, {str(layer): entry for layer, entry in dense.items()})
-    if anatomy.architecture != shipped().get(config.model_type):  # another machine may lack this file
+    known = shipped().get(config.model_type)
+    if known is None or anatomy.architecture.raw != known.raw:  # another machine may lack this file
         config.pliant_architecture = dict(anatomy.architecture.raw)
     # a family whose config validates its head count, or whose output head asks for the number of experts, can only be
     # read back if the global value may be read; there the narrower tensors themselves make transformers alone refuse
@@ -240,15 +268,7 @@ def _shape_layer(
         if block.kind in layers[index].skip:
             remove(layer, block)
             continue
-        kept = {axis.leader: global_size(layers[index], architecture.axes[axis.leader].size) for axis in block.leaders}
-        for leader, units in kept.items():
-            axis = block.axes[leader]
-            if not min(1, axis.least) <= units <= axis.size:
-                raise ArtefactError(
-                    f"per_layer_config gives {block.name} {units} {leader}; the dense model has {axis.size}, so "
-                    f"it must be between {min(1, axis.least)} and {axis.size}"
-                )
-        shrink(layer, block, kept)
+        shrink(layer, block, _kept(block, layers[index], architecture))
         if block.spec.state:
             alive = [
                 other
@@ -257,3 +277,40 @@ def _shape_layer(
                 if spec.state == block.spec.state and spec.kind not in entry.skip
             ]
             setattr(layer.get_submodule(block.spec.module), str(block.spec.slot), slot(index, alive, types))
+
+
+def _units(config: Any, axis: Axis, architecture: Architecture) -> int:
+    """The units of an axis that the config of one layer asks for."""
+    spec = architecture.axes[axis.leader]
+    if spec.built and not hasattr(config, str(spec.config_key)):  # no layer was cut along this axis
+        return axis.size
+    return global_size(config, spec.size)
+
+
+def _kept(block: Block, config: Any, architecture: Architecture) -> dict[str, int]:
+    """The units that the config of one layer keeps of each leading axis.
+
+    Raises:
+        ArtefactError: the dense model has fewer, or they are not in equal groups.
+    """
+    sizes = {axis.leader: _units(config, axis, architecture) for axis in block.leaders}
+    kept: dict[str, int] = {}
+    for axis in sorted(block.leaders, key=lambda axis: axis.grouped_by is not None):  # groups before their units
+        units, dense, in_groups = sizes[axis.leader], axis.size, ""
+        if axis.groups > 1:
+            groups = kept.get(str(axis.grouped_by), axis.groups)
+            dense, in_groups = axis.size // axis.groups * groups, f" in these {groups} groups"
+            if units % groups:
+                raise ArtefactError(
+                    f"per_layer_config gives {block.name} {units} {axis.leader} in {groups} groups; every group keeps "
+                    f"equally many, so it must be a multiple of {groups}"
+                )
+            kept[axis.leader] = units // groups * axis.groups
+        else:
+            kept[axis.leader] = units
+        if not min(1, axis.least) <= units <= dense:
+            raise ArtefactError(
+                f"per_layer_config gives {block.name} {units} {axis.leader}; the dense model has {dense}{in_groups}, "
+                f"so it must be between {min(1, axis.least)} and {dense}"
+            )
+    return kept

@@ -52,7 +52,7 @@ def show_inspection(found: dict[str, Any]) -> None:
         f"{found['self_check']}\n{found['parameters']:,} parameters in {found['depth']} layers "
         f"({found['outside_blocks']:,} outside the blocks), {_stored(found)}, {human_bytes(found['weight_bytes'])}, "
         f"on {found['device']}\n{found['macs_per_token'] / 1e6:,.1f} M multiply-accumulates and "
-        f"{found['cache_bytes_per_token']:,} bytes of cache per token; a search keeps "
+        f"{found['cache_bytes_per_token']:,} bytes of cache per token; {_state(found)}a search keeps "
         f"{human_bytes(found['search_bytes_per_1000_tokens'])} for 1000 calibration tokens"
     )
     rows: dict[tuple, list[int]] = {}
@@ -76,6 +76,11 @@ def show_inspection(found: dict[str, Any]) -> None:
         _print("Runs in one native call." if found["native"] else f"Runs layer by layer: {found['why_not_native']}.")
     if found["removed"]:
         _print(f"removed: {', '.join(found['removed'])}")
+
+
+def _state(found: dict[str, Any]) -> str:
+    """The state of a sequence, if the model has one of a fixed size."""
+    return f"{human_bytes(found['state_bytes'])} of state for a sequence; " if found["state_bytes"] else ""
 
 
 def _stored(found: dict[str, Any]) -> str:

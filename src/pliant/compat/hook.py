@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from pliant.compat import dequantized, layers, outputs, quiet, remote, scan
+from pliant.compat import dequantized, layers, multipliers, outputs, quiet, remote, scan
 
 _MODELS = "transformers.models."
 _PATCHES = {
@@ -44,6 +44,7 @@ def _patch_of(name: str) -> Callable[[ModuleType], Any] | None:
 def _patch_modeling(module: ModuleType) -> None:
     layers.wrap_models(module)
     scan.wrap_scans(module)
+    multipliers.wrap_multipliers(module)
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -10,37 +10,133 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from pliant.architecture.format import EMPTY_STATE
 
 CHUNK = 64  # tokens
 
 
+class ScanInputs(NamedTuple):
+    """The tensors that one call of a scan reads, in one layout for Mamba-1 and Mamba-2.
+
+    A channel of Mamba-1 is a head of width 1. After each token the state of a head is ``h = exp(dt A) h + dt B x``; the
+    scan returns ``C h`` and its skip.
+
+    Attributes:
+        x: shape ``(batch, tokens, heads, width)``.
+        dt: step sizes, shape ``(batch, tokens, heads)``.
+        A: shape ``(heads, state)``, or ``(heads, 1)`` if all units of the state decay alike.
+        B, C: shape ``(batch, tokens, groups, state)``.
+    """
+
+    x: Any
+    dt: Any
+    A: Any
+    B: Any
+    C: Any
+
+
+WatchOutput = Callable[[Any, Any], None]
+WatchInputs = Callable[[ScanInputs], Any]
+_watches: list[WatchOutput] = []
+_input_watches: list[WatchInputs] = []
+
+
+@contextmanager
+def watched_scans(watch: WatchOutput) -> Iterator[None]:
+    """Context in which every scan of a sequence shows its input and its output to ``watch``.
+
+    Both have the shape ``(batch, tokens, units, width)``: heads, or the channels of Mamba-1, whose width is 1. The
+    output contains the skip ``D``, but not yet the gate.
+    """
+    _watches.append(watch)
+    try:
+        yield
+    finally:
+        _watches.remove(watch)
+
+
+@contextmanager
+def watched_scan_inputs(watch: WatchInputs) -> Iterator[None]:
+    """Context in which every scan of a sequence shows its inputs to ``watch``, and goes on with the C that this
+    returns. A scan with an argument that pliant does not know shows nothing."""
+    _input_watches.append(watch)
+    try:
+        yield
+    finally:
+        _input_watches.remove(watch)
+
+
 def wrap_scans(module: ModuleType) -> None:
     """Replace the scan functions that a modeling file has."""
-    for name, scan in _SCANS.items():
+    for name, (scan, by_unit) in _SCANS.items():
         original = getattr(module, name, None)
         if original is not None and not hasattr(original, EMPTY_STATE):
-            setattr(module, name, _wrapped(original, scan))
+            setattr(module, name, _wrapped(original, scan, by_unit))
 
 
-def _wrapped(original: Callable[..., Any], scan: Callable[..., Any]) -> Callable[..., Any]:
+def _wrapped(
+    original: Callable[..., Any], scan: Callable[..., Any], by_unit: Callable[[Any], Any]
+) -> Callable[..., Any]:
     parameters = inspect.signature(scan)
 
     @functools.wraps(original)
     def run(*args: Any, **kwargs: Any) -> Any:
+        for watch in _input_watches:
+            args, kwargs = seen(watch, args, kwargs)
+        result = compute(*args, **kwargs)
+        if _watches:
+            output = result if kwargs.get("z") is None else compute(*args, **{**kwargs, "z": None})
+            for watch in _watches:
+                watch(by_unit(args[0]), by_unit(output[0] if isinstance(output, tuple) else output))
+        return result
+
+    def bind(args: Any, kwargs: Any) -> inspect.BoundArguments | None:
+        """None if the scan does not know an argument that is set; mixers pass on what their model was called with."""
+        given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
         try:
-            bound = parameters.bind(*args, **{name: value for name, value in kwargs.items() if value is not None})
-        except TypeError:  # an argument that the scan does not know
+            return parameters.bind(*args, **given)
+        except TypeError:
+            return None
+
+    def seen(watch: WatchInputs, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments with the C that ``watch`` returns."""
+        bound = bind(args, kwargs)
+        if bound is None:
+            return args, kwargs
+        bound.apply_defaults()
+        ours = _watched(watch, scan, bound.arguments)
+        return (args, {**kwargs, "C": ours}) if "C" in kwargs else ((*args[:4], ours, *args[5:]), kwargs)
+
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        bound = bind(args, kwargs)
+        if bound is None:
             return original(*args, **kwargs)
         result = scan(*bound.args, **bound.kwargs)
         return original(*args, **kwargs) if result is None else result
 
     setattr(run, EMPTY_STATE, True)
     return run
+
+
+def _watched(watch: WatchInputs, scan: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+    """The C that ``watch`` returns, in the layout of the scan."""
+    from torch.nn import functional
+
+    x, dt, A, B, C = (given[name] for name in ("hidden_states", "dt", "A", "B", "C"))
+    if scan is mamba2_chunk_scan:
+        dt = dt if given["dt_bias"] is None else dt + given["dt_bias"].to(dt.dtype)
+        dt = (functional.softplus(dt) if given["dt_softplus"] else dt).clamp(*given["dt_limit"])
+        return watch(ScanInputs(x, dt, A[:, None], B, C))
+    dt = dt if given["delta_bias"] is None else dt + given["delta_bias"].to(dt.dtype)[:, None]
+    dt = functional.softplus(dt) if given["delta_softplus"] else dt
+    B, C = (tensor.transpose(1, 2).unsqueeze(2) for tensor in (B, C))
+    C = watch(ScanInputs(x.transpose(1, 2).unsqueeze(3), dt.transpose(1, 2), A, B, C))
+    return C.squeeze(2).transpose(1, 2)
 
 
 def mamba2_chunk_scan(
@@ -76,7 +172,7 @@ def mamba2_chunk_scan(
     x = hidden_states.float()
     skip = 0 if D is None else x * D[:, None].float()
     if state == 0:
-        output = x.new_zeros(x.shape) + skip
+        output = (x.new_zeros(x.shape) + skip).contiguous()
         return (output, x.new_zeros(batch, heads, width, 0)) if return_final_states else output
     if hidden_states.device.type != "cpu" or torch.compiler.is_compiling() or observed():
         return None
@@ -112,6 +208,7 @@ def mamba2_chunk_scan(
     carried = carried.view(batch, count, groups, chunk, shared, width).transpose(3, 4)
     output = output + carried.reshape(batch, count, heads, chunk, width) * decay.exp()[..., None]
     output = output.transpose(2, 3).reshape(batch, -1, heads, width)[:, :tokens] + skip
+    output = output.contiguous()  # the mixer of falcon_h1 views heads and width as one dimension
     return (output, now) if return_final_states else output
 
 
@@ -147,4 +244,8 @@ def mamba_selective_scan(
     return (output, state) if return_last_state else output
 
 
-_SCANS = {"mamba2_chunk_scan": mamba2_chunk_scan, "mamba_selective_scan": mamba_selective_scan}
+_SCANS = {
+    "mamba2_chunk_scan": (mamba2_chunk_scan, lambda x: x),
+    "mamba_selective_scan": (mamba_selective_scan, lambda x: x.transpose(1, 2).unsqueeze(-1)),
+}
+"""Name in the modeling files -> pliant's scan, and what brings its input and output into one shape for watching."""

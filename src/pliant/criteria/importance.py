@@ -77,7 +77,7 @@ def measured(model: Any, anatomy: Anatomy, by: str, windows: torch.Tensor | None
         raise StepError(f"importance {by!r} must return a dict of tensors, one for each axis")
     for name, values in found.items():
         units = anatomy.axes[name].size if name in anatomy.axes else 0
-        if not units or tuple(values.shape) != (units,):
+        if name not in anatomy.axes or tuple(values.shape) != (units,):
             raise StepError(
                 f"importance {by!r} must give a value for each unit of an axis; for {name!r}, which has {units} "
                 f"units, it gave the shape {tuple(values.shape)}"

@@ -2,7 +2,7 @@
 
 from pliant.elastic.activate import Elastic, activate
 from pliant.elastic.check import check
-from pliant.elastic.count import cache_bytes, macs, parameters, ratio, streamed_bytes, weight_bytes
+from pliant.elastic.count import cache_bytes, macs, parameters, ratio, state_bytes, streamed_bytes, weight_bytes
 from pliant.elastic.discover import described, discover
 from pliant.elastic.extract import extract
 from pliant.elastic.reorder import reorder
@@ -21,6 +21,7 @@ __all__ = [
     "parameters",
     "ratio",
     "reorder",
+    "state_bytes",
     "streamed_bytes",
     "validate",
     "weight_bytes",

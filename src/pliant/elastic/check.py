@@ -74,7 +74,10 @@ def _check_reorder(
     try:
         difference = (_output(model, inputs) - dense).abs().max().item()
     finally:
-        reorder(model, anatomy, {name: torch.argsort(order) for name, order in orders.items()})
+        blocks = anatomy.blocks.values()
+        groups = {block.axes[axis.grouped_by].name for block in blocks for axis in block.leaders if axis.grouped_by}
+        for names in (orders.keys() & groups, orders.keys() - groups):  # groups first: orders count in the old ones
+            reorder(model, anatomy, {name: torch.argsort(orders[name]) for name in names})
     if not math.isfinite(difference):
         raise WeightError("the model's outputs on a few tokens are not finite numbers; check its weights")
     if not difference <= TOLERANCE * rounding(dense, next(model.parameters()).dtype):

@@ -6,6 +6,9 @@ from pliant.anatomy import Anatomy, counted_once
 from pliant.architecture import Part
 from pliant.elastic.subnet import Subnet
 
+SCAN_MACS = 3  # for an element of a scan's state and a token: its decay, the input that is added, the readout
+SCAN_BYTES = 4  # of an element of a scan's state: transformers keeps it in float32, whatever the dtype of the model
+
 
 def parameters(anatomy: Anatomy, subnet: Subnet = Subnet()) -> int:
     """Parameters of the model under ``subnet``, including embeddings and head, tied ones once."""
@@ -17,7 +20,10 @@ def parameters(anatomy: Anatomy, subnet: Subnet = Subnet()) -> int:
 
 def macs(anatomy: Anatomy, subnet: Subnet = Subnet(), *, tokens: int = 1, context: int | None = None) -> int:
     """Multiply-accumulates of one forward pass over ``tokens`` tokens: matrix products in the layers and the output
-    head.
+    head, depthwise convolutions, and scans.
+
+    A scan counts as its recurrence: for every token, each element of the state decays, takes up the input, and is read
+    (``h = a * h + b * x; y = c * h``). An implementation in chunks does other operations for the same result.
 
     Arguments:
         tokens: tokens in the pass.
@@ -31,6 +37,7 @@ def macs(anatomy: Anatomy, subnet: Subnet = Subnet(), *, tokens: int = 1, contex
         total += sum(weight.uses * block.active(weight, kept) for weight in multiplied)
         if block.spec.scores:
             total += 2 * context * block.width(Part(block.spec.scores), kept)
+        total += SCAN_MACS * block.scan_state(kept)
     return total * tokens
 
 
@@ -40,8 +47,8 @@ def weight_bytes(anatomy: Anatomy, subnet: Subnet = Subnet(), *, element: int) -
 
 
 def streamed_bytes(anatomy: Anatomy, subnet: Subnet = Subnet(), *, element: int, context: int = 0) -> int:
-    """Bytes that one decoding step reads: every matrix of the blocks that a token uses, the output head once, and the
-    cache.
+    """Bytes that one decoding step streams: every matrix of the blocks that a token uses, the output head once, the
+    key-value cache, and the states of convolutions and scans, which it reads and writes.
 
     Arguments:
         context: tokens in the key-value cache.
@@ -52,7 +59,8 @@ def streamed_bytes(anatomy: Anatomy, subnet: Subnet = Subnet(), *, element: int,
         total += block.norm_parameters + sum(
             block.active(weight, kept) for weight in block.weights if not weight.buffer
         )
-    return total * element + context * cache_bytes(anatomy, subnet, element=element)
+    states = 2 * state_bytes(anatomy, subnet, element=element)
+    return total * element + context * cache_bytes(anatomy, subnet, element=element) + states
 
 
 def cache_bytes(anatomy: Anatomy, subnet: Subnet = Subnet(), *, element: int) -> int:
@@ -64,6 +72,16 @@ def cache_bytes(anatomy: Anatomy, subnet: Subnet = Subnet(), *, element: int) ->
             kept = subnet.kept(block).get(leader.leader, leader.size)
             total += 2 * (block.cached or kept) * leader.unit
     return total * element
+
+
+def state_bytes(anatomy: Anatomy, subnet: Subnet = Subnet(), *, element: int) -> int:
+    """Bytes of the states that convolutions and scans keep for one sequence, however long it is.
+
+    Arguments:
+        element: bytes of an element of a convolution's state; a scan's state is float32.
+    """
+    alive = [(block, subnet.kept(block)) for block in anatomy.alive(subnet.skip)]
+    return sum(element * block.conv_state(kept) + SCAN_BYTES * block.scan_state(kept) for block, kept in alive)
 
 
 def ratio(anatomy: Anatomy, subnet: Subnet) -> float:

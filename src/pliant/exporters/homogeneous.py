@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -69,6 +69,7 @@ def homogeneous(model: Any) -> Any:
         return f"{prefix}{layers.index(int(number))}.{rest}" if int(number) in layers else None
 
     state = {new: tensor for name, tensor in model.state_dict().items() if (new := renamed(name))}
+    _check_shapes(state, rebuilt.state_dict(), config)
     rebuilt.load_state_dict(state, assign=True)
     for name, buffer in model.named_buffers():  # those that state_dict leaves out, such as rotary frequencies
         new = renamed(name)
@@ -114,7 +115,7 @@ def _uniform_config(old: Any, anatomy: Anatomy, depth: int) -> Any:
                 f"{spec.config_key} differs from layer to layer ({_listed(sizes)}), but the config holds one value "
                 f"for all: {_INSTEAD}"
             )
-        if sizes and sizes[0] != global_size(config, spec.size):
+        if sizes and not spec.built and sizes[0] != global_size(config, spec.size):
             if spec.config_key is None:
                 raise ArtefactError(
                     f"the config of {config.model_type} has no key for the number of {short}, now {sizes[0]}: "
@@ -133,6 +134,16 @@ def _uniform_config(old: Any, anatomy: Anatomy, depth: int) -> Any:
             setattr(config, key, axis.unit)
     config.num_hidden_layers = depth
     return config
+
+
+def _check_shapes(state: Mapping[str, torch.Tensor], built: Mapping[str, torch.Tensor], config: Any) -> None:
+    """Raise if transformers builds a tensor in another shape: it does not read the key of a size that pliant added."""
+    for name, tensor in state.items():
+        if name in built and built[name].shape != tensor.shape:
+            raise ArtefactError(
+                f"{name} has shape {tuple(tensor.shape)}, but transformers builds {tuple(built[name].shape)}: the "
+                f"config of {config.model_type} has no key for this size; {_INSTEAD}"
+            )
 
 
 def _listed(values: Iterable[int]) -> str:

@@ -25,9 +25,9 @@ Cost = Callable[[Subnet], float]
 def cost_of(name: str, model: Any, anatomy: Anatomy, path: Path | None = None) -> Cost:
     """A cost by name.
 
-    ``parameters``; ``macs`` of one token that attends to 1,024; ``bytes`` that decoding one token reads: weights and a
-    cache of 1,024 tokens; ``prefill`` and ``decode``: milliseconds measured on this machine, see
-    :func:`pliant.measure.speed.latency_table.measure_latency`.
+    ``parameters``; ``macs`` of one token that attends to 1,024; ``bytes`` that decoding one token streams: weights, a
+    cache of 1,024 tokens, and states of convolutions and scans; ``prefill`` and ``decode``: milliseconds measured on
+    this machine, see :func:`pliant.measure.speed.latency_table.measure_latency`.
 
     Arguments:
         path: file for measured milliseconds, so that a resumed search uses the same; those of another model or machine

@@ -9,7 +9,7 @@ from pliant.checkpoint.load import loaded
 from pliant.checkpoint.packed_bytes import held_bytes, packed_formats
 from pliant.compat.native import cached_bytes
 from pliant.compat.native_check import how_it_runs
-from pliant.elastic import Subnet, cache_bytes, check, described, macs, parameters, weight_bytes
+from pliant.elastic import Subnet, cache_bytes, check, described, macs, parameters, state_bytes, weight_bytes
 from pliant.measure.prefix_scorer import store_bytes
 
 
@@ -41,6 +41,7 @@ def inspect(model: Any, *, self_check: bool = True, dtype: Any = None, device: A
         costs = {
             "macs_per_token": macs(anatomy, Subnet(), tokens=1, context=0),
             "cache_bytes_per_token": cached_bytes(model) or cache_bytes(anatomy, element=element),
+            "state_bytes": state_bytes(anatomy, element=element),
             "search_bytes_per_1000_tokens": store_bytes(model, anatomy, 1000),
         }
     return {

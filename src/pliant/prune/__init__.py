@@ -3,13 +3,14 @@
 from pliant.prune.known_subnet import Cut
 from pliant.prune.moves import block_moves, layer_moves, pooled, reach, width_moves
 from pliant.prune.session import Pruning
-from pliant.prune.settings import GreedyPruner, Pruner, WidthPruner
+from pliant.prune.settings import GreedyPruner, Pruner, TextPruner, WidthPruner
 
 __all__ = [
     "Cut",
     "GreedyPruner",
     "Pruner",
     "Pruning",
+    "TextPruner",
     "WidthPruner",
     "block_moves",
     "layer_moves",

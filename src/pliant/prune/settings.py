@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -18,8 +18,8 @@ from pliant.forward.windows import check_model, seqlen_of, windows_for
 from pliant.measure.cost import COSTS
 from pliant.measure.scores import Score, score_of
 from pliant.pages import pages_of
-from pliant.prune.moves import Moves, fitting, reach, unit_of
-from pliant.prune.ratio_target import out_of_reach
+from pliant.prune.moves import Moves, fitting, unit_of
+from pliant.prune.ratio_target import Budget, Goal
 from pliant.prune.repair import repair_bytes
 from pliant.prune.session import ARCHIVE, PER_REMOVAL, Pruning
 from pliant.prune.unit_order import STORED
@@ -30,21 +30,12 @@ from pliant.step import Job, Step, setting
 UNIT = "unit"
 
 
-class Pruner(Step):
+class TextPruner(Step):
     """Settings shared by every pruner that reads calibration text."""
 
     family: ClassVar[str] = "pruner"
-    needs: ClassVar[frozenset[str]] = frozenset({"text", "ratio"})
+    needs: ClassVar[frozenset[str]] = frozenset({"text"})
     keeps: ClassVar[tuple[str, ...]] = (ARCHIVE,)
-
-    ratio: float = setting(
-        "Share of all parameters to remove, embeddings included: 0.2 makes the model a fifth smaller. The"
-        " result exceeds it by less than one unit, the smallest part that can be removed: a block, a "
-        "group of channels, a key-value group.",
-        above=0,
-        below=1,
-        error=RatioError,
-    )
 
     samples: int = setting("Rows of calibration text to choose blocks on.", default=256, at_least=1)
 
@@ -128,11 +119,38 @@ class Pruner(Step):
             job.model, job.tokenizer(), job.data.sample(samples, seed), seqlen_of(job.model, self.seqlen)
         )
 
-    def check_reach(self, anatomy: Anatomy, stages: Sequence[Moves]) -> None:
-        """Refuse a ratio that these stages together cannot reach, before any work is done."""
-        most = reach(anatomy, stages)
-        if most < self.ratio:
-            raise out_of_reach(self.ratio, most, "removing everything that this pruner may remove")
+    def cut(self, pruning: Pruning, job: Job) -> None:
+        """Refit the remaining weights if asked to, and cut the model."""
+        pruning.cut(self._repair_windows(job) if self.repair else None, self.ridge)
+
+    def removals(self, blocks: int) -> float:
+        """The expected number of removals, in whole blocks of ``blocks``, for an estimate."""
+        raise NotImplementedError
+
+    def _repair_windows(self, job: Job) -> torch.Tensor:
+        return self.windows(job, self.repair, self.seed + 2)
+
+
+class Pruner(TextPruner):
+    """Settings shared by every pruner that removes a share of the model."""
+
+    needs: ClassVar[frozenset[str]] = TextPruner.needs | {"ratio"}
+
+    ratio: float = setting(
+        "Share of all parameters to remove, embeddings included: 0.2 makes the model a fifth smaller. The"
+        " result exceeds it by less than one unit, the smallest part that can be removed: a block, a "
+        "group of channels, a key-value group.",
+        above=0,
+        below=1,
+        error=RatioError,
+    )
+
+    def removals(self, blocks: int) -> float:
+        return self.ratio * blocks
+
+    def goal(self, pruning: Pruning) -> Goal:
+        """The end of the search."""
+        return Goal(pruning.budget, self.ratio)
 
     def finish(self, pruning: Pruning, job: Job, moves: Moves, windows: torch.Tensor | None = None) -> None:
         """Put units back that exceed the ratio, refit if asked to, and cut the model.
@@ -144,14 +162,11 @@ class Pruner(Step):
         Raises:
             RatioError: the result cannot be brought to less than one unit above the ratio.
         """
-        pruning.settle(self.ratio, unit_of(pruning.anatomy, moves), windows)
-        pruning.cut(self._repair_windows(job) if self.repair else None, self.ridge)
-
-    def _repair_windows(self, job: Job) -> torch.Tensor:
-        return self.windows(job, self.repair, self.seed + 2)
+        pruning.settle(self.ratio, unit_of(pruning.budget, moves), windows)
+        self.cut(pruning, job)
 
 
-class GreedyPruner(Pruner):
+class GreedyPruner(TextPruner):
     """Settings shared by every pruner that removes units greedily."""
 
     search: str = setting(
@@ -179,12 +194,26 @@ class GreedyPruner(Pruner):
         choices=(UNIT, *COSTS),
     )
 
+    ratio_of: str = setting(
+        "Cost that the ratio is a share of: parameters, macs, bytes (that decoding reads), or prefill or decode "
+        "(milliseconds, measured on this machine first).",
+        default=COSTS[0],
+        choices=COSTS,
+    )
+
     def estimate(self, blocks: int, row: float) -> tuple[float, bool]:
         # every block once, then a few per removal; a score runs the layers behind the block, about half of them
-        passes = blocks + PER_REMOVAL * self.ratio * blocks
+        removals = self.removals(blocks)
+        passes = blocks + PER_REMOVAL * removals
         if self.search in ("exact", "naive"):
-            passes = max(passes, self.ratio * blocks * blocks)
+            passes = max(passes, removals * blocks)
         return 0.6 * self.samples * row * passes, False
+
+    def begin(self, job: Job) -> Pruning:
+        pruning = super().begin(job)
+        if self.ratio_of != COSTS[0]:
+            pruning.budget = Budget.of(pruning.cost(self.ratio_of))
+        return pruning
 
     def remove(
         self,
@@ -192,22 +221,25 @@ class GreedyPruner(Pruner):
         name: str,
         moves: Moves,
         windows: torch.Tensor,
-        ratio: float,
+        goal: Goal,
         units: Moves | None = None,
+        most: float | None = None,
     ) -> None:
-        """Remove units until ``ratio`` is reached or no moves are left; the result exceeds the step's ratio by less
-        than one unit.
+        """Remove units until a goal is reached or no moves are left.
 
         Arguments:
             name: of the stage.
+            goal: a number of removals, or a ratio.
             units: all moves that later stages may make; default: ``moves``.
+            most: the ratio of the whole search, which is exceeded by less than one unit; default: that of the goal.
         """
-        fit = fitting(pruning.anatomy, moves, self.ratio, units)
+        if goal.ratio is not None:
+            moves = fitting(pruning.budget, moves, most or goal.ratio, units)
         mode, per = self.search, None if self.per == UNIT else self.per
-        pruning.remove_greedily(name, fit, windows, ratio, mode=mode, slack=self.slack, refresh=self.refresh, per=per)
+        pruning.remove_greedily(name, moves, windows, goal, mode=mode, slack=self.slack, refresh=self.refresh, per=per)
 
 
-class OrderedPruner(Pruner):
+class OrderedPruner(TextPruner):
     """Settings shared by every pruner that narrows blocks."""
 
     order: str = setting(
@@ -254,4 +286,4 @@ class WidthPruner(OrderedPruner, GreedyPruner):
 
 
 # settings that scores depend on: a search that differs in other settings re-uses the same archive
-_IN_SCORES = ("step", "samples", "width_samples", "seqlen", "metric", "seed", "order", "code")
+_IN_SCORES = ("step", "samples", "width_samples", "seqlen", "metric", "seed", "order", "skip", "code")

@@ -112,6 +112,9 @@ def table(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     if before["cache_bytes_per_token"]:
         old, new = (f"{costs['cache_bytes_per_token']:,} B" for costs in (before, after))
         rows.append(("KV cache per token", old, new))
+    if before.get("state_bytes"):
+        old, new = (f"{costs['state_bytes']:,} B" for costs in (before, after))
+        rows.append(("state of a sequence", old, new))
     for name, old in before.get("quality", {}).get("perplexity", {}).items():
         new = after["quality"]["perplexity"][name]
         rows.append((f"perplexity, {name}", f"{old['perplexity']:.2f}", f"{new['perplexity']:.2f}"))

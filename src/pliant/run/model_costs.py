@@ -6,7 +6,7 @@ from typing import Any
 
 from pliant.checkpoint.packed_bytes import held_bytes, packed_bytes, unpacked_bytes
 from pliant.compat.native import cached_bytes
-from pliant.elastic import Subnet, cache_bytes, described, macs, parameters, streamed_bytes, weight_bytes
+from pliant.elastic import Subnet, cache_bytes, described, macs, parameters, state_bytes, streamed_bytes, weight_bytes
 from pliant.measure.speed.bench import PROMPT
 
 
@@ -14,8 +14,8 @@ def model_costs(model: Any) -> dict[str, Any]:
     """Parameters, multiply-accumulates and bytes of a model, and the ``units`` of its axes (1 for a block without
     axes).
 
-    ``streamed_bytes`` are what decoding one token reads: weights, and a cache of as many tokens as the prompt of a
-    timing.
+    ``streamed_bytes`` are those that decoding one token reads or writes: weights, a cache of as many tokens as the
+    prompt of a timing, and states of a fixed size, ``state_bytes``.
     """
     anatomy = described(model)
     whole = {block.name: 1 for block in anatomy.blocks.values() if not block.leaders}
@@ -34,6 +34,7 @@ def model_costs(model: Any) -> dict[str, Any]:
         "weight_bytes": weights,
         "streamed_bytes": streamed,
         "cache_bytes_per_token": cached,
+        "state_bytes": state_bytes(anatomy, element=element),
         "units": {axis.name: axis.size for axis in anatomy.axes.values()} | whole,
     }
 
