@@ -35,10 +35,11 @@ from pliant.prune.repair import repair
 from pliant.prune.scan_skip import scan_axis
 from pliant.prune.unit_order import ordered
 from pliant.step import Job, Step
-from state_space_units import MILLISECONDS, ONE_SHOT, TOGETHER, in_one_shot, in_random_order, kinds_of
+from state_space_units import CHANNELS, MILLISECONDS, ONE_SHOT, TOGETHER, in_one_shot, in_random_order, kinds_of
 
 PARTS = ("sensitivity", "curves", "recover", "speed")
 SEQLEN, SEED, ORDER = 256, 42, "activation"
+SEARCH = {"refresh": 0, "slack": 0.2}  # fewer scores than by default, for the two hours that all of this may take
 REFIT = 32  # rows of calibration text
 RECOVERY = {"batch_size": 4, "seqlen": SEQLEN, "eval_steps": 16}
 
@@ -55,9 +56,10 @@ class Bench:
         self.tokenizer, self.anatomy, self.size = tokenizer_of(model), anatomy_of(model), model.dtype.itemsize
         rows = self.calibration.sample(arguments.samples, SEED)
         self.windows = windows_for(model, self.tokenizer, rows, SEQLEN)
-        states = [axis.size for block in self.anatomy.blocks.values() if (axis := scan_axis(block))]
-        hidden = model.config.get_text_config(decoder=True).hidden_size
-        self.groups = {"state_group": max(states) // 4, "mlp_group": hidden // 4}
+        blocks = self.anatomy.blocks.values()
+        states = [axis.size for block in blocks if (axis := scan_axis(block))]
+        channels = [axis.size for block in blocks if block.role == "mlp" for axis in block.leaders]
+        self.groups = {"state_group": max(states) // 2, "mlp_group": max(channels, default=4) // 4}
         self.kinds = kinds_of(self.anatomy, self.groups)
         measured = {name: getattr(arguments, name) for name in ("samples", "curve_windows", "windows", "questions")}
         self.measured = {**measured, "calibration": self.calibration.source, "calibration_windows": len(self.windows)}
@@ -147,6 +149,7 @@ class Bench:
             seed=SEED,
             order=ORDER,
             repair=refit,
+            **SEARCH,
             **self.groups,
         )
 
@@ -194,14 +197,16 @@ class Bench:
         return self.row("curve", "dense", make=lambda: {"quality": self.quality(self.model(), windows)})
 
     def cells(self) -> Iterator[tuple[str, str, float, str]]:
-        """(kind, method, ratio, form), the most telling first. Baselines are refitted at the middle ratio only."""
+        """(kind, method, ratio, form), the longest search first: its archive answers the shorter ones. The baselines
+        have no point at the smallest ratio, and are refitted at the middle one only."""
         for method in ("greedy", ONE_SHOT, *(f"random, seed {seed}" for seed in self.arguments.seeds)):
-            for kind, (_, _, ratios) in self.kinds.items():
-                for asked in reversed(ratios):  # the longest search first: its archive answers the others
-                    if method == "greedy" or kind != MILLISECONDS:
-                        yield kind, method, asked, "raw"
-                    if method == "greedy" or (kind != MILLISECONDS and asked == ratios[1]):
-                        yield kind, method, asked, "refitted"
+            for kind, (_, _, (small, middle, large)) in self.kinds.items():
+                if method == "greedy" and kind != CHANNELS:
+                    yield from ((kind, method, asked, "raw") for asked in (large, middle, small))
+                    yield from ((kind, method, asked, "refitted") for asked in (large, middle))
+                elif kind not in (CHANNELS, MILLISECONDS):
+                    yield from ((kind, method, asked, form) for asked, form in ((large, "raw"), (middle, "raw")))
+                    yield kind, method, middle, "refitted"
 
     def point(self, kind: str, method: str, asked: float, form: str) -> dict[str, Any]:
         def make() -> dict[str, Any]:
@@ -293,10 +298,10 @@ class Bench:
             missing = [cell for cell in self.cells() if ("curve", *cell) not in done]
             scores = 0.0
             for kind in {kind for kind, method, *_ in missing if method == "greedy"}:
-                # lazily about four scores per removal; a removal of the pool saves about as much as a median one
+                # lazily about three scores per removal, which saves about as much as a median first one
                 moves = self.kinds[kind].moves(Subnet())
                 gains = sorted(ratio_of(self.anatomy, move.subnet) for move in moves)
-                scores += first[kind] + 4 * self.kinds[kind].ratios[-1] / gains[len(gains) // 2]
+                scores += first[kind] + 3 * self.kinds[kind].ratios[-1] / gains[len(gains) // 2]
             refits = sum(form == "refitted" for *_, form in missing)
             evaluated = row * self.arguments.curve_windows * texts + 5
             minutes["curves"] = (0.6 * each * scores + evaluated * len(missing) + 4 * row * REFIT / 2 * refits) / 60
@@ -326,7 +331,7 @@ def main() -> None:
     parser.add_argument("--held-out", nargs="+", required=True, help="texts that perplexity is measured on")
     parser.add_argument("--tasks", nargs="*", default=[], help="question files")
     parser.add_argument("--work", default="build/state_space")
-    parser.add_argument("--samples", type=int, default=20, help="rows of calibration text to choose on")
+    parser.add_argument("--samples", type=int, default=14, help="rows of calibration text to choose on")
     parser.add_argument("--curve-windows", type=int, default=8, help="of each held-out text, for a point of a curve")
     parser.add_argument("--windows", type=int, default=120, help="of each held-out text, for the final models")
     parser.add_argument("--questions", type=int, default=200, help="of each task, for the final models")
@@ -354,7 +359,7 @@ def main() -> None:
         for wanted in arguments.recover:
             bench.recovered(wanted)
     if "speed" in parts:
-        for kind in arguments.speed_of or bench.kinds:
+        for kind in arguments.speed_of or [kind for kind in bench.kinds if kind != CHANNELS]:
             bench.speed(kind, bench.kinds[kind].ratios[-1])
 
 

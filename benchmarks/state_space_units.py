@@ -19,7 +19,7 @@ RATIOS = (0.05, 0.10, 0.15)
 SHARES = (0.3, 0.6, 0.9)  # of what can be removed, where that is less than the ratios above
 MILLISECONDS = "milliseconds"  # blocks and scans by the measured time of a decoding step, a share of which is removed
 TIMES = (0.10, 0.17, 0.25)
-TOGETHER, ONE_SHOT = "together", "one-shot"
+CHANNELS, TOGETHER, ONE_SHOT = "channels", "together", "one-shot"
 
 
 class Kind(NamedTuple):
@@ -36,14 +36,14 @@ def kinds_of(anatomy: Anatomy, settings: dict[str, int]) -> dict[str, Kind]:
     Arguments:
         settings: units of the state and MLP channels in a group.
     """
-    groups: dict[str, dict[str, int]] = {"heads": {}, "state": {}, "channels": {}}
+    groups: dict[str, dict[str, int]] = {"heads": {}, "state": {}, CHANNELS: {}}
     for block in anatomy.blocks.values():
         state = scan_axis(block)
         for axis in block.leaders:
             if block.role == "scan":
                 own = ("state", settings["state_group"]) if axis == state else ("heads", axis.groups)
             else:
-                own = ("channels", settings["mlp_group"]) if block.role == "mlp" else ("", 0)
+                own = (CHANNELS, settings["mlp_group"]) if block.role == "mlp" else ("", 0)
             if own[0]:
                 groups[own[0]][axis.name] = own[1]
     roles = [role for role in ("scan", "attention", "mlp") if any(b.role == role for b in anatomy.blocks.values())]

@@ -175,23 +175,20 @@ def main() -> None:
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, {torch.get_num_threads()} threads", flush=True)
     every = optimizers(model)
-    step, seconds, curve = 0, 0.0, []
+    step, seconds, losses, curve = 0, 0.0, [], []
     state_file = folder / "state.pt"
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, values in zip(every, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
-        step, seconds, curve = state["step"], state["seconds"], state["curve"]
+        step, seconds, losses, curve = (state[key] for key in ("step", "seconds", "losses", "curve"))
         print(f"going on from step {step}", flush=True)
 
     def write_state() -> None:
         with replacing(state_file) as aside:
-            values = [optimizer.state_dict() for optimizer in every]
-            torch.save(
-                {"model": model.state_dict(), "optimizers": values, "step": step, "seconds": seconds, "curve": curve},
-                aside,
-            )
+            state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in every]}
+            torch.save({**state, "step": step, "seconds": seconds, "losses": losses, "curve": curve}, aside)
 
     def finish(reached: bool) -> None:
         model.save_pretrained(folder)
@@ -214,11 +211,11 @@ def main() -> None:
 
     model.train()
     data = batches(train, step)
-    began, started, written, losses = time.monotonic(), step, time.monotonic(), []
+    began, started, written = time.monotonic(), step, time.monotonic()
     while not curve or curve[-1]["bits_per_byte"] > baseline - MARGIN:
         if step >= arguments.steps:
             finish(reached=False)
-            raise SystemExit(f"{step} steps were too few: {curve[-1]}; give more --steps and delete {state_file}")
+            raise SystemExit(f"{step} steps were too few: {curve[-1]}; the same command with more --steps goes on")
         tick = time.monotonic()
         torch.manual_seed(step)  # of the dropout, so that a run that was stopped goes on as if it was not
         window = next(data)
