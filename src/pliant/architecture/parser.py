@@ -22,7 +22,7 @@ from pliant.errors import ArchitectureError
 
 _NATIVE = tuple(NativeSpec.__dataclass_fields__)
 _LAYOUT = {"module", "norms", "output", "residual", "scores", "scan_state", "cached", "attributes", "weights"}
-_LAYOUT |= {"transposed", "elementwise", "rescale", "skip", "roles"}
+_LAYOUT |= {"transposed", "elementwise", "uncalled", "rescale", "skip", "roles"}
 _KEYS = {
     "file": {"models", "layers", "output", "fixed", "axes", "blocks", "native"},
     "native": set(_NATIVE),
@@ -260,10 +260,9 @@ class _Parser:
             self.faults.append(
                 f"{where}: roles must map {', '.join(WEIGHT_ROLES)} to weights of the block, not {roles!r}"
             )
-        lists = {
-            word: self.words(where, spec, word) or () for word in ("norms", "transposed", "elementwise", "rescale")
-        }
-        for word in ("transposed", "elementwise", "rescale"):
+        of_weights = ("transposed", "elementwise", "uncalled", "rescale")
+        lists = {word: self.words(where, spec, word) or () for word in ("norms", *of_weights)}
+        for word in of_weights:
             for weight in sorted(set(lists[word]) - set(weights)):
                 self.faults.append(f"{where}: {word} names {weight!r}, which is not one of its weights")
         skip = self.mapping(where, spec, "skip")
@@ -287,6 +286,7 @@ class _Parser:
             roles=roles,
             transposed=frozenset(lists["transposed"]),
             elementwise=frozenset(lists["elementwise"]),
+            uncalled=frozenset(lists["uncalled"]),
             rescale=frozenset(lists["rescale"]),
             skip=skip,
             **whole,

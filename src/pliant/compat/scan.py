@@ -18,6 +18,7 @@ from typing import Any
 from pliant.architecture.format import EMPTY_STATE
 
 CHUNK = 64  # tokens
+_UNUSED = {"output_router_logits"}  # arguments of the whole model that its mixers hand on
 
 Watch = Callable[[Any, Any], None]
 _watches: list[Watch] = []
@@ -61,7 +62,8 @@ def _wrapped(
 
     def compute(*args: Any, **kwargs: Any) -> Any:
         try:
-            bound = parameters.bind(*args, **{name: value for name, value in kwargs.items() if value is not None})
+            given = {name: value for name, value in kwargs.items() if value is not None and name not in _UNUSED}
+            bound = parameters.bind(*args, **given)
         except TypeError:  # an argument that the scan does not know
             return original(*args, **kwargs)
         result = scan(*bound.args, **bound.kwargs)

@@ -93,7 +93,8 @@ class Lora:
             self.abandon()
             if isinstance(error, ValueError):
                 raise StepError(
-                    f"peft cannot put adapters on this model: {error}; choose other target_modules, or method full"
+                    f"peft cannot put adapters on this model: {str(error).rstrip('.')}; choose other target_modules, or "
+                    "method full"
                 ) from error
             raise
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -124,7 +125,7 @@ def linear_layers(model: nn.Module, anatomy: Anatomy, targets: Sequence[str] = (
         targets: names of the layers to take; if empty, all.
 
     Raises:
-        StepError: no linear layer has one of the names.
+        StepError: no linear layer has one of the names, or those that have it are never called.
     """
     layers = layers_of(model, anatomy.source)
     prefix = next(name for name, module in model.named_modules() if module is layers)
@@ -133,13 +134,24 @@ def linear_layers(model: nn.Module, anatomy: Anatomy, targets: Sequence[str] = (
         for weight in block.weights:
             path = weight.path.removesuffix(".weight")
             module = layers[block.layer].get_submodule(path) if path != weight.path else None
-            if is_linear(module):
+            if is_linear(module) and weight.called:
                 found[f"{prefix}.{block.layer}.{path}"] = module
     names = sorted({path.rpartition(".")[2] for path in found})
     for target in targets:
+        if target in uncalled_layers(anatomy):
+            raise StepError(
+                f"target_modules: an adapter on {target!r} would have no effect, because its block reads the weight "
+                f"and never calls the layer; choose from: {', '.join(names)}"
+            )
         if target not in names:
             raise StepError(f"target_modules: unknown linear layer {target!r}; choose from: {', '.join(names)}")
     return {path: module for path, module in found.items() if not targets or path.rpartition(".")[2] in targets}
+
+
+def uncalled_layers(anatomy: Anatomy) -> list[str]:
+    """The names of the linear layers that are never called."""
+    weights = (weight for block in anatomy.blocks.values() for weight in block.weights)
+    return sorted({weight.path.split(".")[-2] for weight in weights if not weight.called})
 
 
 @contextmanager
