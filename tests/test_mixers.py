@@ -121,7 +121,9 @@ def test_narrower_norms_of_the_step_and_of_b_and_c_equal_zeroed_units(rank, stat
 
 def test_a_layer_that_is_never_called_has_no_adapter_and_is_not_packed(tmp_path):
     with pytest.raises(StepError, match=r"dt_proj of this model cannot have an adapter: the model reads its weight"):
-        pliant.apply(pico("jamba"), pliant.Recover(target_modules=["dt_proj"]), tokenizer=tokenizer())
+        pliant.apply(
+            pico("jamba"), pliant.Recover(target_modules=["dt_proj"], steps=1, seqlen=24), TEXT, tokenizer=tokenizer()
+        )
     model = pico("jamba")
     before, shown = logits(model), model.model.layers[0].mamba.dt_proj.weight.clone()
     settings = {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": (), "seed": 0}
