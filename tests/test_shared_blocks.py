@@ -172,12 +172,12 @@ def test_layers_that_share_tensors_are_not_cut_differently(tmp_path):
     anatomy, dense = anatomy_of(model), logits(model)
     with pytest.raises(SubnetError, match=r"cut alike: choose 'tied\.layers\.1\.mlp\.channels' instead of"):
         pliant.apply(model, pliant.Cut(subnet=Subnet().keeping("layers.4.mlp.channels", 40)))
-    for widths in ({"1": 40}, {"1": 40, "4": 32}):
+    for widths in ({"0": 40}, {"0": 40, "2": 32}):
         with pytest.raises(DataError, match=r"layers\.1\.mlp and layers\.4\.mlp share their tensors, but would keep"):
             pliant.apply(model, pliant.Cut(subnet={"pruned_mlp_width": widths}))
-    alike = parse_config({"pruned_mlp_width": {"1": 40, "4": 40}}, anatomy)
+    alike = parse_config({"pruned_mlp_channels": {"0": 40, "2": 40}}, anatomy)
     assert alike == Subnet().keeping("tied.layers.1.mlp.channels", 40)
-    assert parse_config({"pruned_mlp_idx": [4], "pruned_mlp_width": {"1": 40}}, anatomy) == alike.without(
+    assert parse_config({"pruned_mlp_idx": [2], "pruned_mlp_channels": {"0": 40}}, anatomy) == alike.without(
         "layers.4.mlp"
     )
     assert torch.equal(logits(model), dense)

@@ -109,7 +109,7 @@ class KnapsackPruner(OrderedPruner, Pruner):
             )
         start = self._settled(anatomy, menus, search.picked)
         picks = {start: search.picked}
-        unit = (unit_of(by_parameters(anatomy), self._moves(anatomy)) - 0.5) / dense  # less than a whole unit
+        unit = (unit_of(by_parameters(anatomy), self._moves(anatomy), anatomy) - 0.5) / dense  # less than a whole unit
 
         def trade(now: Subnet, draw: random.Random) -> Subnet | None:
             down, up = draw.sample(range(len(parts)), 2)
