@@ -242,6 +242,16 @@ def test_a_model_of_2_7_billion_parameters_is_counted_as_published():
         untied += own if block.tied is None else block.parameters({}) - own
     assert untied == 3_828_481_440
     assert parameters(anatomy) == untied - 7 * (91_755_520 + 78_645_760) + 9 * 2_949_120 == 2_662_214_560
+    scans = [47, 42, 48, 43, 45, 37, 51, 40, 44, 46, 38, 41, 53, 49, 33, 31, 34, 50]
+    published = {"pruned_mlp_idx": [6, 8, 7], "pruned_ssm_idx": scans}
+    subnet = parse_config(published, anatomy)
+    assert subnet.skip == {f"layers.{layer}.mlp" for layer in (42, 51, 47)}
+    assert len(subnet.keep) == len(scans)
+    widths = {"0": 3072, "1": 4096, "2": 8192, "4": 6144, "5": 9216}
+    with pytest.raises(
+        DataError, match=r"layers\.6\.mlp and layers\.18\.mlp share their tensors, but would keep 3072 and"
+    ):
+        parse_config({**published, "pruned_mlp_channels": widths}, anatomy)
 
 
 def test_fisher_information_of_a_shared_unit_is_that_of_one_factor_in_all_its_layers():
