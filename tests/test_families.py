@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache
 from transformers.models.falcon_h1 import modeling_falcon_h1 as falcon_h1
 
 import pliant
-from pico import FAMILIES, IDS, config, head_of, logits, pico
+from pico import FAMILIES, IDS, config, head_of, logits, pico, tokenizer
 from pliant.anatomy import anatomy_of, plain_config
 from pliant.checkpoint.per_layer_config import write
 from pliant.compat.cache_argument import cache_argument
@@ -20,8 +21,17 @@ from pliant.exporters.homogeneous import homogeneous
 from pliant.prune import width_moves
 
 SCANS = hasattr(falcon_h1, "mamba2_chunk_scan")
-
+_DELTA = {"head_dim": 8, "num_heads": 5, "short_conv_kernel_size": 3, "kda_layers": [1, 3], "full_attn_layers": [2, 4]}
 VARIANTS = {name: (name, {}) for name in FAMILIES} | {
+    "kimi_linear, low-rank queries and grouped experts": (
+        "kimi_linear",
+        {"q_lora_rank": 12, "num_experts": 8, "num_expert_group": 2},
+    ),
+    "deepseek_v3, grouped experts": ("deepseek_v3", {"n_routed_experts": 8, "n_group": 2}),
+    "kimi_linear, a config in the checkpoint's own words": (
+        "kimi_linear",
+        {"linear_attn_config": _DELTA, "layer_types": None, "linear_num_heads": None, "linear_head_dim": None},
+    ),
     "qwen3_moe, a layer without experts": ("qwen3_moe", {"mlp_only_layers": [1]}),
     "ernie4_5_moe, no shared expert": ("ernie4_5_moe", {"moe_num_shared_experts": 0}),
     "granitemoehybrid, no experts, one group": ("granitemoehybrid", {"num_local_experts": 0, "mamba_n_groups": 1}),
@@ -30,6 +40,7 @@ VARIANTS = {name: (name, {}) for name in FAMILIES} | {
     "falcon_h1, norm before gate, one group": ("falcon_h1", {"mamba_norm_before_gate": True, "mamba_n_groups": 1}),
     "jamba, no experts": ("jamba", {"num_experts": 1, "num_experts_per_tok": 1}),
 }
+VARIANTS = {variant: given for variant, given in VARIANTS.items() if given[0] in transformers.CONFIG_MAPPING}
 
 
 def narrower(anatomy):
@@ -181,3 +192,23 @@ def test_every_axis_of_a_layer_with_and_without_experts_is_narrowed():
         "layers.2.mlp.shared",
         "layers.2.mlp.experts",
     }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "ratio"), [("lfm2", 0.19), ("lfm2_moe", 0.1), ("kimi_linear", 0.1)])
+def test_a_search_reuses_prefixes_across_mixers_of_two_kinds(name, ratio):
+    if name not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {name}")
+    text = pliant.text([" ".join(f"word {i * j % 17}" for j in range(1, 30)) for i in range(1, 40)])
+    found = []
+    for search in ("naive", "exact"):
+        step = pliant.BlockPruner(ratio=ratio, samples=4, seqlen=24, search=search)
+        model = pliant.apply(pico(name), step, text, tokenizer=tokenizer(), progress=False)
+        found.append(model.pliant_history[0]["subnet"])
+    assert found[0] == found[1]
+    assert found[0]["skip"]
+
+
+def test_every_group_of_experts_keeps_as_many_as_a_token_uses():
+    axis = anatomy_of(pico("deepseek_v3", n_routed_experts=12, n_group=2)).axes["layers.1.mlp.experts"]
+    assert [units for units in range(1, 13) if axis.allows(units)] == [4, 6, 8, 10, 12]

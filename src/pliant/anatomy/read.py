@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from math import lcm
 from typing import Any
 
 import torch
@@ -13,11 +11,20 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pliant.anatomy.anatomy import Anatomy, Traced, counted_once
-from pliant.anatomy.block import Attribute, Axis, Block, Weight
-from pliant.anatomy.config import global_size, guards, layer_config, layer_types_of, plain_config, text_config_of
+from pliant.anatomy.block import Attribute, Block, Weight
+from pliant.anatomy.config import (
+    config_of,
+    global_size,
+    guards,
+    layer_config,
+    layer_types_of,
+    plain_config,
+    text_config_of,
+)
 from pliant.anatomy.null import Null
+from pliant.anatomy.probe import remember
+from pliant.anatomy.read_axes import read_axes
 from pliant.architecture import Architecture, BlockSpec, Part, architecture_of, catalogue, parse
-from pliant.architecture.format import EMPTY_STATE
 from pliant.errors import ArchitectureError
 from pliant.runtime.dense import is_linear, size_names, stored_in_out
 from pliant.runtime.packed_linear import Packed
@@ -70,11 +77,13 @@ def holders_of(model: nn.Module, config: Any = None) -> list[nn.Module]:
 def anatomy_of(model: Any, *, example: Any = None) -> Anatomy:
     """Read the anatomy of a model, dense or already pruned, and check it against the tensors.
 
-    A model with an architecture file is read with it. A convolutional network without one is traced.
+    A model with an architecture file is read with it; a plain module, without a transformers config, with the file that
+    lists the name of its class. A convolutional network without a file is traced.
 
     Arguments:
-        example: the input for tracing: a tensor, a sequence of tensors, or a mapping from names to tensors. It is
-            remembered for this model. Default: one image of the size in the config, or of 224 x 224.
+        example: an input: a tensor, a sequence of tensors, or a mapping from names to tensors. It is remembered for
+            this model, to trace and check it. Default: random tokens, or one image of the size in the config, or of
+            224 x 224.
 
     Raises:
         ArchitectureError: the architecture is unknown, the file does not explain the shape or presence of a tensor, or
@@ -82,22 +91,24 @@ def anatomy_of(model: Any, *, example: Any = None) -> Anatomy:
     """
     from pliant.anatomy.trace import traceable, traced
 
-    config: Any = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    described = model_type in catalogue() or getattr(config, "pliant_architecture", None)
+    config: Any = config_of(model)
+    described = config.model_type in catalogue() or getattr(config, "pliant_architecture", None)
     image = getattr(model, "main_input_name", "pixel_values") == "pixel_values"  # plain modules do not say
     if not described and traceable(model) and (image or example is not None):
         return traced(model, example)
-    if model_type is None:
+    own = isinstance(config, PreTrainedConfig)
+    text_config = config.get_text_config(decoder=True) if own else config
+    if not own and not described:
         raise ArchitectureError(
             f"{type(model).__name__} cannot be read: it has no config with a model_type, as transformers models have, "
-            "and no convolutions to trace"
+            f"no architecture file that lists {config.model_type!r} under 'models', and no convolutions to trace"
         )
-    architecture = described_by(config.get_text_config(decoder=True))
-    text_config = text_config_of(config)
-    plain = plain_config(text_config)
+    if example is not None:
+        remember(model, example)
+    architecture = described_by(text_config)
+    plain = plain_config(text_config_of(config) if own else config)
     layers = layers_of(model, architecture)
-    for spec in architecture.blocks:
+    for spec in architecture.blocks if own else ():
         guards(spec, architecture, layer_config(plain, 0))  # raises now, before anything is cut
     types = layer_types_of(plain, len(layers))
     blocks = {b.name: b for i, layer in enumerate(layers) for b in blocks_of(layer, i, architecture, plain, types[i])}
@@ -216,7 +227,7 @@ def _read_block(
             dims = tuple((Part(f"{child}.{position}"),) for position in range(matrix.dim()))
         if child in spec.rescale:
             epsilon, value = _epsilon(target, name, path, file)
-            attributes.append(Attribute(path, epsilon, dims[0], epsilon=value))
+            attributes.append(Attribute(path, epsilon, dims[0], spec.rescale[child], value))
         if isinstance(target, torch.Tensor):
             weights.append(_tensor_weight(path, child, dims, target, spec))
             continue
@@ -231,7 +242,7 @@ def _read_block(
             weights.append(Weight(f"{path}.weight", dims, depthwise=True))
             attributes += [Attribute(path, size, dims[0]) for size in ("out_channels", "in_channels", "groups")]
         else:
-            weights.append(Weight(f"{path}.weight", dims, rescaled=child in spec.rescale))
+            weights.append(Weight(f"{path}.weight", dims, rescaled=spec.rescale.get(child)))
         if getattr(target, "bias", None) is not None:
             weights.append(Weight(f"{path}.bias", dims[:1]))
     for key, value in (spec.attributes or {}).items():
@@ -240,7 +251,7 @@ def _read_block(
         parts = tuple(Part(term.partition(".")[0]) for term in value)
         attributes.append(Attribute(path, attribute, parts, value[0].partition(".")[2] or "units"))
 
-    axes = _read_axes(layer, spec, architecture, plain, name, weights, fixed)
+    axes = read_axes(layer, spec, architecture, plain, name, weights, attributes, fixed)
     for axis in spec.scan_state:
         if axis not in axes and axis not in fixed:
             raise ArchitectureError(f"{name}: {file} lists {axis!r} under 'scan_state', but no weight has that axis")
@@ -276,13 +287,6 @@ def _tensor_weight(
     return Weight(path, dims, reads=len(dims) - (2 if child in spec.transposed else 1))
 
 
-def _runs_without_state(layer: nn.Module) -> bool:
-    """Whether the scan of a layer runs with a state of size 0: pliant has replaced the one of transformers, if it is a
-    function."""
-    functions = vars(sys.modules[type(layer).__module__]).values()
-    return any(hasattr(function, EMPTY_STATE) for function in functions)
-
-
 def _epsilon(norm: Any, block: str, path: str, file: str) -> tuple[str, float]:
     """Name and value of the epsilon of a norm."""
     for name in ("variance_epsilon", "eps", "epsilon"):
@@ -302,112 +306,6 @@ def _norms(layer: nn.Module, spec: BlockSpec) -> list[str]:
             )
         norms.append(present[0])
     return norms
-
-
-def _read_axes(
-    layer: nn.Module,
-    spec: BlockSpec,
-    architecture: Architecture,
-    plain: Any,
-    name: str,
-    weights: list[Weight],
-    fixed: Mapping[str, int],
-) -> dict[str, Axis]:
-    """Read the sizes of a block's axes from its tensors, because the layers of a pruned model differ."""
-    axes: dict[str, Axis] = {}
-    used = {part.axis for weight in weights for dim in weight.dims for part in dim}
-    pending = [
-        leader
-        for leader in architecture.leaders(spec)
-        if leader in used
-        or any(architecture.axes[axis].follows == leader for axis in used if axis in architecture.axes)
-    ]
-    floor = 1 if spec.role == "scan" and not _runs_without_state(layer) else 0
-    least = {leader: max(floor, architecture.axes[leader].least) for leader in pending}
-    while pending:
-        # a dimension may consist of several axes: the size of one follows once the others are known
-        sized = None
-        for alone in (True, False):
-            for leader in pending:
-                known = {} if alone else {**axes, **fixed}
-                sized = sized or _read_family(layer, leader, architecture, plain, name, weights, known, least[leader])
-        if sized is None:
-            raise ArchitectureError(f"{name}: no dimension of any weight determines the size of axis {pending[0]!r}")
-        axes |= sized
-        pending = [leader for leader in pending if leader not in axes]
-    overlap = set(axes) & set(fixed)
-    if overlap:
-        raise ArchitectureError(f"{name}: {sorted(overlap)} are declared both as axes and as fixed")
-    return axes
-
-
-def _read_family(
-    layer: nn.Module,
-    leader: str,
-    architecture: Architecture,
-    plain: Any,
-    name: str,
-    weights: list[Weight],
-    known: Mapping[str, Axis | int],
-    least: int,
-) -> dict[str, Axis] | None:
-    """Read a leading axis and its followers from the first dimension that consists of them and of ``known`` axes.
-
-    Arguments:
-        known: axes, and sizes of fixed dimensions.
-        least: the fewest units that can stay.
-
-    Returns:
-        Short name -> axis; None if no dimension is of this kind.
-    """
-    family = [leader, *(n for n, a in architecture.axes.items() if a.follows == leader)]
-    # an axis whose size only a built layer shows has no followers, so that only the ratio of 1 is needed
-    sizes = {n: 1 if (axis := architecture.axes[n]).built else global_size(plain, axis.size) for n in family}
-    wide = {member: global_size(plain, architecture.axes[member].unit) for member in family}
-    ratios = {member: sizes[member] // sizes[leader] for member in family}
-    groups = global_size(plain, architecture.axes[leader].groups)
-    copies = {member: global_size(plain, architecture.axes[member].copies) for member in family}
-
-    def width(part: Part) -> int:
-        axis = known[part.axis]
-        return part.factor * (axis if isinstance(axis, int) else axis.size * axis.unit * axis.copies)
-
-    for weight in weights:
-        for position, dim in enumerate(weight.dims):
-            others = [part for part in dim if part.axis not in family]
-            if len(others) == len(dim) or any(part.axis not in known for part in others):
-                continue
-            per_unit = sum(
-                ratios[part.axis] * wide[part.axis] * copies[part.axis] * part.factor
-                for part in dim
-                if part.axis in family
-            )
-            length = weight.tensor(layer).shape[position] - sum(map(width, others))
-            size, remainder = divmod(length, per_unit)
-            if remainder or size < min(1, least) or size % groups:
-                raise ArchitectureError(
-                    f"{name}: dimension {position} of {weight.path} has {length} elements of {leader!r}; it must have "
-                    f"a multiple of {per_unit}, the width of one unit"
-                )
-            return {
-                member: Axis(
-                    name=f"{name}.{member}",
-                    size=ratios[member] * size,
-                    unit=wide[member],
-                    leader=leader,
-                    ratio=ratios[member],
-                    config_key=architecture.axes[member].config_key,
-                    cut=architecture.axes[leader].cut,
-                    active=None if (key := architecture.axes[member].active) is None else global_size(plain, key),
-                    multiple=lcm(groups, architecture.axes[leader].multiple),
-                    normed=architecture.axes[leader].normed,
-                    least=least,
-                    groups=groups,
-                    copies=copies[member],
-                )
-                for member in family
-            }
-    return None
 
 
 def _find(layer: nn.Module, path: str) -> Any:

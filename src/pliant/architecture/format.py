@@ -2,20 +2,24 @@
 
 One YAML file beside this one describes the repeated layer of a family::
 
-    models: [llama]                 # the ``model_type`` values of config.json that have this layout
+    models: [llama]                 # the ``model_type`` values of config.json that have this layout; or the class of a
+                                    # plain module
     layers: model.layers            # where the list of layers is
     output: tensor                  # what a layer returns: a tensor (default) or a tuple that begins with it
     fixed: {hidden: hidden_size}    # dimensions that no sub-network changes: name -> config key
     axes:                           # dimensions that can shrink
       kv:      {size: num_key_value_heads, unit: head_dim}
       heads:   {size: num_attention_heads, unit: head_dim, follows: kv}
-      experts: {size: num_local_experts, active: num_experts_per_tok}  # units that one token uses; at least these stay
+      experts: {size: num_local_experts, active: num_experts_per_tok}  # units of one token; a group keeps them
       wide:    {size: intermediate_size, multiple: 8}                  # cut only to multiples of 8, for a kernel
       whole:   {size: num_heads, unit: head_dim, cut: false}           # never cut
       rank:    {size: q_lora_rank, normed: true}                       # a norm runs over it: cutting is not zeroing
       shared:  {size: shared_size, least: 0}                           # the fewest units that can stay; default 1
       scan:    {size: num_heads, unit: head_dim, groups: n_groups}     # in equal groups; each keeps equally many
       state:   {size: state_size, copies: n_groups}                    # one copy after another, all cut alike
+      key:     {size: linear_num_key_heads, unit: linear_key_head_dim}
+      value:   {size: linear_num_value_heads, unit: linear_value_head_dim, groups: key}   # the units of an axis as its
+                                                                       # groups, which can be removed too
     blocks:                         # residual blocks, in the order in which they run
       attention:
         role: attention             # attention, mlp, experts, conv, scan or other; default: the block's name if it is
@@ -51,8 +55,8 @@ One YAML file beside this one describes the repeated layer of a family::
         uncalled: [dt_proj]         # linear layers whose weight is read and which are never called: an adapter on them
                                     # would have no effect, and they are not packed
         rescale: [norm]             # a norm over an axis: its epsilon and its weight change when the axis narrows, so
-                                    # that cutting equals zeroing
-        skip: {D: state}            # weights that are all that remains of a scan whose axis has no units: weight -> axis
+                                    # that cutting equals zeroing; {norm: group} for a norm over each group alone
+        skip: {D: state}            # weights that alone remain of a scan whose axis has no units: weight -> axis
         roles: {q: q_proj, k: k_proj, v: v_proj, o: o_proj}    # the role of each weight, for native runs
     native:                         # optional: the parts that pliant's kernels need to run all layers in one call
       models:
@@ -71,6 +75,12 @@ config of a cut model has: ``shared_size or 2 * hidden_size``; or ``mlp_size or 
 size in a way that has no words here, so that only a built layer shows it. If f has no module of its own, ``module:
 [fc1, fc2]`` lists the modules of the layer that compute it, and weights are named from the layer; the last module
 returns f. A norm that several blocks of a layer list is shared and stays.
+
+``groups`` and ``copies`` may name another axis instead of a number. Then each unit of that axis has one group, or one
+copy, and it is removed with them; every group that stays keeps equally many units. The units kept of an axis in groups
+are counted over all groups, so that their number does not depend on how many groups are kept. Of 8 value heads in 4
+groups, ``value: 4`` with ``key: 3`` keeps one in each of three groups: 3 heads in all, the number in ``config.json``.
+An axis that only names groups (those of Mamba-2, which no weight has) is read from the attribute that holds it.
 
 A block whose layout differs between layers lists its variants::
 
@@ -113,8 +123,10 @@ class AxisSpec:
         multiple: a cut axis keeps a multiple of this many units.
         normed: a norm is taken over all units together, so cutting a unit differs from zeroing it.
         least: the fewest units that can stay.
-        groups: number of equal groups that the units are in; every group keeps equally many.
-        copies: how often the units are repeated in a tensor dimension; all copies are cut alike.
+        groups: number of equal groups that the units are in, or the axis whose units they are; every group keeps
+            equally many.
+        copies: how often the units are repeated in a tensor dimension, or the axis whose units have one copy each; all
+            copies are cut alike.
     """
 
     size: str
@@ -182,7 +194,8 @@ class BlockSpec:
         transposed: stacks of matrices that are stored (in, out).
         elementwise: weights of two or more dimensions that are not matrices.
         uncalled: linear layers whose weight is read and which are never called.
-        rescale: norms over an axis, whose epsilon and weight make up for a narrower axis.
+        rescale: norms over an axis, whose epsilon and weight make up for a narrower axis -> whether it is taken over
+            the whole ``width`` or over each ``group``.
         skip: weights that are all that remains of a scan whose axis has no units left: weight -> that axis.
         tied: its tensors may be shared with the same block of other layers.
     """
@@ -209,7 +222,7 @@ class BlockSpec:
     transposed: frozenset[str] = frozenset()
     elementwise: frozenset[str] = frozenset()
     uncalled: frozenset[str] = frozenset()
-    rescale: frozenset[str] = frozenset()
+    rescale: Mapping[str, str] = field(default_factory=dict)
     skip: Mapping[str, str] = field(default_factory=dict)
     tied: bool = False
 
@@ -287,7 +300,13 @@ class Architecture:
         """The axes of a block that follow no other axis, in file order."""
         weights = (dims for layout in block.layouts for dims in layout.weights.values())
         used = {part.axis for dims in weights for dim in dims or () for part in dim}
+        used |= {named for name in used & set(self.axes) for named in self.named_by(name)}
         return tuple(name for name, axis in self.axes.items() if axis.follows is None and name in used)
+
+    def named_by(self, axis: str) -> tuple[str, ...]:
+        """The axes whose units are the groups or copies of an axis."""
+        named = (self.axes[self.leader(axis)].groups, self.axes[axis].copies)
+        return tuple(str(name) for name in named if name in self.axes)
 
 
 def factors(alternative: str) -> list[list[str]]:

@@ -89,6 +89,13 @@ class _Parser:
                     f"axis {axis!r}: {BUILT!r} must come after a key of pliant's own, as in 'mlp_size or {BUILT}', and "
                     "such an axis neither follows another nor is followed"
                 )
+            for word, named in (("groups", spec.groups), ("copies", spec.copies)):
+                other = self.axes.get(str(named))
+                if other and (other.follows or other.least < 1 or (other.groups, other.copies) != (1, 1)):
+                    self.faults.append(
+                        f"axis {axis!r}: {word} names the axis {named!r}, which must follow no other, have neither "
+                        "groups nor copies, and keep at least 1 unit"
+                    )
         blocks = tuple(self.block(kind, spec) for kind, spec in self.mapping("the file", top, "blocks").items())
         native = self.native(top["native"]) if "native" in top else None
         if top.get("output", "tensor") not in ("tensor", "tuple"):
@@ -260,10 +267,17 @@ class _Parser:
             self.faults.append(
                 f"{where}: roles must map {', '.join(WEIGHT_ROLES)} to weights of the block, not {roles!r}"
             )
-        of_weights = ("transposed", "elementwise", "uncalled", "rescale")
-        lists = {word: self.words(where, spec, word) or () for word in ("norms", *of_weights)}
-        for word in of_weights:
-            for weight in sorted(set(lists[word]) - set(weights)):
+        words = ("norms", "transposed", "elementwise", "uncalled")
+        lists = {word: self.words(where, spec, word) or () for word in words}
+        rescale = spec.get("rescale") or {}
+        if not isinstance(rescale, dict):
+            rescale = dict.fromkeys(self.words(where, spec, "rescale") or (), "width")
+        if not all(measure in MEASURES for measure in rescale.values()):
+            self.faults.append(
+                f"{where}: rescale must list norms, or map each to {' or '.join(MEASURES)}; not {spec['rescale']!r}"
+            )
+        for word, named in (*lists.items(), ("rescale", rescale)):
+            for weight in sorted(set(named) - set(weights)) if word != "norms" else ():
                 self.faults.append(f"{where}: {word} names {weight!r}, which is not one of its weights")
         skip = self.mapping(where, spec, "skip")
         for weight, axis in skip.items():
@@ -287,7 +301,7 @@ class _Parser:
             transposed=frozenset(lists["transposed"]),
             elementwise=frozenset(lists["elementwise"]),
             uncalled=frozenset(lists["uncalled"]),
-            rescale=frozenset(lists["rescale"]),
+            rescale=rescale,
             skip=skip,
             **whole,
         )

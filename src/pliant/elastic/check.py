@@ -23,7 +23,7 @@ from pliant.anatomy import (
     rounding,
 )
 from pliant.elastic.activate import Elastic, narrow
-from pliant.elastic.reorder import reorder
+from pliant.elastic.reorder import reorder, restore
 from pliant.elastic.subnet import Subnet
 from pliant.errors import ArchitectureError, WeightError
 
@@ -74,7 +74,7 @@ def _check_reorder(
     try:
         difference = (_output(model, inputs) - dense).abs().max().item()
     finally:
-        reorder(model, anatomy, {name: torch.argsort(order) for name, order in orders.items()})
+        restore(model, anatomy, orders)
     if not math.isfinite(difference):
         raise WeightError("the model's outputs on a few tokens are not finite numbers; check its weights")
     if not difference <= TOLERANCE * rounding(dense, next(model.parameters()).dtype):
@@ -98,7 +98,7 @@ def _check_skip(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any]) -> N
     seen: dict[str, torch.Tensor] = {}
 
     def record(_module: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        seen["in"] = args[0] if args else kwargs["hidden_states"]
+        seen["in"] = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
         seen["out"] = output[0] if isinstance(output, tuple) else output
 
     elastic = Elastic(model, anatomy)

@@ -128,7 +128,7 @@ class Recover(Step):
 
     target_modules: str | Sequence[str] | None = setting(
         "lora: names of the linear layers with adapters, such as q_proj,v_proj. Default: all linear layers in the "
-        "blocks.",
+        "blocks that can have one.",
         default=None,
         formerly="targets",
     )
@@ -265,6 +265,8 @@ class Recover(Step):
             )
         with training_mode(model, recompute=self.gradient_checkpointing):
             trained = self._trained(model, anatomy)
+            for name, reason in trained.without.items():
+                job.progress.note(f"  no adapter on {name}: {reason}")
             try:
                 needs = memory_needed(
                     model,

@@ -33,7 +33,7 @@ class Halves:
     def __init__(self, model: Any):
         check_model(model)
         self._trunk = model.base_model
-        self._head = copy_with_child(model, model.base_model_prefix, _Given(self._trunk))
+        self._head = copy_with_child(model, model.base_model_prefix, _Given(model.base_model))
         was = model.training
         model.eval()
         ids = torch.tensor([[1, 2]], device=model.device)
@@ -60,19 +60,22 @@ class Halves:
 class _Given(nn.Module):
     """A stand-in for the trunk, or for any part of it that a head calls (``model.decoder``).
 
-    It returns the hidden states that it receives as embeddings. Numbers that a head reads from the trunk
-    (``model.lm_head_multiplier``) are those of the trunk.
+    It returns the hidden states that it receives as embeddings. Numbers that a head reads from the trunk, such as a
+    factor on the logits, are those of the trunk.
     """
 
     def __init__(self, trunk: nn.Module):
         super().__init__()
-        self._numbers = {name: value for name, value in vars(trunk).items() if isinstance(value, int | float)}
+        self.__dict__["_trunk"] = trunk  # not a submodule: it does not run
 
     def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> _Output:  # noqa: ARG002
         return _Output(inputs_embeds)
 
     def __getattr__(self, name: str) -> Any:
-        return super().__getattr__(name) if name.startswith("_") else self._numbers.get(name, self)
+        if name.startswith("_"):
+            return super().__getattr__(name)
+        value = getattr(self._trunk, name, None)
+        return value if isinstance(value, int | float) else self
 
 
 class _Output:
