@@ -5,18 +5,15 @@ import torch
 from transformers.models.falcon_h1 import modeling_falcon_h1
 
 import pliant
-from pico import IDS, config, head_of, logits, pico, tokenizer
+from pico import IDS, config, head_of, logits, pico
 from pliant.anatomy import anatomy_of
 from pliant.checkpoint.per_layer_config import write
 from pliant.elastic import Subnet, check, extract
-from pliant.errors import StepError
 from pliant.runtime.packed_linear import Packed
-from pliant.train.trainable import Lora
 from pliant.train.trunk_and_head import Halves
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns about kernels that are not installed
 SCANS = hasattr(modeling_falcon_h1, "mamba2_chunk_scan")  # in older versions a scan cannot lose its state
-TEXT = pliant.text([" ".join(f"word {i * j % 17}" for j in range(1, 30)) for i in range(1, 40)])
 
 
 def check_generation(model, mask=None):
@@ -103,7 +100,7 @@ def test_padded_prompts_are_continued_from_the_cache(name):
     check_generation(model, mask)
 
 
-@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("rank", [0, 3] if SCANS else [3])
 @pytest.mark.parametrize("state", [0, 2] if SCANS else [2])
 def test_narrower_norms_of_the_step_and_of_b_and_c_equal_zeroed_units(rank, state, tmp_path):
     model, zeroed = pico("jamba"), pico("jamba")
@@ -124,25 +121,12 @@ def test_narrower_norms_of_the_step_and_of_b_and_c_equal_zeroed_units(rank, stat
     check(again)
 
 
-def test_a_layer_that_is_never_called_has_no_adapter_and_is_not_packed(tmp_path):
-    with pytest.raises(StepError, match=r"an adapter on 'dt_proj' would have no effect.* choose from: down_proj"):
-        pliant.apply(pico("jamba"), pliant.Recover(target_modules=["dt_proj"]), tokenizer=tokenizer())
+def test_a_layer_that_is_never_called_is_not_packed(tmp_path):
     model = pico("jamba")
-    before, shown = logits(model), model.model.layers[0].mamba.dt_proj.weight.clone()
-    settings = {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": (), "seed": 0}
-    lora = Lora(model, anatomy_of(model), **settings)
-    assert not any("dt_proj" in name for name in lora.parameters)
-    with torch.no_grad():
-        for parameter in lora.parameters.values():
-            parameter.add_(0.1)
-    adapted = logits(model)
-    assert not torch.allclose(adapted, before, atol=1e-2)
-    lora.finish()
-    torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-5)
-    assert torch.equal(model.model.layers[0].mamba.dt_proj.weight, shown)
+    before = logits(model)
     pliant.apply(model, pliant.PackedLinear(format="bf16"), progress=False)
     packed = logits(model)
-    torch.testing.assert_close(packed, adapted, rtol=0, atol=0.1 * adapted.abs().max().item())
+    torch.testing.assert_close(packed, before, rtol=0, atol=0.1 * before.abs().max().item())
     skipped = {kind["why"]: kind["names"] for kind in model.pliant_history[-1]["left"]["reasons"]}
     names = skipped["linear layers whose weight is read by their block, which never calls them"]
     assert names == ["model.layers.0.mamba.dt_proj", "model.layers.2.mamba.dt_proj"]
@@ -150,15 +134,6 @@ def test_a_layer_that_is_never_called_has_no_adapter_and_is_not_packed(tmp_path)
     model.save_pretrained(tmp_path)
     again = logits(head_of("jamba").from_pretrained(tmp_path).eval())
     torch.testing.assert_close(again, packed, rtol=1e-5, atol=1e-5)  # transformers adds a bias there and subtracts it
-
-
-def test_adapters_where_peft_has_none_are_refused_and_leave_the_model_as_it_was():
-    model = pico("falcon_h1")
-    before = logits(model)
-    step = pliant.Recover(steps=1, seqlen=24)
-    with pytest.raises(StepError, match=r"'out_proj'.*choose other target_modules, or method full"):
-        pliant.apply(model, step, TEXT, tokenizer=tokenizer(), progress=False)
-    assert torch.equal(logits(model), before)
 
 
 @pytest.mark.parametrize("name", ["granitemoehybrid", "falcon_h1"])

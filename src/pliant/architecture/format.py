@@ -52,8 +52,7 @@ One YAML file beside this one describes the repeated layer of a family::
           gate.correction: [experts]                     # a buffer is listed like a parameter
         transposed: [experts.up]    # stacks of matrices that are stored (in, out)
         elementwise: [gate.bias]    # tensors of two or more dimensions that are not matrices
-        uncalled: [dt_proj]         # linear layers whose weight is read and which are never called: an adapter on them
-                                    # would have no effect, and they are not packed
+        uncalled: [dt_proj]         # linear layers whose weight is read and which are never called: they are not packed
         rescale: [norm]             # a norm over an axis: its epsilon and its weight change when the axis narrows, so
                                     # that cutting equals zeroing; {norm: group} for a norm over each group alone
         skip: {D: state}            # weights that alone remain of a scan whose axis has no units: weight -> axis

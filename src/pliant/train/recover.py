@@ -25,7 +25,7 @@ from pliant.train.loss import Distillation
 from pliant.train.memory_estimate import memory_needed
 from pliant.train.seeds import seed_of
 from pliant.train.state import StateFile
-from pliant.train.trainable import Full, Lora, linear_layers, training_mode, uncalled_layers
+from pliant.train.trainable import Full, Lora, linear_layers, training_mode
 from pliant.train.trunk_and_head import Halves
 
 STEPS = 200
@@ -207,8 +207,6 @@ class Recover(Step):
         Halves(model)  # refuses a model that does not predict next tokens, before any work
         tokenizer = job.tokenizer()
         anatomy = described(model)
-        if self.method == "lora":
-            linear_layers(model, anatomy, self.target_modules or ())  # refuses layers that cannot have adapters
         given = self._examples(job)
         seqlen = seqlen_of(model, self.seqlen, USUAL)
         train, held_out = self._sequences(given, model, tokenizer, seqlen)
@@ -259,10 +257,6 @@ class Recover(Step):
         if teacher is not None:
             distillation = Distillation(Halves(teacher.eval()), self.distillation_weight, self.temperature)
         linears = linear_layers(model, anatomy)
-        if self.method == "lora" and not self.target_modules and (uncalled := uncalled_layers(anatomy)):
-            job.progress.note(
-                f"  no adapters on {', '.join(uncalled)}: the blocks read these weights and never call the layers"
-            )
         with training_mode(model, recompute=self.gradient_checkpointing):
             trained = self._trained(model, anatomy)
             for name, reason in trained.without.items():

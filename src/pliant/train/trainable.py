@@ -174,7 +174,7 @@ def linear_layers(model: nn.Module, anatomy: Anatomy, targets: Sequence[str] = (
         targets: names of the layers to take; if empty, all.
 
     Raises:
-        StepError: no linear layer has one of the names, or those that have it are never called.
+        StepError: no linear layer has one of the names.
     """
     layers = layers_of(model, anatomy.source)
     prefix = next(name for name, module in model.named_modules() if module is layers)
@@ -183,24 +183,13 @@ def linear_layers(model: nn.Module, anatomy: Anatomy, targets: Sequence[str] = (
         for weight in block.weights:
             path = weight.path.removesuffix(".weight")
             module = layers[block.layer].get_submodule(path) if path != weight.path else None
-            if is_linear(module) and weight.called:
+            if is_linear(module):
                 found[f"{prefix}.{block.layer}.{path}"] = module
     names = sorted({path.rpartition(".")[2] for path in found})
     for target in targets:
-        if target in uncalled_layers(anatomy):
-            raise StepError(
-                f"target_modules: an adapter on {target!r} would have no effect, because its block reads the weight "
-                f"and never calls the layer; choose from: {', '.join(names)}"
-            )
         if target not in names:
             raise StepError(f"target_modules: unknown linear layer {target!r}; choose from: {', '.join(names)}")
     return {path: module for path, module in found.items() if not targets or path.rpartition(".")[2] in targets}
-
-
-def uncalled_layers(anatomy: Anatomy) -> list[str]:
-    """The names of the linear layers that are never called."""
-    weights = (weight for block in anatomy.blocks.values() for weight in block.weights)
-    return sorted({weight.path.split(".")[-2] for weight in weights if not weight.called})
 
 
 @contextmanager
