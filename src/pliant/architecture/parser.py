@@ -267,8 +267,8 @@ class _Parser:
             self.faults.append(
                 f"{where}: roles must map {', '.join(WEIGHT_ROLES)} to weights of the block, not {roles!r}"
             )
-        words = ("norms", "transposed", "elementwise", "uncalled")
-        lists = {word: self.words(where, spec, word) or () for word in words}
+        of_weights = ("transposed", "elementwise", "uncalled")
+        lists = {word: self.words(where, spec, word) or () for word in ("norms", *of_weights)}
         rescale = spec.get("rescale") or {}
         if not isinstance(rescale, dict):
             rescale = dict.fromkeys(self.words(where, spec, "rescale") or (), "width")
@@ -276,8 +276,8 @@ class _Parser:
             self.faults.append(
                 f"{where}: rescale must list norms, or map each to {' or '.join(MEASURES)}; not {spec['rescale']!r}"
             )
-        for word, named in (*lists.items(), ("rescale", rescale)):
-            for weight in sorted(set(named) - set(weights)) if word != "norms" else ():
+        for word, named in (*((word, lists[word]) for word in of_weights), ("rescale", rescale)):
+            for weight in sorted(set(named) - set(weights)):
                 self.faults.append(f"{where}: {word} names {weight!r}, which is not one of its weights")
         skip = self.mapping(where, spec, "skip")
         for weight, axis in skip.items():
