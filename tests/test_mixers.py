@@ -9,6 +9,8 @@ from pico import IDS, config, head_of, logits, pico
 from pliant.anatomy import anatomy_of
 from pliant.checkpoint.per_layer_config import write
 from pliant.elastic import Subnet, check, extract
+from pliant.errors import ArtefactError
+from pliant.exporters.homogeneous import homogeneous
 from pliant.runtime.packed_linear import Packed
 from pliant.train.trunk_and_head import Halves
 
@@ -142,3 +144,39 @@ def test_heads_that_scale_their_logits_can_be_trained(name):
     halves, mask = Halves(model), torch.ones_like(IDS)
     hidden = halves.trunk(IDS, mask)
     torch.testing.assert_close(halves.head(hidden[0]), logits(model)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [{}, {"output_router_logits": True}])
+@pytest.mark.skipif(not SCANS, reason="the scan of this transformers cannot lose its state")
+def test_experts_are_balanced_beside_a_scan_without_a_state(kept):
+    model = pico("granitemoehybrid")
+    extract(model, anatomy_of(model), Subnet().keeping("layers.0.mamba.state", 0).keeping("layers.1.moe.experts", 2))
+    output = model(IDS, labels=IDS, **kept)
+    assert output.loss.isfinite()
+    assert (output.aux_loss is not None) == bool(kept)
+
+
+@pytest.mark.parametrize(("name", "layer"), [("granitemoehybrid", 2), ("falcon_h1", 1)])
+def test_a_model_without_whole_layers_is_exported(name, layer):
+    model = pico(name)
+    anatomy = anatomy_of(model)
+    gone = [block.name for block in anatomy.blocks.values() if block.layer == layer]
+    keep = {
+        f"layers.{other}.mamba.state": 3 for other in range(4) if f"layers.{other}.mamba" in {*anatomy.blocks} - {*gone}
+    }
+    extract(model, anatomy, Subnet(frozenset(gone), tuple(sorted(keep.items()))))
+    exported = homogeneous(model)
+    assert exported.config.num_hidden_layers == 3
+    torch.testing.assert_close(logits(exported), logits(model), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize(
+    ("layers", "reason"),
+    [([2], "computes layer_types from the number of a layer"), ([0, 1], "gives the remaining layers other parts")],
+)
+def test_layers_that_the_config_computes_from_their_number_are_not_dropped(layers, reason):
+    model = pico("jamba")
+    anatomy = anatomy_of(model)
+    extract(model, anatomy, Subnet().without(*(b.name for b in anatomy.blocks.values() if b.layer in layers)))
+    with pytest.raises(ArtefactError, match=f"{reason}.*use the cut folder"):
+        homogeneous(model)
