@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import pliant
 from pico import IDS, logits, pico, tokenizer
 from pliant.anatomy import anatomy_of, layers_of
+from pliant.architecture import catalogue
 from pliant.cli.main import app
 from pliant.compat.scan import watched_scans
 from pliant.elastic import Elastic, Subnet, extract, parameters
@@ -24,12 +25,13 @@ from pliant.prune.scan_skip import scan_axis, scans_of, with_skips
 from pliant.run.compress import compress
 from pliant.run.recipe import Measuring
 from pliant.step import Job
+from pliant.systems.mamba_shedder import PARTS, axes_of
 
 SCANS = hasattr(importlib.import_module("transformers.models.mamba2.modeling_mamba2"), "mamba2_chunk_scan")
 pytestmark = pytest.mark.skipif(not SCANS, reason="the scan of this transformers is not a function")
 TEXT = pliant.text([" ".join(f"word {i * j % 17}" for j in range(1, 30)) for i in range(1, 40)])
 ROWS = {"samples": 8, "seqlen": 32}
-FAMILIES = ("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h")
+FAMILIES = tuple(name for name, of in catalogue().items() if any(block.skip for block in of.blocks))
 
 
 def shed(model, data=TEXT, **settings):
@@ -152,14 +154,33 @@ def test_models_of_which_some_blocks_have_no_scan_are_measured(monkeypatch):
     assert table.of(anatomy) > 0
 
 
-@pytest.mark.parametrize("target", ["heads", "state", "scan_channels", "channels"])
-def test_parts_are_removed_in_their_groups(target):
-    family = {"scan_channels": "mamba", "channels": "bamba"}.get(target, "mamba2")
-    model = pico(family)
-    _, record = shed(model, target=target, steps=2, mlp_group=8, head_group=2, state_group=5, order="activation")
-    size = {"heads": 8, "state": 10, "scan_channels": 64, "channels": 48}[target]
-    group = {"heads": 4, "state": 5}.get(target, 8)
-    assert sum(size - units for units in record["subnet"]["keep"].values()) == 2 * group
+@pytest.mark.parametrize(
+    ("family", "target", "size", "removed"),
+    [
+        ("mamba2", "heads", 8, 8),
+        ("mamba2", "state", 10, 10),
+        ("mamba2", "groups", 2, 2),
+        ("mamba", "scan_channels", 64, 16),
+        ("jamba", "scan_channels", 96, 16),
+        ("bamba", "channels", 48, 16),
+        ("qwen3_5_text", "groups", 3, 2),
+    ],
+)
+def test_parts_are_removed_in_their_groups(family, target, size, removed):
+    settings = {"mlp_group": 8, "head_group": 2, "state_group": 5, "order": "activation"}
+    _, record = shed(pico(family), target=target, steps=2, **settings)
+    assert sum(size - units for units in record["subnet"]["keep"].values()) == removed
+
+
+def test_every_part_of_a_model_is_one_target_at_most():
+    step = pliant.MambaShedder(steps=1)
+    for family in (*FAMILIES, "qwen3_next", "kimi_linear", "lfm2", "mixtral"):
+        anatomy = anatomy_of(pico(family))
+        named = [axis.name for target in PARTS for axis in axes_of(anatomy, target)]
+        assert len(named) == len(set(named))
+        scans = {block.name for block in anatomy.blocks.values() if block.role == "scan"}
+        assert scans <= {name.rpartition(".")[0] for name in named}
+    assert step.searches() == [((), 1, None)]
 
 
 # What remains of a scan
@@ -471,6 +492,11 @@ def test_settings_that_contradict_are_refused(settings, refusal):
             "needs scan heads, and this mamba .* state, scan_channels, ssm, block",
         ),
         ("mamba2", {"target": "attention", "steps": 1}, "needs an attention block"),
+        (
+            "qwen3_5_text",
+            {"target": "ssm", "steps": 1},
+            "a scan of which a skip alone can remain, and this qwen3_5_text",
+        ),
         ("mamba", {"target": "block", "steps": 4}, "block: 4 removals are more than there can be; give at most 3"),
         ("mamba2", {"target": "ssm", "steps": 5}, "give at most 4"),
         ("mamba2", {"target": "ssm+block", "steps": 8}, "give at most 7"),

@@ -33,8 +33,8 @@ def scans_of(anatomy: Anatomy) -> list[Block]:
 
 def scan_axis(block: Block) -> Axis | None:
     """The axis of the state of a block's scan; None if the block has no scan, or its skip alone cannot remain."""
-    named = {weight.skips for weight in block.weights if weight.skips is not None}
-    return next((axis for axis in block.leaders if axis.leader in named and axis.size), None)
+    axis = block.state_axis
+    return axis if axis and axis.size and any(weight.skips == axis.leader for weight in block.weights) else None
 
 
 def without_scan(anatomy: Anatomy, subnet: Subnet) -> list[Block]:
