@@ -82,7 +82,8 @@ class Weight:
             token.
         rescaled: for the weight of a norm over an axis, whether it is taken over the ``width`` or over each ``group``.
             It grows as the axis narrows, so that cutting equals zeroing. None for other tensors.
-        skips: it is all that remains of a scan once this axis has no units left; None for other weights.
+        skips: it alone remains of a scan. These are the axes that are gone with the scan; without units of the first
+            there is no scan. Empty for other weights.
         alone: its value in that case, of its full shape; None if it stays as it is.
     """
 
@@ -93,7 +94,7 @@ class Weight:
     buffer: bool = False
     depthwise: bool = False
     rescaled: str | None = None
-    skips: str | None = None
+    skips: tuple[str, ...] = ()
     alone: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
     def identity(self, layer: nn.Module) -> int:

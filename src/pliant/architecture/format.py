@@ -53,7 +53,8 @@ One YAML file beside this one describes the repeated layer of a family::
         elementwise: [gate.bias]    # tensors of two or more dimensions that are not matrices
         rescale: [norm]             # a norm over an axis: its epsilon and its weight change when the axis narrows, so
                                     # that cutting equals zeroing; {norm: group} for a norm over each group alone
-        skip: {D: state}            # weights that alone remain of a scan whose axis has no units: weight -> axis
+        skip: {D: [state, rank]}    # a weight that alone remains of a scan -> the axes that are gone with the scan;
+                                    # without units of the first of them there is no scan
         roles: {q: q_proj, k: k_proj, v: v_proj, o: o_proj}    # the role of each weight, for native runs
     native:                         # optional: the parts that pliant's kernels need to run all layers in one call
       models:
@@ -192,7 +193,7 @@ class BlockSpec:
         elementwise: weights of two or more dimensions that are not matrices.
         rescale: norms over an axis, whose epsilon and weight make up for a narrower axis -> whether it is taken over
             the whole ``width`` or over each ``group``.
-        skip: weights that are all that remains of a scan whose axis has no units left: weight -> that axis.
+        skip: a weight that alone remains of a scan -> the axes that are gone with it, that of the state first.
         tied: its tensors may be shared with the same block of other layers.
     """
 
@@ -218,7 +219,7 @@ class BlockSpec:
     transposed: frozenset[str] = frozenset()
     elementwise: frozenset[str] = frozenset()
     rescale: Mapping[str, str] = field(default_factory=dict)
-    skip: Mapping[str, str] = field(default_factory=dict)
+    skip: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tied: bool = False
 
     @property
