@@ -83,8 +83,8 @@ class Weight:
         called: its linear layer is called. If not, the block reads the weight itself.
         rescaled: for the weight of a norm over an axis, whether it is taken over the ``width`` or over each ``group``.
             It grows as the axis narrows, so that cutting equals zeroing. None for other tensors.
-        skips: it alone remains of a scan. These are the axes that are gone with the scan; without units of the first
-            there is no scan. Empty for other weights.
+        skips: it alone remains of a scan. These are the axes that are gone with the scan, which is gone once the first
+            of them, its state, has no units. Empty for other weights.
         alone: its value in that case, of its full shape; None if it stays as it is.
     """
 

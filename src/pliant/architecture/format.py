@@ -56,8 +56,8 @@ One YAML file beside this one describes the repeated layer of a family::
                                     # would have no effect, and they are not packed
         rescale: [norm]             # a norm over an axis: its epsilon and its weight change when the axis narrows, so
                                     # that cutting equals zeroing; {norm: group} for a norm over each group alone
-        skip: {D: [state, rank]}    # a weight that alone remains of a scan -> the axes that are gone with the scan;
-                                    # without units of the first of them there is no scan
+        skip: {D: [state, rank]}    # a weight that alone remains of a scan -> the axes that are gone with the scan.
+                                    # The scan is gone once the first of them, its state, has no units
         roles: {q: q_proj, k: k_proj, v: v_proj, o: o_proj}    # the role of each weight, for native runs
     native:                         # optional: the parts that pliant's kernels need to run all layers in one call
       models:
