@@ -123,7 +123,7 @@ def test_a_faulty_file_is_refused_with_the_fault(change, told):
         ("either", {}, "either must be a list of two or more variants, not {}"),
         ("either", [{"slot": "a"}, {}], "variant 1 of block 'mlp' has the unknown key 'slot'"),
         ("rescale", True, "rescale must be a list of names, not True"),
-        ("skip", {"up": "channels"}, "one of its weights to an axis with 'least: 0', not 'up' to 'channels'"),
+        ("skip", {"up": "channels"}, "one of its weights to axes with 'least: 0', not 'up' to 'channels'"),
         ("skip", {"up": ["channels"]}, "skip must map one of its weights"),
     ],
 )

@@ -55,7 +55,8 @@ One YAML file beside this one describes the repeated layer of a family::
         uncalled: [dt_proj]         # linear layers whose weight is read and which are never called: they are not packed
         rescale: [norm]             # a norm over an axis: its epsilon and its weight change when the axis narrows, so
                                     # that cutting equals zeroing; {norm: group} for a norm over each group alone
-        skip: {D: state}            # weights that alone remain of a scan whose axis has no units: weight -> axis
+        skip: {D: [state, rank]}    # a weight that alone remains of a scan -> the axes that are gone with the scan.
+                                    # The scan is gone once the first of them, its state, has no units
         roles: {q: q_proj, k: k_proj, v: v_proj, o: o_proj}    # the role of each weight, for native runs
     native:                         # optional: the parts that pliant's kernels need to run all layers in one call
       models:
@@ -195,7 +196,7 @@ class BlockSpec:
         uncalled: linear layers whose weight is read and which are never called.
         rescale: norms over an axis, whose epsilon and weight make up for a narrower axis -> whether it is taken over
             the whole ``width`` or over each ``group``.
-        skip: weights that are all that remains of a scan whose axis has no units left: weight -> that axis.
+        skip: a weight that alone remains of a scan -> the axes that are gone with it, that of the state first.
         tied: its tensors may be shared with the same block of other layers.
     """
 
@@ -222,7 +223,7 @@ class BlockSpec:
     elementwise: frozenset[str] = frozenset()
     uncalled: frozenset[str] = frozenset()
     rescale: Mapping[str, str] = field(default_factory=dict)
-    skip: Mapping[str, str] = field(default_factory=dict)
+    skip: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tied: bool = False
 
     @property

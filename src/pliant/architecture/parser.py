@@ -279,11 +279,12 @@ class _Parser:
         for word, named in (*((word, lists[word]) for word in of_weights), ("rescale", rescale)):
             for weight in sorted(set(named) - set(weights)):
                 self.faults.append(f"{where}: {word} names {weight!r}, which is not one of its weights")
-        skip = self.mapping(where, spec, "skip")
-        for weight, axis in skip.items():
-            if weight not in weights or str(axis) not in self.axes or self.axes[str(axis)].least:
+        skip = {}
+        for weight, axes in self.mapping(where, spec, "skip").items():
+            skip[weight] = tuple(map(str, axes if isinstance(axes, list) else [axes]))
+            if weight not in weights or any(a not in self.axes or self.axes[a].least for a in skip[weight]):
                 self.faults.append(
-                    f"{where}: skip must map one of its weights to an axis with 'least: 0', not {weight!r} to {axis!r}"
+                    f"{where}: skip must map one of its weights to axes with 'least: 0', not {weight!r} to {axes!r}"
                 )
         return BlockSpec(
             kind=kind,
