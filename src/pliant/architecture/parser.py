@@ -22,7 +22,7 @@ from pliant.errors import ArchitectureError
 
 _NATIVE = tuple(NativeSpec.__dataclass_fields__)
 _LAYOUT = {"module", "norms", "output", "residual", "scores", "scan_state", "cached", "attributes", "weights"}
-_LAYOUT |= {"transposed", "elementwise", "rescale", "skip", "roles"}
+_LAYOUT |= {"transposed", "elementwise", "read", "rescale", "skip", "roles"}
 _KEYS = {
     "file": {"models", "layers", "output", "fixed", "axes", "blocks", "native"},
     "native": set(_NATIVE),
@@ -267,7 +267,8 @@ class _Parser:
             self.faults.append(
                 f"{where}: roles must map {', '.join(WEIGHT_ROLES)} to weights of the block, not {roles!r}"
             )
-        lists = {word: self.words(where, spec, word) or () for word in ("norms", "transposed", "elementwise")}
+        words = ("norms", "transposed", "elementwise", "read")
+        lists = {word: self.words(where, spec, word) or () for word in words}
         rescale = spec.get("rescale") or {}
         if not isinstance(rescale, dict):
             rescale = dict.fromkeys(self.words(where, spec, "rescale") or (), "width")
@@ -299,6 +300,7 @@ class _Parser:
             roles=roles,
             transposed=frozenset(lists["transposed"]),
             elementwise=frozenset(lists["elementwise"]),
+            read=frozenset(lists["read"]),
             rescale=rescale,
             skip=skip,
             **whole,
