@@ -84,8 +84,6 @@ class Weight:
             It grows as the axis narrows, so that cutting equals zeroing. None for other tensors.
         skips: it is all that remains of a scan once this axis has no units left; None for other weights.
         alone: its value in that case, of its full shape; None if it stays as it is.
-        called: False for the matrix of a linear layer that is never called, because the code around it reads its
-            weight.
     """
 
     path: str
@@ -97,7 +95,6 @@ class Weight:
     rescaled: str | None = None
     skips: str | None = None
     alone: torch.Tensor | None = field(default=None, compare=False, repr=False)
-    called: bool = True
 
     def identity(self, layer: nn.Module) -> int:
         """A number that is equal for two weights exactly if they are the same tensor."""

@@ -235,7 +235,7 @@ def _read_block(
             if stored_in_out(target):
                 weights.append(Weight(f"{path}.weight", dims[::-1], reads=0))
             else:
-                weights.append(Weight(f"{path}.weight", dims, reads=1, called=child not in spec.read))
+                weights.append(Weight(f"{path}.weight", dims, reads=1))
             attributes += [Attribute(path, size, dims[position]) for position, size in enumerate(size_names(target))]
         elif isinstance(target, nn.Conv1d) and target.groups == target.in_channels == target.out_channels:
             weights.append(Weight(f"{path}.weight", dims, depthwise=True))

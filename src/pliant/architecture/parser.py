@@ -21,8 +21,8 @@ from pliant.architecture.format import (
 from pliant.errors import ArchitectureError
 
 _NATIVE = tuple(NativeSpec.__dataclass_fields__)
-_LAYOUT = {"module", "norms", "output", "residual", "scores", "scan_state", "scan_macs", "cached", "attributes", "weights"}
-_LAYOUT |= {"transposed", "elementwise", "read", "rescale", "skip", "roles"}
+_LAYOUT = {"module", "norms", "output", "residual", "scores", "scan_state", "cached", "attributes", "weights"}
+_LAYOUT |= {"scan_macs", "transposed", "elementwise", "rescale", "skip", "roles"}
 _KEYS = {
     "file": {"models", "layers", "output", "fixed", "axes", "blocks", "native"},
     "native": set(_NATIVE),
@@ -270,8 +270,7 @@ class _Parser:
             self.faults.append(
                 f"{where}: roles must map {', '.join(WEIGHT_ROLES)} to weights of the block, not {roles!r}"
             )
-        words = ("norms", "transposed", "elementwise", "read")
-        lists = {word: self.words(where, spec, word) or () for word in words}
+        lists = {word: self.words(where, spec, word) or () for word in ("norms", "transposed", "elementwise")}
         rescale = spec.get("rescale") or {}
         if not isinstance(rescale, dict):
             rescale = dict.fromkeys(self.words(where, spec, "rescale") or (), "width")
@@ -304,7 +303,6 @@ class _Parser:
             roles=roles,
             transposed=frozenset(lists["transposed"]),
             elementwise=frozenset(lists["elementwise"]),
-            read=frozenset(lists["read"]),
             rescale=rescale,
             skip=skip,
             **whole,

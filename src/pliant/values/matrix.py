@@ -28,7 +28,6 @@ OUTSIDE = f"linear layers outside the blocks (target_modules={ALL!r} includes th
 HEAD = "the output head (its name in target_modules includes it)"
 UNNAMED = "linear layers that target_modules does not match"
 NAMED = 0.001  # kinds of skipped parameters below this share of the model are not named
-READ = "linear layers that the code around them reads and never calls"
 EXCLUDED = "linear layers that exclude_modules matches"
 
 
@@ -43,7 +42,6 @@ class Matrix:
         layer: the linear layer that it belongs to; None for a parameter outside linear layers: a stack of experts, a
             router.
         names: all names of that layer: one module may be registered in several places.
-        called: False if the code around a linear layer reads its weight and never calls it.
     """
 
     name: str
@@ -51,7 +49,6 @@ class Matrix:
     weight: torch.Tensor
     layer: nn.Module | None = None
     names: tuple[str, ...] = ()
-    called: bool = True
 
 
 @dataclass
@@ -144,7 +141,6 @@ def select_matrices(
     blocks = list(_blocks(model))
     everything = _candidates(model, blocks)
     inside = {stack.name for stack in blocks}
-    read = {one.name for one in blocks if not one.called}
     output = head_of(model)
     chosen = None if target in (None, ALL) else _named(everything, target, "target_modules")
     excluded = set() if exclude is None else _named(everything, exclude, "exclude_modules")
@@ -159,8 +155,6 @@ def select_matrices(
             why = "" if head else HEAD
         else:
             why = OUTSIDE if inside and target is None and name not in inside else ""
-        if replaces and name in read:
-            why = why or READ
         why = why or _why_skipped(model, name, one, replaces)
         weight = id(_parameter(model, one))
         if not why and not replaces and weight in embedded:
@@ -294,8 +288,7 @@ def _blocks(model: Any) -> Iterator[Matrix]:
             layer = layers[block.layer]
             prefix = names[id(layer)]
             path = f"{prefix}.{weight.path}" if prefix else weight.path
-            values = weight.tensor(layer).detach().movedim(weight.reads, -1)
-            yield Matrix(path.removesuffix(".weight"), path, values, called=weight.called)
+            yield Matrix(path.removesuffix(".weight"), path, weight.tensor(layer).detach().movedim(weight.reads, -1))
 
 
 def _named(everything: dict[str, Matrix], wanted: str | Sequence[str], setting: str) -> set[str]:
