@@ -9,6 +9,7 @@ import pliant
 from pico import IDS, logits, pico, tokenizer
 from pliant.anatomy import Weight, anatomy_of
 from pliant.architecture.format import Part
+from pliant.compat.scan import wrap_scans
 from pliant.elastic import Subnet, check, extract, reorder
 from pliant.elastic.activate import give_back, narrow
 
@@ -17,7 +18,22 @@ pytestmark = pytest.mark.skipif(not SCANS, reason="the scan of this transformers
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["mamba", "mamba2", "bamba", "nemotron_h"])
+@pytest.mark.parametrize("name", ["mamba2", "bamba", "nemotron_h", "granitemoehybrid", "falcon_h1"])
+def test_the_models_run_the_scan_of_pliant(name, monkeypatch):
+    model = pico(name)
+    modeling = importlib.import_module(type(model).__module__)
+    expected = logits(model)
+
+    def theirs(*_, **__):
+        raise AssertionError("the scan of transformers was called")
+
+    monkeypatch.setattr(modeling, "mamba2_chunk_scan", theirs)
+    wrap_scans(modeling)
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "bamba", "nemotron_h", "granitemoehybrid", "falcon_h1", "jamba"])
 def test_without_a_state_the_skip_and_the_gate_stay_and_generation_is_cached(name):
     model = pico(name)
     anatomy = anatomy_of(model)
@@ -26,8 +42,8 @@ def test_without_a_state_the_skip_and_the_gate_stay_and_generation_is_cached(nam
     zeroed = pico(name)
     mixer = zeroed.get_submodule(f"{anatomy.architecture.layers}.{block.layer}.{block.spec.module}")
     with torch.no_grad():  # B reads nothing: the state stays 0
-        if name == "mamba":
-            mixer.x_proj.weight[4:10].zero_()
+        if hasattr(mixer, "x_proj"):
+            mixer.x_proj.weight[mixer.time_step_rank :][: mixer.ssm_state_size].zero_()
         else:
             width = mixer.intermediate_size
             mixer.conv1d.weight[width : width + 20].zero_()
@@ -49,7 +65,7 @@ def test_units_stay_in_their_groups():
     assert pliant.importance(model)[axis.name].shape == (8,)
 
 
-FAMILIES = ("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h")
+FAMILIES = ("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h", "granitemoehybrid", "falcon_h1", "jamba")
 PRUNED = pliant.text([" ".join(f"word {i * j % 17}" for j in range(1, 30)) for i in range(1, 40)])
 
 
@@ -77,7 +93,7 @@ def test_every_family_is_narrowed_to_the_ratio(name, step):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "jamba"])
 def test_a_model_whose_state_is_gone_is_checked_and_cut_again(name):
     model = pico(name)
     extract(model, anatomy_of(model), Subnet().keeping("layers.0.mamba.state", 0))

@@ -232,10 +232,11 @@ def _read_block(
             weights.append(_tensor_weight(path, child, dims, target, spec))
             continue
         if is_linear(target) or isinstance(target, Packed):
+            called = child not in spec.uncalled
             if stored_in_out(target):
-                weights.append(Weight(f"{path}.weight", dims[::-1], reads=0))
+                weights.append(Weight(f"{path}.weight", dims[::-1], reads=0, called=called))
             else:
-                weights.append(Weight(f"{path}.weight", dims, reads=1))
+                weights.append(Weight(f"{path}.weight", dims, reads=1, called=called))
             attributes += [Attribute(path, size, dims[position]) for position, size in enumerate(size_names(target))]
         elif isinstance(target, nn.Conv1d) and target.groups == target.in_channels == target.out_channels:
             weights.append(Weight(f"{path}.weight", dims, depthwise=True))

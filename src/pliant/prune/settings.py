@@ -294,7 +294,7 @@ class WidthPruner(OrderedPruner, GreedyPruner):
         return self.mlp_group or max(1, job.model.config.get_text_config(decoder=True).hidden_size // 4)
 
     def _groups(self, job: Job, anatomy: Anatomy, roles: Collection[str]) -> dict[str, int]:
-        """One expert, ``head_group`` heads or groups of heads, or ``mlp_group`` single channels; an eighth of a state."""
+        """One expert, ``head_group`` heads (or groups of these), ``mlp_group`` channels, or an eighth of a state."""
         channels = self.channel_group(job)
         axes = {axis.leader: axis for axis in sorted(anatomy.axes.values(), key=lambda axis: axis.size)}  # the widest
         of_heads = {axis.grouped_by for axis in axes.values()}
