@@ -39,6 +39,8 @@ One YAML file beside this one describes the repeated layer of a family::
         slot: layer_idx             # the attribute that names its cache slot; it makes kv the default state
         scores: heads               # the axis that attention scores are computed over (for counting MACs)
         scan_state: [scan, state]   # the axes that span the state of a scan; needed by a block with the state scan
+        scan_macs: 4                # its multiply-accumulates per element and token; default 3: decay, input, readout;
+                                    # a delta rule reads the state once more, before it writes
         cached: {multi_query: 1}    # heads in the cache if this config key is set (the first that is); else ``scores``
         attributes: {num_heads: heads, split_size: heads.width}    # plain attributes that must follow an axis: its
                                     # units, its ``width`` in elements, or that of one ``group``; a list is added up
@@ -184,6 +186,7 @@ class BlockSpec:
         guard: the config key that is overridden where the block is removed, so that transformers alone refuses the
             config; None for the norm epsilon, or the keys of its axes.
         scan_state: the axes, or fixed dimensions, that span the state of its scan.
+        scan_macs: multiply-accumulates for an element of the state of its scan and a token.
         cached: config key -> number of heads in the cache if this is the first key that is set.
         roles: role -> name of the weight.
         role: the kind of block: attention, mlp, experts, conv, scan or other.
@@ -211,6 +214,7 @@ class BlockSpec:
     slot: str | None = None
     scores: str | None = None
     scan_state: tuple[str, ...] = ()
+    scan_macs: int = 3
     cached: dict[str, int | str] | None = None
     attributes: dict[str, tuple[str, ...]] | None = None
     roles: Mapping[str, str] = field(default_factory=dict)

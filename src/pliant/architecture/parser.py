@@ -22,7 +22,7 @@ from pliant.errors import ArchitectureError
 
 _NATIVE = tuple(NativeSpec.__dataclass_fields__)
 _LAYOUT = {"module", "norms", "output", "residual", "scores", "scan_state", "cached", "attributes", "weights"}
-_LAYOUT |= {"transposed", "elementwise", "uncalled", "rescale", "skip", "roles"}
+_LAYOUT |= {"scan_macs", "transposed", "elementwise", "uncalled", "rescale", "skip", "roles"}
 _KEYS = {
     "file": {"models", "layers", "output", "fixed", "axes", "blocks", "native"},
     "native": set(_NATIVE),
@@ -255,6 +255,9 @@ class _Parser:
         scan_state = self.words(where, spec, "scan_state") or ()
         for axis in scan_state:
             self.part(f"scan_state of {where}", axis)
+        scan_macs = spec.get("scan_macs", 3)
+        if isinstance(scan_macs, bool) or not isinstance(scan_macs, int) or scan_macs < 1:
+            self.faults.append(f"{where}: scan_macs must be a whole number of at least 1, not {scan_macs!r}")
         if ("scan" in whole["state"]) != bool(scan_state):
             self.faults.append(
                 f"{where}: a block with the state 'scan' lists the axes that span it under scan_state, and no other "
@@ -296,6 +299,7 @@ class _Parser:
             residual=residual,
             scores=spec.get("scores"),
             scan_state=scan_state,
+            scan_macs=scan_macs,
             cached=spec.get("cached"),
             attributes=attributes,
             roles=roles,
