@@ -98,7 +98,7 @@ def _check_skip(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any]) -> N
     seen: dict[str, torch.Tensor] = {}
 
     def record(_module: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        seen["in"] = args[0] if args else kwargs["hidden_states"]
+        seen["in"] = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
         seen["out"] = output[0] if isinstance(output, tuple) else output
 
     elastic = Elastic(model, anatomy)

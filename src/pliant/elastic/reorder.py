@@ -43,8 +43,7 @@ def reorder(model: nn.Module, anatomy: Anatomy, orders: Mapping[str, torch.Tenso
         for weight in within_limit(model, block.weights):
             parameter = weight.tensor(layers[block.layer])
             for position, dim in enumerate(weight.dims):
-                axes = [part for part in dim if part.axis in block.axes]
-                if any(leader in chosen for part in axes for leader, _ in block.by_leader(part)):
+                if not block.leaders_of(dim).isdisjoint(chosen):
                     index = _elements(block, dim, chosen).to(parameter.device)
                     parameter.copy_(parameter.index_select(position, index))
 

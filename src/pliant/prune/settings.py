@@ -24,6 +24,7 @@ from pliant.prune.repair import repair_bytes
 from pliant.prune.session import ARCHIVE, PER_REMOVAL, Pruning
 from pliant.prune.unit_order import STORED
 from pliant.prune.width_cuts import step_of
+from pliant.record import Note
 from pliant.registry import IMPORTANCE, SCORES
 from pliant.searches.greedy import MODES
 from pliant.step import Job, Step, setting
@@ -216,6 +217,13 @@ class GreedyPruner(TextPruner):
             pruning.budget = Budget.of(pruning.cost(self.ratio_of))
         return pruning
 
+    def cut(self, pruning: Pruning, job: Job) -> None:
+        if self.ratio_of != COSTS[0]:
+            removed = pruning.budget.ratio(pruning.subnet)
+            job.record["removed"] = {"of": self.ratio_of, "ratio": removed}
+            job.show(Note(f"Removed of {self.ratio_of}, which the ratio is a share of: {removed:.2%}."))
+        super().cut(pruning, job)
+
     def remove(
         self,
         pruning: Pruning,
@@ -281,14 +289,18 @@ class WidthPruner(OrderedPruner, GreedyPruner):
         """Units removed in one move, for each axis of attention."""
         return self._groups(job, anatomy, {"attention"})
 
+    def channel_group(self, job: Job) -> int:
+        """Channels removed in one move."""
+        return self.mlp_group or max(1, job.model.config.get_text_config(decoder=True).hidden_size // 4)
+
     def _groups(self, job: Job, anatomy: Anatomy, roles: Collection[str]) -> dict[str, int]:
-        """One expert, ``head_group`` heads, or ``mlp_group`` single channels; an eighth of a state."""
-        channels = self.mlp_group or max(1, job.model.config.get_text_config(decoder=True).hidden_size // 4)
+        """One expert, ``head_group`` heads (or groups of these), ``mlp_group`` channels, or an eighth of a state."""
+        channels = self.channel_group(job)
         axes = {axis.leader: axis for axis in sorted(anatomy.axes.values(), key=lambda axis: axis.size)}  # the widest
-        nests = {axis.grouped_by for axis in axes.values()}
+        of_heads = {axis.grouped_by for axis in axes.values()}
         groups = {}
         for name in anatomy.axes_of(roles):
-            single = axes[name].unit == 1 and name not in nests  # channels, or one rank of a latent
+            single = axes[name].unit == 1 and name not in of_heads  # channels, or one rank of a latent
             units = channels if single else self.head_group
             groups[name] = 1 if axes[name].active is not None else step_of(axes[name], units)
         return groups
