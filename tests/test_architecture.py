@@ -119,6 +119,7 @@ def test_a_faulty_file_is_refused_with_the_fault(change, told):
         ("needs", ["experts"], r"block 'mlp': needs must be a config key, not \['experts'\]"),
         ("transposed", ["side"], "transposed names 'side', which is not one of its weights"),
         ("elementwise", ["side"], "elementwise names 'side', which is not one of its weights"),
+        ("uncalled", ["side"], "uncalled names 'side', which is not one of its weights"),
         ("either", {}, "either must be a list of two or more variants, not {}"),
         ("either", [{"slot": "a"}, {}], "variant 1 of block 'mlp' has the unknown key 'slot'"),
         ("rescale", True, "rescale must be a list of names, not True"),

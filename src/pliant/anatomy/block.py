@@ -80,6 +80,7 @@ class Weight:
         buffer: it is a buffer, such as the running mean of a batch norm, and not a parameter.
         depthwise: it is the weight of a depthwise convolution: not a matrix, but each element is multiplied once per
             token.
+        called: its linear layer is called. If not, the block reads the weight itself.
         rescaled: for the weight of a norm over an axis, whether it is taken over the ``width`` or over each ``group``.
             It grows as the axis narrows, so that cutting equals zeroing. None for other tensors.
         skips: it is all that remains of a scan once this axis has no units left; None for other weights.
@@ -92,6 +93,7 @@ class Weight:
     uses: int = 1
     buffer: bool = False
     depthwise: bool = False
+    called: bool = True
     rescaled: str | None = None
     skips: str | None = None
     alone: torch.Tensor | None = field(default=None, compare=False, repr=False)
@@ -188,7 +190,7 @@ class Block:
     @property
     def state_axis(self) -> Axis | None:
         """The axis that spans the state of a scan and that no matrix reads; None if the block has none."""
-        read = {self.axes[part.axis].leader for weight in self.reading for part in weight.dims[weight.reads or 0]}
+        read = {leader for weight in self.reading for leader in self.leaders_of(weight.dims[weight.reads or 0])}
         unread = [axis for axis in self.leaders if axis.leader in self.spec.scan_state and axis.leader not in read]
         return unread[0] if len(unread) == 1 else None
 
@@ -226,6 +228,11 @@ class Block:
             (axis.leader, units),
             (None, elements // max(1, units)),
         )
+
+    def leaders_of(self, dim: Sequence[Part]) -> set[str]:
+        """The leading axes that a tensor dimension depends on, by short name."""
+        numbers = (number for part in dim if part.axis in self.axes for number in self.by_leader(part))
+        return {leader for leader, _ in numbers if leader is not None}
 
     def measured(self, parts: Sequence[Part], measure: str, kept: Mapping[str, int]) -> int:
         """The ``units``, the ``width`` in elements, or the width of one ``group`` of a few stretches in all."""

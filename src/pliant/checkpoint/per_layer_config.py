@@ -279,14 +279,6 @@ def _shape_layer(
             setattr(layer.get_submodule(block.spec.module), str(block.spec.slot), slot(index, alive, types))
 
 
-def _units(config: Any, axis: Axis, architecture: Architecture) -> int:
-    """The units of an axis that the config of one layer asks for."""
-    spec = architecture.axes[axis.leader]
-    if spec.built and not hasattr(config, str(spec.config_key)):  # no layer was cut along this axis
-        return axis.size
-    return global_size(config, spec.size)
-
-
 def _kept(block: Block, config: Any, architecture: Architecture) -> dict[str, int]:
     """The units that the config of one layer keeps of each leading axis.
 
@@ -314,3 +306,11 @@ def _kept(block: Block, config: Any, architecture: Architecture) -> dict[str, in
                 f"so it must be between {min(1, axis.least)} and {dense}"
             )
     return kept
+
+
+def _units(config: Any, axis: Axis, architecture: Architecture) -> int:
+    """The units of an axis that the config of one layer asks for."""
+    spec = architecture.axes[axis.leader]
+    if spec.built and not hasattr(config, str(spec.config_key)):  # no layer was cut along this axis
+        return axis.size
+    return global_size(config, spec.size)

@@ -21,9 +21,7 @@ def measured_axes(anatomy: Anatomy) -> list[Axis]:
     names = {
         block.axes[leader].name
         for block, weight in readers(anatomy)
-        for part in weight.dims[weight.reads or 0]
-        for leader, _ in block.by_leader(part)
-        if leader is not None
+        for leader in block.leaders_of(weight.dims[weight.reads or 0])
     }
     names |= {state.name for block in anatomy.blocks.values() if (state := block.state_axis) is not None}
     return [axis for axis in anatomy.axes.values() if axis.name in names]
@@ -36,10 +34,10 @@ def unheard(watched: Iterable[tuple[Block, Weight]], called: Collection[tuple[st
         called: (block, path of the weight) of the readers that were called.
     """
     return {
-        block.axes[block.axes[part.axis].leader].name
+        block.axes[leader].name
         for block, weight in watched
         if (block.name, weight.path) not in called
-        for part in weight.dims[weight.reads or 0]
+        for leader in block.leaders_of(weight.dims[weight.reads or 0])
     }
 
 

@@ -43,10 +43,17 @@ def reorder(model: nn.Module, anatomy: Anatomy, orders: Mapping[str, torch.Tenso
         for weight in within_limit(model, block.weights):
             parameter = weight.tensor(layers[block.layer])
             for position, dim in enumerate(weight.dims):
-                axes = [part for part in dim if part.axis in block.axes]
-                if any(leader in chosen for part in axes for leader, _ in block.by_leader(part)):
+                if not block.leaders_of(dim).isdisjoint(chosen):
                     index = _elements(block, dim, chosen).to(parameter.device)
                     parameter.copy_(parameter.index_select(position, index))
+
+
+def restore(model: nn.Module, anatomy: Anatomy, orders: Mapping[str, torch.Tensor]) -> None:
+    """Undo :func:`reorder`."""
+    blocks = anatomy.blocks.values()
+    groups = {block.axes[axis.grouped_by].name for block in blocks for axis in block.leaders if axis.grouped_by}
+    for names in (orders.keys() & groups, orders.keys() - groups):  # groups first: orders count in the old ones
+        reorder(model, anatomy, {name: torch.argsort(orders[name]) for name in names})
 
 
 def _elements(block: Block, dim: tuple[Part, ...], chosen: Mapping[str, torch.Tensor]) -> torch.Tensor:

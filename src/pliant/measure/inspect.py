@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from pliant.anatomy import Anatomy, Block, Null
 from pliant.checkpoint.load import loaded
 from pliant.checkpoint.packed_bytes import held_bytes, packed_formats
@@ -42,8 +44,9 @@ def inspect(model: Any, *, self_check: bool = True, dtype: Any = None, device: A
             "macs_per_token": macs(anatomy, Subnet(), tokens=1, context=0),
             "cache_bytes_per_token": cached_bytes(model) or cache_bytes(anatomy, element=element),
             "state_bytes": state_bytes(anatomy, element=element),
-            "search_bytes_per_1000_tokens": store_bytes(model, anatomy, 1000),
         }
+        if isinstance(getattr(model, "config", None), PreTrainedConfig):  # a plain module is not searched on text
+            costs["search_bytes_per_1000_tokens"] = store_bytes(model, anatomy, 1000)
     return {
         "model": getattr(model, "name_or_path", "") or type(model).__name__,
         "model_type": getattr(getattr(model, "config", None), "model_type", None),
