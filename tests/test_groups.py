@@ -23,9 +23,9 @@ from pliant.errors import ArchitectureError, ArtefactError
 from pliant.prune import width_moves
 
 DELTA = ("qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid")
-SCANS = ("mamba2", "bamba", "nemotron_h")
+SCANS = {"mamba2": 4, "bamba": 6, "nemotron_h": 4, "granitemoehybrid": 6, "falcon_h1": 6}  # heads in each of two groups
 SHAPES = dict.fromkeys(DELTA, (3, 2, "key", "value"))  # groups, units in each, the axes of both
-SHAPES |= {"mamba2": (2, 4, "group", "scan"), "bamba": (2, 6, "group", "scan"), "nemotron_h": (2, 4, "group", "scan")}
+SHAPES |= {name: (2, heads, "group", "scan") for name, heads in SCANS.items()}
 pytestmark = pytest.mark.filterwarnings("ignore")  # of kernels that this machine does not have
 
 
@@ -223,11 +223,14 @@ def test_groups_that_no_weight_has_need_an_attribute():
         anatomy_of(model)
 
 
-def test_a_rescaled_norm_is_over_the_width_or_each_group():
-    raw = json.loads(json.dumps(catalogue()["mamba2"].raw))
-    raw["blocks"]["mamba"]["rescale"] = {"norm": "head"}
-    with pytest.raises(ArchitectureError, match="rescale must list norms, or map each to width or group"):
-        parse("x", raw)
+def test_a_norm_without_groups_of_its_own_is_over_all_of_them():
+    model = pico("mamba2")
+    norm = mixer_of(model, block_of(model)).norm
+    del norm.group_size  # as in older transformers
+    found = block_of(model)
+    assert [weight.rescaled for weight in found.weights if weight.path == "mixer.norm.weight"] == ["width"]
+    epsilon = next(attribute for attribute in found.attributes if attribute.epsilon is not None)
+    assert found.value(epsilon, {"group": 1}) == 2 * epsilon.epsilon
 
 
 @pytest.mark.parametrize("name", [*DELTA, "qwen3_next"])

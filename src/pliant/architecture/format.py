@@ -52,7 +52,8 @@ One YAML file beside this one describes the repeated layer of a family::
         transposed: [experts.up]    # stacks of matrices that are stored (in, out)
         elementwise: [gate.bias]    # tensors of two or more dimensions that are not matrices
         rescale: [norm]             # a norm over an axis: its epsilon and its weight change when the axis narrows, so
-                                    # that cutting equals zeroing; {norm: group} for a norm over each group alone
+                                    # that cutting equals zeroing. It is over each group alone if one of its attributes
+                                    # holds the number or the width of groups
         skip: {D: state}            # weights that alone remain of a scan whose axis has no units: weight -> axis
         roles: {q: q_proj, k: k_proj, v: v_proj, o: o_proj}    # the role of each weight, for native runs
     native:                         # optional: the parts that pliant's kernels need to run all layers in one call
@@ -190,8 +191,7 @@ class BlockSpec:
         either: the layouts that it may have; the first whose weights all exist applies.
         transposed: stacks of matrices that are stored (in, out).
         elementwise: weights of two or more dimensions that are not matrices.
-        rescale: norms over an axis, whose epsilon and weight make up for a narrower axis -> whether it is taken over
-            the whole ``width`` or over each ``group``.
+        rescale: norms over an axis, whose epsilon and weight make up for a narrower axis.
         skip: weights that are all that remains of a scan whose axis has no units left: weight -> that axis.
         tied: its tensors may be shared with the same block of other layers.
     """
@@ -217,7 +217,7 @@ class BlockSpec:
     either: tuple[BlockSpec, ...] = ()
     transposed: frozenset[str] = frozenset()
     elementwise: frozenset[str] = frozenset()
-    rescale: Mapping[str, str] = field(default_factory=dict)
+    rescale: frozenset[str] = frozenset()
     skip: Mapping[str, str] = field(default_factory=dict)
     tied: bool = False
 

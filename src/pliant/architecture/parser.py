@@ -267,16 +267,11 @@ class _Parser:
             self.faults.append(
                 f"{where}: roles must map {', '.join(WEIGHT_ROLES)} to weights of the block, not {roles!r}"
             )
-        lists = {word: self.words(where, spec, word) or () for word in ("norms", "transposed", "elementwise")}
-        rescale = spec.get("rescale") or {}
-        if not isinstance(rescale, dict):
-            rescale = dict.fromkeys(self.words(where, spec, "rescale") or (), "width")
-        if not all(measure in MEASURES for measure in rescale.values()):
-            self.faults.append(
-                f"{where}: rescale must list norms, or map each to {' or '.join(MEASURES)}; not {spec['rescale']!r}"
-            )
-        for word, named in (*lists.items(), ("rescale", rescale)):
-            for weight in sorted(set(named) - set(weights)) if word != "norms" else ():
+        lists = {
+            word: self.words(where, spec, word) or () for word in ("norms", "transposed", "elementwise", "rescale")
+        }
+        for word in ("transposed", "elementwise", "rescale"):
+            for weight in sorted(set(lists[word]) - set(weights)):
                 self.faults.append(f"{where}: {word} names {weight!r}, which is not one of its weights")
         skip = self.mapping(where, spec, "skip")
         for weight, axis in skip.items():
@@ -299,7 +294,7 @@ class _Parser:
             roles=roles,
             transposed=frozenset(lists["transposed"]),
             elementwise=frozenset(lists["elementwise"]),
-            rescale=rescale,
+            rescale=frozenset(lists["rescale"]),
             skip=skip,
             **whole,
         )
