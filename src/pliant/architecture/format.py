@@ -56,7 +56,8 @@ One YAML file beside this one describes the repeated layer of a family::
         elementwise: [gate.bias]    # tensors of two or more dimensions that are not matrices
         uncalled: [dt_proj]         # linear layers whose weight is read and which are never called: they are not packed
         rescale: [norm]             # a norm over an axis: its epsilon and its weight change when the axis narrows, so
-                                    # that cutting equals zeroing; {norm: group} for a norm over each group alone
+                                    # that cutting equals zeroing. It is over each group alone if one of its attributes
+                                    # holds the number or the width of groups
         skip: {D: [state, rank]}    # a weight that alone remains of a scan -> the axes that are gone with the scan.
                                     # The scan is gone once the first of them, its state, has no units
         roles: {q: q_proj, k: k_proj, v: v_proj, o: o_proj}    # the role of each weight, for native runs
@@ -197,8 +198,7 @@ class BlockSpec:
         transposed: stacks of matrices that are stored (in, out).
         elementwise: weights of two or more dimensions that are not matrices.
         uncalled: linear layers whose weight is read and which are never called.
-        rescale: norms over an axis, whose epsilon and weight make up for a narrower axis -> whether it is taken over
-            the whole ``width`` or over each ``group``.
+        rescale: norms over an axis, whose epsilon and weight make up for a narrower axis.
         skip: a weight that alone remains of a scan -> the axes that are gone with it, that of the state first.
         tied: its tensors may be shared with the same block of other layers.
     """
@@ -226,7 +226,7 @@ class BlockSpec:
     transposed: frozenset[str] = frozenset()
     elementwise: frozenset[str] = frozenset()
     uncalled: frozenset[str] = frozenset()
-    rescale: Mapping[str, str] = field(default_factory=dict)
+    rescale: frozenset[str] = frozenset()
     skip: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tied: bool = False
 

@@ -270,17 +270,10 @@ class _Parser:
             self.faults.append(
                 f"{where}: roles must map {', '.join(WEIGHT_ROLES)} to weights of the block, not {roles!r}"
             )
-        of_weights = ("transposed", "elementwise", "uncalled")
+        of_weights = ("transposed", "elementwise", "uncalled", "rescale")
         lists = {word: self.words(where, spec, word) or () for word in ("norms", *of_weights)}
-        rescale = spec.get("rescale") or {}
-        if not isinstance(rescale, dict):
-            rescale = dict.fromkeys(self.words(where, spec, "rescale") or (), "width")
-        if not all(measure in MEASURES for measure in rescale.values()):
-            self.faults.append(
-                f"{where}: rescale must list norms, or map each to {' or '.join(MEASURES)}; not {spec['rescale']!r}"
-            )
-        for word, named in (*((word, lists[word]) for word in of_weights), ("rescale", rescale)):
-            for weight in sorted(set(named) - set(weights)):
+        for word in of_weights:
+            for weight in sorted(set(lists[word]) - set(weights)):
                 self.faults.append(f"{where}: {word} names {weight!r}, which is not one of its weights")
         skip = {}
         for weight, axes in self.mapping(where, spec, "skip").items():
@@ -306,7 +299,7 @@ class _Parser:
             transposed=frozenset(lists["transposed"]),
             elementwise=frozenset(lists["elementwise"]),
             uncalled=frozenset(lists["uncalled"]),
-            rescale=rescale,
+            rescale=frozenset(lists["rescale"]),
             skip=skip,
             **whole,
         )
