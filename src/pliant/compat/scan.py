@@ -101,9 +101,10 @@ def _wrapped(original: Callable[..., Any], function: Callable[..., Any]) -> Call
 
 def _set(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that are set; mixers pass on what their model was called with, and the rotary angles of zamba2."""
-    unread = "position_embeddings"
     return {
-        name: value for name, value in kwargs.items() if value is not None and value is not False and name != unread
+        name: value
+        for name, value in kwargs.items()
+        if value is not None and value is not False and name not in ("output_router_logits", "position_embeddings")
     }
 
 
