@@ -208,6 +208,16 @@ def test_the_activation_order_covers_what_matrices_read(family):
     )
 
 
+def test_an_order_says_which_units_it_does_not_measure(capsys):
+    step = pliant.UnifiedPruner(**SHARED, order="activation")
+    for family in ("llama", "mixtral"):
+        pliant.apply(pico(family), step, TEXT, tokenizer=tokenizer())
+        lines = [line for line in capsys.readouterr().err.splitlines() if "measures no units" in line]
+        assert [line.strip() for line in lines] == (
+            ["activation measures no units of channels, experts: they are sorted by l1"] if family == "mixtral" else []
+        )
+
+
 # --- knapsack
 # ----------------------------------------------------------------------------------------------------------
 

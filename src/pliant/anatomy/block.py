@@ -80,6 +80,7 @@ class Weight:
         buffer: it is a buffer, such as the running mean of a batch norm, and not a parameter.
         depthwise: it is the weight of a depthwise convolution: not a matrix, but each element is multiplied once per
             token.
+        called: its linear layer is called. If not, the block reads the weight itself.
         rescaled: for the weight of a norm over an axis, whether it is taken over the ``width`` or over each ``group``.
             It grows as the axis narrows, so that cutting equals zeroing. None for other tensors.
         skips: it is all that remains of a scan once this axis has no units left; None for other weights.
@@ -92,6 +93,7 @@ class Weight:
     uses: int = 1
     buffer: bool = False
     depthwise: bool = False
+    called: bool = True
     rescaled: str | None = None
     skips: str | None = None
     alone: torch.Tensor | None = field(default=None, compare=False, repr=False)
@@ -187,10 +189,10 @@ class Block:
 
     @property
     def state_axis(self) -> Axis | None:
-        """The axis of the state of a scan: the only one that no matrix reads; None if the block has none."""
+        """The axis that spans the state of a scan and that no matrix reads; None if the block has none."""
         read = {leader for weight in self.reading for leader in self.leaders_of(weight.dims[weight.reads or 0])}
-        unread = [axis for axis in self.leaders if axis.leader not in read]
-        return unread[0] if self.role == "scan" and len(unread) == 1 else None
+        unread = [axis for axis in self.leaders if axis.leader in self.spec.scan_state and axis.leader not in read]
+        return unread[0] if len(unread) == 1 else None
 
     def units(self, part: Part, kept: Mapping[str, int]) -> int:
         """Units of ``part.axis`` if ``kept[leader]`` units are kept of each leader; a missing leader is full."""

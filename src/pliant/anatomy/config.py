@@ -8,8 +8,10 @@ import inspect
 import math
 from collections.abc import Iterable
 from functools import cache
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
+
+from transformers import PreTrainedConfig
 
 from pliant.architecture import Architecture, BlockSpec
 from pliant.architecture.format import factors
@@ -76,6 +78,16 @@ def layer_types_of(plain: Any, depth: int) -> tuple[str, ...]:
         plain: the dense model's config.
     """
     return tuple(getattr(plain, "layer_types", None) or ("full_attention",) * depth)
+
+
+def config_of(model: Any) -> Any:
+    """The config of a model; for a plain module the attributes of its ``config``, if it has one, with the name of its
+    class as ``model_type``, unless they have one."""
+    config = getattr(model, "config", None)
+    if isinstance(config, PreTrainedConfig):
+        return config
+    keys = {"model_type": type(model).__name__, **getattr(config, "__dict__", {})}
+    return SimpleNamespace(**keys)
 
 
 def text_config_of(config: Any) -> Any:

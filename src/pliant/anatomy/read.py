@@ -12,8 +12,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from pliant.anatomy.anatomy import Anatomy, Traced, counted_once
 from pliant.anatomy.block import Attribute, Block, Weight
-from pliant.anatomy.config import global_size, guards, layer_config, layer_types_of, plain_config, text_config_of
+from pliant.anatomy.config import (
+    config_of,
+    global_size,
+    guards,
+    layer_config,
+    layer_types_of,
+    plain_config,
+    text_config_of,
+)
 from pliant.anatomy.null import Null
+from pliant.anatomy.probe import remember
 from pliant.anatomy.read_axes import read_axes
 from pliant.architecture import Architecture, BlockSpec, Part, architecture_of, catalogue, parse
 from pliant.errors import ArchitectureError
@@ -68,11 +77,13 @@ def holders_of(model: nn.Module, config: Any = None) -> list[nn.Module]:
 def anatomy_of(model: Any, *, example: Any = None) -> Anatomy:
     """Read the anatomy of a model, dense or already pruned, and check it against the tensors.
 
-    A model with an architecture file is read with it. A convolutional network without one is traced.
+    A model with an architecture file is read with it; a plain module, without a transformers config, with the file that
+    lists the name of its class. A convolutional network without a file is traced.
 
     Arguments:
-        example: the input for tracing: a tensor, a sequence of tensors, or a mapping from names to tensors. It is
-            remembered for this model. Default: one image of the size in the config, or of 224 x 224.
+        example: an input: a tensor, a sequence of tensors, or a mapping from names to tensors. It is remembered for
+            this model, to trace and check it. Default: random tokens, or one image of the size in the config, or of
+            224 x 224.
 
     Raises:
         ArchitectureError: the architecture is unknown, the file does not explain the shape or presence of a tensor, or
@@ -80,22 +91,24 @@ def anatomy_of(model: Any, *, example: Any = None) -> Anatomy:
     """
     from pliant.anatomy.trace import traceable, traced
 
-    config: Any = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    described = model_type in catalogue() or getattr(config, "pliant_architecture", None)
+    config: Any = config_of(model)
+    described = config.model_type in catalogue() or getattr(config, "pliant_architecture", None)
     image = getattr(model, "main_input_name", "pixel_values") == "pixel_values"  # plain modules do not say
     if not described and traceable(model) and (image or example is not None):
         return traced(model, example)
-    if model_type is None:
+    own = isinstance(config, PreTrainedConfig)
+    text_config = config.get_text_config(decoder=True) if own else config
+    if not own and not described:
         raise ArchitectureError(
             f"{type(model).__name__} cannot be read: it has no config with a model_type, as transformers models have, "
-            "and no convolutions to trace"
+            f"no architecture file that lists {config.model_type!r} under 'models', and no convolutions to trace"
         )
-    architecture = described_by(config.get_text_config(decoder=True))
-    text_config = text_config_of(config)
-    plain = plain_config(text_config)
+    if example is not None:
+        remember(model, example)
+    architecture = described_by(text_config)
+    plain = plain_config(text_config_of(config) if own else config)
     layers = layers_of(model, architecture)
-    for spec in architecture.blocks:
+    for spec in architecture.blocks if own else ():
         guards(spec, architecture, layer_config(plain, 0))  # raises now, before anything is cut
     types = layer_types_of(plain, len(layers))
     blocks = {b.name: b for i, layer in enumerate(layers) for b in blocks_of(layer, i, architecture, plain, types[i])}
@@ -220,10 +233,11 @@ def _read_block(
             weights.append(_tensor_weight(path, child, dims, target, spec))
             continue
         if is_linear(target) or isinstance(target, Packed):
+            called = child not in spec.uncalled
             if stored_in_out(target):
-                weights.append(Weight(f"{path}.weight", dims[::-1], reads=0))
+                weights.append(Weight(f"{path}.weight", dims[::-1], reads=0, called=called))
             else:
-                weights.append(Weight(f"{path}.weight", dims, reads=1))
+                weights.append(Weight(f"{path}.weight", dims, reads=1, called=called))
             attributes += [Attribute(path, size, dims[position]) for position, size in enumerate(size_names(target))]
         elif isinstance(target, nn.Conv1d) and target.groups == target.in_channels == target.out_channels:
             weights.append(Weight(f"{path}.weight", dims, depthwise=True))

@@ -172,6 +172,8 @@ def _read_family(
 
 def _runs_without_state(layer: nn.Module) -> bool:
     """Whether the scan of a layer runs with a state of size 0: pliant has replaced the one of transformers, if it is a
-    function."""
+    function. For a module that transformers does not bring, its architecture file decides."""
+    if not type(layer).__module__.startswith("transformers."):
+        return True
     functions = vars(sys.modules[type(layer).__module__]).values()
-    return any(hasattr(function, EMPTY_STATE) for function in functions)
+    return any(getattr(function, EMPTY_STATE, False) for function in functions)

@@ -2,7 +2,8 @@
 
 One YAML file beside this one describes the repeated layer of a family::
 
-    models: [llama]                 # the ``model_type`` values of config.json that have this layout
+    models: [llama]                 # the ``model_type`` values of config.json that have this layout; or the class of a
+                                    # plain module
     layers: model.layers            # where the list of layers is
     output: tensor                  # what a layer returns: a tensor (default) or a tuple that begins with it
     fixed: {hidden: hidden_size}    # dimensions that no sub-network changes: name -> config key
@@ -51,6 +52,8 @@ One YAML file beside this one describes the repeated layer of a family::
           gate.correction: [experts]                     # a buffer is listed like a parameter
         transposed: [experts.up]    # stacks of matrices that are stored (in, out)
         elementwise: [gate.bias]    # tensors of two or more dimensions that are not matrices
+        uncalled: [dt_proj]         # linear layers whose weight is read and which are never called: an adapter on them
+                                    # would have no effect, and they are not packed
         rescale: [norm]             # a norm over an axis: its epsilon and its weight change when the axis narrows, so
                                     # that cutting equals zeroing. It is over each group alone if one of its attributes
                                     # holds the number or the width of groups
@@ -191,6 +194,7 @@ class BlockSpec:
         either: the layouts that it may have; the first whose weights all exist applies.
         transposed: stacks of matrices that are stored (in, out).
         elementwise: weights of two or more dimensions that are not matrices.
+        uncalled: linear layers whose weight is read and which are never called.
         rescale: norms over an axis, whose epsilon and weight make up for a narrower axis.
         skip: weights that are all that remains of a scan whose axis has no units left: weight -> that axis.
         tied: its tensors may be shared with the same block of other layers.
@@ -217,6 +221,7 @@ class BlockSpec:
     either: tuple[BlockSpec, ...] = ()
     transposed: frozenset[str] = frozenset()
     elementwise: frozenset[str] = frozenset()
+    uncalled: frozenset[str] = frozenset()
     rescale: frozenset[str] = frozenset()
     skip: Mapping[str, str] = field(default_factory=dict)
     tied: bool = False

@@ -22,7 +22,7 @@ from pliant.errors import ArchitectureError
 
 _NATIVE = tuple(NativeSpec.__dataclass_fields__)
 _LAYOUT = {"module", "norms", "output", "residual", "scores", "scan_state", "cached", "attributes", "weights"}
-_LAYOUT |= {"transposed", "elementwise", "rescale", "skip", "roles"}
+_LAYOUT |= {"transposed", "elementwise", "uncalled", "rescale", "skip", "roles"}
 _KEYS = {
     "file": {"models", "layers", "output", "fixed", "axes", "blocks", "native"},
     "native": set(_NATIVE),
@@ -83,6 +83,12 @@ class _Parser:
                 self.faults.append(
                     f"axis {axis!r} follows {spec.follows!r}; it must follow a declared axis that follows no other"
                 )
+            in_family = spec.follows or any(other.follows == axis for other in self.axes.values())
+            if spec.built and (in_family or spec.size != f"{spec.config_key} or {BUILT}"):
+                self.faults.append(
+                    f"axis {axis!r}: {BUILT!r} must come after a key of pliant's own, as in 'mlp_size or {BUILT}', and "
+                    "such an axis neither follows another nor is followed"
+                )
             for word, named in (("groups", spec.groups), ("copies", spec.copies)):
                 other = self.axes.get(str(named))
                 if other and (other.follows or other.least < 1 or (other.groups, other.copies) != (1, 1)):
@@ -90,12 +96,6 @@ class _Parser:
                         f"axis {axis!r}: {word} names the axis {named!r}, which must follow no other, have neither "
                         "groups nor copies, and keep at least 1 unit"
                     )
-            in_family = spec.follows or any(other.follows == axis for other in self.axes.values())
-            if spec.built and (in_family or spec.size != f"{spec.config_key} or {BUILT}"):
-                self.faults.append(
-                    f"axis {axis!r}: {BUILT!r} must come after a key of pliant's own, as in 'mlp_size or {BUILT}', and "
-                    "such an axis neither follows another nor is followed"
-                )
         blocks = tuple(self.block(kind, spec) for kind, spec in self.mapping("the file", top, "blocks").items())
         native = self.native(top["native"]) if "native" in top else None
         if top.get("output", "tensor") not in ("tensor", "tuple"):
@@ -267,10 +267,9 @@ class _Parser:
             self.faults.append(
                 f"{where}: roles must map {', '.join(WEIGHT_ROLES)} to weights of the block, not {roles!r}"
             )
-        lists = {
-            word: self.words(where, spec, word) or () for word in ("norms", "transposed", "elementwise", "rescale")
-        }
-        for word in ("transposed", "elementwise", "rescale"):
+        of_weights = ("transposed", "elementwise", "uncalled", "rescale")
+        lists = {word: self.words(where, spec, word) or () for word in ("norms", *of_weights)}
+        for word in of_weights:
             for weight in sorted(set(lists[word]) - set(weights)):
                 self.faults.append(f"{where}: {word} names {weight!r}, which is not one of its weights")
         skip = self.mapping(where, spec, "skip")
@@ -294,6 +293,7 @@ class _Parser:
             roles=roles,
             transposed=frozenset(lists["transposed"]),
             elementwise=frozenset(lists["elementwise"]),
+            uncalled=frozenset(lists["uncalled"]),
             rescale=frozenset(lists["rescale"]),
             skip=skip,
             **whole,

@@ -39,7 +39,9 @@ def importance(
         samples, seqlen, seed: rows of the text, tokens in a window, and seed of the draw, as for a pruner.
 
     Returns:
-        axis name -> a value for each unit, float64, shape ``(units,)``; by text only the axes that a matrix reads.
+        axis name -> a value for each unit, float64, shape ``(units,)``. ``l1`` covers all axes; ``activation`` and
+        ``fisher`` cover those that a matrix reads (channels, heads) and the state of scans, but not experts. Orders of
+        pruners fall back to ``l1`` for the others.
 
     Raises:
         StepError: ``by`` is none of these.

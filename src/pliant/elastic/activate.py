@@ -63,7 +63,7 @@ def _kept_part(stretch: torch.Tensor, position: int, full: tuple[int, ...], kept
 
 @torch.no_grad()
 def give_back(part: torch.Tensor, full: torch.Tensor, block: Block, weight: Weight, kept: Mapping[str, int]) -> None:
-    """Write a gathered buffer back into the full one, such as the statistics that a batch norm collected in training.
+    """Write a gathered tensor back into the full one: statistics that a batch norm collected, or a refitted matrix.
 
     Arguments:
         part: the result of :func:`narrow` for ``full``; a view needs no writing back.

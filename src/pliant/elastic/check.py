@@ -23,7 +23,7 @@ from pliant.anatomy import (
     rounding,
 )
 from pliant.elastic.activate import Elastic, narrow
-from pliant.elastic.reorder import reorder
+from pliant.elastic.reorder import reorder, restore
 from pliant.elastic.subnet import Subnet
 from pliant.errors import ArchitectureError, WeightError
 
@@ -74,10 +74,7 @@ def _check_reorder(
     try:
         difference = (_output(model, inputs) - dense).abs().max().item()
     finally:
-        blocks = anatomy.blocks.values()
-        groups = {block.axes[axis.grouped_by].name for block in blocks for axis in block.leaders if axis.grouped_by}
-        for names in (orders.keys() & groups, orders.keys() - groups):  # groups first: orders count in the old ones
-            reorder(model, anatomy, {name: torch.argsort(orders[name]) for name in names})
+        restore(model, anatomy, orders)
     if not math.isfinite(difference):
         raise WeightError("the model's outputs on a few tokens are not finite numbers; check its weights")
     if not difference <= TOLERANCE * rounding(dense, next(model.parameters()).dtype):
@@ -101,7 +98,7 @@ def _check_skip(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any]) -> N
     seen: dict[str, torch.Tensor] = {}
 
     def record(_module: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        seen["in"] = args[0] if args else kwargs["hidden_states"]
+        seen["in"] = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
         seen["out"] = output[0] if isinstance(output, tuple) else output
 
     elastic = Elastic(model, anatomy)

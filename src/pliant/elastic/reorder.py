@@ -48,6 +48,14 @@ def reorder(model: nn.Module, anatomy: Anatomy, orders: Mapping[str, torch.Tenso
                     parameter.copy_(parameter.index_select(position, index))
 
 
+def restore(model: nn.Module, anatomy: Anatomy, orders: Mapping[str, torch.Tensor]) -> None:
+    """Undo :func:`reorder`."""
+    blocks = anatomy.blocks.values()
+    groups = {block.axes[axis.grouped_by].name for block in blocks for axis in block.leaders if axis.grouped_by}
+    for names in (orders.keys() & groups, orders.keys() - groups):  # groups first: orders count in the old ones
+        reorder(model, anatomy, {name: torch.argsort(orders[name]) for name in names})
+
+
 def _elements(block: Block, dim: tuple[Part, ...], chosen: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Old index of each new element of a tensor dimension."""
     pieces, start = [], 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from pliant.anatomy import Anatomy, Block, Null
 from pliant.checkpoint.load import loaded
 from pliant.checkpoint.packed_bytes import held_bytes, packed_formats
@@ -42,8 +44,9 @@ def inspect(model: Any, *, self_check: bool = True, dtype: Any = None, device: A
             "macs_per_token": macs(anatomy, Subnet(), tokens=1, context=0),
             "cache_bytes_per_token": cached_bytes(model) or cache_bytes(anatomy, element=element),
             "state_bytes": state_bytes(anatomy, element=element),
-            "search_bytes_per_1000_tokens": store_bytes(model, anatomy, 1000),
         }
+        if isinstance(getattr(model, "config", None), PreTrainedConfig):  # a plain module is not searched on text
+            costs["search_bytes_per_1000_tokens"] = store_bytes(model, anatomy, 1000)
     return {
         "model": getattr(model, "name_or_path", "") or type(model).__name__,
         "model_type": getattr(getattr(model, "config", None), "model_type", None),
@@ -67,9 +70,11 @@ def _block(block: Block, anatomy: Anatomy, whole: int) -> dict[str, Any]:
     """A block and its axes. The parameters of a unit are counted in all blocks that share its axis."""
     axes = {}
     for axis in block.leaders:
-        narrower = Subnet().keeping(axis.name, axis.size - 1) if axis.size > 1 else None
-        each = None if narrower is None else whole - parameters(anatomy, narrower)
+        narrower = Subnet().keeping(axis.name, axis.size - axis.groups) if axis.size > axis.groups else None
+        each = None if narrower is None else (whole - parameters(anatomy, narrower)) // axis.groups
         axes[axis.leader] = {"units": axis.size, "width": axis.unit, "parameters_per_unit": each}
+        if axis.groups > 1:  # every group keeps equally many units
+            axes[axis.leader] |= {"groups": axis.groups}
     own = block.parameters({})
     return {
         "block": block.name,

@@ -1,7 +1,7 @@
 """Structured pruning: the parts that all pruners share, and the pruners that come from no paper."""
 
 from pliant.prune.known_subnet import Cut
-from pliant.prune.moves import block_moves, layer_moves, pooled, reach, width_moves
+from pliant.prune.moves import axis_moves, block_moves, layer_moves, pooled, reach, scan_moves, width_moves
 from pliant.prune.session import Pruning
 from pliant.prune.settings import GreedyPruner, Pruner, TextPruner, WidthPruner
 
@@ -12,9 +12,11 @@ __all__ = [
     "Pruning",
     "TextPruner",
     "WidthPruner",
+    "axis_moves",
     "block_moves",
     "layer_moves",
     "pooled",
     "reach",
+    "scan_moves",
     "width_moves",
 ]

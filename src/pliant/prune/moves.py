@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pliant.anatomy import Anatomy, Axis
 from pliant.elastic import Subnet
 from pliant.prune.ratio_target import TOLERANCE, Budget
+from pliant.prune.scan_skip import scan_axis, scans_of
 from pliant.prune.width_cuts import widths
 from pliant.searches.greedy import Move
 
@@ -44,7 +45,16 @@ def width_moves(anatomy: Anatomy, groups: Mapping[str, int]) -> Moves:
     Arguments:
         groups: short name of an axis (``channels``, ``kv``) -> units in a group; other axes are left alone.
     """
-    axes = [axis for axis in anatomy.axes.values() if axis.leader in groups]
+    return axis_moves(anatomy, {a.name: groups[a.leader] for a in anatomy.axes.values() if a.leader in groups})
+
+
+def axis_moves(anatomy: Anatomy, groups: Mapping[str, int]) -> Moves:
+    """:func:`width_moves` of single axes.
+
+    Arguments:
+        groups: full name of an axis -> units in a group.
+    """
+    axes = [axis for axis in anatomy.axes.values() if axis.name in groups]
     holders = {
         a.name: {b.name for b in anatomy.blocks.values() if a.leader in b.axes and b.axes[a.leader] == a} for a in axes
     }
@@ -53,10 +63,22 @@ def width_moves(anatomy: Anatomy, groups: Mapping[str, int]) -> Moves:
         keep = dict(subnet.keep)
         offered = []
         for axis in axes:
-            units = axis.less(keep.get(axis.name, axis.size), groups[axis.leader])
+            units = axis.less(keep.get(axis.name, axis.size), groups[axis.name])
             if not holders[axis.name] <= subnet.skip and units is not None:
                 offered.append(Move(axis.name, subnet.keeping(axis.name, units)))
         return offered
+
+    return moves
+
+
+def scan_moves(anatomy: Anatomy) -> Moves:
+    """Remove the state of a scan, so that only its skip remains; see :mod:`pliant.prune.scan_skip`."""
+    axes = {block.name: scan_axis(block) for block in scans_of(anatomy)}
+
+    def moves(subnet: Subnet) -> list[Move]:
+        kept = dict(subnet.keep)
+        remaining = [(block, axis.name) for block, axis in axes.items() if axis and block not in subnet.skip]
+        return [Move(f"{block}.ssm", subnet.keeping(name, 0)) for block, name in remaining if kept.get(name) != 0]
 
     return moves
 
@@ -167,8 +189,13 @@ def settled(
 
 def reach(budget: Budget, stages: Sequence[Moves]) -> float:
     """The largest ratio that these stages can reach, whatever their order and shares."""
-    subnet = Subnet()
+    return budget.ratio(exhausted(stages)[0])
+
+
+def exhausted(stages: Sequence[Moves]) -> tuple[Subnet, int]:
+    """The sub-network after all moves of these stages, and how many there are; the most if the finest come first."""
+    subnet, made = Subnet(), 0
     for moves in stages:
         while offered := moves(subnet):
-            subnet = offered[-1].subnet
-    return budget.ratio(subnet)
+            subnet, made = offered[-1].subnet, made + 1
+    return subnet, made

@@ -1,20 +1,22 @@
-"""What remains of a scan whose state is removed: a skip that multiplies its input."""
+"""The skip that remains of a scan whose state is removed: a multiple of its input."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from pliant.anatomy import Anatomy, Block, evaluating, layers_of
+from pliant.anatomy import Anatomy, Axis, Block, evaluating, layers_of
 from pliant.compat.scan import watched_scans
 from pliant.device import to_float64
 from pliant.elastic import Subnet
 from pliant.errors import StepError
 from pliant.forward.windows import batches_of, tokens_at_once, within_memory
+from pliant.record import Note
+from pliant.step import Job
 
 KEPT, IDENTITY, FITTED = SKIPS = ("kept", "identity", "fitted")
 SKIP_HELP = (
@@ -29,7 +31,7 @@ def scans_of(anatomy: Anatomy) -> list[Block]:
     return [block for block in anatomy.blocks.values() if (axis := scan_axis(block)) is not None and axis.fewest == 0]
 
 
-def scan_axis(block: Block) -> Any:
+def scan_axis(block: Block) -> Axis | None:
     """The axis of the state of a block's scan; None if the block has no scan, or its skip alone cannot remain."""
     named = {weight.skips for weight in block.weights if weight.skips is not None}
     return next((axis for axis in block.leaders if axis.leader in named and axis.size), None)
@@ -37,11 +39,18 @@ def scan_axis(block: Block) -> Any:
 
 def without_scan(anatomy: Anatomy, subnet: Subnet) -> list[Block]:
     """The remaining blocks whose scan ``subnet`` removes."""
-    kept = dict(subnet.keep)
-    return [b for b in scans_of(anatomy) if b.name not in subnet.skip and kept.get(scan_axis(b).name) == 0]
+    gone = {axis for axis, units in subnet.keep if units == 0}
+    return [b for b in scans_of(anatomy) if b.name not in subnet.skip and {axis.name for axis in b.leaders} & gone]
 
 
-def with_skips(model: Any, anatomy: Anatomy, skip: str, windows: torch.Tensor | None = None) -> Anatomy:
+def skip_note(anatomy: Anatomy, subnet: Subnet, skip: str) -> list[Note]:
+    """A line of the report that says what remains of the removed scans."""
+    without = len(without_scan(anatomy, subnet))
+    scale = {KEPT: "its own D", IDENTITY: "1", FITTED: "the multiple that is nearest to the scan on calibration text"}
+    return [Note(f"Scans removed: {without}. In their place x is multiplied by {scale[skip]}.")] if without else []
+
+
+def with_skips(job: Job, anatomy: Anatomy, skip: str, windows: torch.Tensor | None = None) -> Anatomy:
     """The anatomy by which scans without a state have this skip. Sub-networks that are activated, scored and cut with
     it agree; scans that stay keep their D.
 
@@ -54,15 +63,16 @@ def with_skips(model: Any, anatomy: Anatomy, skip: str, windows: torch.Tensor | 
     """
     if skip == KEPT or not (blocks := scans_of(anatomy)):
         return anatomy
+    model, fitted = job.model, {}
     layers = layers_of(model, anatomy.source)
-    fitted: Mapping[str, torch.Tensor] = {}
     if skip == FITTED:
         assert windows is not None
-        fitted = within_memory(
-            model,
-            lambda tokens: _fitted(model, anatomy, batches_of(model, windows, tokens)),
-            max(tokens_at_once(model), windows.shape[1]),
-        )
+        with job.progress.stage("fit of the skips"):
+            fitted = within_memory(
+                model,
+                lambda tokens: _fitted(model, anatomy, batches_of(model, windows, tokens)),
+                max(tokens_at_once(model), windows.shape[1]),
+            )
 
     def replaced(block: Block) -> Block:
         weights = []

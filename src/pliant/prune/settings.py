@@ -23,6 +23,8 @@ from pliant.prune.ratio_target import Budget, Goal
 from pliant.prune.repair import repair_bytes
 from pliant.prune.session import ARCHIVE, PER_REMOVAL, Pruning
 from pliant.prune.unit_order import STORED
+from pliant.prune.width_cuts import step_of
+from pliant.record import Note
 from pliant.registry import IMPORTANCE, SCORES
 from pliant.searches.greedy import MODES
 from pliant.step import Job, Step, setting
@@ -215,6 +217,13 @@ class GreedyPruner(TextPruner):
             pruning.budget = Budget.of(pruning.cost(self.ratio_of))
         return pruning
 
+    def cut(self, pruning: Pruning, job: Job) -> None:
+        if self.ratio_of != COSTS[0]:
+            removed = pruning.budget.ratio(pruning.subnet)
+            job.record["removed"] = {"of": self.ratio_of, "ratio": removed}
+            job.show(Note(f"Removed of {self.ratio_of}, which the ratio is a share of: {removed:.2%}."))
+        super().cut(pruning, job)
+
     def remove(
         self,
         pruning: Pruning,
@@ -256,11 +265,17 @@ class WidthPruner(OrderedPruner, GreedyPruner):
     """Settings shared by every greedy pruner that narrows blocks."""
 
     mlp_group: int | None = setting(
-        "MLP channels removed in one move. Default: a quarter of the hidden size.", default=None, at_least=1
+        "MLP channels removed in one move. Default: a quarter of the hidden size. Of the state of a scan at most an "
+        "eighth is removed at once.",
+        default=None,
+        at_least=1,
     )
 
     head_group: int = setting(
-        "Key-value groups removed in one move, each with all query heads that share it.", default=1, at_least=1
+        "Key-value groups removed in one move, each with all query heads that share it; or heads of a scan, rounded up "
+        "to as many in each of its groups; or whole groups of them.",
+        default=1,
+        at_least=1,
     )
 
     def estimate(self, blocks: int, row: float) -> tuple[float, bool]:
@@ -274,15 +289,20 @@ class WidthPruner(OrderedPruner, GreedyPruner):
         """Units removed in one move, for each axis of attention."""
         return self._groups(job, anatomy, {"attention"})
 
+    def channel_group(self, job: Job) -> int:
+        """Channels removed in one move."""
+        return self.mlp_group or max(1, job.model.config.get_text_config(decoder=True).hidden_size // 4)
+
     def _groups(self, job: Job, anatomy: Anatomy, roles: Collection[str]) -> dict[str, int]:
-        """One expert, ``head_group`` heads or groups of heads, or ``mlp_group`` single channels."""
-        channels = self.mlp_group or max(1, job.model.config.get_text_config(decoder=True).hidden_size // 4)
-        axes = {axis.leader: axis for axis in anatomy.axes.values()}
+        """One expert, ``head_group`` heads (or groups of these), ``mlp_group`` channels, or an eighth of a state."""
+        channels = self.channel_group(job)
+        axes = {axis.leader: axis for axis in sorted(anatomy.axes.values(), key=lambda axis: axis.size)}  # the widest
         of_heads = {axis.grouped_by for axis in axes.values()}
         groups = {}
         for name in anatomy.axes_of(roles):
             single = axes[name].unit == 1 and name not in of_heads  # channels, or one rank of a latent
-            groups[name] = 1 if axes[name].active is not None else channels if single else self.head_group
+            units = channels if single else self.head_group
+            groups[name] = 1 if axes[name].active is not None else step_of(axes[name], units)
         return groups
 
 

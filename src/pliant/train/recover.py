@@ -207,6 +207,8 @@ class Recover(Step):
         Halves(model)  # refuses a model that does not predict next tokens, before any work
         tokenizer = job.tokenizer()
         anatomy = described(model)
+        if self.method == "lora":
+            linear_layers(model, anatomy, self.target_modules or ())  # refuses layers that cannot have adapters
         given = self._examples(job)
         seqlen = seqlen_of(model, self.seqlen, USUAL)
         train, held_out = self._sequences(given, model, tokenizer, seqlen)

@@ -108,7 +108,8 @@ class Lora:
             self.abandon()
             if isinstance(error, ValueError):
                 raise StepError(
-                    f"peft cannot put adapters on this model: {error}; choose other target_modules, or method full"
+                    f"peft cannot put adapters on this model: {str(error).rstrip('.')}; choose other target_modules, "
+                    "or method full"
                 ) from error
             raise
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
