@@ -76,14 +76,24 @@ def curves(rows: Rows) -> list[str]:
     cells = []
     for kind, asked in sorted({(kind, asked) for kind, _, asked, _ in points}, key=lambda pair: (pair[0], pair[1])):
         of = "of the decoding time" if kind == MILLISECONDS else "of the parameters"
-        line = [kind, f"{asked:.1%} {of}"]
+        made = points.get((kind, "greedy", asked, "raw"))
+        line = [kind, f"{asked:.1%} {of}", "" if made is None else f"{made['ratio']:.2%}"]
         for form in ("raw", "refitted"):
             for method in METHODS:
                 found = [row for key, row in points.items() if matches(key, kind, method, asked, form)]
                 line.append(spread(found))
         cells.append(line)
-    head = ["kind", "removed", *(f"{method}, {form}" for form in ("raw", "refitted") for method in METHODS)]
-    return [*lines, *table(head, cells)]
+    head = [
+        "kind",
+        "asked",
+        "parameters removed by greedy",
+        *(f"{method}, {form}" for form in ("raw", "refitted") for method in METHODS),
+    ]
+    lines += table(head, cells)
+    for (kind, method, asked, form), row in points.items():
+        if (method, form) == ("greedy", "raw"):
+            lines += [f"{kind}, {asked:.1%}: removed in this order: {', '.join(row['path'])}.", ""]
+    return lines
 
 
 def matches(key: tuple[Any, ...], kind: str, method: str, asked: float, form: str) -> bool:

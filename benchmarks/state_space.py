@@ -6,10 +6,10 @@ PART is sensitivity, curves, recover or speed; default: all, in this order. Rows
 name of the model folder; a measurement that is there is not made again. Scores of a search are kept in --work, so that
 a search goes on where it stopped. `report_state_space.py` prints the tables.
 
-The hybrid of docs/state-space.md is SmolLM2-135M with 20 of its attentions replaced by Mamba-2 mixers; give its folder
-as an ordinary one of transformers. The pure Mamba-2 model comes from train_mamba2.py. `pliant demo` leaves calibration
-text and held-out text in build/demo/parts. On two free cores the hybrid takes about 70 minutes with the defaults, the
-small model about 20 with `--samples 96 --curve-windows 64 --seeds 0 1 2 --minutes 5`.
+The hybrid of docs/state-space.md is SmolLM2-135M with 20 of its attentions replaced by Mamba-2 mixers, in an ordinary
+folder of transformers. The pure Mamba-2 model comes from train_mamba2.py. It is small, so that more windows can be
+used: `--samples 96 --curve-windows 64 --seeds 0 1 2 --minutes 5 --method full`. `pliant demo` leaves calibration text
+and held-out text in build/demo/parts. The estimate of every part is printed first.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import pliant
 from machine import RESULTS, machine, save
@@ -53,7 +55,7 @@ class Bench:
         self.work = Path(arguments.work) / self.name
         self.path = RESULTS / "state_space.json"
         model = self.model()
-        self.tokenizer, self.anatomy, self.size = tokenizer_of(model), anatomy_of(model), model.dtype.itemsize
+        self.tokenizer, self.anatomy = tokenizer_of(model), anatomy_of(model)
         rows = self.calibration.sample(arguments.samples, SEED)
         self.windows = windows_for(model, self.tokenizer, rows, SEQLEN)
         blocks = self.anatomy.blocks.values()
@@ -82,7 +84,7 @@ class Bench:
             began = time.monotonic()
             row = {"model": self.name, "key": list(key), **make()}
             row |= {"settings": self.measured, "seconds": round(time.monotonic() - began, 1)}
-            row |= {"commit": machine()["commit"], "threads": _threads()}
+            row |= {"commit": machine()["commit"], "threads": torch.get_num_threads()}
             save("state_space", {"rows": [*self.rows(), row]})
         return row
 
@@ -248,15 +250,8 @@ class Bench:
                 distillation_weight=0.0 if kind == "dense" else 0.5,
             )
             work = self.work / f"recover-{kind}-{asked}"
-            pliant.apply(
-                model,
-                step,
-                self.calibration,
-                tokenizer=self.tokenizer,
-                dense=self.model(),
-                work=work,
-                progress=Console(),
-            )
+            given = {"tokenizer": self.tokenizer, "dense": self.model(), "work": work}
+            pliant.apply(model, step, self.calibration, **given, progress=Console())
             recovery = {"settings": step.to_dict(), **model.pliant_history[-1]["recovery"]}
             return {**row, "recovery": recovery, "quality": self.quality(model, windows, tasks=True)}
 
@@ -270,23 +265,21 @@ class Bench:
         def make() -> dict[str, Any]:
             model, row = self.cut(kind, "greedy", asked, "raw")
             subnet = Subnet.from_dict(row["subnet"])
-            prompt = SEQLEN
-            speed = pliant.bench(model, self.model(), prompt=prompt, tokens=32, repeats=self.arguments.repeats)
-            reads = [
-                streamed_bytes(self.anatomy, each, element=self.size, context=prompt) for each in (Subnet(), subnet)
-            ]
-            whole, rest = macs(self.anatomy, tokens=prompt), macs(self.anatomy, subnet, tokens=prompt)
-            return {**row, "predicted": {"prefill": whole / rest, "decode": reads[0] / reads[1]}, "speed": speed}
+            speed = pliant.bench(model, self.model(), prompt=SEQLEN, tokens=32, repeats=self.arguments.repeats)
+            work = [macs(self.anatomy, each, tokens=SEQLEN) for each in (Subnet(), subnet)]
+            element, both = next(model.parameters()).element_size(), (Subnet(), subnet)
+            reads = [streamed_bytes(self.anatomy, each, element=element, context=SEQLEN) for each in both]
+            return {**row, "predicted": {"prefill": work[0] / work[1], "decode": reads[0] / reads[1]}, "speed": speed}
 
         self.row("speed", kind, asked, make=make)
 
     def estimate(self, parts: tuple[str, ...]) -> None:
         """Print how long the parts will take that are not there yet."""
         model, done = self.model(), self.done()
-        scorer = PrefixScorer(model, self.anatomy, self.windows)
-        scorer.score(Subnet())
+        scorer = PrefixScorer(model, self.anatomy, self.windows, reuse=False)
+        scorer.score(Subnet())  # the first is slower
         began = time.monotonic()
-        PrefixScorer(model, self.anatomy, self.windows, reuse=False).score(Subnet())
+        scorer.score(Subnet())
         each = time.monotonic() - began
         row = each / len(self.windows)
         texts, minutes = len(self.arguments.held_out), dict.fromkeys(parts, 0.0)
@@ -306,7 +299,7 @@ class Bench:
             evaluated = row * self.arguments.curve_windows * texts + 5
             minutes["curves"] = (0.6 * each * scores + evaluated * len(missing) + 4 * row * REFIT / 2 * refits) / 60
         if "recover" in parts:
-            missing = sum(("final", "dense") not in done for _ in (0,)) + 2 * len(self.arguments.recover)
+            missing = (("final", "dense") not in done) + 2 * len(self.arguments.recover)
             tasks = len(self.arguments.tasks) * self.arguments.questions * 0.5 * row
             minutes["recover"] = missing * (row * self.arguments.windows * texts + tasks) / 60
             minutes["recover"] += self.arguments.minutes * len(self.arguments.recover)
@@ -314,13 +307,7 @@ class Bench:
             minutes["speed"] = len(self.kinds) * (self.arguments.repeats + 1) * 2 * 12 * row / 60
         for part, count in minutes.items():
             print(f"{part}: about {count:.0f} minutes", flush=True)
-        print(f"{len(self.windows)} calibration windows, {each:.2f} s; {_threads()} threads", flush=True)
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
+        print(f"{len(self.windows)} calibration windows, {each:.2f} s; {torch.get_num_threads()} threads", flush=True)
 
 
 def main() -> None:

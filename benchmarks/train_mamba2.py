@@ -5,7 +5,7 @@
 `pliant demo` leaves both texts in build/demo/parts: leads of Wikipedia articles that pip alone can fetch. Training
 stops as soon as the model beats an interpolated Kneser-Ney 5-gram model of the same tokens by 0.1 bit a byte on the
 held-out documents; results/train_mamba2.json has the curve. The last state is written every few minutes, and the same
-command goes on from there. About an hour on two free cores; needs torch 2.9 (Muon).
+command goes on from there. It needs torch 2.9, for Muon.
 
 Both models see a document alone: they predict its tokens and its end after a separator.
 """
