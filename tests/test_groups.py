@@ -321,7 +321,7 @@ def test_whole_groups_are_moves_of_their_own():
     model = pico("mamba2")
     anatomy, job = anatomy_of(model), SimpleNamespace(model=model)
     groups = pliant.MultiPruner(ratio=0.4, mlp_group=4).mlp_groups(job, anatomy)
-    assert groups == {"group": 1, "scan": 1, "state": 4}
+    assert (groups["group"], groups["scan"]) == (1, 1)
     assert Subnet().keeping("layers.0.mamba.group", 1) in {
         move.subnet for move in width_moves(anatomy, groups)(Subnet())
     }
