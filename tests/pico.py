@@ -6,6 +6,7 @@ import torch
 import transformers
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers.models.olmo_hybrid import modeling_olmo_hybrid
 
 from pliant.architecture import catalogue
 from pliant.elastic import Subnet
@@ -22,8 +23,10 @@ FAMILIES = (  # each is one more use of words that are tried on the above: see t
     *("olmoe", "flex_olmo", "granitemoe", "granitemoeshared", "phimoe", "gpt_oss", "qwen2_moe", "mellum", "dots1"),
     *("glm4_moe", "deepseek_v3", "minimax_m2", "hunyuan_v1_moe", "ernie4_5_moe", "xlm-roberta", "camembert"),
     *("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h", "granitemoehybrid", "falcon_h1", "jamba"),
-    *("lfm2_moe", "kimi_linear"),
+    *("lfm2_moe", "kimi_linear", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
 )
+if not hasattr(modeling_olmo_hybrid, "OlmoHybridDynamicCache"):  # transformers 5.14 has other modules; they are refused
+    FAMILIES += ("olmo_hybrid",)
 LAYOUTS = (  # where a run over every family would take too long: every trick that an architecture file can describe
     *("llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt2"),
     *("opt", "gpt_neox", "falcon", "mixtral", "gemma3_text"),
@@ -81,6 +84,9 @@ _LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1}
 _ROUTED |= {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
 _MAMBA2 = {"mamba_n_heads": 12, "mamba_d_head": 8, "mamba_d_state": 10, "mamba_n_groups": 2, "mamba_chunk_size": 8}
+_DELTA = {"linear_num_key_heads": 3, "linear_num_value_heads": 6, "linear_key_head_dim": 8}
+_DELTA |= {"linear_value_head_dim": 10, "layer_types": ["linear_attention", "full_attention"] * 2}
+_SHARED = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
 _N = {"n_embd": 48, "n_layer": 4, "n_head": 6, "n_positions": 256}
 _OWN |= {
     "glm4": {"hidden_size": 36, "partial_rotary_factor": 0.5},
@@ -139,6 +145,10 @@ _OWN |= {
     | {"attention_out_multiplier": 1.25, "embedding_multiplier": 2.0, "lm_head_multiplier": 0.5},
     "jamba": {**_NO_HEAD_DIM, **_FOUR, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 3}
     | {"mamba_d_state": 6, "mamba_dt_rank": 5},
+    "qwen3_5_text": _DELTA,
+    "qwen3_5_moe_text": {**_DELTA, **_FOUR, **_SHARED},
+    "qwen3_next": {**_DELTA, **_FOUR, **_SHARED, "mlp_only_layers": [1]},
+    "olmo_hybrid": {**_DELTA, **_NO_HEAD_DIM},
     "xlm-roberta": _OWN_HEADS,
     "camembert": _OWN_HEADS,
 }

@@ -12,6 +12,8 @@ from pliant.anatomy import anatomy_of
 from pliant.architecture import add_architecture, known_families
 from pliant.elastic import Elastic, Subnet, check, extract, parameters, validate
 from pliant.errors import ArchitectureError, SubnetError
+from pliant.progress import Progress
+from pliant.prune.repair import repair
 
 CONFIGURATION = """
 from transformers import LlamaConfig
@@ -208,6 +210,15 @@ def test_the_layout_is_read_and_proven(model):
     assert len(anatomy.may_go()) == len(anatomy.blocks)
     with pytest.raises(SubnetError, match="every looker block of the full_attention layers would be removed"):
         validate(Subnet().without("layers.0.looker", "layers.2.looker", "layers.4.looker"), anatomy)
+
+
+@pytest.mark.parametrize(("gone", "fits"), [((), {}), (("layers.1.mlp", "layers.3.mlp"), {"layers.2.mlp"})])
+def test_repair_leaves_a_matrix_that_several_layers_use(model, gone, fits):
+    anatomy = anatomy_of(model)
+    found = repair(model, anatomy, Subnet().without("layers.1.gate", *gone), IDS, 1.0, Progress())
+    places = {f"layers.{layer}.mlp" for layer in (1, 2, 3)}
+    shared = {fit["block"]: fit["distance"] for fit in found if fit["block"] in places}
+    assert {name for name, distance in shared.items() if distance is not None} == set(fits)
 
 
 @pytest.mark.parametrize("kind", CUTS)

@@ -13,7 +13,7 @@ from pliant.criteria import by_falling
 from pliant.criteria.activation import activation_sizes
 from pliant.criteria.block_ranking import RANKINGS, influence, relative_magnitude
 from pliant.criteria.unit_fisher import loss_increases
-from pliant.criteria.unit_readers import read_axes
+from pliant.criteria.unit_readers import measured_axes
 from pliant.elastic import Subnet, extract, parameters, ratio
 from pliant.errors import MissingExtraError, RatioError, StepError, SubnetError, WeightError
 from pliant.measure.prefix_scorer import PrefixScorer
@@ -208,6 +208,16 @@ def test_the_activation_order_covers_what_matrices_read(family):
     )
 
 
+def test_an_order_says_which_units_it_does_not_measure(capsys):
+    step = pliant.UnifiedPruner(**SHARED, order="activation")
+    for family in ("llama", "mixtral"):
+        pliant.apply(pico(family), step, TEXT, tokenizer=tokenizer())
+        lines = [line for line in capsys.readouterr().err.splitlines() if "measures no units" in line]
+        assert [line.strip() for line in lines] == (
+            ["activation measures no units of channels, experts: they are sorted by l1"] if family == "mixtral" else []
+        )
+
+
 # --- knapsack
 # ----------------------------------------------------------------------------------------------------------
 
@@ -268,7 +278,7 @@ def test_heads_that_nothing_reads_go_first():
 @pytest.mark.parametrize("family", DECODERS)
 def test_fisher_pruning_works_on_every_layout_that_has_axes(family):
     model = pico(family)
-    axes = {axis.name for axis in read_axes(anatomy_of(model))}
+    axes = {axis.name for axis in measured_axes(anatomy_of(model))}
     damage = loss_increases(model, anatomy_of(model), WINDOWS, Progress())
     assert damage.keys() == axes
     assert all(torch.isfinite(found).all() and (found > 0).any() for found in damage.values())

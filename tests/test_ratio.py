@@ -12,6 +12,7 @@ from pliant.elastic import Subnet, parameters, ratio
 from pliant.errors import RatioError
 from pliant.prune.moves import block_moves, fitting, layer_moves, pooled, width_moves
 from pliant.prune.put_back import Removal, put_backs
+from pliant.prune.ratio_target import by_parameters
 from pliant.prune.width_cuts import cut_until, widths
 from pliant.registry import STEPS
 from pliant.step import settings_of, step_class
@@ -165,7 +166,7 @@ def test_of_units_that_may_come_back_the_one_that_hurt_most_does():
         for block, hurt in gone:
             removals.append(Removal(block, subnet, subnet.without(f"layers.{block}"), hurt))
             subnet = removals[-1].after
-        return [one.unit for one in put_backs(anatomy, removals, target, unit)]
+        return [one.unit for one in put_backs(by_parameters(anatomy), removals, target, unit)]
 
     gone = [("0.attention", 0.1), ("1.attention", 0.3), ("2.attention", 0.2), ("0.mlp", 5.0)]
     assert back(large + 3 * small, *gone) == []
@@ -187,7 +188,7 @@ def test_widths_come_back_last_first():
         Removal(str(i), *pair, hurt) for i, (pair, hurt) in enumerate(zip(pairwise(states), (9, 1, 1), strict=True))
     ]
     unit = round(ratio(anatomy, states[1]) * parameters(anatomy))
-    back = put_backs(anatomy, removals, ratio(anatomy, states[1]), unit)
+    back = put_backs(by_parameters(anatomy), removals, ratio(anatomy, states[1]), unit)
     assert [one.unit for one in back] == ["2", "1"]
     subnet = states[-1]
     for one in back:
@@ -200,12 +201,14 @@ def test_a_block_that_is_too_large_is_passed_over():
     moves = pooled(block_moves(anatomy), width_moves(anatomy, GREEDY))
     target = 0.03
     assert all(ratio(anatomy, move.subnet) > 2 * target for move in block_moves(anatomy)(Subnet()))
-    offered = fitting(anatomy, moves, target)(Subnet())
+    offered = fitting(by_parameters(anatomy), moves, target)(Subnet())
     assert {move.unit for move in offered} == set(anatomy.axes)
-    assert len(fitting(anatomy, moves, 0.9)(Subnet())) == len(moves(Subnet()))
+    assert len(fitting(by_parameters(anatomy), moves, 0.9)(Subnet())) == len(moves(Subnet()))
     # alone, blocks are the smallest units
-    assert len(fitting(anatomy, block_moves(anatomy), target)(Subnet())) == len(block_moves(anatomy)(Subnet()))
-    assert not fitting(anatomy, block_moves(anatomy), target, units=moves)(Subnet())
+    assert len(fitting(by_parameters(anatomy), block_moves(anatomy), target)(Subnet())) == len(
+        block_moves(anatomy)(Subnet())
+    )
+    assert not fitting(by_parameters(anatomy), block_moves(anatomy), target, units=moves)(Subnet())
 
 
 def test_cuts_are_passed_over_and_put_back_until_none_is_too_much():

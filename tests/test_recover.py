@@ -48,8 +48,9 @@ def repeated():
 def cut(family="llama", **more):
     """A model without two of its blocks, and narrower in its last layer."""
     model = pico.pico(family, **more)
-    subnet = pliant.Subnet().without("layers.1.mlp").without("layers.2.attention")
-    for name, axis in pliant.anatomy_of(model).axes.items():
+    anatomy = pliant.anatomy_of(model)
+    subnet = pliant.Subnet(frozenset({"layers.1.mlp", "layers.2.attention"} & set(anatomy.blocks)))
+    for name, axis in anatomy.axes.items():
         fewer = [units for units in range(1, axis.size) if axis.allows(units)]
         if name.startswith("layers.3.") and fewer:
             subnet = subnet.keeping(name, fewer[-1])
@@ -175,7 +176,11 @@ def test_the_best_state_is_kept_not_the_last(repeated, tokenizer):
 # exactness
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+SCANS = ("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h", "granitemoehybrid", "falcon_h1", "jamba")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", *SCANS])
 def test_merged_adapters_compute_what_they_did_beside_the_weights(family):
     model = cut(family)
     ids = torch.arange(3, 40)[None]
@@ -190,6 +195,48 @@ def test_merged_adapters_compute_what_they_did_beside_the_weights(family):
             merged = model(input_ids=ids, use_cache=False).logits
     assert (merged - beside).abs().max() < 1e-5 * beside.abs().max()
     assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", SCANS)
+def test_adapters_on_scans_are_where_they_have_an_effect(family, repeated, tokenizer, capsys):
+    model = pico.pico(family)
+    before = weights(model)
+    recover(model, repeated, tokenizer, progress=True)
+    noted = {
+        line.split()[3].rstrip(":"): line for line in capsys.readouterr().err.splitlines() if "no adapter on" in line
+    }
+    refused = set() if family in ("bamba", "granitemoehybrid", "jamba") else {"out_proj"}
+    read = {"dt_proj"} if family in ("mamba", "falcon_mamba", "jamba") else set()
+    assert noted.keys() == refused | read
+    assert all("reads its weight" in noted[name] for name in read)
+    assert all("peft refuses it" in noted[name] for name in refused)
+    changed = {name.split(".")[-2] for name, tensor in weights(model).items() if not torch.equal(tensor, before[name])}
+    assert "in_proj" in changed
+    assert not changed & noted.keys()
+    for name in sorted(noted):
+        with pytest.raises(StepError, match=f"target_modules: {name} of this model cannot have an adapter: .*in_proj"):
+            recover(model, repeated, tokenizer, target_modules=[name])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", SCANS)
+def test_all_weights_of_a_cut_scan_are_trained(family, repeated, tokenizer):
+    """A state of 0 in one layer, a narrower scan in another."""
+    model = pico.pico(family)
+    anatomy = pliant.anatomy_of(model)
+    scans = [block for block in anatomy.blocks.values() if block.role == "scan"]
+    subnet = pliant.Subnet().keeping(f"{scans[0].name}.state", 0)
+    for axis in scans[-1].leaders:
+        subnet = subnet.keeping(axis.name, axis.size // 2)
+    model = pliant.apply(model, pliant.Cut(subnet=subnet, order="stored"), progress=False)
+    before = weights(model)
+    record = recover(model, repeated, tokenizer, method="full", learning_rate=3e-3)
+    losses = [row["held_out"] for row in record["curve"] if row["held_out"] is not None]
+    assert losses[-1] < losses[0]
+    same = {name for name, tensor in weights(model).items() if tensor.numel() and torch.equal(tensor, before[name])}
+    assert all(f".{scans[0].layer}." in name for name in same)  # step sizes of a scan that is gone
+    assert {name.split(".")[4] for name in same} <= {"x_proj", "dt_proj", "dt_layernorm", "dt_bias", "A_log"}
 
 
 @pytest.mark.parametrize("family", pico.DECODERS)

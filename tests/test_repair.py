@@ -6,7 +6,7 @@ import torch
 import pliant
 from pico import pico, tokenizer
 from pliant.anatomy import anatomy_of
-from pliant.elastic import Subnet
+from pliant.elastic import Subnet, extract
 from pliant.forward.stream import Stream
 from pliant.progress import Progress
 from pliant.prune.repair import repair
@@ -37,6 +37,42 @@ def test_repair_brings_the_stream_nearer_to_the_dense_one(family, dtype):
     assert distance() < before * (0.6 if family in NORMED else 0.2)
     stacked = {"layers.0.mlp", "layers.1.mlp", "layers.3.mlp"} if family == "mixtral" else set()
     assert {block for block, fit in told.items() if fit is None} == stacked
+
+
+SCANS = ["mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h", "granitemoehybrid", "falcon_h1", "jamba"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", SCANS)
+@pytest.mark.parametrize("cut", ["state", "width", "all of the state"])
+def test_repair_brings_the_output_of_a_cut_scan_nearer_to_the_dense_one(family, cut):
+    """Behind the scan are a gate and, in Mamba-2, a norm; kept heads are the first ones of every group."""
+    model = pico(family)
+    anatomy = anatomy_of(model)
+    scans = [block for block in anatomy.blocks.values() if block.role == "scan"]
+    ids = torch.randint(3, 250, (16, 64), generator=torch.Generator().manual_seed(1))
+    subnet, layer = Subnet(), scans[-1].layer + 1
+    for block in scans:
+        state = block.state_axis
+        width = next(axis for axis in block.leaders if axis.leader in ("scan", "channels"))
+        axis, units = (width, width.size // 2) if cut == "width" else (state, state.size // 2 if cut == "state" else 0)
+        subnet = subnet.keeping(axis.name, units)
+    with torch.inference_mode():
+        wanted = Stream(model, anatomy).run(ids, 0, layer)[layer]
+
+    def distance():
+        with torch.inference_mode():
+            return (Stream(model, anatomy).run(ids, 0, layer)[layer] - wanted).float().square().mean().item()
+
+    with pliant.activate(model, subnet):
+        before = distance()
+    fits = {fit["block"]: fit["distance"] for fit in repair(model, anatomy, subnet, ids, 0.01, Progress())}
+    assert all(fits[block.name]["after"] <= fits[block.name]["before"] for block in scans)
+    with pliant.activate(model, subnet):
+        repaired = distance()
+    assert repaired < 0.9 * before
+    extract(model, anatomy, subnet)
+    assert distance() == pytest.approx(repaired, rel=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

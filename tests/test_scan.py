@@ -1,4 +1,4 @@
-"""The scan of state-space models: the same numbers as transformers', with gradients, and scans without a state."""
+"""State-space models are cut: heads, channels and states, scans without a state, searches and pruners."""
 
 import importlib
 
@@ -9,70 +9,31 @@ import pliant
 from pico import IDS, logits, pico, tokenizer
 from pliant.anatomy import Weight, anatomy_of
 from pliant.architecture.format import Part
+from pliant.compat.scan import wrap_scans
 from pliant.elastic import Subnet, check, extract, reorder
 from pliant.elastic.activate import give_back, narrow
 
 SCANS = hasattr(importlib.import_module("transformers.models.mamba2.modeling_mamba2"), "mamba2_chunk_scan")
 pytestmark = pytest.mark.skipif(not SCANS, reason="the scan of this transformers is not a function")
-SHAPES = {"two groups": (2, 37, 8, 8, 2, 12), "one chunk": (2, 5, 4, 4, 1, 3), "many chunks": (1, 200, 6, 16, 1, 32)}
-
-
-def scan():
-    """pliant's scan and that of transformers, as the mixers of mamba2 call them."""
-    ours = importlib.import_module("transformers.models.mamba2.modeling_mamba2").mamba2_chunk_scan
-    return ours, ours.__wrapped__
-
-
-def arguments(shape, dtype=torch.float32):
-    batch, tokens, heads, width, groups, state = shape
-    draw = torch.Generator().manual_seed(0)
-
-    def random(*sizes):
-        return torch.randn(*sizes, generator=draw).to(dtype).requires_grad_()
-
-    given = [random(batch, tokens, heads, width), random(batch, tokens, heads), -torch.rand(heads, generator=draw) * 4]
-    given += [random(batch, tokens, groups, state), random(batch, tokens, groups, state)]
-    named = {"D": random(heads), "dt_bias": random(heads), "dt_softplus": True, "chunk_size": 16}
-    named |= {"initial_states": random(batch, heads, width, state), "return_final_states": True, "z": None}
-    return given, named | {"dt_limit": (0.0, 0.9)}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("shape", SHAPES)
-def test_outputs_states_and_gradients_are_those_of_transformers(shape):
-    results = []
-    for function in scan():
-        given, named = arguments(SHAPES[shape])
-        given[0] = given[0].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-        output, state = function(*given, **named)
-        output.view(*output.shape[:2], -1)  # as the mixer of falcon_h1 does
-        leaves = [leaf for leaf in (*given, named["D"], named["initial_states"]) if leaf.requires_grad]
-        results.append((output, state, *torch.autograd.grad(output.sum() + state.square().sum(), leaves)))
-    for ours, theirs in zip(*results, strict=True):
-        assert ours.dtype == theirs.dtype
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+@pytest.mark.parametrize("name", ["mamba2", "bamba", "nemotron_h", "granitemoehybrid", "falcon_h1"])
+def test_the_models_run_the_scan_of_pliant(name, monkeypatch):
+    model = pico(name)
+    modeling = importlib.import_module(type(model).__module__)
+    expected = logits(model)
+
+    def theirs(*_, **__):
+        raise AssertionError("the scan of transformers was called")
+
+    monkeypatch.setattr(modeling, "mamba2_chunk_scan", theirs)
+    wrap_scans(modeling)
+    assert torch.equal(logits(model), expected)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_bfloat16_is_computed_as_precisely_as_by_transformers():
-    results = [
-        function(*given, **named)[0]
-        for function in scan()
-        for given, named in [arguments(SHAPES["two groups"], torch.bfloat16)]
-    ]
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5 * results[1].abs().max().item())
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_an_unknown_argument_goes_to_transformers():
-    ours, _ = scan()
-    given, named = arguments(SHAPES["one chunk"])
-    with pytest.raises(ValueError, match="packed sequences"):
-        ours(*given, **named, seq_idx=torch.zeros(2, 5, dtype=torch.int32))
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["mamba", "mamba2", "bamba", "nemotron_h"])
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "bamba", "nemotron_h", "granitemoehybrid", "falcon_h1", "jamba"])
 def test_without_a_state_the_skip_and_the_gate_stay_and_generation_is_cached(name):
     model = pico(name)
     anatomy = anatomy_of(model)
@@ -81,8 +42,8 @@ def test_without_a_state_the_skip_and_the_gate_stay_and_generation_is_cached(nam
     zeroed = pico(name)
     mixer = zeroed.get_submodule(f"{anatomy.architecture.layers}.{block.layer}.{block.spec.module}")
     with torch.no_grad():  # B reads nothing: the state stays 0
-        if name == "mamba":
-            mixer.x_proj.weight[4:10].zero_()
+        if hasattr(mixer, "x_proj"):
+            mixer.x_proj.weight[mixer.time_step_rank :][: mixer.ssm_state_size].zero_()
         else:
             width = mixer.intermediate_size
             mixer.conv1d.weight[width : width + 20].zero_()
@@ -104,19 +65,7 @@ def test_units_stay_in_their_groups():
     assert pliant.importance(model)[axis.name].shape == (8,)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_traced_or_compiled_scan_is_that_of_transformers():
-    ours, theirs = scan()
-    given, named = arguments(SHAPES["two groups"])
-    tensors = [tensor.detach() for tensor in given]
-    kept = {"chunk_size": 16, "D": named["D"].detach(), "dt_softplus": True}
-    traced = torch.jit.trace(lambda *inputs: ours(*inputs, **kept), tensors)
-    again = [tensor[:, :21] if tensor.dim() > 1 else tensor for tensor in tensors]
-    assert torch.equal(traced(*tensors), theirs(*tensors, **kept))
-    assert ours(*again, **kept).shape[1] == 21
-
-
-FAMILIES = ("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h")
+FAMILIES = ("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h", "granitemoehybrid", "falcon_h1", "jamba")
 PRUNED = pliant.text([" ".join(f"word {i * j % 17}" for j in range(1, 30)) for i in range(1, 40)])
 
 
@@ -144,7 +93,7 @@ def test_every_family_is_narrowed_to_the_ratio(name, step):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "jamba"])
 def test_a_model_whose_state_is_gone_is_checked_and_cut_again(name):
     model = pico(name)
     extract(model, anatomy_of(model), Subnet().keeping("layers.0.mamba.state", 0))

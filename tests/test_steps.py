@@ -25,6 +25,7 @@ SETTINGS = {
     "blockpruner": {"ratio": 0.2, **ROWS, "repair": 4},
     "multipruner": {"ratio": 0.2, **WIDTHS},
     "multipruner_evol": {"ratio": 0.2, **WIDTHS, "population": 4, "generations": 3, "tolerance": 0.2},
+    "mamba_shedder": {"ratio": 0.2, **ROWS},
     "oneshot": {"ratio": 0.2, **ROWS},
     "unified": {"ratio": 0.1, **ROWS, "mlp_group": 8},
     "knapsack": {"ratio": 0.2, **ROWS, "levels": 2, "swaps": 2, "group": 8},

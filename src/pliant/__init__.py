@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from pliant.step import setting as setting
     from pliant.step import step_of as step_of
     from pliant.systems.blockpruner import BlockPruner as BlockPruner
+    from pliant.systems.mamba_shedder import MambaShedder as MambaShedder
     from pliant.systems.multipruner import MultiPruner as MultiPruner
     from pliant.systems.multipruner_evol import MultiPrunerEvol as MultiPrunerEvol
     from pliant.systems.sparamx import SparAMX as SparAMX

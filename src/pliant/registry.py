@@ -36,6 +36,9 @@ STEPS = {
     "multipruner_evol": Entry(
         "pliant.systems.multipruner_evol", "MultiPrunerEvol", "remove blocks, then evolve all widths together"
     ),
+    "mamba_shedder": Entry(
+        "pliant.systems.mamba_shedder", "MambaShedder", "remove blocks, scans and their parts from state-space models"
+    ),
     "oneshot": Entry(
         "pliant.prune.oneshot", "OneShot", "rank blocks or layers once and remove the lowest (ShortGPT …)"
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -30,8 +30,10 @@ class Axis:
         normed: a norm is taken over all units together, so cutting a unit differs from zeroing it.
         least: the fewest units that can stay, unless a token uses more.
         groups: number of equal groups that the units are in, one after another; every group keeps equally many, its
-            first.
+            first. Kept units are counted over all groups, those that are dropped included.
         copies: how often all units are repeated in a tensor dimension; all copies are cut alike.
+        grouped_by: short name of the axis whose units are the groups; None if their number is fixed.
+        copied_by: short name of the axis whose units have one copy each; None if their number is fixed.
     """
 
     name: str
@@ -47,11 +49,8 @@ class Axis:
     least: int = 1
     groups: int = 1
     copies: int = 1
-
-    @property
-    def pieces(self) -> int:
-        """Number of equal pieces in a stretch of a tensor dimension, each of which keeps its first units."""
-        return self.groups * self.copies
+    grouped_by: str | None = None
+    copied_by: str | None = None
 
     @property
     def fewest(self) -> int:
@@ -81,8 +80,11 @@ class Weight:
         buffer: it is a buffer, such as the running mean of a batch norm, and not a parameter.
         depthwise: it is the weight of a depthwise convolution: not a matrix, but each element is multiplied once per
             token.
-        rescaled: it is the weight of a norm over an axis. It grows as the axis narrows, so that cutting equals zeroing.
-        skips: it is all that remains of a scan once this axis has no units left; None for other weights.
+        called: its linear layer is called. If not, the block reads the weight itself.
+        rescaled: for the weight of a norm over an axis, whether it is taken over the ``width`` or over each ``group``.
+            It grows as the axis narrows, so that cutting equals zeroing. None for other tensors.
+        skips: it alone remains of a scan. These are the axes that are gone with the scan, which is gone once the first
+            of them, its state, has no units. Empty for other weights.
         alone: its value in that case, of its full shape; None if it stays as it is.
     """
 
@@ -92,8 +94,9 @@ class Weight:
     uses: int = 1
     buffer: bool = False
     depthwise: bool = False
-    rescaled: bool = False
-    skips: str | None = None
+    called: bool = True
+    rescaled: str | None = None
+    skips: tuple[str, ...] = ()
     alone: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
     def identity(self, layer: nn.Module) -> int:
@@ -119,7 +122,7 @@ class Attribute:
         path: the module inside the layer; ``config.x`` as ``name`` means x of the config that this module reads.
         parts: the stretches whose sum it holds.
         measure: what it holds of each: ``width`` in elements, number of ``units``, or width of one ``group``.
-        epsilon: for the epsilon of a norm over these stretches, its value at full width: it is divided by the share of
+        epsilon: for the epsilon of a norm over this measure, its value at full width: it is divided by the share of
             elements that are kept, unless none are. None for other attributes.
     """
 
@@ -173,33 +176,78 @@ class Block:
         """The axes whose width can be chosen."""
         return tuple(axis for short, axis in self.axes.items() if axis.leader == short and axis.cut)
 
+    @property
+    def reading(self) -> tuple[Weight, ...]:
+        """The matrices whose inputs are units of the block and nothing else: ``down_proj`` reads channels, ``o_proj``
+        heads."""
+        return tuple(
+            weight
+            for weight in self.weights
+            if weight.reads is not None
+            and len(weight.dims) == 2
+            and all(part.axis in self.axes for part in weight.dims[weight.reads])
+        )
+
+    @property
+    def state_axis(self) -> Axis | None:
+        """The axis that spans the state of a scan and that no matrix reads; None if the block has none."""
+        read = {leader for weight in self.reading for leader in self.leaders_of(weight.dims[weight.reads or 0])}
+        unread = [axis for axis in self.leaders if axis.leader in self.spec.scan_state and axis.leader not in read]
+        return unread[0] if len(unread) == 1 else None
+
     def units(self, part: Part, kept: Mapping[str, int]) -> int:
         """Units of ``part.axis`` if ``kept[leader]`` units are kept of each leader; a missing leader is full."""
         axis = self.axes[part.axis]
-        return axis.ratio * kept.get(axis.leader, self.axes[axis.leader].size)
+        in_all = axis.ratio * self._kept(axis.leader, kept)
+        return in_all if axis.grouped_by is None else in_all // axis.groups * self._kept(axis.grouped_by, kept)
+
+    def _kept(self, leader: str, kept: Mapping[str, int]) -> int:
+        return kept.get(leader, self.axes[leader].size)
+
+    def pieces(self, part: Part, kept: Mapping[str, int]) -> tuple[int, int, int]:
+        """The stretch that ``part`` covers: its copies, the groups in each, and the elements of one group."""
+        if part.axis in self.fixed:
+            return 1, 1, self.fixed[part.axis] * part.factor
+        axis = self.axes[part.axis]
+        copies = axis.copies if axis.copied_by is None else self._kept(axis.copied_by, kept)
+        groups = axis.groups if axis.grouped_by is None else self._kept(axis.grouped_by, kept)
+        return copies, groups, self.units(part, kept) // groups * axis.unit * part.factor
 
     def width(self, part: Part, kept: Mapping[str, int]) -> int:
         """Elements of a tensor dimension that ``part`` covers."""
-        if part.axis in self.fixed:
-            return self.fixed[part.axis] * part.factor
-        axis = self.axes[part.axis]
-        return self.units(part, kept) * axis.unit * axis.copies * part.factor
+        return prod(self.pieces(part, kept))
 
-    def pieces(self, part: Part) -> int:
-        """Number of equal pieces in the stretch that ``part`` covers, see :attr:`Axis.pieces`."""
-        return 1 if part.axis in self.fixed else self.axes[part.axis].pieces
+    def by_leader(self, part: Part) -> tuple[tuple[str | None, int], ...]:
+        """The full stretch of ``part``: its copies, the groups in each, the units of its leader in each group, and the
+        elements of one unit. Each number comes with the leading axis that determines it, or None."""
+        copies, groups, elements = self.pieces(part, {})
+        axis = self.axes[part.axis]
+        units = self.axes[axis.leader].size // groups
+        return (
+            (axis.copied_by, copies),
+            (axis.grouped_by, groups),
+            (axis.leader, units),
+            (None, elements // max(1, units)),
+        )
+
+    def leaders_of(self, dim: Sequence[Part]) -> set[str]:
+        """The leading axes that a tensor dimension depends on, by short name."""
+        numbers = (number for part in dim if part.axis in self.axes for number in self.by_leader(part))
+        return {leader for leader, _ in numbers if leader is not None}
+
+    def measured(self, parts: Sequence[Part], measure: str, kept: Mapping[str, int]) -> int:
+        """The ``units``, the ``width`` in elements, or the width of one ``group`` of a few stretches in all."""
+        if measure == "units":
+            return sum(self.units(part, kept) for part in parts)
+        return sum(self.pieces(part, kept)[2] if measure == "group" else self.width(part, kept) for part in parts)
 
     def value(self, attribute: Attribute, kept: Mapping[str, int]) -> float:
         """Value of a plain attribute if ``kept`` units are kept."""
-        if attribute.measure == "units":
-            return sum(self.units(part, kept) for part in attribute.parts)
-        width = sum(self.width(part, kept) for part in attribute.parts)
-        if attribute.measure == "group":
-            return width // self.pieces(attribute.parts[0])
+        now = self.measured(attribute.parts, attribute.measure, kept)
         if attribute.epsilon is None:
-            return width
-        full = sum(self.width(part, {}) for part in attribute.parts)
-        return attribute.epsilon if width in (0, full) else attribute.epsilon * full / width
+            return now
+        full = self.measured(attribute.parts, attribute.measure, {})
+        return attribute.epsilon if now in (0, full) else attribute.epsilon * full / now
 
     def shape(self, weight: Weight, kept: Mapping[str, int]) -> tuple[int, ...]:
         """Shape of a parameter if ``kept`` units are kept."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from math import lcm
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pliant.anatomy.anatomy import Anatomy, Traced, counted_once
-from pliant.anatomy.block import Attribute, Axis, Block, Weight
+from pliant.anatomy.block import Attribute, Block, Weight
 from pliant.anatomy.config import (
     config_of,
     global_size,
@@ -25,8 +23,8 @@ from pliant.anatomy.config import (
 )
 from pliant.anatomy.null import Null
 from pliant.anatomy.probe import remember
+from pliant.anatomy.read_axes import read_axes
 from pliant.architecture import Architecture, BlockSpec, Part, architecture_of, catalogue, parse
-from pliant.architecture.format import EMPTY_STATE
 from pliant.errors import ArchitectureError
 from pliant.runtime.dense import is_linear, size_names, stored_in_out
 from pliant.runtime.packed_linear import Packed
@@ -227,32 +225,36 @@ def _read_block(
         if dims is None:  # never cut: each dimension is fixed at its size
             fixed |= {f"{child}.{position}": size for position, size in enumerate(matrix.shape)}
             dims = tuple((Part(f"{child}.{position}"),) for position in range(matrix.dim()))
-        if child in spec.rescale:
+        over = _normed_over(target, child, dims[0], spec, architecture) if child in spec.rescale else None
+        if over is not None:
             epsilon, value = _epsilon(target, name, path, file)
-            attributes.append(Attribute(path, epsilon, dims[0], epsilon=value))
+            attributes.append(Attribute(path, epsilon, dims[0], over, value))
         if isinstance(target, torch.Tensor):
             weights.append(_tensor_weight(path, child, dims, target, spec))
             continue
         if is_linear(target) or isinstance(target, Packed):
+            called = child not in spec.uncalled
             if stored_in_out(target):
-                weights.append(Weight(f"{path}.weight", dims[::-1], reads=0))
+                weights.append(Weight(f"{path}.weight", dims[::-1], reads=0, called=called))
             else:
-                weights.append(Weight(f"{path}.weight", dims, reads=1))
+                weights.append(Weight(f"{path}.weight", dims, reads=1, called=called))
             attributes += [Attribute(path, size, dims[position]) for position, size in enumerate(size_names(target))]
         elif isinstance(target, nn.Conv1d) and target.groups == target.in_channels == target.out_channels:
             weights.append(Weight(f"{path}.weight", dims, depthwise=True))
             attributes += [Attribute(path, size, dims[0]) for size in ("out_channels", "in_channels", "groups")]
         else:
-            weights.append(Weight(f"{path}.weight", dims, rescaled=child in spec.rescale))
+            weights.append(Weight(f"{path}.weight", dims, rescaled=over))
         if getattr(target, "bias", None) is not None:
             weights.append(Weight(f"{path}.bias", dims[:1]))
     for key, value in (spec.attributes or {}).items():
         owner, _, attribute = key.rpartition(".") if not key.startswith("config.") else ("", "", key)
         path = spec.prefix + owner if owner else spec.module
+        if owner in spec.rescale and not hasattr(_find(layer, path), attribute):  # no norm, or one without groups
+            continue
         parts = tuple(Part(term.partition(".")[0]) for term in value)
         attributes.append(Attribute(path, attribute, parts, value[0].partition(".")[2] or "units"))
 
-    axes = _read_axes(layer, spec, architecture, plain, name, weights, fixed)
+    axes = read_axes(layer, spec, architecture, plain, name, weights, attributes, fixed)
     for axis in spec.scan_state:
         if axis not in axes and axis not in fixed:
             raise ArchitectureError(f"{name}: {file} lists {axis!r} under 'scan_state', but no weight has that axis")
@@ -284,17 +286,8 @@ def _tensor_weight(
     if not isinstance(target, nn.Parameter):
         return Weight(path, dims, buffer=True)
     if len(dims) < 2 or child in spec.elementwise:
-        return Weight(path, dims, skips=spec.skip.get(child))
+        return Weight(path, dims, skips=spec.skip.get(child, ()))
     return Weight(path, dims, reads=len(dims) - (2 if child in spec.transposed else 1))
-
-
-def _runs_without_state(layer: nn.Module) -> bool:
-    """Whether the scan of a layer runs with a state of size 0: pliant has replaced the one of transformers, if it is a
-    function. For a module that transformers does not bring, its architecture file decides."""
-    if not type(layer).__module__.startswith("transformers."):
-        return True
-    functions = vars(sys.modules[type(layer).__module__]).values()
-    return any(hasattr(function, EMPTY_STATE) for function in functions)
 
 
 def _epsilon(norm: Any, block: str, path: str, file: str) -> tuple[str, float]:
@@ -303,6 +296,18 @@ def _epsilon(norm: Any, block: str, path: str, file: str) -> tuple[str, float]:
         if isinstance(value := getattr(norm, name, None), float):
             return name, value
     raise ArchitectureError(f"{block}: {path}, which {file} lists under 'rescale', has no epsilon")
+
+
+def _normed_over(norm: Any, child: str, dim: tuple[Part, ...], spec: BlockSpec, architecture: Architecture) -> str:
+    """Whether a norm over an axis is taken over its ``width`` or over each ``group``; some have no groups in older
+    transformers."""
+    counts = {named for part in dim if part.axis in architecture.axes for named in architecture.named_by(part.axis)}
+    for key, terms in (spec.attributes or {}).items():
+        owner, _, attribute = key.rpartition(".")
+        of_groups = terms[0].endswith(".group") or not counts.isdisjoint(terms)
+        if owner == child and of_groups and hasattr(norm, attribute):
+            return "group"
+    return "width"
 
 
 def _norms(layer: nn.Module, spec: BlockSpec) -> list[str]:
@@ -316,112 +321,6 @@ def _norms(layer: nn.Module, spec: BlockSpec) -> list[str]:
             )
         norms.append(present[0])
     return norms
-
-
-def _read_axes(
-    layer: nn.Module,
-    spec: BlockSpec,
-    architecture: Architecture,
-    plain: Any,
-    name: str,
-    weights: list[Weight],
-    fixed: Mapping[str, int],
-) -> dict[str, Axis]:
-    """Read the sizes of a block's axes from its tensors, because the layers of a pruned model differ."""
-    axes: dict[str, Axis] = {}
-    used = {part.axis for weight in weights for dim in weight.dims for part in dim}
-    pending = [
-        leader
-        for leader in architecture.leaders(spec)
-        if leader in used
-        or any(architecture.axes[axis].follows == leader for axis in used if axis in architecture.axes)
-    ]
-    floor = 1 if spec.role == "scan" and not _runs_without_state(layer) else 0
-    least = {leader: max(floor, architecture.axes[leader].least) for leader in pending}
-    while pending:
-        # a dimension may consist of several axes: the size of one follows once the others are known
-        sized = None
-        for alone in (True, False):
-            for leader in pending:
-                known = {} if alone else {**axes, **fixed}
-                sized = sized or _read_family(layer, leader, architecture, plain, name, weights, known, least[leader])
-        if sized is None:
-            raise ArchitectureError(f"{name}: no dimension of any weight determines the size of axis {pending[0]!r}")
-        axes |= sized
-        pending = [leader for leader in pending if leader not in axes]
-    overlap = set(axes) & set(fixed)
-    if overlap:
-        raise ArchitectureError(f"{name}: {sorted(overlap)} are declared both as axes and as fixed")
-    return axes
-
-
-def _read_family(
-    layer: nn.Module,
-    leader: str,
-    architecture: Architecture,
-    plain: Any,
-    name: str,
-    weights: list[Weight],
-    known: Mapping[str, Axis | int],
-    least: int,
-) -> dict[str, Axis] | None:
-    """Read a leading axis and its followers from the first dimension that consists of them and of ``known`` axes.
-
-    Arguments:
-        known: axes, and sizes of fixed dimensions.
-        least: the fewest units that can stay.
-
-    Returns:
-        Short name -> axis; None if no dimension is of this kind.
-    """
-    family = [leader, *(n for n, a in architecture.axes.items() if a.follows == leader)]
-    # an axis whose size only a built layer shows has no followers, so that only the ratio of 1 is needed
-    sizes = {n: 1 if (axis := architecture.axes[n]).built else global_size(plain, axis.size) for n in family}
-    wide = {member: global_size(plain, architecture.axes[member].unit) for member in family}
-    ratios = {member: sizes[member] // sizes[leader] for member in family}
-    groups = global_size(plain, architecture.axes[leader].groups)
-    copies = {member: global_size(plain, architecture.axes[member].copies) for member in family}
-
-    def width(part: Part) -> int:
-        axis = known[part.axis]
-        return part.factor * (axis if isinstance(axis, int) else axis.size * axis.unit * axis.copies)
-
-    for weight in weights:
-        for position, dim in enumerate(weight.dims):
-            others = [part for part in dim if part.axis not in family]
-            if len(others) == len(dim) or any(part.axis not in known for part in others):
-                continue
-            per_unit = sum(
-                ratios[part.axis] * wide[part.axis] * copies[part.axis] * part.factor
-                for part in dim
-                if part.axis in family
-            )
-            length = weight.tensor(layer).shape[position] - sum(map(width, others))
-            size, remainder = divmod(length, per_unit)
-            if remainder or size < min(1, least) or size % groups:
-                raise ArchitectureError(
-                    f"{name}: dimension {position} of {weight.path} has {length} elements of {leader!r}; it must have "
-                    f"a multiple of {per_unit}, the width of one unit"
-                )
-            return {
-                member: Axis(
-                    name=f"{name}.{member}",
-                    size=ratios[member] * size,
-                    unit=wide[member],
-                    leader=leader,
-                    ratio=ratios[member],
-                    config_key=architecture.axes[member].config_key,
-                    cut=architecture.axes[leader].cut,
-                    active=None if (key := architecture.axes[member].active) is None else global_size(plain, key),
-                    multiple=lcm(groups, architecture.axes[leader].multiple),
-                    normed=architecture.axes[leader].normed,
-                    least=least,
-                    groups=groups,
-                    copies=copies[member],
-                )
-                for member in family
-            }
-    return None
 
 
 def _find(layer: nn.Module, path: str) -> Any:

@@ -17,6 +17,9 @@ One YAML file beside this one describes the repeated layer of a family::
       shared:  {size: shared_size, least: 0}                           # the fewest units that can stay; default 1
       scan:    {size: num_heads, unit: head_dim, groups: n_groups}     # in equal groups; each keeps equally many
       state:   {size: state_size, copies: n_groups}                    # one copy after another, all cut alike
+      key:     {size: linear_num_key_heads, unit: linear_key_head_dim}
+      value:   {size: linear_num_value_heads, unit: linear_value_head_dim, groups: key}   # the units of an axis as its
+                                                                       # groups, which can be removed too
     blocks:                         # residual blocks, in the order in which they run
       attention:
         role: attention             # attention, mlp, experts, conv, scan or other; default: the block's name if it is
@@ -36,6 +39,8 @@ One YAML file beside this one describes the repeated layer of a family::
         slot: layer_idx             # the attribute that names its cache slot; it makes kv the default state
         scores: heads               # the axis that attention scores are computed over (for counting MACs)
         scan_state: [scan, state]   # the axes that span the state of a scan; needed by a block with the state scan
+        scan_macs: 4                # its multiply-accumulates per element and token; default 3: decay, input, readout;
+                                    # a delta rule reads the state once more, before it writes
         cached: {multi_query: 1}    # heads in the cache if this config key is set (the first that is); else ``scores``
         attributes: {num_heads: heads, split_size: heads.width}    # plain attributes that must follow an axis: its
                                     # units, its ``width`` in elements, or that of one ``group``; a list is added up
@@ -49,9 +54,12 @@ One YAML file beside this one describes the repeated layer of a family::
           gate.correction: [experts]                     # a buffer is listed like a parameter
         transposed: [experts.up]    # stacks of matrices that are stored (in, out)
         elementwise: [gate.bias]    # tensors of two or more dimensions that are not matrices
+        uncalled: [dt_proj]         # linear layers whose weight is read and which are never called: they are not packed
         rescale: [norm]             # a norm over an axis: its epsilon and its weight change when the axis narrows, so
-                                    # that cutting equals zeroing
-        skip: {D: state}            # weights that are all that remains of a scan whose axis has no units: weight -> axis
+                                    # that cutting equals zeroing. It is over each group alone if one of its attributes
+                                    # holds the number or the width of groups
+        skip: {D: [state, rank]}    # a weight that alone remains of a scan -> the axes that are gone with the scan.
+                                    # The scan is gone once the first of them, its state, has no units
         roles: {q: q_proj, k: k_proj, v: v_proj, o: o_proj}    # the role of each weight, for native runs
     native:                         # optional: the parts that pliant's kernels need to run all layers in one call
       models:
@@ -70,6 +78,12 @@ config of a cut model has: ``shared_size or 2 * hidden_size``; or ``mlp_size or 
 size in a way that has no words here, so that only a built layer shows it. If f has no module of its own, ``module:
 [fc1, fc2]`` lists the modules of the layer that compute it, and weights are named from the layer; the last module
 returns f. A norm that several blocks of a layer list is shared and stays.
+
+``groups`` and ``copies`` may name another axis instead of a number. Then each unit of that axis has one group, or one
+copy, and it is removed with them; every group that stays keeps equally many units. The units kept of an axis in groups
+are counted over all groups, so that their number does not depend on how many groups are kept. Of 8 value heads in 4
+groups, ``value: 4`` with ``key: 3`` keeps one in each of three groups: 3 heads in all, the number in ``config.json``.
+An axis that only names groups (those of Mamba-2, which no weight has) is read from the attribute that holds it.
 
 A block whose layout differs between layers lists its variants::
 
@@ -112,8 +126,10 @@ class AxisSpec:
         multiple: a cut axis keeps a multiple of this many units.
         normed: a norm is taken over all units together, so cutting a unit differs from zeroing it.
         least: the fewest units that can stay.
-        groups: number of equal groups that the units are in; every group keeps equally many.
-        copies: how often the units are repeated in a tensor dimension; all copies are cut alike.
+        groups: number of equal groups that the units are in, or the axis whose units they are; every group keeps
+            equally many.
+        copies: how often the units are repeated in a tensor dimension, or the axis whose units have one copy each; all
+            copies are cut alike.
     """
 
     size: str
@@ -171,6 +187,7 @@ class BlockSpec:
         guard: the config key that is overridden where the block is removed, so that transformers alone refuses the
             config; None for the norm epsilon, or the keys of its axes.
         scan_state: the axes, or fixed dimensions, that span the state of its scan.
+        scan_macs: multiply-accumulates for an element of the state of its scan and a token.
         cached: config key -> number of heads in the cache if this is the first key that is set.
         roles: role -> name of the weight.
         role: the kind of block: attention, mlp, experts, conv, scan or other.
@@ -180,8 +197,9 @@ class BlockSpec:
         either: the layouts that it may have; the first whose weights all exist applies.
         transposed: stacks of matrices that are stored (in, out).
         elementwise: weights of two or more dimensions that are not matrices.
+        uncalled: linear layers whose weight is read and which are never called.
         rescale: norms over an axis, whose epsilon and weight make up for a narrower axis.
-        skip: weights that are all that remains of a scan whose axis has no units left: weight -> that axis.
+        skip: a weight that alone remains of a scan -> the axes that are gone with it, that of the state first.
         tied: its tensors may be shared with the same block of other layers.
     """
 
@@ -196,6 +214,7 @@ class BlockSpec:
     slot: str | None = None
     scores: str | None = None
     scan_state: tuple[str, ...] = ()
+    scan_macs: int = 3
     cached: dict[str, int | str] | None = None
     attributes: dict[str, tuple[str, ...]] | None = None
     roles: Mapping[str, str] = field(default_factory=dict)
@@ -206,8 +225,9 @@ class BlockSpec:
     either: tuple[BlockSpec, ...] = ()
     transposed: frozenset[str] = frozenset()
     elementwise: frozenset[str] = frozenset()
+    uncalled: frozenset[str] = frozenset()
     rescale: frozenset[str] = frozenset()
-    skip: Mapping[str, str] = field(default_factory=dict)
+    skip: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tied: bool = False
 
     @property
@@ -284,7 +304,13 @@ class Architecture:
         """The axes of a block that follow no other axis, in file order."""
         weights = (dims for layout in block.layouts for dims in layout.weights.values())
         used = {part.axis for dims in weights for dim in dims or () for part in dim}
+        used |= {named for name in used & set(self.axes) for named in self.named_by(name)}
         return tuple(name for name, axis in self.axes.items() if axis.follows is None and name in used)
+
+    def named_by(self, axis: str) -> tuple[str, ...]:
+        """The axes whose units are the groups or copies of an axis."""
+        named = (self.axes[self.leader(axis)].groups, self.axes[axis].copies)
+        return tuple(str(name) for name in named if name in self.axes)
 
 
 def factors(alternative: str) -> list[list[str]]:

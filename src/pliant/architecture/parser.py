@@ -22,7 +22,7 @@ from pliant.errors import ArchitectureError
 
 _NATIVE = tuple(NativeSpec.__dataclass_fields__)
 _LAYOUT = {"module", "norms", "output", "residual", "scores", "scan_state", "cached", "attributes", "weights"}
-_LAYOUT |= {"transposed", "elementwise", "rescale", "skip", "roles"}
+_LAYOUT |= {"scan_macs", "transposed", "elementwise", "uncalled", "rescale", "skip", "roles"}
 _KEYS = {
     "file": {"models", "layers", "output", "fixed", "axes", "blocks", "native"},
     "native": set(_NATIVE),
@@ -89,6 +89,13 @@ class _Parser:
                     f"axis {axis!r}: {BUILT!r} must come after a key of pliant's own, as in 'mlp_size or {BUILT}', and "
                     "such an axis neither follows another nor is followed"
                 )
+            for word, named in (("groups", spec.groups), ("copies", spec.copies)):
+                other = self.axes.get(str(named))
+                if other and (other.follows or other.least < 1 or (other.groups, other.copies) != (1, 1)):
+                    self.faults.append(
+                        f"axis {axis!r}: {word} names the axis {named!r}, which must follow no other, have neither "
+                        "groups nor copies, and keep at least 1 unit"
+                    )
         blocks = tuple(self.block(kind, spec) for kind, spec in self.mapping("the file", top, "blocks").items())
         native = self.native(top["native"]) if "native" in top else None
         if top.get("output", "tensor") not in ("tensor", "tuple"):
@@ -248,6 +255,9 @@ class _Parser:
         scan_state = self.words(where, spec, "scan_state") or ()
         for axis in scan_state:
             self.part(f"scan_state of {where}", axis)
+        scan_macs = spec.get("scan_macs", 3)
+        if isinstance(scan_macs, bool) or not isinstance(scan_macs, int) or scan_macs < 1:
+            self.faults.append(f"{where}: scan_macs must be a whole number of at least 1, not {scan_macs!r}")
         if ("scan" in whole["state"]) != bool(scan_state):
             self.faults.append(
                 f"{where}: a block with the state 'scan' lists the axes that span it under scan_state, and no other "
@@ -260,17 +270,17 @@ class _Parser:
             self.faults.append(
                 f"{where}: roles must map {', '.join(WEIGHT_ROLES)} to weights of the block, not {roles!r}"
             )
-        lists = {
-            word: self.words(where, spec, word) or () for word in ("norms", "transposed", "elementwise", "rescale")
-        }
-        for word in ("transposed", "elementwise", "rescale"):
+        of_weights = ("transposed", "elementwise", "uncalled", "rescale")
+        lists = {word: self.words(where, spec, word) or () for word in ("norms", *of_weights)}
+        for word in of_weights:
             for weight in sorted(set(lists[word]) - set(weights)):
                 self.faults.append(f"{where}: {word} names {weight!r}, which is not one of its weights")
-        skip = self.mapping(where, spec, "skip")
-        for weight, axis in skip.items():
-            if weight not in weights or str(axis) not in self.axes or self.axes[str(axis)].least:
+        skip = {}
+        for weight, axes in self.mapping(where, spec, "skip").items():
+            skip[weight] = tuple(map(str, axes if isinstance(axes, list) else [axes]))
+            if weight not in weights or any(a not in self.axes or self.axes[a].least for a in skip[weight]):
                 self.faults.append(
-                    f"{where}: skip must map one of its weights to an axis with 'least: 0', not {weight!r} to {axis!r}"
+                    f"{where}: skip must map one of its weights to axes with 'least: 0', not {weight!r} to {axes!r}"
                 )
         return BlockSpec(
             kind=kind,
@@ -282,11 +292,13 @@ class _Parser:
             residual=residual,
             scores=spec.get("scores"),
             scan_state=scan_state,
+            scan_macs=scan_macs,
             cached=spec.get("cached"),
             attributes=attributes,
             roles=roles,
             transposed=frozenset(lists["transposed"]),
             elementwise=frozenset(lists["elementwise"]),
+            uncalled=frozenset(lists["uncalled"]),
             rescale=frozenset(lists["rescale"]),
             skip=skip,
             **whole,

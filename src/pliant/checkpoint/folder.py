@@ -59,11 +59,27 @@ def config_of(folder: Path) -> dict[str, Any]:
                 f"{str(folder)!r} is a part of a diffusers pipeline ({config['_class_name']}); give a transformers "
                 "model"
             )
+        refuse_original_mamba(config, folder)
         raise ArtefactError(
             f'{str(path)!r} names no model_type; transformers needs one, such as "model_type": "llama", to know the '
             "model"
         )
     return config
+
+
+def refuse_original_mamba(config: Any, source: str | Path) -> None:
+    """Refuse a checkpoint of the mamba_ssm package, whose config names no model_type.
+
+    Raises:
+        ArtefactError: it is one.
+    """
+    if isinstance(config, dict) and "d_model" in config and ("ssm_cfg" in config or "n_layer" in config):
+        family = "mamba2" if "2" in str((config.get("ssm_cfg") or {}).get("layer", "")) else "mamba"
+        raise ArtefactError(
+            f"{str(source)!r} is a checkpoint of the mamba_ssm package, which transformers cannot read; give its form "
+            f"for transformers, whose name ends in '-hf', or convert it with models/{family}/"
+            f"convert_{family}_ssm_checkpoint_to_pytorch.py in the source of transformers"
+        )
 
 
 def _without_config(folder: Path) -> str:

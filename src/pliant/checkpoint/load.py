@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pliant.checkpoint.folder import check_folder, is_lfs_pointer
+from pliant.checkpoint.folder import check_folder, is_lfs_pointer, refuse_original_mamba
 from pliant.device import device_of, free_memory, is_short_of_memory
 from pliant.errors import ArtefactError, DeviceError, PliantError
 from pliant.formatting import human_bytes
@@ -212,6 +212,8 @@ def auto_class(source: str, options: dict[str, Any]) -> Any:
     passed_on = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
     known = {key: options[key] for key in passed_on if key in options}
     config, _ = transformers.PreTrainedConfig.get_config_dict(source, **known)
+    if not config.get("model_type"):
+        refuse_original_mamba(config, source)
     kind, named, own = config.get("model_type"), config.get("architectures") or (), config.get("auto_map") or {}
     if own and kind not in transformers.CONFIG_MAPPING:
         if not options.get("trust_remote_code"):

@@ -24,6 +24,7 @@ from pliant.anatomy import (
     DENSE_LAYERS,
     Anatomy,
     Axis,
+    Block,
     anatomy_of,
     blocks_of,
     described_by,
@@ -267,15 +268,7 @@ def _shape_layer(
         if block.kind in layers[index].skip:
             remove(layer, block)
             continue
-        kept = {axis.leader: _units(layers[index], axis, architecture) for axis in block.leaders}
-        for leader, units in kept.items():
-            axis = block.axes[leader]
-            if not min(1, axis.least) <= units <= axis.size:
-                raise ArtefactError(
-                    f"per_layer_config gives {block.name} {units} {leader}; the dense model has {axis.size}, so "
-                    f"it must be between {min(1, axis.least)} and {axis.size}"
-                )
-        shrink(layer, block, kept)
+        shrink(layer, block, _kept(block, layers[index], architecture))
         if block.spec.state:
             alive = [
                 other
@@ -284,6 +277,35 @@ def _shape_layer(
                 if spec.state == block.spec.state and spec.kind not in entry.skip
             ]
             setattr(layer.get_submodule(block.spec.module), str(block.spec.slot), slot(index, alive, types))
+
+
+def _kept(block: Block, config: Any, architecture: Architecture) -> dict[str, int]:
+    """The units that the config of one layer keeps of each leading axis.
+
+    Raises:
+        ArtefactError: the dense model has fewer, or they are not in equal groups.
+    """
+    sizes = {axis.leader: _units(config, axis, architecture) for axis in block.leaders}
+    kept: dict[str, int] = {}
+    for axis in sorted(block.leaders, key=lambda axis: axis.grouped_by is not None):  # groups before their units
+        units, dense, in_groups = sizes[axis.leader], axis.size, ""
+        if axis.groups > 1:
+            groups = kept.get(str(axis.grouped_by), axis.groups)
+            dense, in_groups = axis.size // axis.groups * groups, f" in these {groups} groups"
+            if units % groups:
+                raise ArtefactError(
+                    f"per_layer_config gives {block.name} {units} {axis.leader} in {groups} groups; every group keeps "
+                    f"equally many, so it must be a multiple of {groups}"
+                )
+            kept[axis.leader] = units // groups * axis.groups
+        else:
+            kept[axis.leader] = units
+        if not min(1, axis.least) <= units <= dense:
+            raise ArtefactError(
+                f"per_layer_config gives {block.name} {units} {axis.leader}; the dense model has {dense}{in_groups}, "
+                f"so it must be between {min(1, axis.least)} and {dense}"
+            )
+    return kept
 
 
 def _units(config: Any, axis: Axis, architecture: Architecture) -> int:

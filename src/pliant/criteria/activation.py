@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
-from pliant.anatomy import Anatomy, evaluating, layers_of
-from pliant.criteria.unit_readers import by_unit, readers
+from pliant.anatomy import Anatomy, Block, evaluating, layers_of
+from pliant.compat.scan import ScanInputs
+from pliant.criteria.scan_states import state_squares, watching_states
+from pliant.criteria.unit_readers import by_unit, readers, unheard
 from pliant.device import to_float64
 from pliant.forward.windows import batches_of, tokens_at_once, within_memory
 
@@ -18,13 +20,15 @@ def activation_sizes(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> dic
 
     A unit is read by matrices (``down_proj`` reads channels, ``o_proj`` heads). Its size is the root mean square of
     each of its elements times the norm of the matrix column that reads it, summed over all its elements and readers.
-    This is the score of Wanda (Sun et al., 2023), summed over whole columns.
+    This is the score of Wanda (Sun et al., 2023), summed over whole columns. No matrix reads the state of a scan: the
+    size of its unit n is the root of the sum of squares of what it adds to the output, ``C_n h_n``.
 
     Arguments:
         windows: token ids, shape ``(windows, seqlen)``.
 
     Returns:
-        axis name -> size of each unit, shape ``(units,)``; axes that no matrix reads (experts) are left out.
+        axis name -> size of each unit, shape ``(units,)``; axes that no matrix reads (experts) are left out, and so
+        are those with a matrix that is never called.
     """
     return within_memory(
         model,
@@ -37,6 +41,7 @@ def _sizes(model: Any, anatomy: Anatomy, batches: list[torch.Tensor]) -> dict[st
     layers = layers_of(model, anatomy.source)
     sizes: dict[str, torch.Tensor] = {}
     squares: dict[tuple[str, str], torch.Tensor] = {}
+    states: dict[str, torch.Tensor] = {}
     watched = readers(anatomy)
 
     def record(key: tuple[str, str]):
@@ -46,6 +51,12 @@ def _sizes(model: Any, anatomy: Anatomy, batches: list[torch.Tensor]) -> dict[st
 
         return hook
 
+    def record_state(block: Block, inputs: ScanInputs) -> torch.Tensor:
+        assert block.state_axis is not None
+        name = block.state_axis.name
+        states[name] = states.get(name, 0) + state_squares(inputs)
+        return inputs.C
+
     handles = [
         layers[block.layer]
         .get_submodule(weight.path.rpartition(".")[0])
@@ -53,16 +64,20 @@ def _sizes(model: Any, anatomy: Anatomy, batches: list[torch.Tensor]) -> dict[st
         for block, weight in watched
     ]
     try:
-        with evaluating(model):
+        with evaluating(model), watching_states(layers, list(anatomy.blocks.values()), record_state):
             for ids in batches:
                 model.base_model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
+    left_out = unheard(watched, squares)
     for block, weight in watched:
+        if (block.name, weight.path) not in squares:
+            continue
         assert weight.reads is not None
         columns = to_float64(weight.tensor(layers[block.layer])).square().sum(1 - weight.reads)
         contributions = (squares[block.name, weight.path] * columns).sqrt().cpu()
         for axis, per_unit in by_unit(block, weight, contributions):
             sizes[axis.name] = sizes.get(axis.name, 0) + per_unit
-    return {name: size for name, size in sizes.items() if name in anatomy.axes}
+    sizes |= {name: total.sqrt() for name, total in states.items()}
+    return {name: size for name, size in sizes.items() if name in anatomy.axes and name not in left_out}

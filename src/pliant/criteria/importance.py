@@ -39,7 +39,9 @@ def importance(
         samples, seqlen, seed: rows of the text, tokens in a window, and seed of the draw, as for a pruner.
 
     Returns:
-        axis name -> a value for each unit, float64, shape ``(units,)``; by text only the axes that a matrix reads.
+        axis name -> a value for each unit, float64, shape ``(units,)``. ``l1`` covers all axes; ``activation`` and
+        ``fisher`` cover those that a matrix reads (channels, heads) and the state of scans, but not experts. Orders of
+        pruners fall back to ``l1`` for the others.
 
     Raises:
         StepError: ``by`` is none of these.
@@ -77,7 +79,7 @@ def measured(model: Any, anatomy: Anatomy, by: str, windows: torch.Tensor | None
         raise StepError(f"importance {by!r} must return a dict of tensors, one for each axis")
     for name, values in found.items():
         units = anatomy.axes[name].size if name in anatomy.axes else 0
-        if not units or tuple(values.shape) != (units,):
+        if name not in anatomy.axes or tuple(values.shape) != (units,):
             raise StepError(
                 f"importance {by!r} must give a value for each unit of an axis; for {name!r}, which has {units} "
                 f"units, it gave the shape {tuple(values.shape)}"

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from pliant.anatomy import Anatomy, layers_of
+from pliant.anatomy import Anatomy, Axis, Block, layers_of
+from pliant.criteria.unit_readers import sums
 from pliant.device import total
 from pliant.pages import within_limit
 
@@ -39,7 +40,8 @@ def l1_norms(model: nn.Module, anatomy: Anatomy) -> dict[str, torch.Tensor]:
 
     A unit's norm is summed over the matrices whose output it is, in every block that its axis runs through: gate and up
     projections for a channel; query, key and value rows for a key-value group, where key and value rows count once for
-    every query head that shares them; the filters of all convolutions that are added up for a channel of a ResNet.
+    every query head that shares them; the filters of all convolutions that are added up for a channel of a ResNet. A
+    unit that is a group of other units has their norm, too.
 
     Returns:
         axis name -> L1 norm of each unit, shape ``(units,)``.
@@ -56,12 +58,18 @@ def l1_norms(model: nn.Module, anatomy: Anatomy) -> dict[str, torch.Tensor]:
                 start = 0
                 for part in dim:
                     width = block.width(part, {})
-                    axis = block.axes.get(part.axis)
-                    leader = None if axis is None else block.axes[axis.leader]
-                    if axis is not None and leader is not None and leader.name in norms:
-                        shared = max(other.ratio for other in block.axes.values() if other.leader == axis.leader)
-                        per_unit = width // max(1, axis.copies * leader.size)
-                        own = rows[start : start + width].view(axis.copies, leader.size, per_unit).sum((0, 2))
-                        norms[leader.name] += own * (shared // axis.ratio)
+                    for leader, per_unit in sums(block, part, rows[start : start + width]):
+                        if leader.name in norms:
+                            members = [_members(block, axis, leader) for axis in block.axes.values()]
+                            shared = max(members) // _members(block, block.axes[part.axis], leader)
+                            norms[leader.name] += per_unit * shared
                     start += width
     return norms
+
+
+def _members(block: Block, axis: Axis, leader: Axis) -> int:
+    """Units of an axis that belong to one unit of a leading one; 1 if they belong to none."""
+    if block.axes[axis.leader] is leader:
+        return axis.ratio
+    grouped = axis.grouped_by is not None and block.axes[axis.grouped_by] is leader
+    return axis.size // max(1, leader.size) if grouped else 1

@@ -5,16 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
-from pliant.anatomy import Anatomy, Block, Weight, layers_of
-from pliant.criteria.unit_readers import by_unit, read_axes, readers
+from pliant.anatomy import Anatomy, Block, Weight
+from pliant.criteria.scan_states import watching_states
+from pliant.criteria.unit_readers import by_unit, readers, unheard
 from pliant.device import to_float64
 from pliant.forward.losses import nll_sum
 from pliant.forward.stream import Stream
 from pliant.forward.windows import batches_of, within_memory
 from pliant.pages import within_limit
 from pliant.progress import Progress
+
+Product = tuple[Block, Weight | None, torch.Tensor]
+"""A block, a matrix of it that reads units or None for its scan, and a value times the gradient with respect to it."""
 
 
 def loss_increases(
@@ -23,13 +26,16 @@ def loss_increases(
     """Estimate the loss increase without each unit: half the diagonal of the empirical Fisher information of a factor
     on the unit (Kwon et al., 2022), with every token as one sample.
 
-    The gradient goes back through one layer at a time, so that only one layer's activations are in memory.
+    The factor is on everything that matrices read of the unit, in one layer. No matrix reads the state of a scan: for
+    its unit n the factor is on C_n, in all groups. The gradient goes back through one layer at a time, so that only
+    one layer's activations are in memory.
 
     Arguments:
         windows: token ids, shape ``(windows, seqlen)``.
 
     Returns:
-        axis name -> nats per token, float64, shape ``(units,)``; axes that no matrix reads (experts) are left out.
+        axis name -> nats per token, float64, shape ``(units,)``; axes that no matrix reads (experts) are left
+        out, and so are those with a matrix that is never called.
     """
     return within_memory(model, lambda tokens: _loss_increases(model, anatomy, windows, tokens, progress or Progress()))
 
@@ -39,27 +45,23 @@ def _loss_increases(
 ) -> dict[str, torch.Tensor]:
     """:func:`loss_increases` with ``tokens`` tokens per forward pass."""
     stream, depth = Stream(model.eval(), anatomy), anatomy.depth
-    layers = layers_of(model, anatomy.source)
-    watched: list[list[tuple[nn.Module, Block, Weight]]] = [[] for _ in range(depth)]
-    for block, weight in readers(anatomy):
-        module = layers[block.layer].get_submodule(weight.path.rpartition(".")[0])
-        watched[block.layer].append((module, block, weight))
-    increases = {axis.name: torch.zeros(axis.size, dtype=torch.float64) for axis in read_axes(anatomy)}
-    first = next((layer for layer in range(depth) if watched[layer]), depth)
+    blocks = [[block for block in anatomy.blocks.values() if block.layer == layer] for layer in range(depth)]
+    increases: dict[str, torch.Tensor] = {}
+    called: set[tuple[str, str]] = set()
+    first = next((n for n in range(depth) if any(b.reading or b.state_axis for b in blocks[n])), depth)
     batches = batches_of(model, windows, tokens)
     for number, ids in enumerate(batches, 1):
         with torch.no_grad():
             entered = stream.run(ids, 0, depth)
         slope = _slope_of_loss(stream, ids, entered[depth], tokens)
         for layer in within_limit(model, reversed(range(first, depth))):
-            modules = [module for module, _, _ in watched[layer]]
-            products, slope = _back(stream, ids, layer, entered.get(layer), slope, modules)
-            for index, product in products:
-                for axis, per_unit in by_unit(*watched[layer][index][1:], to_float64(product.flatten(0, -2))):
-                    if axis.name in increases:
-                        increases[axis.name] += per_unit.square().sum(0).cpu() / (2 * windows.numel())
+            products, slope = _back(stream, ids, layer, entered.get(layer), slope, blocks[layer])
+            called |= {(block.name, weight.path) for block, weight, _ in products if weight is not None}
+            for (name, _), of_tokens in _of_factors(products).items():
+                increases[name] = increases.get(name, 0) + of_tokens.square().sum(0).cpu() / (2 * windows.numel())
         progress.step(number / len(batches), f"batch {number} of {len(batches)}")
-    return increases
+    left_out = unheard(readers(anatomy), called)
+    return {name: found for name, found in increases.items() if name in anatomy.axes and name not in left_out}
 
 
 @torch.enable_grad()
@@ -81,37 +83,65 @@ def _back(
     layer: int,
     entered: torch.Tensor | None,
     slope: torch.Tensor,
-    modules: list[nn.Module],
-) -> tuple[list[tuple[int, torch.Tensor]], torch.Tensor]:
+    blocks: list[Block],
+) -> tuple[list[Product], torch.Tensor]:
     """Run one layer forward and backward.
 
     Arguments:
         entered: hidden state before the layer; None for the embeddings.
         slope: gradient with respect to the hidden state after the layer.
+        blocks: those of the layer.
 
     Returns:
-        For every call of one of ``modules`` its index, and its input times the gradient with respect to it; then the
-        gradient with respect to ``entered``.
+        For every call of a matrix that reads units its input, and for every scan its C, times the gradient with
+        respect to it; then the gradient with respect to ``entered``.
     """
-    calls: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    calls: list[tuple[Block, Weight | None, torch.Tensor, torch.Tensor]] = []
 
-    def watch(index: int):
-        def hook(_module: nn.Module, args: tuple) -> tuple:
-            # zeros that have a gradient whether or not anything before them does
-            nudge = torch.zeros_like(args[0], requires_grad=True)
-            calls.append((index, args[0].detach(), nudge))
-            return (args[0] + nudge, *args[1:])
+    def nudged(block: Block, weight: Weight | None, value: torch.Tensor) -> torch.Tensor:
+        # zeros that have a gradient whether or not anything before them does
+        nudge = torch.zeros_like(value, requires_grad=True)
+        calls.append((block, weight, value.detach(), nudge))
+        return value + nudge
 
-        return hook
+    def hook(block: Block, weight: Weight):
+        return lambda _module, args: (nudged(block, weight, args[0]), *args[1:])
 
-    handles = [module.register_forward_pre_hook(watch(index)) for index, module in enumerate(modules)]
+    handles = [
+        stream.layers[layer]
+        .get_submodule(weight.path.rpartition(".")[0])
+        .register_forward_pre_hook(hook(block, weight))
+        for block in blocks
+        for weight in block.reading
+    ]
     try:
         entered = None if entered is None else entered.requires_grad_()
-        output = stream.through(ids, layer, layer + 1, entered)
+        with watching_states(stream.layers, blocks, lambda block, inputs: nudged(block, None, inputs.C)):
+            output = stream.through(ids, layer, layer + 1, entered)
     finally:
         for handle in handles:
             handle.remove()
-    variables = [nudge for _, _, nudge in calls] + ([] if entered is None else [entered])
+    variables = [nudge for *_, nudge in calls] + ([] if entered is None else [entered])
     slopes = torch.autograd.grad(output, variables, slope)
-    products = [(index, value * gradient) for (index, value, _), gradient in zip(calls, slopes, strict=False)]
+    products = [(*call[:2], call[2] * gradient) for call, gradient in zip(calls, slopes, strict=False)]
     return products, slopes[-1]
+
+
+def _of_factors(products: list[Product]) -> dict[tuple[str, int], torch.Tensor]:
+    """Gradient of the loss with respect to the factors on all units of one layer.
+
+    Returns:
+        (axis name, number of tokens) -> the gradient for every token, float64, shape ``(tokens, units)``. A matrix that
+        reads only some of the tokens has factors of its own.
+    """
+    slopes: dict[tuple[str, int], torch.Tensor] = {}
+    for block, weight, product in products:
+        if weight is None:
+            assert block.state_axis is not None
+            of_axes = [(block.state_axis, to_float64(product.sum(2).flatten(0, 1)))]
+        else:
+            of_axes = list(by_unit(block, weight, to_float64(product.flatten(0, -2))))
+        for axis, of_units in of_axes:
+            key = axis.name, len(of_units)
+            slopes[key] = slopes.get(key, 0) + of_units
+    return slopes

@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 
 from pliant.anatomy import Anatomy, Axis, Block, Weight
+from pliant.architecture import Part
 
 
 def readers(anatomy: Anatomy) -> list[tuple[Block, Weight]]:
     """The matrices whose inputs are units of their block and nothing else: ``down_proj`` reads channels, ``o_proj``
     heads."""
-    return [
-        (block, weight)
-        for block in anatomy.blocks.values()
-        for weight in block.weights
-        if weight.reads is not None
-        and len(weight.dims) == 2
-        and all(part.axis in block.axes for part in weight.dims[weight.reads])
-    ]
+    return [(block, weight) for block in anatomy.blocks.values() for weight in block.reading]
 
 
-def read_axes(anatomy: Anatomy) -> list[Axis]:
-    """The axes that can be cut and determine the inputs of these matrices."""
+def measured_axes(anatomy: Anatomy) -> list[Axis]:
+    """The axes that can be cut and are measured on text: those that matrices read, and the states of scans."""
     names = {
-        block.axes[block.axes[part.axis].leader].name
+        block.axes[leader].name
         for block, weight in readers(anatomy)
-        for part in weight.dims[weight.reads or 0]
+        for leader in block.leaders_of(weight.dims[weight.reads or 0])
     }
+    names |= {state.name for block in anatomy.blocks.values() if (state := block.state_axis) is not None}
     return [axis for axis in anatomy.axes.values() if axis.name in names]
+
+
+def unheard(watched: Iterable[tuple[Block, Weight]], called: Collection[tuple[str, str]]) -> set[str]:
+    """The axes with a reader that was never called: other code reads its weight, so its inputs are unknown.
+
+    Arguments:
+        called: (block, path of the weight) of the readers that were called.
+    """
+    return {
+        block.axes[leader].name
+        for block, weight in watched
+        if (block.name, weight.path) not in called
+        for leader in block.leaders_of(weight.dims[weight.reads or 0])
+    }
 
 
 def by_unit(block: Block, weight: Weight, elements: torch.Tensor) -> Iterator[tuple[Axis, torch.Tensor]]:
@@ -45,8 +54,22 @@ def by_unit(block: Block, weight: Weight, elements: torch.Tensor) -> Iterator[tu
     start = 0
     for part in weight.dims[weight.reads]:
         width = block.width(part, {})
-        axis = block.axes[block.axes[part.axis].leader]
-        own = elements[..., start : start + width]
-        copies = block.axes[part.axis].copies
-        yield axis, own.unflatten(-1, (copies, axis.size, width // max(1, copies * axis.size))).sum((-3, -1))
+        yield from sums(block, part, elements[..., start : start + width])
         start += width
+
+
+def sums(block: Block, part: Part, elements: torch.Tensor) -> Iterator[tuple[Axis, torch.Tensor]]:
+    """For every leading axis that determines a stretch of a dimension, the sums over its units, shape ``(…, units)``.
+
+    Arguments:
+        elements: a value for every element of the stretch, shape ``(…, elements)``.
+    """
+    if part.axis not in block.axes:
+        return
+    (copied, _), (grouped, _), (leader, _), _ = nested = block.by_leader(part)
+    split = elements.unflatten(-1, [size for _, size in nested])
+    yield block.axes[str(leader)], split.sum((-4, -1)).flatten(-2)
+    if grouped is not None:
+        yield block.axes[grouped], split.sum((-4, -2, -1))
+    if copied is not None:
+        yield block.axes[copied], split.sum((-3, -2, -1))

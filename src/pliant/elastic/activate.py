@@ -34,30 +34,36 @@ def narrow(tensor: torch.Tensor, block: Block, weight: Weight, kept: Mapping[str
     It is a view if each dimension is one stretch; a fused dimension (q, k and v in one matrix, concatenated channels)
     is gathered into a copy.
     """
-    if weight.alone is not None and kept.get(str(weight.skips)) == 0:
+    if weight.alone is not None and kept.get(weight.skips[0]) == 0:
         tensor = weight.alone
     for position, dim in enumerate(weight.dims):
         stretches, start = [], 0
         for part in dim:
-            whole, width, pieces = block.width(part, {}), block.width(part, kept), block.pieces(part)
-            stretch = tensor.narrow(position, start, whole)
-            if pieces == 1:
-                stretches.append(stretch.narrow(position, 0, width))
-            else:
-                split = stretch.unflatten(position, (pieces, whole // pieces)).narrow(position + 1, 0, width // pieces)
-                stretches.append(split.flatten(position, position + 1))
-            start += whole
+            stretch = tensor.narrow(position, start, block.width(part, {}))
+            stretches.append(_kept_part(stretch, position, block.pieces(part, {}), block.pieces(part, kept)))
+            start += stretch.shape[position]
         kept_in_all = sum(stretch.shape[position] for stretch in stretches)
         if start != kept_in_all:
             tensor = stretches[0] if len(stretches) == 1 else torch.cat(stretches, position)
-            if weight.rescaled and kept_in_all:
-                tensor = tensor * math.sqrt(start / kept_in_all)
+            if weight.rescaled is not None:
+                full, now = (block.measured(dim, weight.rescaled, of) for of in ({}, kept))
+                tensor = tensor * math.sqrt(full / now) if now not in (0, full) else tensor
     return tensor
+
+
+def _kept_part(stretch: torch.Tensor, position: int, full: tuple[int, ...], kept: tuple[int, ...]) -> torch.Tensor:
+    """The first copies, of each the first groups, and of each the first elements."""
+    if full[:2] == (1, 1):
+        return stretch.narrow(position, 0, kept[2])
+    split = stretch.unflatten(position, full)
+    for offset, size in enumerate(kept):
+        split = split.narrow(position + offset, 0, size)
+    return split.flatten(position, position + 2)
 
 
 @torch.no_grad()
 def give_back(part: torch.Tensor, full: torch.Tensor, block: Block, weight: Weight, kept: Mapping[str, int]) -> None:
-    """Write a gathered buffer back into the full one, such as the statistics that a batch norm collected in training.
+    """Write a gathered tensor back into the full one: statistics that a batch norm collected, or a refitted matrix.
 
     Arguments:
         part: the result of :func:`narrow` for ``full``; a view needs no writing back.

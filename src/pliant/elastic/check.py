@@ -23,7 +23,7 @@ from pliant.anatomy import (
     rounding,
 )
 from pliant.elastic.activate import Elastic, narrow
-from pliant.elastic.reorder import reorder
+from pliant.elastic.reorder import reorder, restore
 from pliant.elastic.subnet import Subnet
 from pliant.errors import ArchitectureError, WeightError
 
@@ -74,7 +74,7 @@ def _check_reorder(
     try:
         difference = (_output(model, inputs) - dense).abs().max().item()
     finally:
-        reorder(model, anatomy, {name: torch.argsort(order) for name, order in orders.items()})
+        restore(model, anatomy, orders)
     if not math.isfinite(difference):
         raise WeightError("the model's outputs on a few tokens are not finite numbers; check its weights")
     if not difference <= TOLERANCE * rounding(dense, next(model.parameters()).dtype):

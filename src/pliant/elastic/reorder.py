@@ -18,7 +18,8 @@ def reorder(model: nn.Module, anatomy: Anatomy, orders: Mapping[str, torch.Tenso
     """Permute units in place, in every tensor that the axis touches.
 
     Arguments:
-        orders: axis name -> the old index of each new unit, shape ``(units,)``. Axes that follow are reordered, too.
+        orders: axis name -> the old index of each new unit, shape ``(units,)``. Axes that follow are reordered, too. If
+            the groups of an axis are also reordered, its own order counts in the old groups.
 
     Raises:
         SubnetError: an axis is unknown, or its order is not a permutation within its groups.
@@ -42,9 +43,17 @@ def reorder(model: nn.Module, anatomy: Anatomy, orders: Mapping[str, torch.Tenso
         for weight in within_limit(model, block.weights):
             parameter = weight.tensor(layers[block.layer])
             for position, dim in enumerate(weight.dims):
-                if any(part.axis in block.axes and block.axes[part.axis].leader in chosen for part in dim):
+                if not block.leaders_of(dim).isdisjoint(chosen):
                     index = _elements(block, dim, chosen).to(parameter.device)
                     parameter.copy_(parameter.index_select(position, index))
+
+
+def restore(model: nn.Module, anatomy: Anatomy, orders: Mapping[str, torch.Tensor]) -> None:
+    """Undo :func:`reorder`."""
+    blocks = anatomy.blocks.values()
+    groups = {block.axes[axis.grouped_by].name for block in blocks for axis in block.leaders if axis.grouped_by}
+    for names in (orders.keys() & groups, orders.keys() - groups):  # groups first: orders count in the old ones
+        reorder(model, anatomy, {name: torch.argsort(orders[name]) for name in names})
 
 
 def _elements(block: Block, dim: tuple[Part, ...], chosen: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -53,10 +62,17 @@ def _elements(block: Block, dim: tuple[Part, ...], chosen: Mapping[str, torch.Te
     for part in dim:
         width = block.width(part, {})
         index = torch.arange(width)
-        axis = block.axes.get(part.axis)
-        if axis is not None and axis.leader in chosen:
-            order = chosen[axis.leader].cpu()
-            index = index.view(axis.copies, len(order), width // max(1, axis.copies * len(order)))[:, order].flatten()
-        pieces.append(index + start)
+        if part.axis in block.axes:
+            nested = block.by_leader(part)
+            sizes = [size for _, size in nested]
+            copied, grouped, own = (None if leader is None else chosen.get(leader) for leader, _ in nested[:3])
+            index = index.view(sizes)
+            if own is not None:
+                index = index.flatten(1, 2)[:, own.cpu()].view(sizes)
+            if grouped is not None:
+                index = index[:, grouped.cpu()]
+            if copied is not None:
+                index = index[copied.cpu()]
+        pieces.append(index.flatten() + start)
         start += width
     return torch.cat(pieces)

@@ -8,13 +8,13 @@ import torch
 
 from pliant.anatomy import Anatomy
 from pliant.criteria.unit_fisher import loss_increases
-from pliant.criteria.unit_readers import read_axes
+from pliant.criteria.unit_readers import measured_axes
 from pliant.elastic import Subnet, ratio
 from pliant.errors import StepError
 from pliant.measure.cost import COSTS, Cost
 from pliant.prune.moves import step_moves
 from pliant.prune.ratio_target import out_of_reach
-from pliant.prune.settings import OrderedPruner
+from pliant.prune.settings import OrderedPruner, Pruner
 from pliant.prune.unit_order import ordered
 from pliant.prune.width_cuts import cut_until, narrowed, widths
 from pliant.searches.greedy import Move, check_loss
@@ -23,7 +23,7 @@ from pliant.step import Job, setting
 Cuts = list[tuple[str, int]]
 
 
-class FisherPruner(OrderedPruner):
+class FisherPruner(OrderedPruner, Pruner):
     """Narrow MLPs and attentions where the loss depends on them least, without a search: the Fisher information of
     every channel and head is computed once (Kwon et al., "A Fast Post-Training Pruning Framework for Transformers",
     2022), and the groups with the smallest loss increase for what they save are removed from all layers. Within a layer
@@ -53,7 +53,7 @@ class FisherPruner(OrderedPruner):
         pruning = self.begin(job)
         anatomy = pruning.anatomy
         self._reaching(
-            [(axis.name, units) for axis in read_axes(anatomy) for units in widths(axis, self.group)], anatomy
+            [(axis.name, units) for axis in measured_axes(anatomy) for units in widths(axis, self.group)], anatomy
         )
         windows = self.windows(job, self.samples, self.seed)
         with ordered(job, anatomy, self.order, windows):
@@ -63,7 +63,7 @@ class FisherPruner(OrderedPruner):
                 check_loss(of_units.sum().item())
             subnet = self._reaching(self._cuts(anatomy, increases, pruning.cost(self.per)), anatomy)
             pruning.commit("fisher information", Move("all", subnet), None)
-            self.finish(pruning, job, step_moves(read_axes(anatomy), self.group))
+            self.finish(pruning, job, step_moves([anatomy.axes[name] for name in increases], self.group))
 
     def _cuts(self, anatomy: Anatomy, increases: Mapping[str, torch.Tensor], cost: Cost) -> Cuts:
         """All cuts; those with the smallest loss increase for what they save come first."""

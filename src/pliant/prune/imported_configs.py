@@ -1,4 +1,4 @@
-"""Read sub-networks from pliant's files and from those of the original MultiPruner and BlockPruner code."""
+"""Read sub-networks from pliant's files and from those of the original MultiPruner, BlockPruner and Mamba-Shedder."""
 
 from __future__ import annotations
 
@@ -10,17 +10,30 @@ from typing import Any
 from pliant.anatomy import Anatomy, Block
 from pliant.elastic import Subnet, validate
 from pliant.errors import DataError, SubnetError
+from pliant.prune.scan_skip import scan_axis, scanless
 
 ATTENTION, MLP = frozenset({"attention"}), frozenset({"mlp", "experts"})  # roles of the blocks that those files name
+SCAN = frozenset({"scan"})
+_BLOCKS = {
+    "pruned_attn_idx": ATTENTION,
+    "pruned_mha_idx": ATTENTION,
+    "pruned_mlp_idx": MLP,
+    "pruned_mamba_block_idx": SCAN,
+}
+_WIDTHS = {"pruned_attn_width": ATTENTION, "pruned_mlp_width": MLP, "pruned_mlp_channels": MLP}
+_SCANS = "pruned_ssm_idx"
+_HYMBA = ("pruned_hymba_block_idx", "pruned_self_attn_idx", "pruned_moe_idx")
 
 
 def read_config(path: str | Path, anatomy: Anatomy) -> Subnet:
-    """A sub-network from a file of pliant (``{"skip": [...], "keep": {...}}``), or of the original MultiPruner or
-    BlockPruner code.
+    """A sub-network from a file of pliant (``{"skip": [...], "keep": {...}}``), or of the original MultiPruner,
+    BlockPruner or Mamba-Shedder code.
 
     Their files are MultiPruner's ``pruning_config.json`` (``pruned_attn_idx``, ``pruned_mlp_idx``,
-    ``pruned_attn_width``, ``pruned_mlp_width``) and BlockPruner's removal lists (``{"1": [["mha", 25]], "2": …}``: the
-    longest is taken). MultiPruner's widths count channels after reordering by L1 norm: reorder the model first.
+    ``pruned_attn_width``, ``pruned_mlp_width``), BlockPruner's removal lists (``{"1": [["mha", 25]], "2": …}``: the
+    longest is taken), and that of Mamba-Shedder (``pruned_mamba_block_idx``, ``pruned_ssm_idx``, ``pruned_mha_idx``,
+    ``pruned_mlp_idx``, ``pruned_mlp_channels``). Widths count channels after reordering by L1 norm: reorder the model
+    first. Mamba-Shedder replaces a removed scan by ``y = x``: :class:`pliant.Cut` does so, too.
 
     Raises:
         DataError: the file has neither form, or a width is not a whole number of units.
@@ -59,6 +72,11 @@ def parse_config(raw: Mapping[str, Any], anatomy: Anatomy, where: str = "the con
     return subnet
 
 
+def is_shedders(raw: Any) -> bool:
+    """Whether the contents of a file are of the original Mamba-Shedder code and remove scans."""
+    return isinstance(raw, Mapping) and bool(raw.get(_SCANS))
+
+
 def _removals(raw: Mapping[str, Any], anatomy: Anatomy) -> Subnet:
     """BlockPruner: removals by their number; sets are nested, so the longest is the whole run."""
     roles = {"mha": ATTENTION, "mlp": MLP}
@@ -67,15 +85,29 @@ def _removals(raw: Mapping[str, Any], anatomy: Anatomy) -> Subnet:
 
 
 def _widths(raw: Mapping[str, Any], anatomy: Anatomy) -> Subnet:
-    """MultiPruner: removed attentions and MLPs by layer, and widths in channels of the others."""
-    keys = {"pruned_attn_idx", "pruned_mlp_idx", "pruned_attn_width", "pruned_mlp_width"}
+    """MultiPruner and Mamba-Shedder: removed blocks and scans by layer, and widths in channels of the others."""
+    keys = {*_BLOCKS, *_WIDTHS, _SCANS}
+    if hymba := [key for key in _HYMBA if raw.get(key)]:
+        raise SubnetError(f"{hymba[0]} removes parts of Hymba, a family that transformers does not have")
     if not keys & set(raw):
         raise ValueError(f"expected one of {', '.join(sorted(keys))}")
+    shared = [key for key in ("pruned_mha_idx", "pruned_mlp_idx", "pruned_mlp_channels") if raw.get(key)]
+    if shared and any(block.tied and block.role in ATTENTION | MLP for block in anatomy.blocks.values()):
+        raise SubnetError(
+            f"{shared[0]} cuts the uses of a shared block differently, and this model shares their tensors; search "
+            "again with pliant.MambaShedder, which cuts them alike"
+        )
     subnet = Subnet()
-    for roles, index in ((ATTENTION, "pruned_attn_idx"), (MLP, "pruned_mlp_idx")):
+    for index, roles in _BLOCKS.items():
         for layer in raw.get(index) or ():
             subnet = subnet.without(_block(anatomy, layer, roles).name)
-    for roles, widths in ((ATTENTION, "pruned_attn_width"), (MLP, "pruned_mlp_width")):
+    for layer in raw.get(_SCANS) or ():
+        block = _block(anatomy, layer, SCAN)
+        if scan_axis(block) is None:
+            raise SubnetError(f"{block.name} has no scan that can be removed alone")
+        if block.name not in subnet.skip:
+            subnet = scanless(subnet, block)
+    for widths, roles in _WIDTHS.items():
         for layer, width in (raw.get(widths) or {}).items():
             block = _block(anatomy, layer, roles)
             if len(block.leaders) != 1:

@@ -10,9 +10,9 @@ from pliant.anatomy import Anatomy, Axis
 from pliant.elastic import Subnet, parameters, ratio
 from pliant.errors import RatioError
 from pliant.prune.moves import Moves, block_moves, settled, step_moves, unit_of
-from pliant.prune.ratio_target import out_of_reach
+from pliant.prune.ratio_target import by_parameters, out_of_reach
 from pliant.prune.session import Pruning, Scorer
-from pliant.prune.settings import OrderedPruner
+from pliant.prune.settings import OrderedPruner, Pruner
 from pliant.prune.unit_order import ordered
 from pliant.prune.width_cuts import narrowed, widths
 from pliant.searches import Allocation, HillClimb, Move, Space
@@ -22,7 +22,7 @@ Menus = Mapping[str, Sequence[Subnet]]
 """Block -> the dense model, then models with ever less of the block."""
 
 
-class KnapsackPruner(OrderedPruner):
+class KnapsackPruner(OrderedPruner, Pruner):
     """Choose a width for every block, or remove it: a multiple-choice knapsack over loss increases measured one at a
     time, then swaps that are scored together.
 
@@ -109,7 +109,7 @@ class KnapsackPruner(OrderedPruner):
             )
         start = self._settled(anatomy, menus, search.picked)
         picks = {start: search.picked}
-        unit = (unit_of(anatomy, self._moves(anatomy)) - 0.5) / dense  # less than a whole unit
+        unit = (unit_of(by_parameters(anatomy), self._moves(anatomy)) - 0.5) / dense  # less than a whole unit
 
         def trade(now: Subnet, draw: random.Random) -> Subnet | None:
             down, up = draw.sample(range(len(parts)), 2)
@@ -133,7 +133,7 @@ class KnapsackPruner(OrderedPruner):
         """The sub-network of the picked choices, adjusted to less than one group above the ratio."""
         axes = {axis.name: axis for name in menus for axis in anatomy.blocks[name].leaders} if self.levels else {}
         steps = {name: [axis.size, *widths(axis, self.group)] for name, axis in axes.items()}
-        return settled(anatomy, _mixed(menus, picked), self.ratio, steps, menus)
+        return settled(by_parameters(anatomy), anatomy, _mixed(menus, picked), self.ratio, steps, menus)
 
     def _moves(self, anatomy: Anatomy) -> Moves:
         """One group less of each axis; whole blocks if no widths are scored."""

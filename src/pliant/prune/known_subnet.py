@@ -15,7 +15,8 @@ from pliant.data import Text
 from pliant.elastic import Elastic, Subnet, described, extract, ratio, validate
 from pliant.errors import DataError, StepError, SubnetError
 from pliant.forward.windows import seqlen_of, windows_for
-from pliant.prune.imported_configs import config_in, parse_config
+from pliant.prune.imported_configs import config_in, is_shedders, parse_config
+from pliant.prune.scan_skip import FITTED, IDENTITY, KEPT, SKIP_HELP, SKIPS, skip_note, with_skips, without_scan
 from pliant.prune.unit_order import STORED, ordered
 from pliant.registry import IMPORTANCE
 from pliant.step import Job, Step, setting
@@ -38,18 +39,30 @@ class Cut(Step):
         names=IMPORTANCE,
     )
 
+    skip: str | None = setting(
+        f"{SKIP_HELP} Default: identity for a configuration of the original Mamba-Shedder code, else kept.",
+        default=None,
+        choices=SKIPS,
+    )
+
     samples: int = setting(
-        "activation, fisher: rows of calibration text that the order was computed from.", default=128, at_least=1
+        "activation, fisher, fitted: rows of calibration text that the order and the skips were computed from.",
+        default=128,
+        at_least=1,
     )
 
     seqlen: int | None = setting(
-        "activation, fisher: tokens in a calibration window. Default: the smaller of 2048 and the model's positions.",
+        "activation, fisher, fitted: tokens in a calibration window. Default: the smaller of 2048 and the model's "
+        "positions.",
         default=None,
         at_least=2,
     )
 
     seed: int = setting(
-        "activation, fisher: seed that calibration rows are drawn with.", default=42, at_least=0, at_most=2**63 - 1
+        "activation, fisher, fitted: seed that calibration rows are drawn with.",
+        default=42,
+        at_least=0,
+        at_most=2**63 - 1,
     )
 
     def __post_init__(self) -> None:
@@ -67,16 +80,22 @@ class Cut(Step):
             validate(subnet, anatomy)
         else:
             subnet = parse_config(self.subnet, anatomy)
-        order = self.order if subnet.keep else STORED
-        windows = self._windows(job) if order != STORED and reads_text(order) else None
+        narrowed = any(units for _, units in subnet.keep)
+        order = self.order if narrowed else STORED
+        skip = self.skip or (IDENTITY if is_shedders(self.subnet) else KEPT)
+        fits = skip == FITTED and without_scan(anatomy, subnet)
+        windows = self._windows(job) if fits or (order != STORED and reads_text(order)) else None
         with ordered(job, anatomy, order, windows):
+            if without_scan(anatomy, subnet):
+                anatomy = with_skips(job, anatomy, skip, windows)
             extract_and_verify(job.model, anatomy, subnet)
+        job.show(*skip_note(anatomy, subnet, skip))
         job.record.update(ratio=ratio(anatomy, subnet), subnet=subnet.to_dict())
 
     def _windows(self, job: Job) -> torch.Tensor:
         if not isinstance(job.data, Text):
             raise DataError(
-                f"order={self.order!r} needs the calibration text that the units were sorted by: pass data="
+                f"order={self.order!r} and skip={self.skip!r} need the calibration text of the search: pass data="
             )
         return windows_for(
             job.model, job.tokenizer(), job.data.sample(self.samples, self.seed), seqlen_of(job.model, self.seqlen)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from pliant.anatomy import Anatomy, Axis
-from pliant.elastic import Subnet, parameters
-from pliant.elastic import ratio as ratio_of
-from pliant.prune.ratio_target import TOLERANCE, reached
+from pliant.elastic import Subnet
+from pliant.prune.ratio_target import TOLERANCE, Budget
+from pliant.prune.scan_skip import scanless, scans_of, without_scan
 from pliant.prune.width_cuts import widths
 from pliant.searches.greedy import Move
 
@@ -45,7 +45,16 @@ def width_moves(anatomy: Anatomy, groups: Mapping[str, int]) -> Moves:
     Arguments:
         groups: short name of an axis (``channels``, ``kv``) -> units in a group; other axes are left alone.
     """
-    axes = [axis for axis in anatomy.axes.values() if axis.leader in groups]
+    return axis_moves(anatomy, {a.name: groups[a.leader] for a in anatomy.axes.values() if a.leader in groups})
+
+
+def axis_moves(anatomy: Anatomy, groups: Mapping[str, int]) -> Moves:
+    """:func:`width_moves` of single axes.
+
+    Arguments:
+        groups: full name of an axis -> units in a group.
+    """
+    axes = [axis for axis in anatomy.axes.values() if axis.name in groups]
     holders = {
         a.name: {b.name for b in anatomy.blocks.values() if a.leader in b.axes and b.axes[a.leader] == a} for a in axes
     }
@@ -54,10 +63,21 @@ def width_moves(anatomy: Anatomy, groups: Mapping[str, int]) -> Moves:
         keep = dict(subnet.keep)
         offered = []
         for axis in axes:
-            units = axis.less(keep.get(axis.name, axis.size), groups[axis.leader])
+            units = axis.less(keep.get(axis.name, axis.size), groups[axis.name])
             if not holders[axis.name] <= subnet.skip and units is not None:
                 offered.append(Move(axis.name, subnet.keeping(axis.name, units)))
         return offered
+
+    return moves
+
+
+def scan_moves(anatomy: Anatomy) -> Moves:
+    """Remove the state of a scan, so that only its skip remains; see :mod:`pliant.prune.scan_skip`."""
+    scans = scans_of(anatomy)
+
+    def moves(subnet: Subnet) -> list[Move]:
+        gone = {*subnet.skip, *(block.name for block in without_scan(anatomy, subnet))}
+        return [Move(f"{block.name}.ssm", scanless(subnet, block)) for block in scans if block.name not in gone]
 
     return moves
 
@@ -73,16 +93,16 @@ def pooled(*several: Moves) -> Moves:
     return lambda subnet: [move for moves in several for move in moves(subnet)]
 
 
-def unit_of(anatomy: Anatomy, moves: Moves) -> int:
-    """Parameters of the smallest move in the dense model."""
-    dense = parameters(anatomy)
-    return min(dense - parameters(anatomy, move.subnet) for move in moves(Subnet()))
+def unit_of(budget: Budget, moves: Moves) -> int:
+    """Cost of the smallest move in the dense model; measured costs may not fall with every move."""
+    saved = (budget.dense - budget.size(move.subnet) for move in moves(Subnet()))
+    return min((cost for cost in saved if cost > 0), default=1)
 
 
-def fitting(anatomy: Anatomy, moves: Moves, ratio: float, units: Moves | None = None) -> Moves:
+def fitting(budget: Budget, moves: Moves, ratio: float, units: Moves | None = None) -> Moves:
     """``moves`` without those that would end one unit or more above ``ratio``.
 
-    One unit is the smallest share of all parameters that one move can still remove: a block, a group of channels, a
+    One unit is the smallest share of the budget that one move can still remove: a block, a group of channels, a
     key-value group with its queries, an expert. Near the ratio larger moves are skipped, and smaller ones remove the
     rest. If no small units remain, a larger one is offered; :func:`pliant.prune.put_back.put_backs` then chooses the
     small ones to put back.
@@ -91,19 +111,21 @@ def fitting(anatomy: Anatomy, moves: Moves, ratio: float, units: Moves | None = 
         units: all moves that may still follow, which determine the unit; default: ``moves``.
     """
 
-    largest = max((ratio_of(anatomy, move.subnet) for move in moves(Subnet())), default=0.0)
+    largest = max((budget.ratio(move.subnet) for move in moves(Subnet())), default=0.0)
 
     def fit(subnet: Subnet) -> Sequence[Move]:
-        now = ratio_of(anatomy, subnet)
+        now = budget.ratio(subnet)
         if now + largest < ratio:
             return moves(subnet)
-        smallest = min((ratio_of(anatomy, move.subnet) - now for move in (units or moves)(subnet)), default=0.0)
-        return [move for move in moves(subnet) if ratio_of(anatomy, move.subnet) < ratio + smallest - TOLERANCE]
+        gains = (budget.ratio(move.subnet) - now for move in (units or moves)(subnet))
+        smallest = min((gain for gain in gains if gain > 0), default=0.0)
+        return [move for move in moves(subnet) if budget.ratio(move.subnet) < ratio + smallest - TOLERANCE]
 
     return fit
 
 
 def settled(
+    budget: Budget,
     anatomy: Anatomy,
     subnet: Subnet,
     ratio: float,
@@ -146,28 +168,33 @@ def settled(
         return offered
 
     def restored(now: Subnet) -> Subnet:
-        while fit := [other for other in wider(now) if reached(anatomy, other, ratio)]:
-            now = min(fit, key=lambda other: ratio_of(anatomy, other))
+        while fit := [other for other in wider(now) if budget.reached(other, ratio)]:
+            now = min(fit, key=budget.ratio)
         return now
 
     subnet = restored(subnet)
-    now = ratio_of(anatomy, subnet)
-    smallest = min((ratio_of(anatomy, move.subnet) - now for move in narrower(subnet)), default=1.0)
+    now = budget.ratio(subnet)
+    smallest = min((gain for m in narrower(subnet) if (gain := budget.ratio(m.subnet) - now) > 0), default=1.0)
     if now - ratio < smallest or not (short := wider(subnet)):
         return subnet
-    subnet = max(short, key=lambda other: ratio_of(anatomy, other))
-    fit = fitting(anatomy, narrower, ratio)
-    while not reached(anatomy, subnet, ratio):
+    subnet = max(short, key=budget.ratio)
+    fit = fitting(budget, narrower, ratio)
+    while not budget.reached(subnet, ratio):
         keep = dict(subnet.keep)
         shares = [(keep.get(move.unit, steps[move.unit][0]) / steps[move.unit][0], move) for move in fit(subnet)]
         subnet = max(shares, key=lambda pair: pair[0])[1].subnet
     return restored(subnet)
 
 
-def reach(anatomy: Anatomy, stages: Sequence[Moves]) -> float:
+def reach(budget: Budget, stages: Sequence[Moves]) -> float:
     """The largest ratio that these stages can reach, whatever their order and shares."""
-    subnet = Subnet()
+    return budget.ratio(exhausted(stages)[0])
+
+
+def exhausted(stages: Sequence[Moves]) -> tuple[Subnet, int]:
+    """The sub-network after all moves of these stages, and how many there are; the most if the finest come first."""
+    subnet, made = Subnet(), 0
     for moves in stages:
         while offered := moves(subnet):
-            subnet = offered[-1].subnet
-    return ratio_of(anatomy, subnet)
+            subnet, made = offered[-1].subnet, made + 1
+    return subnet, made

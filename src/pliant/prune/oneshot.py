@@ -11,7 +11,6 @@ from pliant.criteria.block_ranking import RANKINGS
 from pliant.elastic import Subnet
 from pliant.errors import StepError
 from pliant.prune.moves import block_moves, fitting, layer_moves
-from pliant.prune.ratio_target import reached
 from pliant.prune.session import Pruning, Scorer
 from pliant.prune.settings import Pruner
 from pliant.searches.greedy import check_loss
@@ -51,11 +50,11 @@ class OneShot(Pruner):
         pruning = self.begin(job)
         anatomy = pruning.anatomy
         moves = block_moves(anatomy) if self.granularity == "block" else layer_moves(anatomy)
-        self.check_reach(anatomy, [moves])
+        pruning.check_reach([moves], self.ratio)
         ranks = self._ranks(pruning, job, self.windows(job, self.samples, self.seed))
         job.record["ranks"] = {name: rank if math.isfinite(rank) else None for name, rank in ranks.items()}
-        fit = fitting(anatomy, moves, self.ratio)
-        while not reached(anatomy, pruning.subnet, self.ratio):
+        fit = fitting(pruning.budget, moves, self.ratio)
+        while not pruning.budget.reached(pruning.subnet, self.ratio):
             offered = fit(pruning.subnet)
             if not offered:
                 break

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
-from pliant.anatomy import Anatomy
-from pliant.elastic import Subnet, parameters
+from pliant.elastic import Subnet
 from pliant.errors import RatioError
-from pliant.prune.ratio_target import TOLERANCE
+from pliant.prune.ratio_target import TOLERANCE, Budget
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Removal:
         return Subnet((subnet.skip - blocks) | (self.before.skip & blocks), tuple(sorted(keep)))
 
 
-def put_backs(anatomy: Anatomy, removals: Sequence[Removal], ratio: float, unit: int) -> list[Removal]:
+def put_backs(budget: Budget, removals: Sequence[Removal], ratio: float, unit: int) -> list[Removal]:
     """Removals to undo, in this order, to end at ``ratio`` or less than one unit above it.
 
     Only as many as needed are undone. Of the removals whose undoing leads there, the one with the largest loss increase
@@ -51,17 +50,17 @@ def put_backs(anatomy: Anatomy, removals: Sequence[Removal], ratio: float, unit:
 
     Arguments:
         removals: all moves in the order they were made; the last one reached at least ``ratio``.
-        unit: parameters of the smallest unit.
+        unit: cost of the smallest unit.
 
     Raises:
         RatioError: no selection of these removals ends there.
     """
-    dense = parameters(anatomy)
-    removed = dense - parameters(anatomy, removals[-1].after) if removals else 0
+    dense = budget.dense
+    removed = dense - budget.size(removals[-1].after) if removals else 0
     excess = _excess(removed, dense, ratio)
     if excess < unit:
         return []
-    saved = [parameters(anatomy, removal.before) - parameters(anatomy, removal.after) for removal in removals]
+    saved = [max(0, budget.size(removal.before) - budget.size(removal.after)) for removal in removals]
     chains = _chains(removals)
     back: list[Removal] = []
     while excess >= unit:
@@ -82,7 +81,7 @@ def put_backs(anatomy: Anatomy, removals: Sequence[Removal], ratio: float, unit:
 
 
 def _excess(removed: int, dense: int, ratio: float) -> int:
-    """Parameters that may be put back."""
+    """Cost that may be put back."""
     return math.floor(removed - (ratio - TOLERANCE) * dense)
 
 
@@ -102,7 +101,7 @@ def _chains(removals: Sequence[Removal]) -> list[list[int]]:
 
 
 def _sums(chains: Sequence[Sequence[int]], saved: Sequence[int], most: int, part: int) -> int:
-    """Sizes that undoing ends of the chains can restore: bit ``n`` is set for ``n * part`` parameters, up to
+    """Sizes that undoing ends of the chains can restore: bit ``n`` is set for a cost of ``n * part``, up to
     ``most``."""
     bits, mask = 1, (1 << (most // part + 1)) - 1
     for chain in chains:

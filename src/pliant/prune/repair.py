@@ -9,6 +9,7 @@ it can. The penalty is on the change of W, so that few tokens do not mislead the
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from pliant.anatomy import Anatomy, Block, Weight, layers_of
 from pliant.device import to_float64
 from pliant.elastic import Elastic, Subnet
+from pliant.elastic.activate import give_back
 from pliant.forward.stream import Stream
 from pliant.forward.windows import batches_of, tokens_at_once, within_memory
 from pliant.pages import pages_of
@@ -45,7 +47,7 @@ def repair(
 
     Returns:
         For each block: its name, and the mean square distance of the stream from the dense one before and after; None
-        for a block that does not end in a matrix, or a matrix and a norm, and is not refitted.
+        for a block that is not refitted: it does not end in a matrix, or a matrix and a norm, or others share it.
     """
     return within_memory(
         model,
@@ -58,6 +60,7 @@ def _repair(
     model: Any, anatomy: Anatomy, subnet: Subnet, batches: list[torch.Tensor], ridge: float, progress: Progress
 ) -> list[dict[str, Any]]:
     elastic, stream = Elastic(model.eval(), anatomy), Stream(model, anatomy)
+    shared = Counter(block.tied or block.name for block in anatomy.alive(subnet.skip))
     pages = pages_of(model)
     keep = torch.clone if pages is None else pages.copy
     saved: dict[torch.Tensor, torch.Tensor] = {}
@@ -81,13 +84,15 @@ def _repair(
             for block in blocks:
                 if block.name in subnet.skip:
                     continue
-                weight = last_matrix(block)
+                # a refit in one layer would spoil the outputs of the other layers that use the matrix, too
+                weight = last_matrix(block) if shared[block.tied or block.name] == 1 else None
                 seen: Seen = []
                 owner: Any = None
-                handle = None
+                handle = full = None
                 if weight is not None:
                     elastic.activate(Subnet())
                     owner = elastic.layers[layer].get_submodule(weight.path.rpartition(".")[0])
+                    full = owner.weight
                     saved |= {p: keep(p.detach()) for p in (owner.weight, owner.bias) if p is not None}
                     # with a copy of the output, which a layer may change in place
                     handle = owner.register_forward_hook(
@@ -100,8 +105,9 @@ def _repair(
                         handle.remove()
                 distance = None
                 factors = None if weight is None else _factors(seen, incoming, after)
-                if factors is not None:
+                if factors is not None and weight is not None and full is not None:
                     change = _refit(owner, seen, factors, after, targets[block.name], ridge)
+                    give_back(owner.weight, full, block, weight, subnet.kept(block))
                     before = _distance(after, targets[block.name])
                     if factors.normed or owner.weight.dtype.itemsize < change.itemsize:
                         after = advance(layer, subnet.without(*later[block.name]), cut)

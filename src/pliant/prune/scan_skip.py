@@ -1,20 +1,22 @@
-"""What remains of a scan whose state is removed: a skip that multiplies its input."""
+"""The skip that remains of a scan whose state is removed: a multiple of its input."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from pliant.anatomy import Anatomy, Block, evaluating, layers_of
+from pliant.anatomy import Anatomy, Axis, Block, evaluating, layers_of
 from pliant.compat.scan import watched_scans
 from pliant.device import to_float64
 from pliant.elastic import Subnet
 from pliant.errors import StepError
 from pliant.forward.windows import batches_of, tokens_at_once, within_memory
+from pliant.record import Note
+from pliant.step import Job
 
 KEPT, IDENTITY, FITTED = SKIPS = ("kept", "identity", "fitted")
 SKIP_HELP = (
@@ -29,19 +31,36 @@ def scans_of(anatomy: Anatomy) -> list[Block]:
     return [block for block in anatomy.blocks.values() if (axis := scan_axis(block)) is not None and axis.fewest == 0]
 
 
-def scan_axis(block: Block) -> Any:
+def scan_axis(block: Block) -> Axis | None:
     """The axis of the state of a block's scan; None if the block has no scan, or its skip alone cannot remain."""
-    named = {weight.skips for weight in block.weights if weight.skips is not None}
-    return next((axis for axis in block.leaders if axis.leader in named and axis.size), None)
+    axis = block.state_axis
+    skipping = any(weight.skips[:1] == (axis.leader,) for weight in block.weights) if axis else False
+    return axis if axis and axis.size and skipping else None
+
+
+def scanless(subnet: Subnet, block: Block) -> Subnet:
+    """``subnet`` without the scan of a block: no state, and none of what serves the scan alone."""
+    for axis in block.leaders:
+        if any(axis.leader in weight.skips for weight in block.weights):
+            subnet = subnet.keeping(axis.name, 0)
+    return subnet
 
 
 def without_scan(anatomy: Anatomy, subnet: Subnet) -> list[Block]:
     """The remaining blocks whose scan ``subnet`` removes."""
     kept = dict(subnet.keep)
-    return [b for b in scans_of(anatomy) if b.name not in subnet.skip and kept.get(scan_axis(b).name) == 0]
+    scans = ((block, scan_axis(block)) for block in scans_of(anatomy) if block.name not in subnet.skip)
+    return [block for block, axis in scans if axis and kept.get(axis.name) == 0]
 
 
-def with_skips(model: Any, anatomy: Anatomy, skip: str, windows: torch.Tensor | None = None) -> Anatomy:
+def skip_note(anatomy: Anatomy, subnet: Subnet, skip: str) -> list[Note]:
+    """A line of the report that says what remains of the removed scans."""
+    without = len(without_scan(anatomy, subnet))
+    scale = {KEPT: "its own D", IDENTITY: "1", FITTED: "the multiple that is nearest to the scan on calibration text"}
+    return [Note(f"Scans removed: {without}. In their place x is multiplied by {scale[skip]}.")] if without else []
+
+
+def with_skips(job: Job, anatomy: Anatomy, skip: str, windows: torch.Tensor | None = None) -> Anatomy:
     """The anatomy by which scans without a state have this skip. Sub-networks that are activated, scored and cut with
     it agree; scans that stay keep their D.
 
@@ -54,20 +73,21 @@ def with_skips(model: Any, anatomy: Anatomy, skip: str, windows: torch.Tensor | 
     """
     if skip == KEPT or not (blocks := scans_of(anatomy)):
         return anatomy
+    model, fitted = job.model, {}
     layers = layers_of(model, anatomy.source)
-    fitted: Mapping[str, torch.Tensor] = {}
     if skip == FITTED:
         assert windows is not None
-        fitted = within_memory(
-            model,
-            lambda tokens: _fitted(model, anatomy, batches_of(model, windows, tokens)),
-            max(tokens_at_once(model), windows.shape[1]),
-        )
+        with job.progress.stage("fit of the skips"):
+            fitted = within_memory(
+                model,
+                lambda tokens: _fitted(model, anatomy, batches_of(model, windows, tokens)),
+                max(tokens_at_once(model), windows.shape[1]),
+            )
 
     def replaced(block: Block) -> Block:
         weights = []
         for weight in block.weights:
-            if weight.skips is not None:
+            if weight.skips:
                 own = weight.tensor(layers[block.layer]).detach()
                 weight = replace(weight, alone=fitted[block.name].to(own) if fitted else torch.ones_like(own))
             weights.append(weight)
@@ -108,7 +128,7 @@ def _fitted(model: Any, anatomy: Anatomy, batches: Iterable[torch.Tensor]) -> di
         block.name: torch.where(
             squares[block.name] > 0,
             products[block.name] / squares[block.name].clamp(min=torch.finfo(torch.float64).tiny),
-            next(to_float64(w.tensor(layers[block.layer])) for w in block.weights if w.skips is not None),
+            next(to_float64(w.tensor(layers[block.layer])) for w in block.weights if w.skips),
         )
         for block in scans_of(anatomy)
     }

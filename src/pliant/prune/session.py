@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,9 +24,9 @@ from pliant.measure.prefix_scorer import Footprint, PrefixScorer, footprint
 from pliant.measure.scores import Score
 from pliant.pages import pages_of
 from pliant.prune.known_subnet import extract_and_verify
-from pliant.prune.moves import Moves
+from pliant.prune.moves import Moves, reach
 from pliant.prune.put_back import Removal, put_backs
-from pliant.prune.ratio_target import reached
+from pliant.prune.ratio_target import Budget, Goal, by_parameters, out_of_reach
 from pliant.prune.removal_record import refits, removals
 from pliant.prune.repair import repair
 from pliant.searches.archive import Archive
@@ -75,12 +75,16 @@ class Pruning:
         job: model, progress and folder of the archive.
         metric: the score that removals should preserve.
         belongs_to: what the scores depend on, for the archive.
+
+    Attributes:
+        budget: the cost that ratios are a share of; all parameters, unless a pruner sets another.
     """
 
     job: Job
     metric: Score
     belongs_to: dict[str, Any]
     anatomy: Anatomy = field(init=False)
+    budget: Budget = field(init=False)
     subnet: Subnet = field(init=False, default_factory=Subnet)
     points: list[dict[str, Any]] = field(init=False, default_factory=list)
     removals: list[Removal] = field(init=False, default_factory=list)
@@ -88,6 +92,7 @@ class Pruning:
 
     def __post_init__(self) -> None:
         self.anatomy = described(self.job.model)
+        self.budget = by_parameters(self.anatomy)
         path = self.job.file(ARCHIVE, lambda earlier: Archive(earlier, self.belongs_to))
         self.archive = Archive(path, self.belongs_to)
 
@@ -96,14 +101,14 @@ class Pruning:
         name: str,
         moves: Moves,
         windows: torch.Tensor,
-        ratio: float,
+        goal: Goal,
         *,
         mode: str,
         slack: float,
         refresh: int,
         per: str | None = None,
     ) -> None:
-        """Remove units until the ratio is reached or no moves are left.
+        """Remove units until the goal is reached or no moves are left.
 
         Arguments:
             name: of the stage.
@@ -111,13 +116,13 @@ class Pruning:
             per: the cost by which the loss increase is divided; None to ignore the size of a unit.
         """
         cost = None if per is None else self.cost(per)
-        start, offered = ratio_of(self.anatomy, self.subnet), moves(self.subnet)
+        start, offered = self.budget.ratio(self.subnet), moves(self.subnet)
         first = len(offered)
-        typical = statistics.median([ratio_of(self.anatomy, move.subnet) - start for move in offered] or [1.0])
+        typical = statistics.median([self.budget.ratio(move.subnet) - start for move in offered] or [1.0])
         greedy = Greedy(
             self.subnet,
             moves,
-            lambda s: not reached(self.anatomy, s, ratio),
+            lambda s: not goal.reached(s, len(greedy.taken)),
             lambda s, move: 1.0 if cost is None else max(1e-9, cost(s) - cost(move.subnet)),
             mode,
             slack,
@@ -126,11 +131,12 @@ class Pruning:
         made = 0
 
         def show(scorer: Scorer) -> None:
-            remaining = self._remaining_scores(greedy, scorer.seen, made, first, start, ratio, typical)
+            each = (self.budget.ratio(self.subnet) - start) / made if made else typical
+            steps = goal.remaining(self.subnet, made, each)
+            remaining = _remaining_scores(greedy, scorer.seen, made, first, steps)
             if scorer.seen == scorer.inner.evaluations == 1:  # the whole model has just been run, and its time is known
                 self._note_cost(greedy, scorer.seconds, remaining)
-            now = ratio_of(self.anatomy, self.subnet)
-            text = f"ratio {now:.3f} of {ratio:.3f}, {made} removed, {scorer.seen} scored"
+            text = f"{goal.shown(self.subnet, made)}, {scorer.seen} scored"
             self.job.progress.step(scorer.seen / (scorer.seen + remaining), text)
 
         with self.scoring(name, windows, reuse=greedy.mode != "naive", on_score=show) as score:
@@ -212,6 +218,12 @@ class Pruning:
             elastic=elastic,
         )
 
+    def check_reach(self, stages: Sequence[Moves], ratio: float) -> None:
+        """Refuse a ratio that these stages together cannot reach, before any work is done."""
+        most = reach(self.budget, stages)
+        if most < ratio:
+            raise out_of_reach(ratio, most, "removing everything that this pruner may remove")
+
     def cost(self, per: str) -> Cost:
         """A cost by name, see :func:`pliant.measure.cost.cost_of`; measured times are stored beside the archive."""
         return cost_of(per, self.job.model, self.anatomy, self.job.file(f"latency-{per}.json"))
@@ -230,17 +242,17 @@ class Pruning:
         """Put removed units back until the result is less than one unit above ``ratio``.
 
         Arguments:
-            unit: parameters of the smallest unit.
+            unit: cost of the smallest unit.
             windows: calibration windows to score the result on; None for no score.
 
         Raises:
             RatioError: the moves ran out before the ratio was reached, or no selection of removed units ends within one
                 unit.
         """
-        if not reached(self.anatomy, self.subnet, ratio):
-            now = ratio_of(self.anatomy, self.subnet)
+        if not self.budget.reached(self.subnet, ratio):
+            now = self.budget.ratio(self.subnet)
             raise RatioError(f"ratio {ratio} cannot be reached: no moves are left at {now:.4f}; give a smaller ratio")
-        back = put_backs(self.anatomy, self.removals, ratio, unit)
+        back = put_backs(self.budget, self.removals, ratio, unit)
         if not back:
             return
         if windows is None:
@@ -313,19 +325,16 @@ class Pruning:
             f"  the model takes {duration(whole)} on them; about {scores:.0f} scores, {duration(scores * each)}"
         )
 
-    def _remaining_scores(
-        self, greedy: Greedy, seen: int, made: int, first: int, start: float, ratio: float, typical: float
-    ) -> float:
-        """Estimated number of further scores: the first step scores every move, later lazy steps only a few.
 
-        Arguments:
-            start: ratio at the beginning of the stage.
-            typical: ratio that one removal gains, before any was made.
-        """
-        now = ratio_of(self.anatomy, self.subnet)
-        steps = max(0.0, ratio - now) / ((now - start) / made if made else typical)
-        if greedy.mode in ("exact", "naive"):
-            return max(0, first - seen) + first * max(0.0, steps - (0 if made else 1))
-        per_step = max(1.0, (seen - first) / made) if made else PER_REMOVAL
-        again = steps // greedy.refresh * first if greedy.refresh else 0
-        return max(0, first - seen) + per_step * steps + again
+def _remaining_scores(greedy: Greedy, seen: int, made: int, first: int, steps: float) -> float:
+    """Estimated number of further scores: the first step scores every move, later lazy steps only a few.
+
+    Arguments:
+        first: moves offered at the beginning of the stage.
+        steps: further removals.
+    """
+    if greedy.mode in ("exact", "naive"):
+        return max(0, first - seen) + first * max(0.0, steps - (0 if made else 1))
+    per_step = max(1.0, (seen - first) / made) if made else PER_REMOVAL
+    again = steps // greedy.refresh * first if greedy.refresh else 0
+    return max(0, first - seen) + per_step * steps + again

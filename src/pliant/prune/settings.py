@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -18,11 +18,13 @@ from pliant.forward.windows import check_model, seqlen_of, windows_for
 from pliant.measure.cost import COSTS
 from pliant.measure.scores import Score, score_of
 from pliant.pages import pages_of
-from pliant.prune.moves import Moves, fitting, reach, unit_of
-from pliant.prune.ratio_target import out_of_reach
+from pliant.prune.moves import Moves, fitting, unit_of
+from pliant.prune.ratio_target import Budget, Goal
 from pliant.prune.repair import repair_bytes
 from pliant.prune.session import ARCHIVE, PER_REMOVAL, Pruning
 from pliant.prune.unit_order import STORED
+from pliant.prune.width_cuts import step_of
+from pliant.record import Note
 from pliant.registry import IMPORTANCE, SCORES
 from pliant.searches.greedy import MODES
 from pliant.step import Job, Step, setting
@@ -30,21 +32,12 @@ from pliant.step import Job, Step, setting
 UNIT = "unit"
 
 
-class Pruner(Step):
+class TextPruner(Step):
     """Settings shared by every pruner that reads calibration text."""
 
     family: ClassVar[str] = "pruner"
-    needs: ClassVar[frozenset[str]] = frozenset({"text", "ratio"})
+    needs: ClassVar[frozenset[str]] = frozenset({"text"})
     keeps: ClassVar[tuple[str, ...]] = (ARCHIVE,)
-
-    ratio: float = setting(
-        "Share of all parameters to remove, embeddings included: 0.2 makes the model a fifth smaller. The"
-        " result exceeds it by less than one unit, the smallest part that can be removed: a block, a "
-        "group of channels, a key-value group.",
-        above=0,
-        below=1,
-        error=RatioError,
-    )
 
     samples: int = setting("Rows of calibration text to choose blocks on.", default=256, at_least=1)
 
@@ -128,11 +121,38 @@ class Pruner(Step):
             job.model, job.tokenizer(), job.data.sample(samples, seed), seqlen_of(job.model, self.seqlen)
         )
 
-    def check_reach(self, anatomy: Anatomy, stages: Sequence[Moves]) -> None:
-        """Refuse a ratio that these stages together cannot reach, before any work is done."""
-        most = reach(anatomy, stages)
-        if most < self.ratio:
-            raise out_of_reach(self.ratio, most, "removing everything that this pruner may remove")
+    def cut(self, pruning: Pruning, job: Job) -> None:
+        """Refit the remaining weights if asked to, and cut the model."""
+        pruning.cut(self._repair_windows(job) if self.repair else None, self.ridge)
+
+    def removals(self, blocks: int) -> float:
+        """The expected number of removals, in whole blocks of ``blocks``, for an estimate."""
+        raise NotImplementedError
+
+    def _repair_windows(self, job: Job) -> torch.Tensor:
+        return self.windows(job, self.repair, self.seed + 2)
+
+
+class Pruner(TextPruner):
+    """Settings shared by every pruner that removes a share of the model."""
+
+    needs: ClassVar[frozenset[str]] = TextPruner.needs | {"ratio"}
+
+    ratio: float = setting(
+        "Share of all parameters to remove, embeddings included: 0.2 makes the model a fifth smaller. The"
+        " result exceeds it by less than one unit, the smallest part that can be removed: a block, a "
+        "group of channels, a key-value group.",
+        above=0,
+        below=1,
+        error=RatioError,
+    )
+
+    def removals(self, blocks: int) -> float:
+        return self.ratio * blocks
+
+    def goal(self, pruning: Pruning) -> Goal:
+        """The end of the search."""
+        return Goal(pruning.budget, self.ratio)
 
     def finish(self, pruning: Pruning, job: Job, moves: Moves, windows: torch.Tensor | None = None) -> None:
         """Put units back that exceed the ratio, refit if asked to, and cut the model.
@@ -144,14 +164,11 @@ class Pruner(Step):
         Raises:
             RatioError: the result cannot be brought to less than one unit above the ratio.
         """
-        pruning.settle(self.ratio, unit_of(pruning.anatomy, moves), windows)
-        pruning.cut(self._repair_windows(job) if self.repair else None, self.ridge)
-
-    def _repair_windows(self, job: Job) -> torch.Tensor:
-        return self.windows(job, self.repair, self.seed + 2)
+        pruning.settle(self.ratio, unit_of(pruning.budget, moves), windows)
+        self.cut(pruning, job)
 
 
-class GreedyPruner(Pruner):
+class GreedyPruner(TextPruner):
     """Settings shared by every pruner that removes units greedily."""
 
     search: str = setting(
@@ -179,12 +196,33 @@ class GreedyPruner(Pruner):
         choices=(UNIT, *COSTS),
     )
 
+    ratio_of: str = setting(
+        "Cost that the ratio is a share of: parameters, macs, bytes (that decoding reads), or prefill or decode "
+        "(milliseconds, measured on this machine first).",
+        default=COSTS[0],
+        choices=COSTS,
+    )
+
     def estimate(self, blocks: int, row: float) -> tuple[float, bool]:
         # every block once, then a few per removal; a score runs the layers behind the block, about half of them
-        passes = blocks + PER_REMOVAL * self.ratio * blocks
+        removals = self.removals(blocks)
+        passes = blocks + PER_REMOVAL * removals
         if self.search in ("exact", "naive"):
-            passes = max(passes, self.ratio * blocks * blocks)
+            passes = max(passes, removals * blocks)
         return 0.6 * self.samples * row * passes, False
+
+    def begin(self, job: Job) -> Pruning:
+        pruning = super().begin(job)
+        if self.ratio_of != COSTS[0]:
+            pruning.budget = Budget.of(pruning.cost(self.ratio_of))
+        return pruning
+
+    def cut(self, pruning: Pruning, job: Job) -> None:
+        if self.ratio_of != COSTS[0]:
+            removed = pruning.budget.ratio(pruning.subnet)
+            job.record["removed"] = {"of": self.ratio_of, "ratio": removed}
+            job.show(Note(f"Removed of {self.ratio_of}, which the ratio is a share of: {removed:.2%}."))
+        super().cut(pruning, job)
 
     def remove(
         self,
@@ -192,22 +230,25 @@ class GreedyPruner(Pruner):
         name: str,
         moves: Moves,
         windows: torch.Tensor,
-        ratio: float,
+        goal: Goal,
         units: Moves | None = None,
+        most: float | None = None,
     ) -> None:
-        """Remove units until ``ratio`` is reached or no moves are left; the result exceeds the step's ratio by less
-        than one unit.
+        """Remove units until a goal is reached or no moves are left.
 
         Arguments:
             name: of the stage.
+            goal: a number of removals, or a ratio.
             units: all moves that later stages may make; default: ``moves``.
+            most: the ratio of the whole search, which is exceeded by less than one unit; default: that of the goal.
         """
-        fit = fitting(pruning.anatomy, moves, self.ratio, units)
+        if goal.ratio is not None:
+            moves = fitting(pruning.budget, moves, most or goal.ratio, units)
         mode, per = self.search, None if self.per == UNIT else self.per
-        pruning.remove_greedily(name, fit, windows, ratio, mode=mode, slack=self.slack, refresh=self.refresh, per=per)
+        pruning.remove_greedily(name, moves, windows, goal, mode=mode, slack=self.slack, refresh=self.refresh, per=per)
 
 
-class OrderedPruner(Pruner):
+class OrderedPruner(TextPruner):
     """Settings shared by every pruner that narrows blocks."""
 
     order: str = setting(
@@ -224,11 +265,17 @@ class WidthPruner(OrderedPruner, GreedyPruner):
     """Settings shared by every greedy pruner that narrows blocks."""
 
     mlp_group: int | None = setting(
-        "MLP channels removed in one move. Default: a quarter of the hidden size.", default=None, at_least=1
+        "MLP channels removed in one move. Default: a quarter of the hidden size. Of the state of a scan at most an "
+        "eighth is removed at once.",
+        default=None,
+        at_least=1,
     )
 
     head_group: int = setting(
-        "Key-value groups removed in one move, each with all query heads that share it.", default=1, at_least=1
+        "Key-value groups removed in one move, each with all query heads that share it; or heads of a scan, rounded up "
+        "to as many in each of its groups; or whole groups of them.",
+        default=1,
+        at_least=1,
     )
 
     def estimate(self, blocks: int, row: float) -> tuple[float, bool]:
@@ -242,16 +289,22 @@ class WidthPruner(OrderedPruner, GreedyPruner):
         """Units removed in one move, for each axis of attention."""
         return self._groups(job, anatomy, {"attention"})
 
+    def channel_group(self, job: Job) -> int:
+        """Channels removed in one move."""
+        return self.mlp_group or max(1, job.model.config.get_text_config(decoder=True).hidden_size // 4)
+
     def _groups(self, job: Job, anatomy: Anatomy, roles: Collection[str]) -> dict[str, int]:
-        """One expert, ``head_group`` heads, or ``mlp_group`` single channels."""
-        channels = self.mlp_group or max(1, job.model.config.get_text_config(decoder=True).hidden_size // 4)
-        axes = {axis.leader: axis for axis in anatomy.axes.values()}
+        """One expert, ``head_group`` heads (or groups of these), ``mlp_group`` channels, or an eighth of a state."""
+        channels = self.channel_group(job)
+        axes = {axis.leader: axis for axis in sorted(anatomy.axes.values(), key=lambda axis: axis.size)}  # the widest
+        of_heads = {axis.grouped_by for axis in axes.values()}
         groups = {}
         for name in anatomy.axes_of(roles):
-            single = axes[name].unit == 1  # channels, or one rank of a latent
-            groups[name] = 1 if axes[name].active is not None else channels if single else self.head_group
+            single = axes[name].unit == 1 and name not in of_heads  # channels, or one rank of a latent
+            units = channels if single else self.head_group
+            groups[name] = 1 if axes[name].active is not None else step_of(axes[name], units)
         return groups
 
 
 # settings that scores depend on: a search that differs in other settings re-uses the same archive
-_IN_SCORES = ("step", "samples", "width_samples", "seqlen", "metric", "seed", "order", "code")
+_IN_SCORES = ("step", "samples", "width_samples", "seqlen", "metric", "seed", "order", "skip", "code")

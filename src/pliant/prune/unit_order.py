@@ -10,7 +10,7 @@ import torch
 from pliant.anatomy import Anatomy
 from pliant.criteria import by_falling, l1_orders
 from pliant.criteria.importance import measured
-from pliant.elastic import reorder
+from pliant.elastic.reorder import reorder, restore
 from pliant.step import Job
 
 STORED = "stored"
@@ -27,8 +27,10 @@ def ordered(job: Job, anatomy: Anatomy, order: str, windows: torch.Tensor | None
     orders = {} if order == STORED else l1_orders(job.model, anatomy)
     if order not in ("l1", STORED):
         with job.progress.stage(f"order by {order}"):
-            # units that it does not measure, such as experts, which no matrix reads, keep their L1 order
-            orders |= by_falling(measured(job.model, anatomy, order, windows), anatomy)
+            sizes = measured(job.model, anatomy, order, windows)
+            if others := sorted({anatomy.axes[name].leader for name in orders.keys() - sizes.keys()}):
+                job.progress.note(f"  {order} measures no units of {', '.join(others)}: they are sorted by l1")
+            orders |= by_falling(sizes, anatomy)
     reorder(job.model, anatomy, orders)
     shapes = [parameter.shape for parameter in job.model.parameters()]
     try:
@@ -36,5 +38,5 @@ def ordered(job: Job, anatomy: Anatomy, order: str, windows: torch.Tensor | None
     except BaseException:  # Ctrl-C, too
         if shapes != [parameter.shape for parameter in job.model.parameters()]:
             raise  # the error came after the cut: the removed units cannot be restored
-        reorder(job.model, anatomy, {axis: torch.argsort(permutation) for axis, permutation in orders.items()})
+        restore(job.model, anatomy, orders)
         raise

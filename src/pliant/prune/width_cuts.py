@@ -11,17 +11,24 @@ from pliant.elastic import Subnet
 from pliant.prune.ratio_target import TOLERANCE
 
 
-def widths(axis: Axis, elements: int, least: int = 1) -> list[int]:
+def widths(axis: Axis, elements: int, least: int = 0) -> list[int]:
     """Allowed widths of an axis in units, from widest to narrowest, when groups are removed from its end; at least
-    ``least`` units, and those that one token uses, remain.
+    ``least`` units, and the fewest that the axis needs, remain.
 
     Arguments:
         elements: every width is a multiple of so many elements; experts, which are whole matrices, are removed one by
-            one.
+            one, and units that may all be removed as in :func:`step_of`.
     """
-    step = lcm(elements // gcd(elements, axis.unit), axis.multiple) if axis.active is None else axis.multiple
+    group = step_of(axis, elements // gcd(elements, axis.unit))
+    step = lcm(group, axis.multiple) if axis.active is None else axis.multiple
     widest = (axis.size - 1) // step * step
-    return list(range(widest, max(least, axis.active or 1) - 1, -step))
+    return list(range(widest, max(least, axis.fewest) - 1, -step))
+
+
+def step_of(axis: Axis, units: int) -> int:
+    """``units``, or the eighth of an axis whose units may all be removed, if that is less: a state is far narrower than
+    the channels that group sizes are meant for."""
+    return units if axis.fewest else min(units, max(1, axis.size // 8))
 
 
 def narrowed(cuts: Iterable[tuple[str, int]]) -> Subnet:

@@ -5,11 +5,11 @@ Zhong et al., "BlockPruner: Fine-grained Pruning for Large Language Models", 202
 
 from __future__ import annotations
 
-from pliant.prune import GreedyPruner, block_moves
+from pliant.prune import GreedyPruner, Pruner, block_moves
 from pliant.step import Job, setting
 
 
-class BlockPruner(GreedyPruner):
+class BlockPruner(GreedyPruner, Pruner):
     """Algorithm 1 of the paper: mask each remaining block in turn, remove the one with the lowest perplexity,
     repeat."""
 
@@ -21,7 +21,7 @@ class BlockPruner(GreedyPruner):
         roles = {"mix": None, "attention": {"attention"}, "mlp": {"mlp", "experts"}}[self.blocks]
         pruning = self.begin(job)
         moves = block_moves(pruning.anatomy, roles)
-        self.check_reach(pruning.anatomy, [moves])
+        pruning.check_reach([moves], self.ratio)
         windows = self.windows(job, self.samples, self.seed)
-        self.remove(pruning, "blocks", moves, windows, self.ratio)
+        self.remove(pruning, "blocks", moves, windows, self.goal(pruning))
         self.finish(pruning, job, moves, windows)

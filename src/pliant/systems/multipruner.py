@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from pliant.elastic import Subnet
 from pliant.errors import StepError
-from pliant.prune import WidthPruner, block_moves, pooled, width_moves
-from pliant.prune.ratio_target import reached
+from pliant.prune import Pruner, WidthPruner, block_moves, pooled, width_moves
+from pliant.prune.ratio_target import Goal
 from pliant.prune.unit_order import ordered
 from pliant.step import Job, setting
 
 
-class MultiPruner(WidthPruner):
+class MultiPruner(WidthPruner, Pruner):
     """Three greedy stages from coarse to fine. Units are sorted by importance first, so that a stage always removes the
     least important remaining ones."""
 
@@ -57,7 +57,7 @@ class MultiPruner(WidthPruner):
         possible = [(name, share, moves) for name, share, moves in stages if share > 0 and moves(Subnet())]
         total = sum(share for _, share, _ in possible)
         planned = [(name, share / total, moves) for name, share, moves in possible]
-        self.check_reach(anatomy, [moves for _, _, moves in planned])
+        pruning.check_reach([moves for _, _, moves in planned], self.ratio)
         # the paper draws the sample for the widths first
         for_widths = self.windows(job, self.width_samples, self.seed)
         for_blocks = self.windows(job, self.samples, self.seed + 1)
@@ -69,7 +69,8 @@ class MultiPruner(WidthPruner):
                 last = name == planned[-1][0]
                 windows = for_blocks if name == "blocks" else for_widths
                 units = moves if last else all_kinds  # so that an early stage does not overshoot the ratio
-                self.remove(pruning, name, moves, windows, self.ratio if last else ratio, units)
-            if not reached(anatomy, pruning.subnet, self.ratio):  # the last stage ran out of moves
-                self.remove(pruning, "all kinds", all_kinds, for_widths, self.ratio)
+                goal = Goal(pruning.budget, self.ratio if last else ratio)
+                self.remove(pruning, name, moves, windows, goal, units, self.ratio)
+            if not pruning.budget.reached(pruning.subnet, self.ratio):  # the last stage ran out of moves
+                self.remove(pruning, "all kinds", all_kinds, for_widths, self.goal(pruning))
             self.finish(pruning, job, planned[-1][2], for_blocks if planned[-1][0] == "blocks" else for_widths)

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from pliant.anatomy import Anatomy
-from pliant.elastic import Subnet, ratio
+from pliant.elastic import Subnet
 from pliant.errors import RatioError
-from pliant.prune import WidthPruner, block_moves, pooled, width_moves
+from pliant.prune import Pruner, WidthPruner, block_moves, pooled, width_moves
 from pliant.prune.moves import settled
-from pliant.prune.session import Scorer
+from pliant.prune.ratio_target import Budget, Goal
+from pliant.prune.session import Pruning, Scorer
 from pliant.prune.unit_order import ordered
 from pliant.registry import SEARCHES
 from pliant.searches import Limits, Move, Space, SpaceSearch, search_of
 from pliant.step import Job, setting
 
 
-class MultiPrunerEvol(WidthPruner):
+class MultiPrunerEvol(WidthPruner, Pruner):
     """BlockPruner until half the ratio, then NSGA-II over the widths of all remaining MLPs and attentions: the loss
     against the ratio. Of all evaluated sub-networks at the ratio, the one with the lowest loss is taken."""
 
@@ -48,9 +48,9 @@ class MultiPrunerEvol(WidthPruner):
     def run(self, job: Job) -> None:
         kind = search_of(self.width_search)
         pruning = self.begin(job)
-        anatomy = pruning.anatomy
+        anatomy, budget = pruning.anatomy, pruning.budget
         groups = {**self.mlp_groups(job, anatomy), **self.head_groups(job, anatomy)}
-        self.check_reach(anatomy, [block_moves(anatomy), width_moves(anatomy, groups)])
+        pruning.check_reach([block_moves(anatomy), width_moves(anatomy, groups)], self.ratio)
         for_widths = self.windows(job, self.width_samples, self.seed)
         for_blocks = self.windows(job, self.samples, self.seed + 1)
         total = self.population * self.generations
@@ -60,30 +60,31 @@ class MultiPrunerEvol(WidthPruner):
 
         with ordered(job, anatomy, self.order, for_widths):
             units = pooled(block_moves(anatomy), width_moves(anatomy, groups))
-            self.remove(pruning, "blocks", block_moves(anatomy), for_blocks, self.ratio / 2, units)
+            half = Goal(budget, self.ratio / 2)
+            self.remove(pruning, "blocks", block_moves(anatomy), for_blocks, half, units, self.ratio)
             space = Space.of(anatomy, groups, base=pruning.subnet)
-            at_ratio = (lambda subnet: -ratio(anatomy, subnet), -self.ratio)
+            at_ratio = (lambda subnet: -budget.ratio(subnet), -self.ratio)
             limits = Limits(() if kind.multi_objective else (at_ratio,))
             with pruning.scoring("widths", for_widths, on_score=show) as score:
-                search = kind(space, self._first(anatomy, space), total, self.seed, limits)
-                search.run(lambda subnet: [score(subnet), -ratio(anatomy, subnet)])
-                subnet = settled(anatomy, self._nearest(anatomy, search, groups), self.ratio, dict(space.axes))
+                search = kind(space, self._first(budget, space), total, self.seed, limits)
+                search.run(lambda subnet: [score(subnet), -budget.ratio(subnet)])
+                subnet = settled(budget, anatomy, self._nearest(pruning, search, groups), self.ratio, dict(space.axes))
                 loss = score(subnet)
             pruning.commit("widths", Move("all", subnet), loss)
             self.finish(pruning, job, units, for_widths)
 
-    def _first(self, anatomy: Anatomy, space: Space) -> list[Subnet]:
+    def _first(self, budget: Budget, space: Space) -> list[Subnet]:
         """The first generation: random axes narrowed by random steps until about the ratio is reached."""
         draw = np.random.default_rng(self.seed)
         ratios = (self.ratio * draw.uniform(0.8, 1.2) for _ in range(self.population))  # drawn lazily, one per shrink
-        return [space.shrunk(lambda subnet, least=least: ratio(anatomy, subnet) >= least, draw) for least in ratios]
+        return [space.shrunk(lambda subnet, least=least: budget.ratio(subnet) >= least, draw) for least in ratios]
 
-    def _nearest(self, anatomy: Anatomy, search: SpaceSearch, groups: dict[str, int]) -> Subnet:
+    def _nearest(self, pruning: Pruning, search: SpaceSearch, groups: dict[str, int]) -> Subnet:
         """The sub-network with the lowest loss of those at the ratio."""
-        base = search.space.base
-        narrower = width_moves(anatomy, groups)(base)
-        unit = min((ratio(anatomy, move.subnet) for move in narrower), default=0.0) - ratio(anatomy, base)
-        ratios = {subnet: ratio(anatomy, subnet) for subnet in search.seen}
+        base, ratio = search.space.base, pruning.budget.ratio
+        narrower = width_moves(pruning.anatomy, groups)(base)
+        unit = min((ratio(move.subnet) for move in narrower), default=0.0) - ratio(base)
+        ratios = {subnet: ratio(subnet) for subnet in search.seen}
         near = [
             subnet
             for subnet, (loss, _) in search.seen.items()

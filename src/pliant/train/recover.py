@@ -128,7 +128,7 @@ class Recover(Step):
 
     target_modules: str | Sequence[str] | None = setting(
         "lora: names of the linear layers with adapters, such as q_proj,v_proj. Default: all linear layers in the "
-        "blocks.",
+        "blocks that can have one.",
         default=None,
         formerly="targets",
     )
@@ -207,6 +207,8 @@ class Recover(Step):
         Halves(model)  # refuses a model that does not predict next tokens, before any work
         tokenizer = job.tokenizer()
         anatomy = described(model)
+        if self.method == "lora":
+            linear_layers(model, anatomy, self.target_modules or ())  # refuses unknown layers, before any work
         given = self._examples(job)
         seqlen = seqlen_of(model, self.seqlen, USUAL)
         train, held_out = self._sequences(given, model, tokenizer, seqlen)
@@ -259,6 +261,8 @@ class Recover(Step):
         linears = linear_layers(model, anatomy)
         with training_mode(model, recompute=self.gradient_checkpointing):
             trained = self._trained(model, anatomy)
+            for name, reason in trained.without.items():
+                job.progress.note(f"  no adapter on {name}: {reason}")
             try:
                 needs = memory_needed(
                     model,

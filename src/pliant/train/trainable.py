@@ -6,14 +6,14 @@ unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from pliant.anatomy import Anatomy, layers_of
+from pliant.anatomy import Anatomy, layers_of, output_of, probe
 from pliant.errors import MissingExtraError, StepError
 from pliant.runtime.dense import is_linear, stored_in_out
 from pliant.train.seeds import seeded
@@ -23,6 +23,8 @@ HALF = (torch.float16, torch.bfloat16)
 
 class Full:
     """All parameters of the model. Those in half precision are trained in float32 and rounded once, at the end."""
+
+    without: ClassVar[dict[str, str]] = {}
 
     def __init__(self, model: nn.Module):
         self.parameters = dict(model.named_parameters())
@@ -50,8 +52,11 @@ class Lora:
     """Low-rank adapters (Hu et al., 2021, arXiv 2106.09685) on linear layers of the blocks; the rest is frozen.
 
     Arguments:
-        targets: names of linear layers, such as ``q_proj``; if empty, all.
+        targets: names of linear layers, such as ``q_proj``; if empty, all that can have an adapter.
         seed: of the initial values of the adapters.
+
+    Attributes:
+        without: name of a linear layer that cannot have an adapter -> the reason.
 
     Raises:
         MissingExtraError: peft is not installed.
@@ -76,7 +81,17 @@ class Lora:
                 "method lora needs peft: pip install 'pliant[train]'; or choose method full"
             ) from None
         self._model = model
-        self._linears = linear_layers(model, anatomy, targets)
+        with seeded(model.device, seed):
+            self.without = _without_adapters(model, linear_layers(model, anatomy))
+        possible = sorted({_name(path) for path in linear_layers(model, anatomy)} - self.without.keys())
+        if wrong := [name for name in targets if name in self.without]:
+            raise StepError(
+                f"target_modules: {wrong[0]} of this model cannot have an adapter: {self.without[wrong[0]]}; choose "
+                f"from: {', '.join(possible)}"
+            )
+        if not possible:
+            raise StepError("no linear layer in the blocks of this model can have an adapter; choose method full")
+        self._linears = linear_layers(model, anatomy, targets or possible)
         self._given: dict[str, torch.Tensor] = {}
         settings = peft.LoraConfig(
             r=rank,
@@ -93,7 +108,8 @@ class Lora:
             self.abandon()
             if isinstance(error, ValueError):
                 raise StepError(
-                    f"peft cannot put adapters on this model: {error}; choose other target_modules, or method full"
+                    f"peft cannot put adapters on this model: {str(error).rstrip('.')}; choose other target_modules, "
+                    "or method full"
                 ) from error
             raise
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -115,6 +131,40 @@ class Lora:
             self._model.set_submodule(path, linear)
         if hasattr(self._model, "peft_config"):
             del self._model.peft_config
+
+
+def _name(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+@torch.no_grad()
+def _without_adapters(model: Any, linears: Mapping[str, Any]) -> dict[str, str]:
+    """The names of linear layers that cannot have an adapter, each with the reason.
+
+    Code may read the weight of a layer and never call it, as the mixers of Mamba do. An adapter on it would have no
+    effect until it is merged. peft refuses such layers of some models by their names.
+    """
+    import peft
+
+    called: set[str] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda *_, path=path: called.add(path)) for path, module in linears.items()
+    ]
+    try:
+        output_of(model, probe(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    reasons = {_name(path): "the model reads its weight and never calls it" for path in linears if path not in called}
+    for name in {_name(path) for path in linears} - reasons.keys():
+        alone: Any = nn.Module()
+        alone.config = model.config
+        alone.add_module(name, nn.Linear(1, 1))
+        try:
+            peft.LoraModel(alone, peft.LoraConfig(r=1, target_modules=[name]), "default")
+        except ValueError:
+            reasons[name] = f"peft refuses it in a {model.config.model_type}"
+    return dict(sorted(reasons.items()))
 
 
 def linear_layers(model: nn.Module, anatomy: Anatomy, targets: Sequence[str] = ()) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pliant.anatomy import agree
 from pliant.errors import ArchitectureError
 from pliant.forward.windows import check_model
 from pliant.torch_private import copy_with_child
@@ -32,7 +33,7 @@ class Halves:
     def __init__(self, model: Any):
         check_model(model)
         self._trunk = model.base_model
-        self._head = copy_with_child(model, model.base_model_prefix, _Given())
+        self._head = copy_with_child(model, model.base_model_prefix, _Given(model.base_model))
         was = model.training
         model.eval()
         ids = torch.tensor([[1, 2]], device=model.device)
@@ -41,7 +42,7 @@ class Halves:
             whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             parts = self.head(self.trunk(ids, mask)[0])
         model.train(was)
-        if not torch.allclose(whole[0], parts, equal_nan=True):
+        if not agree(parts.nan_to_num(), whole[0].nan_to_num(), next(model.parameters()).dtype):
             raise ArchitectureError(
                 f"the logits of {type(model).__name__} depend on more than its final hidden states, so it cannot be "
                 "trained"
@@ -59,14 +60,22 @@ class Halves:
 class _Given(nn.Module):
     """A stand-in for the trunk, or for any part of it that a head calls (``model.decoder``).
 
-    It returns the hidden states that it receives as embeddings.
+    It returns the hidden states that it receives as embeddings. Numbers that a head reads from the trunk, such as a
+    factor on the logits, are those of the trunk.
     """
+
+    def __init__(self, trunk: nn.Module):
+        super().__init__()
+        self.__dict__["_trunk"] = trunk  # not a submodule: it does not run
 
     def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> _Output:  # noqa: ARG002
         return _Output(inputs_embeds)
 
     def __getattr__(self, name: str) -> Any:
-        return super().__getattr__(name) if name.startswith("_") else self
+        if name.startswith("_"):
+            return super().__getattr__(name)
+        value = getattr(self._trunk, name, None)
+        return value if isinstance(value, int | float) else self
 
 
 class _Output:

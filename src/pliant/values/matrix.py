@@ -28,6 +28,7 @@ OUTSIDE = f"linear layers outside the blocks (target_modules={ALL!r} includes th
 HEAD = "the output head (its name in target_modules includes it)"
 UNNAMED = "linear layers that target_modules does not match"
 NAMED = 0.001  # kinds of skipped parameters below this share of the model are not named
+UNCALLED = "linear layers whose weight is read by their block, which never calls them"
 EXCLUDED = "linear layers that exclude_modules matches"
 
 
@@ -42,6 +43,7 @@ class Matrix:
         layer: the linear layer that it belongs to; None for a parameter outside linear layers: a stack of experts, a
             router.
         names: all names of that layer: one module may be registered in several places.
+        called: its layer is called. If not, its block reads the weight itself.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Matrix:
     weight: torch.Tensor
     layer: nn.Module | None = None
     names: tuple[str, ...] = ()
+    called: bool = True
 
 
 @dataclass
@@ -140,7 +143,7 @@ def select_matrices(
     _ready(model)
     blocks = list(_blocks(model))
     everything = _candidates(model, blocks)
-    inside = {stack.name for stack in blocks}
+    inside = {matrix.name: matrix for matrix in blocks}
     output = head_of(model)
     chosen = None if target in (None, ALL) else _named(everything, target, "target_modules")
     excluded = set() if exclude is None else _named(everything, exclude, "exclude_modules")
@@ -155,6 +158,8 @@ def select_matrices(
             why = "" if head else HEAD
         else:
             why = OUTSIDE if inside and target is None and name not in inside else ""
+        if not why and replaces and name in inside and not inside[name].called:
+            why = UNCALLED
         why = why or _why_skipped(model, name, one, replaces)
         weight = id(_parameter(model, one))
         if not why and not replaces and weight in embedded:
@@ -288,7 +293,8 @@ def _blocks(model: Any) -> Iterator[Matrix]:
             layer = layers[block.layer]
             prefix = names[id(layer)]
             path = f"{prefix}.{weight.path}" if prefix else weight.path
-            yield Matrix(path.removesuffix(".weight"), path, weight.tensor(layer).detach().movedim(weight.reads, -1))
+            tensor = weight.tensor(layer).detach().movedim(weight.reads, -1)
+            yield Matrix(path.removesuffix(".weight"), path, tensor, called=weight.called)
 
 
 def _named(everything: dict[str, Matrix], wanted: str | Sequence[str], setting: str) -> set[str]:

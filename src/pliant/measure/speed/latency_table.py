@@ -58,7 +58,8 @@ class Latency:
     def _block(self, block: Block, kept: Mapping[str, int]) -> float:
         time_ = self.blocks[block.kind]
         for axis in block.leaders:
-            time_ *= _between(self.axes[block.kind, axis.leader], kept[axis.leader] / axis.size)
+            if axis.size:
+                time_ *= _between(self.axes[block.kind, axis.leader], kept[axis.leader] / axis.size)
         return time_
 
 
@@ -78,14 +79,18 @@ def measure_latency(model: Any, anatomy: Anatomy, phase: str = "prefill", *, rep
         phase: ``prefill`` or ``decode``.
         repeats: number of rounds; every round times each sub-network once, and medians are used.
     """
-    kinds = {block.kind: block for block in anatomy.blocks.values()}
+    # of each kind a block that has units of every axis, if there is one
+    alike = sorted(anatomy.blocks.values(), key=lambda block: all(axis.size for axis in block.leaders))
+    kinds = {block.kind: block for block in alike}
     subnets: dict[tuple[str, ...], Subnet] = {("dense",): Subnet()}
     narrower: dict[tuple[str, ...], float] = {}
     for kind, block in kinds.items():
-        alike = (block.name for block in anatomy.may_all_go() if block.kind == kind)
-        subnets["without", kind] = Subnet().without(*alike)
+        removable = (block.name for block in anatomy.may_all_go() if block.kind == kind)
+        subnets["without", kind] = Subnet().without(*removable)
         for axis in block.leaders:
-            fewer = {axis.less(axis.size, round(axis.size * share)) for share in NARROWED}
+            # an axis that may lose all its units is measured without them: a block whose scan is gone still takes time
+            shares = (*NARROWED, 1.0) if axis.fewest == 0 else NARROWED
+            fewer = {axis.less(axis.size, round(axis.size * share)) for share in shares}
             for units in sorted(units for units in fewer if units is not None and units < axis.size):
                 name = ("narrow", kind, axis.leader, str(units))
                 subnets[name] = _narrowed(anatomy, kind, axis.leader, units / axis.size)
@@ -111,11 +116,12 @@ def measure_latency(model: Any, anatomy: Anatomy, phase: str = "prefill", *, rep
         whole = max(1e-6, (dense - median["without", kind]) / removed)
         blocks[kind] = whole
         for axis in block.leaders:
-            points = [(0.0, 0.0)]
+            points = [] if axis.fewest == 0 and axis.size else [(0.0, 0.0)]
             for name, share in narrower.items():
                 if name[1:3] == (kind, axis.leader):
                     saved = (dense - median[name]) / count
-                    points.append((share, min(1.0, max(points[-1][1], 1 - saved / whole))))
+                    least = points[-1][1] if points else 0.0
+                    points.append((share, min(1.0, max(least, 1 - saved / whole))))
             axes[kind, axis.leader] = (*points, (1.0, 1.0))
     rest = max(0.0, dense - sum(blocks[block.kind] for block in anatomy.blocks.values()))
     return Latency(phase, rest, blocks, axes)

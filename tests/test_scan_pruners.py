@@ -1,0 +1,119 @@
+"""Every pruner on state-space models: saved, run again, interrupted, with and without prefixes."""
+
+import copy
+
+import pytest
+import torch
+
+import pliant
+from pico import logits, pico, tokenizer
+from pliant.anatomy import anatomy_of
+from pliant.elastic import Subnet, parameters
+from pliant.progress import Progress
+from pliant.prune.moves import width_moves
+from pliant.prune.width_cuts import widths
+
+FAMILIES = ("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h")
+TEXT = pliant.text([" ".join(f"word {i * j % 17}" for j in range(1, 30)) for i in range(1, 40)])
+SHARED = {"ratio": 0.1, "samples": 4, "seqlen": 24}
+STEPS = {
+    "fisher": lambda: pliant.FisherPruner(**SHARED, repair=4),
+    "knapsack": lambda: pliant.KnapsackPruner(**SHARED, repair=4, swaps=4),
+    "unified": lambda: pliant.UnifiedPruner(**SHARED, repair=4, order="fisher"),
+    "one-shot": lambda: pliant.OneShot(**SHARED, repair=4),
+    "channels": lambda: pliant.ChannelPruner(ratio=0.1),
+}
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def prune(model, step, **options):
+    return pliant.apply(model, step, TEXT, tokenizer=tokenizer(), **{"progress": False, **options})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("kind", STEPS)
+def test_a_pruned_model_is_saved_and_the_same_run_again_gives_it(name, kind, tmp_path):
+    model, again = pico(name), pico(name)
+    dense = parameters(anatomy_of(model))
+    prune(model, STEPS[kind](), work=tmp_path / "work")
+    record = model.pliant_history[0]
+    assert record["ratio"] == 1 - sum(parameter.numel() for parameter in model.parameters()) / dense
+    pliant.save(model, tmp_path / "out")
+    assert torch.equal(logits(pliant.load(tmp_path / "out")), logits(model))
+    prune(again, STEPS[kind](), work=tmp_path / "work")
+    assert torch.equal(logits(again), logits(model))
+    assert all(not counters["evaluations"] for counters in again.pliant_history[0].get("counters", {}).values())
+    fits = [fit["distance"] for fit in record.get("repair", ())]
+    assert all(fit is None or fit["after"] <= fit["before"] + 1e-6 for fit in fits)
+    assert any(fits) or kind == "channels"
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "nemotron_h"])
+def test_a_search_over_widths_reuses_prefixes_and_removes_what_a_naive_one_does(name):
+    subnets = []
+    for search in ("naive", "exact"):
+        model = prune(pico(name), pliant.UnifiedPruner(**SHARED, search=search, head_group=2, mlp_group=16))
+        subnets.append(model.pliant_history[0]["subnet"])
+    assert subnets[0] == subnets[1]
+
+
+class Stopped(Progress):
+    def __init__(self, after):
+        super().__init__()
+        self.left = after
+
+    def emit(self, event, **_):
+        self.left -= event == "step"
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["mamba", "bamba"])
+def test_an_interrupted_search_leaves_the_model_as_it_was_and_resumes(name, tmp_path):
+    model, straight = pico(name), pico(name)
+    before = copy.deepcopy(model.state_dict())
+    step = pliant.UnifiedPruner(**SHARED, order="activation")
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, step, work=tmp_path, progress=Stopped(8))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    prune(model, step, work=tmp_path)
+    prune(straight, step)
+    assert torch.equal(logits(model), logits(straight))
+    assert sum(counters["replayed"] for counters in model.pliant_history[0]["counters"].values()) > 0
+
+
+def test_a_state_is_cut_in_eighths_and_down_to_nothing():
+    anatomy = anatomy_of(pico("mamba2", state_size=32))
+    state, scan = anatomy.axes["layers.0.mamba.state"], anatomy.axes["layers.0.mamba.scan"]
+    assert widths(state, 32) == [28, 24, 20, 16, 12, 8, 4, 0]
+    assert widths(state, 2) == list(range(30, -2, -2))
+    assert widths(state, 32, least=9) == [28, 24, 20, 16, 12]
+    assert widths(scan, 32) == [4]  # heads of 8 elements, as many in each of two groups
+    step, groups = pliant.UnifiedPruner(**SHARED), {}
+
+    class Job:
+        model = pico("mamba2", state_size=32)
+
+    groups = step.mlp_groups(Job, anatomy)
+    assert groups == {"group": 1, "scan": 1, "state": 4}
+    offered = {move.unit: dict(move.subnet.keep)[move.unit] for move in width_moves(anatomy, groups)(Subnet())}
+    assert offered["layers.0.mamba.state"] == 28
+    assert offered["layers.0.mamba.scan"] == 6
+
+
+def test_fisher_pruning_removes_the_state_that_nothing_enters():
+    model = pico("mamba2", state_size=16)
+    mixer = model.backbone.layers[2].mixer
+    silent = [1, 4, 5, 6, 9, 10, 14, 15]
+    start = mixer.intermediate_size
+    with torch.no_grad():
+        for copied in range(2):
+            rows = [start + copied * 16 + unit for unit in silent]
+            mixer.in_proj.weight[[start + row for row in rows]] = 0
+            mixer.conv1d.bias[rows] = 0
+    anatomy, before = anatomy_of(model), logits(model)
+    subnet = Subnet().keeping("layers.2.mamba.state", 8)
+    ratio = 1 - parameters(anatomy, subnet) / parameters(anatomy)
+    prune(model, pliant.FisherPruner(ratio=ratio, samples=4, seqlen=24))
+    assert model.pliant_history[0]["subnet"] == subnet.to_dict()
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
