@@ -51,7 +51,6 @@ ENDINGS = {
     "yaml": (".yaml", ".yml"),
     "markdown": (".md",),
     "restructuredtext": (".rst",),
-    "text": (".txt",),
     "csv": (".csv",),
     "svg": (".svg",),
     "css": (".css",),
@@ -67,7 +66,7 @@ ENCODINGS: dict[str, Callable[[bytes], bytes]] = {
     "encoding_base32": base64.b32encode,
     "encoding_base85": base64.a85encode,
 }
-PROSE = ("license", "licence", "copying", "notice", "authors", "readme", "changes", "history")  # other .txt are lists
+PROSE = ("license", "licence", "copying", "notice", "authors")  # plain text, whatever the ending
 SMALLEST, LARGEST = 1 << 10, 1 << 20  # bytes of a file
 FILES, CALIBRATION, WINDOW = 20, 4, 384  # files of a type, more for calibration, bytes of each
 BATCH = 16  # windows in one pass
@@ -127,7 +126,7 @@ def _spread(files: Sequence[tuple[str, Path]]) -> list[tuple[str, Path]]:
 
 def _window(kind: str, path: Path, length: int) -> bytes | None:
     """The middle of a file, or of what encodes it; None if the file is unsuited."""
-    if kind == "text" and not path.stem.lower().startswith(PROSE):
+    if path.stem.lower().startswith(PROSE):
         return None
     try:
         if not SMALLEST <= path.stat().st_size <= LARGEST:
