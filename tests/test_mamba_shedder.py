@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -445,6 +446,29 @@ def test_a_configuration_of_a_hybrid_is_read():
 def test_a_configuration_that_does_not_fit_is_refused(family, raw, refusal):
     with pytest.raises(DataError, match=refusal):
         parse_config(raw, anatomy_of(pico(family)))
+
+
+def test_a_configuration_that_cuts_the_uses_of_a_shared_block_differently_is_refused():
+    anatomy = anatomy_of(pico("bamba"))
+    blocks = {
+        name: replace(block, tied="layers.0.mlp") if block.role == "mlp" else block
+        for name, block in anatomy.blocks.items()
+    }
+    shared = replace(anatomy, blocks=blocks)
+    with pytest.raises(DataError, match="pruned_mlp_idx cuts the uses of a shared block differently"):
+        parse_config({"pruned_mlp_idx": [1], "pruned_ssm_idx": [0]}, shared)
+    assert parse_config({"pruned_mlp_idx": [], "pruned_ssm_idx": [0]}, shared) == Subnet().keeping(
+        "layers.0.mamba.state", 0
+    )
+
+
+def test_repair_refits_around_a_fitted_skip():
+    model = pico("mamba2")
+    small, record = shed(pico("mamba2"), target="ssm", steps=1, skip="fitted", repair=8)
+    (name,) = record["subnet"]["keep"]
+    layer = int(name.split(".")[1])
+    assert not torch.equal(small.backbone.layers[layer].mixer.D, model.backbone.layers[layer].mixer.D)
+    assert any(fit["distance"] is not None for fit in record["repair"])
 
 
 # Refusals

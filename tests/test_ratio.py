@@ -51,6 +51,12 @@ METHODS = {
         {"width_samples": 2, "mlp_group": 8, "population": 8, "generations": 3, "tolerance": 0.02},
         greedy_unit,
     ),
+    "mamba_shedder": (pliant.MambaShedder, {}, lambda a: smallest(a, block_moves(a))),
+    "mamba_shedder of parts": (
+        pliant.MambaShedder,
+        {"target": "attention+mlp+channels", "mlp_group": 8},
+        lambda a: smallest(a, pooled(block_moves(a), width_moves(a, {"channels": 8}))),
+    ),
     "oneshot": (pliant.OneShot, {}, lambda a: smallest(a, block_moves(a))),
     "oneshot of layers": (pliant.OneShot, {"granularity": "layer"}, lambda a: smallest(a, layer_moves(a))),
     "unified": (pliant.UnifiedPruner, {"mlp_group": 8}, greedy_unit),
@@ -103,6 +109,7 @@ UNEVEN = {  # MLPs are four times as large as attentions, or more
 }
 ON_UNEVEN = [
     *(("blockpruner", {}), ("oneshot of layers", {}), ("multipruner", {}), ("unified", {})),
+    ("mamba_shedder of parts", {}),
     *(("knapsack", {}), ("knapsack of whole blocks", {}), ("multipruner_evol", {})),
     *(("oneshot", {"by": by}) for by in (*RANKINGS, "perplexity", "random")),
 ]

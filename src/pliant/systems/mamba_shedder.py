@@ -249,9 +249,10 @@ def _check_amounts(
     """
     for search, of_stage in zip(searches, kinds, strict=True):
         if search.steps is not None and (most := exhausted(of_stage)[1]) < search.steps:
+            blocks = {"block", "attention"} & {*(search.targets or WHOLE)}
+            reason = ", because the last block that keeps a state stays" if blocks else ""
             raise StepError(
-                f"{search.name}: {search.steps} removals are more than there can be; give at most {most}, because the "
-                "last block that keeps a state stays"
+                f"{search.name}: {search.steps} removals are more than there can be; give at most {most}{reason}"
             )
         if search.ratio is not None:
             pruning.check_reach(of_stage, search.ratio)
