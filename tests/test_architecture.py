@@ -114,6 +114,7 @@ def test_a_faulty_file_is_refused_with_the_fault(change, told):
         ("state", ["scan"], "a block with the state 'scan' lists the axes that span it under scan_state"),
         ("scan_state", ["channels"], "a block with the state 'scan' lists the axes that span it under scan_state"),
         ("scan_state", ["heads"], "scan_state of block 'mlp': unknown axis 'heads'"),
+        ("scan_macs", 0, "scan_macs must be a whole number of at least 1, not 0"),
         ("when", "conv", "when must be a list of names, not 'conv'"),
         ("tied", "yes", "tied must be true or false, not 'yes'"),
         ("needs", ["experts"], r"block 'mlp': needs must be a config key, not \['experts'\]"),
@@ -123,7 +124,7 @@ def test_a_faulty_file_is_refused_with_the_fault(change, told):
         ("either", {}, "either must be a list of two or more variants, not {}"),
         ("either", [{"slot": "a"}, {}], "variant 1 of block 'mlp' has the unknown key 'slot'"),
         ("rescale", True, "rescale must be a list of names, not True"),
-        ("skip", {"up": "channels"}, "one of its weights to an axis with 'least: 0', not 'up' to 'channels'"),
+        ("skip", {"up": "channels"}, "one of its weights to axes with 'least: 0', not 'up' to 'channels'"),
         ("skip", {"up": ["channels"]}, "skip must map one of its weights"),
     ],
 )

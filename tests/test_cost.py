@@ -83,6 +83,16 @@ def test_the_states_of_a_narrowed_model_take_the_bytes_that_are_counted(name, dt
     assert pliant.inspect(model, self_check=False)["state_bytes"] == held
 
 
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_text", "olmo_hybrid", "kimi_linear"])
+def test_a_delta_rule_reads_its_state_once_more(name):
+    anatomy = anatomy_of(pico(name))
+    block = next(block for block in anatomy.blocks.values() if block.scan_state({}))
+    without = macs(anatomy, Subnet().without(block.name), context=0)
+    multiplied = [weight for weight in block.weights if weight.reads is not None or weight.depthwise]
+    matrices = sum(prod(block.shape(weight, {})) for weight in multiplied)
+    assert macs(anatomy, context=0) - without == matrices + 4 * block.scan_state({})
+
+
 def test_an_inspection_shows_the_state_of_a_sequence(capsys):
     show_inspection(pliant.inspect(pico("mamba2"), self_check=False))
     assert "16 KiB of state for a sequence" in " ".join(capsys.readouterr().out.split())

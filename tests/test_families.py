@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from transformers import DynamicCache
+from transformers.models.falcon_h1 import modeling_falcon_h1 as falcon_h1
 
 import pliant
 from pico import FAMILIES, IDS, config, head_of, logits, pico, tokenizer
@@ -19,6 +20,7 @@ from pliant.errors import ArtefactError
 from pliant.exporters.homogeneous import homogeneous
 from pliant.prune import width_moves
 
+SCANS = hasattr(falcon_h1, "mamba2_chunk_scan")
 _DELTA = {"head_dim": 8, "num_heads": 5, "short_conv_kernel_size": 3, "kda_layers": [1, 3], "full_attn_layers": [2, 4]}
 VARIANTS = {name: (name, {}) for name in FAMILIES} | {
     "kimi_linear, low-rank queries and grouped experts": (
@@ -68,7 +70,10 @@ def generated(model, **options):
 
 
 def has_cache(name, **overrides):
-    """Whether transformers has a cache for the dense model: 5.14 has none for a layer with an MLP alone."""
+    """Whether transformers has a cache for the dense model: 5.14 has none for a layer with an MLP alone, and a
+    wrong one for falcon_h1."""
+    if name == "falcon_h1" and not SCANS:
+        return False
     try:
         DynamicCache(config=config(name, **overrides))
     except KeyError:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import cache
 from itertools import product
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import transformers
 from transformers import DynamicCache
 
 import pliant
-from pico import IDS, config, head_of, logits, pico, tokenizer
+from pico import FAMILIES, IDS, config, head_of, logits, pico, tokenizer
 from pliant.anatomy import anatomy_of
 from pliant.architecture import catalogue, parse
 from pliant.checkpoint.per_layer_config import write
@@ -22,10 +23,10 @@ from pliant.elastic import Subnet, check, extract, parameters, reorder
 from pliant.errors import ArchitectureError, ArtefactError
 from pliant.prune import width_moves
 
-DELTA = ("qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid")
-SCANS = ("mamba2", "bamba", "nemotron_h")
+DELTA = tuple(name for name in FAMILIES if name in ("qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"))
+SCANS = {"mamba2": 4, "bamba": 6, "nemotron_h": 4, "granitemoehybrid": 6, "falcon_h1": 6}  # heads in each of two groups
 SHAPES = dict.fromkeys(DELTA, (3, 2, "key", "value"))  # groups, units in each, the axes of both
-SHAPES |= {"mamba2": (2, 4, "group", "scan"), "bamba": (2, 6, "group", "scan"), "nemotron_h": (2, 4, "group", "scan")}
+SHAPES |= {name: (2, heads, "group", "scan") for name, heads in SCANS.items()}
 pytestmark = pytest.mark.filterwarnings("ignore")  # of kernels that this machine does not have
 
 
@@ -71,6 +72,16 @@ def step_by_step(model):
     return read[:, -1]
 
 
+@cache
+def decodes(name):
+    """Whether transformers decodes the dense model exactly; 5.14 does not for Nemotron-H and Falcon-H1."""
+    model = pico(name)
+    try:
+        return torch.allclose(step_by_step(model), logits(model)[:, -1], atol=2e-4)
+    except KeyError:
+        return False
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_number_of_groups_and_units_is_exact(name, tmp_path):
     count, size, grouping, grouped = SHAPES[name]
@@ -98,7 +109,7 @@ def test_every_number_of_groups_and_units_is_exact(name, tmp_path):
         assert entry == {keys[axis]: sizes[axis] for axis in sizes if sizes[axis] != full[axis]}
         again = head_of(name).from_pretrained(tmp_path / str(place)).eval()
         assert torch.allclose(logits(again), expected, atol=2e-5 * expected.abs().max().item())
-        assert torch.allclose(step_by_step(again), logits(again)[:, -1], atol=2e-4)
+        assert not decodes(name) or torch.allclose(step_by_step(again), logits(again)[:, -1], atol=2e-4)
         axes = anatomy_of(again).blocks[block.name].axes
         assert (axes[grouping].size, axes[grouped].size, axes[grouped].groups) == (groups, groups * units, groups)
 
@@ -172,7 +183,7 @@ def test_a_group_is_as_important_as_what_is_in_it(name):
             "6 value; the dense model has 4 in these 2 groups, so it must be between 1 and 4",
         ),
         (
-            "olmo_hybrid",
+            "qwen3_5_moe_text",
             {"linear_num_key_heads": 2, "linear_num_value_heads": 3},
             "3 value in 2 groups; every group keeps equally many",
         ),
@@ -223,11 +234,14 @@ def test_groups_that_no_weight_has_need_an_attribute():
         anatomy_of(model)
 
 
-def test_a_rescaled_norm_is_over_the_width_or_each_group():
-    raw = json.loads(json.dumps(catalogue()["mamba2"].raw))
-    raw["blocks"]["mamba"]["rescale"] = {"norm": "head"}
-    with pytest.raises(ArchitectureError, match="rescale must list norms, or map each to width or group"):
-        parse("x", raw)
+def test_a_norm_without_groups_of_its_own_is_over_all_of_them():
+    model = pico("mamba2")
+    norm = mixer_of(model, block_of(model)).norm
+    vars(norm).pop("group_size", None)  # as in older transformers
+    found = block_of(model)
+    assert [weight.rescaled for weight in found.weights if weight.path == "mixer.norm.weight"] == ["width"]
+    epsilon = next(attribute for attribute in found.attributes if attribute.epsilon is not None)
+    assert found.value(epsilon, {"group": 1}) == 2 * epsilon.epsilon
 
 
 @pytest.mark.parametrize("name", [*DELTA, "qwen3_next"])
@@ -275,7 +289,7 @@ def test_the_text_model_of_a_composite_is_cut(tmp_path):
 TEXT = pliant.text([" ".join(f"word {i * j % 17}" for j in range(1, 30)) for i in range(1, 40)])
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_text", "olmo_hybrid"])
+@pytest.mark.parametrize("name", DELTA)
 @pytest.mark.parametrize("step", [pliant.MultiPruner, pliant.FisherPruner, pliant.KnapsackPruner])
 def test_pruners_narrow_them(name, step):
     model = pico(name)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import pliant
 from pico import IDS, logits, pico, tokenizer
 from pliant.anatomy import anatomy_of, layers_of
+from pliant.architecture import catalogue
 from pliant.cli.main import app
 from pliant.compat.scan import watched_scans
 from pliant.elastic import Elastic, Subnet, extract, parameters
@@ -20,16 +21,17 @@ from pliant.forward.windows import windows_for
 from pliant.measure.cost import cost_of
 from pliant.measure.speed.latency_table import measure_latency
 from pliant.prune.imported_configs import parse_config
-from pliant.prune.scan_skip import scan_axis, scans_of, with_skips
+from pliant.prune.scan_skip import scan_axis, scanless, scans_of, with_skips
 from pliant.run.compress import compress
 from pliant.run.recipe import Measuring
 from pliant.step import Job
+from pliant.systems.mamba_shedder import PARTS, axes_of
 
 SCANS = hasattr(importlib.import_module("transformers.models.mamba2.modeling_mamba2"), "mamba2_chunk_scan")
 pytestmark = pytest.mark.skipif(not SCANS, reason="the scan of this transformers is not a function")
 TEXT = pliant.text([" ".join(f"word {i * j % 17}" for j in range(1, 30)) for i in range(1, 40)])
 ROWS = {"samples": 8, "seqlen": 32}
-FAMILIES = ("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h")
+FAMILIES = tuple(name for name, of in catalogue().items() if any(block.skip for block in of.blocks))
 
 
 def shed(model, data=TEXT, **settings):
@@ -71,7 +73,7 @@ def test_the_removals_are_those_of_the_papers_loop(family, target):
                 offered[block.name] = subnet.without(block.name)
         for block in anatomy.alive(subnet.skip) if "ssm" in target else ():
             if (axis := scan_axis(block)) is not None and dict(subnet.keep).get(axis.name) != 0:
-                offered[f"{block.name}.ssm"] = subnet.keeping(axis.name, 0)
+                offered[f"{block.name}.ssm"] = scanless(subnet, block)
         losses = {}
         for unit, candidate in offered.items():
             elastic.activate(candidate)
@@ -106,7 +108,7 @@ def test_ratios_of_stages_add_up_and_excess_is_put_back():
 
 
 def _smallest(anatomy):
-    scans = (Subnet().keeping(scan_axis(block).name, 0) for block in scans_of(anatomy))
+    scans = (scanless(Subnet(), block) for block in scans_of(anatomy))
     return max(parameters(anatomy) - parameters(anatomy, subnet) for subnet in scans)
 
 
@@ -152,14 +154,33 @@ def test_models_of_which_some_blocks_have_no_scan_are_measured(monkeypatch):
     assert table.of(anatomy) > 0
 
 
-@pytest.mark.parametrize("target", ["heads", "state", "scan_channels", "channels"])
-def test_parts_are_removed_in_their_groups(target):
-    family = {"scan_channels": "mamba", "channels": "bamba"}.get(target, "mamba2")
-    model = pico(family)
-    _, record = shed(model, target=target, steps=2, mlp_group=8, head_group=2, state_group=5, order="activation")
-    size = {"heads": 8, "state": 10, "scan_channels": 64, "channels": 48}[target]
-    group = {"heads": 4, "state": 5}.get(target, 8)
-    assert sum(size - units for units in record["subnet"]["keep"].values()) == 2 * group
+@pytest.mark.parametrize(
+    ("family", "target", "size", "removed"),
+    [
+        ("mamba2", "heads", 8, 8),
+        ("mamba2", "state", 10, 10),
+        ("mamba2", "groups", 2, 2),
+        ("mamba", "scan_channels", 64, 16),
+        ("jamba", "scan_channels", 96, 16),
+        ("bamba", "channels", 48, 16),
+        ("qwen3_5_text", "groups", 3, 2),
+    ],
+)
+def test_parts_are_removed_in_their_groups(family, target, size, removed):
+    settings = {"mlp_group": 8, "head_group": 2, "state_group": 5, "order": "activation"}
+    _, record = shed(pico(family), target=target, steps=2, **settings)
+    assert sum(size - units for units in record["subnet"]["keep"].values()) == removed
+
+
+def test_every_part_of_a_model_is_one_target_at_most():
+    step = pliant.MambaShedder(steps=1)
+    for family in (*FAMILIES, "qwen3_next", "kimi_linear", "lfm2", "mixtral"):
+        anatomy = anatomy_of(pico(family))
+        named = [axis.name for target in PARTS for axis in axes_of(anatomy, target)]
+        assert len(named) == len(set(named))
+        scans = {block.name for block in anatomy.blocks.values() if block.role == "scan"}
+        assert scans <= {name.rpartition(".")[0] for name in named}
+    assert step.searches() == [((), 1, None)]
 
 
 # What remains of a scan
@@ -181,7 +202,7 @@ def test_a_removed_scan_returns_its_input_times_the_skip(family, skip):
     anatomy = anatomy_of(model)
     block = scans_of(anatomy)[-1]
     scale = scale_of(skip, model, block)
-    subnet = Subnet().keeping(scan_axis(block).name, 0)
+    subnet = scanless(Subnet(), block)
     module = importlib.import_module(type(model).__module__)
     name = "mamba2_chunk_scan" if hasattr(module, "mamba2_chunk_scan") else "mamba_selective_scan"
     mixer = layers_of(model, anatomy.source)[block.layer].get_submodule(block.spec.module)
@@ -358,8 +379,9 @@ def test_the_published_blocks_of_mamba_2_8b_leave_the_parameters_that_they_shoul
     assert parameters(anatomy) == 64 * block + vocabulary * WIDTH + WIDTH
     subnet = parse_config({"pruned_mamba_block_idx": MAMBA_BLOCKS, "pruned_ssm_idx": []}, anatomy)
     assert parameters(anatomy) - parameters(anatomy, subnet) == len(MAMBA_BLOCKS) * block
-    scan = Subnet().keeping("layers.5.mamba.state", 0)
-    assert parameters(anatomy) - parameters(anatomy, scan) == 2 * state * INNER + state * INNER
+    scan = parse_config({"pruned_ssm_idx": [5]}, anatomy)
+    # x_proj, the matrix of dt_proj, and A_log; the bias of dt_proj stays
+    assert parameters(anatomy) - parameters(anatomy, scan) == INNER * (rank + 2 * state) + INNER * rank + INNER * state
 
 
 def test_the_published_scans_of_mamba2_2_7b_leave_the_parameters_that_they_should():
@@ -471,6 +493,11 @@ def test_settings_that_contradict_are_refused(settings, refusal):
             "needs scan heads, and this mamba .* state, scan_channels, ssm, block",
         ),
         ("mamba2", {"target": "attention", "steps": 1}, "needs an attention block"),
+        (
+            "qwen3_5_text",
+            {"target": "ssm", "steps": 1},
+            "a scan of which a skip alone can remain, and this qwen3_5_text",
+        ),
         ("mamba", {"target": "block", "steps": 4}, "block: 4 removals are more than there can be; give at most 3"),
         ("mamba2", {"target": "ssm", "steps": 5}, "give at most 4"),
         ("mamba2", {"target": "ssm+block", "steps": 8}, "give at most 7"),

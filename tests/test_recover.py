@@ -176,7 +176,7 @@ def test_the_best_state_is_kept_not_the_last(repeated, tokenizer):
 # exactness
 
 
-SCANS = ("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h", "granitemoehybrid", "falcon_h1")
+SCANS = ("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h", "granitemoehybrid", "falcon_h1", "jamba")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -206,8 +206,8 @@ def test_adapters_on_scans_are_where_they_have_an_effect(family, repeated, token
     noted = {
         line.split()[3].rstrip(":"): line for line in capsys.readouterr().err.splitlines() if "no adapter on" in line
     }
-    refused = set() if family in ("bamba", "granitemoehybrid") else {"out_proj"}
-    read = {"dt_proj"} if family in ("mamba", "falcon_mamba") else set()
+    refused = set() if family in ("bamba", "granitemoehybrid", "jamba") else {"out_proj"}
+    read = {"dt_proj"} if family in ("mamba", "falcon_mamba", "jamba") else set()
     assert noted.keys() == refused | read
     assert all("reads its weight" in noted[name] for name in read)
     assert all("peft refuses it" in noted[name] for name in refused)
@@ -236,7 +236,7 @@ def test_all_weights_of_a_cut_scan_are_trained(family, repeated, tokenizer):
     assert losses[-1] < losses[0]
     same = {name for name, tensor in weights(model).items() if tensor.numel() and torch.equal(tensor, before[name])}
     assert all(f".{scans[0].layer}." in name for name in same)  # step sizes of a scan that is gone
-    assert {name.split(".")[4] for name in same} <= {"x_proj", "dt_proj", "dt_bias", "A_log"}
+    assert {name.split(".")[4] for name in same} <= {"x_proj", "dt_proj", "dt_layernorm", "dt_bias", "A_log"}
 
 
 @pytest.mark.parametrize("family", pico.DECODERS)

@@ -54,7 +54,7 @@ def test_repair_brings_the_output_of_a_cut_scan_nearer_to_the_dense_one(family, 
     subnet, layer = Subnet(), scans[-1].layer + 1
     for block in scans:
         state = block.state_axis
-        (width,) = (axis for axis in block.leaders if axis not in (state, block.axes.get("rank")))
+        width = next(axis for axis in block.leaders if axis.leader in ("scan", "channels"))
         axis, units = (width, width.size // 2) if cut == "width" else (state, state.size // 2 if cut == "state" else 0)
         subnet = subnet.keeping(axis.name, units)
     with torch.inference_mode():

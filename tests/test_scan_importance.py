@@ -9,7 +9,6 @@ from torch.nn import functional as F
 import pliant
 from pico import IDS, logits, pico
 from pliant.anatomy import anatomy_of
-from pliant.architecture import catalogue
 from pliant.compat.scan import watched_scan_inputs
 from pliant.criteria import by_falling
 from pliant.criteria.activation import activation_sizes
@@ -163,10 +162,6 @@ def test_a_state_that_is_gone_has_no_units_to_measure():
 def test_axes_with_a_matrix_that_is_never_called_are_left_out():
     """``dt_proj`` reads the rank, but Mamba multiplies by its weight: hooks see nothing."""
     model = pico("mamba")
-    raw = dict(catalogue()["mamba"].raw)
-    raw["fixed"] = {name: key for name, key in raw["fixed"].items() if name != "rank"}
-    raw["axes"] = {**raw["axes"], "rank": {"size": "time_step_rank"}}
-    model.config.pliant_architecture = raw
     anatomy = anatomy_of(model)
     assert anatomy.axes["layers.0.mamba.rank"].size == 4
     for measure in (activation_sizes, loss_increases):

@@ -83,7 +83,8 @@ class Weight:
         called: its linear layer is called. If not, the block reads the weight itself.
         rescaled: for the weight of a norm over an axis, whether it is taken over the ``width`` or over each ``group``.
             It grows as the axis narrows, so that cutting equals zeroing. None for other tensors.
-        skips: it is all that remains of a scan once this axis has no units left; None for other weights.
+        skips: it alone remains of a scan. These are the axes that are gone with the scan, which is gone once the first
+            of them, its state, has no units. Empty for other weights.
         alone: its value in that case, of its full shape; None if it stays as it is.
     """
 
@@ -95,7 +96,7 @@ class Weight:
     depthwise: bool = False
     called: bool = True
     rescaled: str | None = None
-    skips: str | None = None
+    skips: tuple[str, ...] = ()
     alone: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
     def identity(self, layer: nn.Module) -> int:

@@ -225,9 +225,10 @@ def _read_block(
         if dims is None:  # never cut: each dimension is fixed at its size
             fixed |= {f"{child}.{position}": size for position, size in enumerate(matrix.shape)}
             dims = tuple((Part(f"{child}.{position}"),) for position in range(matrix.dim()))
-        if child in spec.rescale:
+        over = _normed_over(target, child, dims[0], spec, architecture) if child in spec.rescale else None
+        if over is not None:
             epsilon, value = _epsilon(target, name, path, file)
-            attributes.append(Attribute(path, epsilon, dims[0], spec.rescale[child], value))
+            attributes.append(Attribute(path, epsilon, dims[0], over, value))
         if isinstance(target, torch.Tensor):
             weights.append(_tensor_weight(path, child, dims, target, spec))
             continue
@@ -242,12 +243,14 @@ def _read_block(
             weights.append(Weight(f"{path}.weight", dims, depthwise=True))
             attributes += [Attribute(path, size, dims[0]) for size in ("out_channels", "in_channels", "groups")]
         else:
-            weights.append(Weight(f"{path}.weight", dims, rescaled=spec.rescale.get(child)))
+            weights.append(Weight(f"{path}.weight", dims, rescaled=over))
         if getattr(target, "bias", None) is not None:
             weights.append(Weight(f"{path}.bias", dims[:1]))
     for key, value in (spec.attributes or {}).items():
         owner, _, attribute = key.rpartition(".") if not key.startswith("config.") else ("", "", key)
         path = spec.prefix + owner if owner else spec.module
+        if owner in spec.rescale and not hasattr(_find(layer, path), attribute):  # no norm, or one without groups
+            continue
         parts = tuple(Part(term.partition(".")[0]) for term in value)
         attributes.append(Attribute(path, attribute, parts, value[0].partition(".")[2] or "units"))
 
@@ -283,7 +286,7 @@ def _tensor_weight(
     if not isinstance(target, nn.Parameter):
         return Weight(path, dims, buffer=True)
     if len(dims) < 2 or child in spec.elementwise:
-        return Weight(path, dims, skips=spec.skip.get(child))
+        return Weight(path, dims, skips=spec.skip.get(child, ()))
     return Weight(path, dims, reads=len(dims) - (2 if child in spec.transposed else 1))
 
 
@@ -293,6 +296,18 @@ def _epsilon(norm: Any, block: str, path: str, file: str) -> tuple[str, float]:
         if isinstance(value := getattr(norm, name, None), float):
             return name, value
     raise ArchitectureError(f"{block}: {path}, which {file} lists under 'rescale', has no epsilon")
+
+
+def _normed_over(norm: Any, child: str, dim: tuple[Part, ...], spec: BlockSpec, architecture: Architecture) -> str:
+    """Whether a norm over an axis is taken over its ``width`` or over each ``group``; some have no groups in older
+    transformers."""
+    counts = {named for part in dim if part.axis in architecture.axes for named in architecture.named_by(part.axis)}
+    for key, terms in (spec.attributes or {}).items():
+        owner, _, attribute = key.rpartition(".")
+        of_groups = terms[0].endswith(".group") or not counts.isdisjoint(terms)
+        if owner == child and of_groups and hasattr(norm, attribute):
+            return "group"
+    return "width"
 
 
 def _norms(layer: nn.Module, spec: BlockSpec) -> list[str]:

@@ -39,6 +39,8 @@ One YAML file beside this one describes the repeated layer of a family::
         slot: layer_idx             # the attribute that names its cache slot; it makes kv the default state
         scores: heads               # the axis that attention scores are computed over (for counting MACs)
         scan_state: [scan, state]   # the axes that span the state of a scan; needed by a block with the state scan
+        scan_macs: 4                # its multiply-accumulates per element and token; default 3: decay, input, readout;
+                                    # a delta rule reads the state once more, before it writes
         cached: {multi_query: 1}    # heads in the cache if this config key is set (the first that is); else ``scores``
         attributes: {num_heads: heads, split_size: heads.width}    # plain attributes that must follow an axis: its
                                     # units, its ``width`` in elements, or that of one ``group``; a list is added up
@@ -52,11 +54,12 @@ One YAML file beside this one describes the repeated layer of a family::
           gate.correction: [experts]                     # a buffer is listed like a parameter
         transposed: [experts.up]    # stacks of matrices that are stored (in, out)
         elementwise: [gate.bias]    # tensors of two or more dimensions that are not matrices
-        uncalled: [dt_proj]         # linear layers whose weight is read and which are never called: an adapter on them
-                                    # would have no effect, and they are not packed
+        uncalled: [dt_proj]         # linear layers whose weight is read and which are never called: they are not packed
         rescale: [norm]             # a norm over an axis: its epsilon and its weight change when the axis narrows, so
-                                    # that cutting equals zeroing; {norm: group} for a norm over each group alone
-        skip: {D: state}            # weights that alone remain of a scan whose axis has no units: weight -> axis
+                                    # that cutting equals zeroing. It is over each group alone if one of its attributes
+                                    # holds the number or the width of groups
+        skip: {D: [state, rank]}    # a weight that alone remains of a scan -> the axes that are gone with the scan.
+                                    # The scan is gone once the first of them, its state, has no units
         roles: {q: q_proj, k: k_proj, v: v_proj, o: o_proj}    # the role of each weight, for native runs
     native:                         # optional: the parts that pliant's kernels need to run all layers in one call
       models:
@@ -184,6 +187,7 @@ class BlockSpec:
         guard: the config key that is overridden where the block is removed, so that transformers alone refuses the
             config; None for the norm epsilon, or the keys of its axes.
         scan_state: the axes, or fixed dimensions, that span the state of its scan.
+        scan_macs: multiply-accumulates for an element of the state of its scan and a token.
         cached: config key -> number of heads in the cache if this is the first key that is set.
         roles: role -> name of the weight.
         role: the kind of block: attention, mlp, experts, conv, scan or other.
@@ -194,9 +198,8 @@ class BlockSpec:
         transposed: stacks of matrices that are stored (in, out).
         elementwise: weights of two or more dimensions that are not matrices.
         uncalled: linear layers whose weight is read and which are never called.
-        rescale: norms over an axis, whose epsilon and weight make up for a narrower axis -> whether it is taken over
-            the whole ``width`` or over each ``group``.
-        skip: weights that are all that remains of a scan whose axis has no units left: weight -> that axis.
+        rescale: norms over an axis, whose epsilon and weight make up for a narrower axis.
+        skip: a weight that alone remains of a scan -> the axes that are gone with it, that of the state first.
         tied: its tensors may be shared with the same block of other layers.
     """
 
@@ -211,6 +214,7 @@ class BlockSpec:
     slot: str | None = None
     scores: str | None = None
     scan_state: tuple[str, ...] = ()
+    scan_macs: int = 3
     cached: dict[str, int | str] | None = None
     attributes: dict[str, tuple[str, ...]] | None = None
     roles: Mapping[str, str] = field(default_factory=dict)
@@ -222,8 +226,8 @@ class BlockSpec:
     transposed: frozenset[str] = frozenset()
     elementwise: frozenset[str] = frozenset()
     uncalled: frozenset[str] = frozenset()
-    rescale: Mapping[str, str] = field(default_factory=dict)
-    skip: Mapping[str, str] = field(default_factory=dict)
+    rescale: frozenset[str] = frozenset()
+    skip: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tied: bool = False
 
     @property

@@ -22,7 +22,7 @@ from pliant.errors import ArchitectureError
 
 _NATIVE = tuple(NativeSpec.__dataclass_fields__)
 _LAYOUT = {"module", "norms", "output", "residual", "scores", "scan_state", "cached", "attributes", "weights"}
-_LAYOUT |= {"transposed", "elementwise", "uncalled", "rescale", "skip", "roles"}
+_LAYOUT |= {"scan_macs", "transposed", "elementwise", "uncalled", "rescale", "skip", "roles"}
 _KEYS = {
     "file": {"models", "layers", "output", "fixed", "axes", "blocks", "native"},
     "native": set(_NATIVE),
@@ -255,6 +255,9 @@ class _Parser:
         scan_state = self.words(where, spec, "scan_state") or ()
         for axis in scan_state:
             self.part(f"scan_state of {where}", axis)
+        scan_macs = spec.get("scan_macs", 3)
+        if isinstance(scan_macs, bool) or not isinstance(scan_macs, int) or scan_macs < 1:
+            self.faults.append(f"{where}: scan_macs must be a whole number of at least 1, not {scan_macs!r}")
         if ("scan" in whole["state"]) != bool(scan_state):
             self.faults.append(
                 f"{where}: a block with the state 'scan' lists the axes that span it under scan_state, and no other "
@@ -267,23 +270,17 @@ class _Parser:
             self.faults.append(
                 f"{where}: roles must map {', '.join(WEIGHT_ROLES)} to weights of the block, not {roles!r}"
             )
-        of_weights = ("transposed", "elementwise", "uncalled")
+        of_weights = ("transposed", "elementwise", "uncalled", "rescale")
         lists = {word: self.words(where, spec, word) or () for word in ("norms", *of_weights)}
-        rescale = spec.get("rescale") or {}
-        if not isinstance(rescale, dict):
-            rescale = dict.fromkeys(self.words(where, spec, "rescale") or (), "width")
-        if not all(measure in MEASURES for measure in rescale.values()):
-            self.faults.append(
-                f"{where}: rescale must list norms, or map each to {' or '.join(MEASURES)}; not {spec['rescale']!r}"
-            )
-        for word, named in (*((word, lists[word]) for word in of_weights), ("rescale", rescale)):
-            for weight in sorted(set(named) - set(weights)):
+        for word in of_weights:
+            for weight in sorted(set(lists[word]) - set(weights)):
                 self.faults.append(f"{where}: {word} names {weight!r}, which is not one of its weights")
-        skip = self.mapping(where, spec, "skip")
-        for weight, axis in skip.items():
-            if weight not in weights or str(axis) not in self.axes or self.axes[str(axis)].least:
+        skip = {}
+        for weight, axes in self.mapping(where, spec, "skip").items():
+            skip[weight] = tuple(map(str, axes if isinstance(axes, list) else [axes]))
+            if weight not in weights or any(a not in self.axes or self.axes[a].least for a in skip[weight]):
                 self.faults.append(
-                    f"{where}: skip must map one of its weights to an axis with 'least: 0', not {weight!r} to {axis!r}"
+                    f"{where}: skip must map one of its weights to axes with 'least: 0', not {weight!r} to {axes!r}"
                 )
         return BlockSpec(
             kind=kind,
@@ -295,13 +292,14 @@ class _Parser:
             residual=residual,
             scores=spec.get("scores"),
             scan_state=scan_state,
+            scan_macs=scan_macs,
             cached=spec.get("cached"),
             attributes=attributes,
             roles=roles,
             transposed=frozenset(lists["transposed"]),
             elementwise=frozenset(lists["elementwise"]),
             uncalled=frozenset(lists["uncalled"]),
-            rescale=rescale,
+            rescale=frozenset(lists["rescale"]),
             skip=skip,
             **whole,
         )

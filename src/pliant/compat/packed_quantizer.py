@@ -52,11 +52,17 @@ class PackedQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        from transformers import PreTrainedModel
+
         from pliant.compat.native_check import run_natively
         from pliant.compat.packed_layers import settle
 
         settle(model)
         run_natively(model)
+        for part in model.modules():
+            # falcon_mamba and jamba would call dt_proj, which is not packed, and subtract its bias from the result
+            if isinstance(part, PreTrainedModel):
+                vars(part.config).pop("_is_quantized", None)
         return model
 
     def is_serializable(self) -> Any:

@@ -101,7 +101,11 @@ def _wrapped(original: Callable[..., Any], function: Callable[..., Any]) -> Call
 
 def _set(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that are set; mixers pass on what their model was called with."""
-    return {name: value for name, value in kwargs.items() if value is not None and value is not False}
+    return {
+        name: value
+        for name, value in kwargs.items()
+        if value is not None and value is not False and name != "output_router_logits"
+    }
 
 
 def _watchable(

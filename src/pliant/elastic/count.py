@@ -6,7 +6,6 @@ from pliant.anatomy import Anatomy, counted_once
 from pliant.architecture import Part
 from pliant.elastic.subnet import Subnet
 
-SCAN_MACS = 3  # for an element of a scan's state and a token: its decay, the input that is added, the readout
 SCAN_BYTES = 4  # of an element of a scan's state: transformers keeps it in float32, whatever the dtype of the model
 
 
@@ -23,7 +22,8 @@ def macs(anatomy: Anatomy, subnet: Subnet = Subnet(), *, tokens: int = 1, contex
     head, depthwise convolutions, and scans.
 
     A scan counts as its recurrence: for every token, each element of the state decays, takes up the input, and is read
-    (``h = a * h + b * x; y = c * h``). An implementation in chunks does other operations for the same result.
+    (``h = a * h + b * x; y = c * h``). A delta rule also reads it before it writes. An implementation in chunks does
+    other operations for the same result.
 
     Arguments:
         tokens: tokens in the pass.
@@ -37,7 +37,7 @@ def macs(anatomy: Anatomy, subnet: Subnet = Subnet(), *, tokens: int = 1, contex
         total += sum(weight.uses * block.active(weight, kept) for weight in multiplied)
         if block.spec.scores:
             total += 2 * context * block.width(Part(block.spec.scores), kept)
-        total += SCAN_MACS * block.scan_state(kept)
+        total += block.spec.scan_macs * block.scan_state(kept)
     return total * tokens
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def homogeneous(model: Any) -> Any:
     The result shares its weights with ``model``, which stays as it is.
 
     Raises:
-        ArtefactError: the model is packed, a layer is only half removed, widths differ, or the output of a layer
+        ArtefactError: the model is packed, a layer is only half removed, widths differ, or a layer or its output
             depends on its index; the message says which.
     """
     if is_packed(model):
@@ -55,8 +56,8 @@ def homogeneous(model: Any) -> Any:
     layers = _whole_layers(anatomy)
     config = _uniform_config(model.config, anatomy, len(layers))
     for key in _BY_LAYER:
-        if getattr(config, key, None) is not None:
-            setattr(config, key, [getattr(config, key)[layer] for layer in layers])
+        if (whole := getattr(plain_config(model.config), key, None)) is not None:
+            _set_by_layer(config, key, [whole[layer] for layer in layers])
     with torch.device("meta"):
         rebuilt = type(model)(config)
     all_layers = layers_of(model, anatomy.source)
@@ -70,7 +71,13 @@ def homogeneous(model: Any) -> Any:
 
     state = {new: tensor for name, tensor in model.state_dict().items() if (new := renamed(name))}
     _check_shapes(state, rebuilt.state_dict(), config)
-    rebuilt.load_state_dict(state, assign=True)
+    try:
+        rebuilt.load_state_dict(state, assign=True)
+    except RuntimeError:  # such as experts in every third layer
+        raise ArtefactError(
+            f"the config of {config.model_type} gives the remaining layers other parts when they are renumbered; "
+            f"{_INSTEAD}"
+        ) from None
     for name, buffer in model.named_buffers():  # those that state_dict leaves out, such as rotary frequencies
         new = renamed(name)
         if new is not None and new not in state:
@@ -89,6 +96,16 @@ def homogeneous(model: Any) -> Any:
         rebuilt.generation_config = copy.deepcopy(model.generation_config)
     rebuilt.name_or_path = model.name_or_path
     return rebuilt
+
+
+def _set_by_layer(config: Any, key: str, values: list[Any]) -> None:
+    with suppress(AttributeError):  # some families compute them from other keys
+        setattr(config, key, values)
+    if list(getattr(config, key)) != values:
+        raise ArtefactError(
+            f"the config of {config.model_type} computes {key} from the number of a layer, so these layers cannot be "
+            f"dropped; {_INSTEAD}"
+        )
 
 
 def _whole_layers(anatomy: Anatomy) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 from pliant.anatomy import Anatomy, Block
 from pliant.elastic import Subnet, validate
 from pliant.errors import DataError, SubnetError
-from pliant.prune.scan_skip import scan_axis
+from pliant.prune.scan_skip import scan_axis, scanless
 
 ATTENTION, MLP = frozenset({"attention"}), frozenset({"mlp", "experts"})  # roles of the blocks that those files name
 SCAN = frozenset({"scan"})
@@ -103,11 +103,10 @@ def _widths(raw: Mapping[str, Any], anatomy: Anatomy) -> Subnet:
             subnet = subnet.without(_block(anatomy, layer, roles).name)
     for layer in raw.get(_SCANS) or ():
         block = _block(anatomy, layer, SCAN)
-        axis = scan_axis(block)
-        if axis is None:
+        if scan_axis(block) is None:
             raise SubnetError(f"{block.name} has no scan that can be removed alone")
         if block.name not in subnet.skip:
-            subnet = subnet.keeping(axis.name, 0)
+            subnet = scanless(subnet, block)
     for widths, roles in _WIDTHS.items():
         for layer, width in (raw.get(widths) or {}).items():
             block = _block(anatomy, layer, roles)

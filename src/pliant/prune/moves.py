@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pliant.anatomy import Anatomy, Axis
 from pliant.elastic import Subnet
 from pliant.prune.ratio_target import TOLERANCE, Budget
-from pliant.prune.scan_skip import scan_axis, scans_of
+from pliant.prune.scan_skip import scanless, scans_of, without_scan
 from pliant.prune.width_cuts import widths
 from pliant.searches.greedy import Move
 
@@ -73,12 +73,11 @@ def axis_moves(anatomy: Anatomy, groups: Mapping[str, int]) -> Moves:
 
 def scan_moves(anatomy: Anatomy) -> Moves:
     """Remove the state of a scan, so that only its skip remains; see :mod:`pliant.prune.scan_skip`."""
-    axes = {block.name: scan_axis(block) for block in scans_of(anatomy)}
+    scans = scans_of(anatomy)
 
     def moves(subnet: Subnet) -> list[Move]:
-        kept = dict(subnet.keep)
-        remaining = [(block, axis.name) for block, axis in axes.items() if axis and block not in subnet.skip]
-        return [Move(f"{block}.ssm", subnet.keeping(name, 0)) for block, name in remaining if kept.get(name) != 0]
+        gone = {*subnet.skip, *(block.name for block in without_scan(anatomy, subnet))}
+        return [Move(f"{block.name}.ssm", scanless(subnet, block)) for block in scans if block.name not in gone]
 
     return moves
 

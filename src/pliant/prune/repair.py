@@ -60,7 +60,7 @@ def _repair(
     model: Any, anatomy: Anatomy, subnet: Subnet, batches: list[torch.Tensor], ridge: float, progress: Progress
 ) -> list[dict[str, Any]]:
     elastic, stream = Elastic(model.eval(), anatomy), Stream(model, anatomy)
-    tied = Counter(block.tied for block in anatomy.alive(subnet.skip) if block.tied is not None)
+    shared = Counter(block.tied or block.name for block in anatomy.alive(subnet.skip))
     pages = pages_of(model)
     keep = torch.clone if pages is None else pages.copy
     saved: dict[torch.Tensor, torch.Tensor] = {}
@@ -85,7 +85,7 @@ def _repair(
                 if block.name in subnet.skip:
                     continue
                 # a refit in one layer would spoil the outputs of the other layers that use the matrix, too
-                weight = last_matrix(block) if tied[block.tied] < 2 else None
+                weight = last_matrix(block) if shared[block.tied or block.name] == 1 else None
                 seen: Seen = []
                 owner: Any = None
                 handle = full = None

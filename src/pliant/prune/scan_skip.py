@@ -33,14 +33,24 @@ def scans_of(anatomy: Anatomy) -> list[Block]:
 
 def scan_axis(block: Block) -> Axis | None:
     """The axis of the state of a block's scan; None if the block has no scan, or its skip alone cannot remain."""
-    named = {weight.skips for weight in block.weights if weight.skips is not None}
-    return next((axis for axis in block.leaders if axis.leader in named and axis.size), None)
+    axis = block.state_axis
+    skipping = any(weight.skips[:1] == (axis.leader,) for weight in block.weights) if axis else False
+    return axis if axis and axis.size and skipping else None
+
+
+def scanless(subnet: Subnet, block: Block) -> Subnet:
+    """``subnet`` without the scan of a block: no state, and none of what serves the scan alone."""
+    for axis in block.leaders:
+        if any(axis.leader in weight.skips for weight in block.weights):
+            subnet = subnet.keeping(axis.name, 0)
+    return subnet
 
 
 def without_scan(anatomy: Anatomy, subnet: Subnet) -> list[Block]:
     """The remaining blocks whose scan ``subnet`` removes."""
-    gone = {axis for axis, units in subnet.keep if units == 0}
-    return [b for b in scans_of(anatomy) if b.name not in subnet.skip and {axis.name for axis in b.leaders} & gone]
+    kept = dict(subnet.keep)
+    scans = ((block, scan_axis(block)) for block in scans_of(anatomy) if block.name not in subnet.skip)
+    return [block for block, axis in scans if axis and kept.get(axis.name) == 0]
 
 
 def skip_note(anatomy: Anatomy, subnet: Subnet, skip: str) -> list[Note]:
@@ -77,7 +87,7 @@ def with_skips(job: Job, anatomy: Anatomy, skip: str, windows: torch.Tensor | No
     def replaced(block: Block) -> Block:
         weights = []
         for weight in block.weights:
-            if weight.skips is not None:
+            if weight.skips:
                 own = weight.tensor(layers[block.layer]).detach()
                 weight = replace(weight, alone=fitted[block.name].to(own) if fitted else torch.ones_like(own))
             weights.append(weight)
@@ -118,7 +128,7 @@ def _fitted(model: Any, anatomy: Anatomy, batches: Iterable[torch.Tensor]) -> di
         block.name: torch.where(
             squares[block.name] > 0,
             products[block.name] / squares[block.name].clamp(min=torch.finfo(torch.float64).tiny),
-            next(to_float64(w.tensor(layers[block.layer])) for w in block.weights if w.skips is not None),
+            next(to_float64(w.tensor(layers[block.layer])) for w in block.weights if w.skips),
         )
         for block in scans_of(anatomy)
     }

@@ -16,7 +16,7 @@ from pliant.errors import RatioError, StepError
 from pliant.prune import GreedyPruner, WidthPruner, axis_moves, block_moves, pooled, scan_moves
 from pliant.prune.moves import Moves, exhausted, unit_of
 from pliant.prune.ratio_target import Goal
-from pliant.prune.scan_skip import KEPT, SKIP_HELP, SKIPS, scan_axis, skip_note, with_skips
+from pliant.prune.scan_skip import KEPT, SKIP_HELP, SKIPS, skip_note, with_skips
 from pliant.prune.session import Pruning
 from pliant.prune.unit_order import STORED, ordered
 from pliant.step import Job, setting
@@ -26,6 +26,7 @@ PARTS = {
     "channels": "MLP channels",
     "heads": "scan heads",
     "state": "a scan with a state that can shrink",
+    "groups": "scan heads in groups",
     "scan_channels": "scan channels, which Mamba-1 has in place of heads",
 }
 WHOLE = {
@@ -58,8 +59,8 @@ class MambaShedder(WidthPruner):
 
     target: str | None = setting(
         "Parts in the pool, joined by '+': block (a block with a scan), ssm (its scan alone), attention, mlp; channels "
-        "(of MLPs), heads and state (of scans), scan_channels (of Mamba-1). Default: all that the model has of block, "
-        "ssm, attention and mlp.",
+        "(of MLPs), heads, groups (of heads) and state (of scans), scan_channels (of Mamba-1). Default: all that the "
+        "model has of block, ssm, attention and mlp.",
         default=None,
     )
 
@@ -168,7 +169,7 @@ class MambaShedder(WidthPruner):
         possible = [target for target in TARGETS if kinds[target](Subnet())]
         family = f"this {job.model.config.model_type} model"
         for target in search.targets:
-            for axis in _axes(anatomy, target):
+            for axis in axes_of(anatomy, target) if target in _SETTINGS else ():
                 group = groups[target][axis.name]
                 if group >= axis.size or (target in ("state", "heads") and axis.size % group):
                     raise StepError(
@@ -190,22 +191,28 @@ class MambaShedder(WidthPruner):
         def group(axis: Axis) -> int:
             if target == "state":
                 return self.state_group or max(1, axis.size // 8)
+            if target == "groups":
+                return 1
             return self.head_group * axis.groups if target == "heads" else self.channel_group(job)
 
-        return {axis.name: group(axis) for axis in _axes(anatomy, target)}
+        return {axis.name: group(axis) for axis in axes_of(anatomy, target)}
 
 
-def _axes(anatomy: Anatomy, target: str) -> list[Axis]:
+def axes_of(anatomy: Anatomy, target: str) -> list[Axis]:
     """The axes that a target names, by the roles of blocks and the widths of units."""
     found = {}
     for block in anatomy.blocks.values():
-        state = scan_axis(block)
+        spanning = {block.axes[name].leader for name in block.spec.scan_state if name in block.axes}
+        grouping = {name for axis in block.axes.values() for name in (axis.grouped_by, axis.copied_by)}
         for axis in block.leaders:
-            if block.role == "scan":
-                own = "state" if axis == state else "heads" if axis.unit > 1 else "scan_channels"
-            else:
-                own = "channels" if block.role in _MLP and axis.unit == 1 and axis.active is None else ""
-            if own == target:
+            named = {
+                "state": axis == block.state_axis,
+                "heads": axis.leader in spanning and axis != block.state_axis and axis.unit > 1,
+                "scan_channels": axis.leader in spanning and axis != block.state_axis and axis.unit == 1,
+                "groups": block.role == "scan" and axis.leader in grouping,
+                "channels": block.role in _MLP and axis.unit == 1 and axis.active is None,
+            }
+            if named[target] and axis.size:
                 found[axis.name] = axis
     return list(found.values())
 

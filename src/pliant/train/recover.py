@@ -208,7 +208,7 @@ class Recover(Step):
         tokenizer = job.tokenizer()
         anatomy = described(model)
         if self.method == "lora":
-            linear_layers(model, anatomy, self.target_modules or ())  # refuses layers that cannot have adapters
+            linear_layers(model, anatomy, self.target_modules or ())  # refuses unknown layers, before any work
         given = self._examples(job)
         seqlen = seqlen_of(model, self.seqlen, USUAL)
         train, held_out = self._sequences(given, model, tokenizer, seqlen)
