@@ -43,7 +43,7 @@ PARTS = ("sensitivity", "curves", "recover", "speed")
 SEQLEN, SEED, ORDER = 256, 42, "activation"
 SEARCH = {"refresh": 0, "slack": 0.2}  # fewer scores than by default, for the two hours that all of this may take
 REFIT = 24  # rows of calibration text
-RECOVERY = {"batch_size": 4, "seqlen": SEQLEN, "eval_steps": 16}
+RECOVERY = {"batch_size": 4, "seqlen": SEQLEN, "held_out": 16, "eval_steps": 32}
 
 
 class Bench:
