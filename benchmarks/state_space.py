@@ -42,8 +42,8 @@ from state_space_units import CHANNELS, MILLISECONDS, ONE_SHOT, TOGETHER, in_one
 PARTS = ("sensitivity", "curves", "recover", "speed")
 SEQLEN, SEED, ORDER = 256, 42, "activation"
 SEARCH = {"refresh": 0, "slack": 0.2}  # fewer scores than by default, for the two hours that all of this may take
-REFIT = 32  # rows of calibration text
-RECOVERY = {"batch_size": 4, "seqlen": SEQLEN, "eval_steps": 16}
+REFIT = 24  # rows of calibration text
+RECOVERY = {"batch_size": 4, "seqlen": SEQLEN, "held_out": 16, "eval_steps": 32}
 
 
 class Bench:
@@ -297,7 +297,9 @@ class Bench:
                 scores += first[kind] + 3 * self.kinds[kind].ratios[-1] / gains[len(gains) // 2]
             refits = sum(form == "refitted" for *_, form in missing)
             evaluated = row * self.arguments.curve_windows * texts + 5
-            minutes["curves"] = (0.6 * each * scores + evaluated * len(missing) + 4 * row * REFIT / 2 * refits) / 60
+            # a refit runs every layer about six times and solves for every block
+            refit = 6 * each * REFIT / self.arguments.samples + 10
+            minutes["curves"] = (0.6 * each * scores + evaluated * len(missing) + refit * refits) / 60
         if "recover" in parts:
             missing = (("final", "dense") not in done) + 2 * len(self.arguments.recover)
             tasks = len(self.arguments.tasks) * self.arguments.questions * 0.5 * row
