@@ -20,7 +20,7 @@ DECODERS, HYBRIDS, EXPERTS, ENCODERS = "decoders", "state-space and hybrid decod
 CONVOLUTIONAL = "convolutional networks"
 KINDS = (DECODERS, HYBRIDS, EXPERTS, ENCODERS, CONVOLUTIONAL)
 YES, NO, LINEAR, DENSE = "yes", "–", "linear layers", "experts not packed"
-WEIGHTS = "all weights; LoRA if peft takes the layers"
+WEIGHTS = "all weights; LoRA on layers that peft takes"
 WITH_PLIANT, AS_BEFORE = "transformers after `import pliant`", "every tool that opened the model before"
 
 

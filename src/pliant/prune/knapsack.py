@@ -11,7 +11,7 @@ from pliant.elastic import Subnet, parameters, ratio
 from pliant.errors import RatioError
 from pliant.prune.moves import Moves, block_moves, settled, step_moves, unit_of
 from pliant.prune.ratio_target import by_parameters, out_of_reach
-from pliant.prune.scan_skip import scanless, scans_of
+from pliant.prune.scan_skip import scan_axis, scans_of
 from pliant.prune.session import Pruning, Scorer
 from pliant.prune.settings import OrderedPruner, Pruner
 from pliant.prune.unit_order import ordered
@@ -72,7 +72,7 @@ class KnapsackPruner(OrderedPruner, Pruner):
     def _menus(self, anatomy: Anatomy) -> Menus:
         """The choices for each block, alone."""
         free = {block.name for block in anatomy.may_all_go()}
-        scans = {block.name for block in scans_of(anatomy)}
+        states = {axis.name for block in scans_of(anatomy) if (axis := scan_axis(block)) is not None}
         menus: dict[str, list[Subnet]] = {}
         shared: set[str] = set()  # an axis of several blocks is offered once
         for block in anatomy.blocks.values():
@@ -82,8 +82,8 @@ class KnapsackPruner(OrderedPruner, Pruner):
             kinds = [[axis for axis in axes if axis.grouping is grouping] for grouping in (False, True)]
             shares = [level / (self.levels + 1) for level in range(1, self.levels + 1)]
             choices = [_narrower(of_kind, share, self.group) for of_kind in kinds for share in shares]
-            if block.name in scans and self.levels:
-                choices.append(scanless(Subnet(), block))
+            if self.levels:
+                choices += [Subnet().keeping(axis.name, 0) for axis in axes if axis.name in states]
             choices.sort(key=lambda choice: -parameters(anatomy, choice))
             if block.name in free:
                 choices.append(Subnet().without(block.name))
