@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import pliant
-from pico import IDS, logits, pico
+from pico import IDS, logits, pico, tokenizer
 from pliant.anatomy import anatomy_of
 from pliant.compat.scan import watched_scan_inputs
 from pliant.criteria import by_falling
@@ -16,6 +16,7 @@ from pliant.criteria.importance import measured
 from pliant.criteria.scan_states import state_squares
 from pliant.criteria.unit_fisher import loss_increases
 from pliant.elastic import Subnet, extract, reorder
+from pliant.errors import StepError
 
 SCANS = hasattr(importlib.import_module("transformers.models.mamba2.modeling_mamba2"), "mamba2_chunk_scan")
 pytestmark = [
@@ -24,6 +25,7 @@ pytestmark = [
 ]
 FAMILIES = ("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h", "granitemoehybrid", "falcon_h1", "jamba")
 MEASURES = ("l1", "activation", "fisher")
+PROSE = pliant.text([" ".join(f"word {i * j % 17}" for j in range(1, 30)) for i in range(1, 9)])
 
 
 def scan_blocks(model):
@@ -172,3 +174,35 @@ def test_axes_with_a_matrix_that_is_never_called_are_left_out():
         found = measure(model, anatomy, IDS)
         of_scans = {name for name in anatomy.axes if ".mamba." in name}
         assert {name for name in of_scans if name.endswith("rank")} == of_scans - found.keys()
+
+
+def test_importance_has_a_value_for_each_unit_and_orders_one_for_each_copy():
+    model = pico("mamba2")
+    anatomy = anatomy_of(model)
+    axis = anatomy.axes["layers.1.mamba.state"]
+    for by in MEASURES:
+        of_copies = measured(model, anatomy, by, IDS)[axis.name]
+        assert of_copies.shape == (2, axis.size)
+        assert not torch.equal(*of_copies.argsort())
+        text = {} if by == "l1" else {"data": PROSE, "tokenizer": tokenizer(), "samples": 2, "seqlen": 9}
+        assert {name: values.shape for name, values in pliant.importance(model, by, **text).items()} == {
+            name: (anatomy.axes[name].size,) for name in measured(model, anatomy, by, IDS)
+        }
+    assert torch.equal(pliant.importance(model)[axis.name], measured(model, anatomy, "l1")[axis.name].sum(0))
+
+
+def test_an_importance_of_your_own_may_sort_copies_alike_or_one_by_one(monkeypatch):
+    model = pico("mamba2")
+    anatomy, given = anatomy_of(model), torch.arange(20.0).view(2, 10)
+    axis = anatomy.axes["layers.1.mamba.state"]
+    given, mine = given[:, : axis.size], {}
+    monkeypatch.setattr("pliant.criteria.importance.find", lambda *_: lambda _model, _anatomy: mine)
+    for mine[axis.name], shape in ((given, (2, axis.size)), (given[0], (axis.size,))):
+        order = by_falling(measured(model, anatomy, "mine:own"), anatomy)[axis.name]
+        assert order.tolist() == torch.arange(axis.size).flip(0).expand(shape).tolist()
+        reorder(model, anatomy, {axis.name: order})
+    for mine[axis.name] in (given[:1], given.flatten(), given[:, 1:]):
+        with pytest.raises(
+            StepError, match=f"for 'layers.1.mamba.state', which has {axis.size} units, it gave the shape"
+        ):
+            measured(model, anatomy, "mine:own")
