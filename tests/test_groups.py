@@ -21,7 +21,8 @@ from pliant.compat.cache_argument import cache_argument
 from pliant.criteria.l1 import l1_norms
 from pliant.criteria.unit_fisher import loss_increases
 from pliant.elastic import Subnet, check, extract, parameters, reorder
-from pliant.errors import ArchitectureError, ArtefactError
+from pliant.elastic.reorder import restore
+from pliant.errors import ArchitectureError, ArtefactError, SubnetError
 from pliant.prune import width_moves
 
 DELTA = tuple(name for name in FAMILIES if name in ("qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"))
@@ -325,3 +326,79 @@ def test_whole_groups_are_moves_of_their_own():
     assert Subnet().keeping("layers.0.mamba.group", 1) in {
         move.subnet for move in width_moves(anatomy, groups)(Subnet())
     }
+
+
+def copied(model):
+    """The first state of which each group has a copy, and an order that differs in every copy."""
+    axis = block_of(model).state_axis
+    draw = torch.Generator().manual_seed(3)
+    return axis, torch.stack([torch.randperm(axis.size, generator=draw) for _ in range(axis.copies)])
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_copies_are_reordered_one_by_one_and_with_their_groups(name):
+    model = pico(name)
+    block, anatomy, dense = block_of(model), anatomy_of(model), logits(model)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    axis, order = copied(model)
+    assert axis.shape == order.shape == (2, axis.size)
+    orders = {axis.name: order, f"{block.name}.group": torch.tensor([1, 0])}
+    for given in ({axis.name: order}, orders):
+        reorder(model, anatomy, given)
+        assert not torch.equal(
+            before[next(key for key in before if "in_proj" in key)], mixer_of(model, block).in_proj.weight
+        )
+        assert (logits(model) - dense).abs().max() < 2e-5 * dense.abs().max()
+        restore(model, anatomy, given)
+        assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+    # a cut keeps the first units of every copy: counted in the old groups
+    mixer, size = mixer_of(model, block), axis.size
+    with torch.no_grad():
+        last = torch.cat([order[copy, 2:] + copy * size for copy in range(2)])
+        mixer.conv1d.weight[mixer.intermediate_size + last] = 0
+        mixer.conv1d.bias[mixer.intermediate_size + last] = 0
+    expected = logits(model)
+    reorder(model, anatomy, orders)
+    with pliant.activate(model, Subnet().keeping(axis.name, 2)):
+        assert (logits(model) - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_an_order_for_each_copy_must_be_a_permutation_of_each():
+    model = pico("mamba2")
+    axis, order = copied(model)
+    for wrong in (order[:1], order.view(-1), torch.stack([order[0], order[0].clamp(1)])):
+        with pytest.raises(SubnetError, match=rf"the order given for {axis.name} is not a permutation of {axis.size}"):
+            reorder(model, anatomy_of(model), {axis.name: wrong})
+
+
+def test_copies_whose_units_correspond_are_refused_by_the_self_check():
+    """B and C of a group meet, so they are not copies of each other; one order of all units would not show it."""
+    raw = json.loads(json.dumps(catalogue()["mamba2"].raw).replace('"state", "state"', '"state"'))
+    raw["axes"] |= {"state": {"size": "state_size", "copies": "2 * n_groups", "least": 0}}
+    raw["blocks"]["mamba"]["attributes"]["conv_dim"] = ["scan.width", "state.width"]
+    raw["axes"]["group"]["cut"] = False  # such a group could not be cut either
+    raw["axes"]["scan"]["cut"] = False
+    model = pico("mamba2")
+    model.config.pliant_architecture = raw
+    anatomy, dense = anatomy_of(model), logits(model)
+    state = anatomy.axes["layers.0.mamba.state"]
+    assert state.copies == 4
+    for alike in (True, False):
+        order = copied(pico("mamba2"))[1][0]
+        orders = {state.name: order if alike else torch.stack([order, *[torch.arange(state.size)] * 3])}
+        reorder(model, anatomy, orders)
+        assert ((logits(model) - dense).abs().max() < 2e-5 * dense.abs().max()) == alike
+        restore(model, anatomy, orders)
+    with pytest.raises(ArchitectureError, match="reordering units changed the logits"):
+        check(model)
+
+
+def test_an_axis_that_follows_one_with_copies_has_the_same():
+    raw = json.loads(json.dumps(catalogue()["mamba2"].raw))
+    raw["axes"]["other"] = {"size": "state_size", "follows": "state"}
+    with pytest.raises(
+        ArchitectureError, match=r"axis 'other' follows 'state', .* it must have the same copies: 'group'"
+    ):
+        parse("x", raw)
+    raw["axes"]["other"]["copies"] = "group"
+    parse("x", raw)

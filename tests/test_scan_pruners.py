@@ -11,6 +11,7 @@ from pliant.anatomy import anatomy_of
 from pliant.elastic import Subnet, parameters
 from pliant.progress import Progress
 from pliant.prune.moves import width_moves
+from pliant.prune.scan_skip import scans_of
 from pliant.prune.width_cuts import widths
 
 FAMILIES = ("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h")
@@ -104,16 +105,116 @@ def test_a_state_is_cut_in_eighths_and_down_to_nothing():
 def test_fisher_pruning_removes_the_state_that_nothing_enters():
     model = pico("mamba2", state_size=16)
     mixer = model.backbone.layers[2].mixer
-    silent = [1, 4, 5, 6, 9, 10, 14, 15]
+    silent = [1, 4, 5, 6, 9, 10, 14, 15], [0, 1, 2, 3, 6, 7, 8, 14]  # of each group of heads
     start = mixer.intermediate_size
     with torch.no_grad():
         for copied in range(2):
-            rows = [start + copied * 16 + unit for unit in silent]
+            rows = [start + copied * 16 + unit for unit in silent[copied]]
             mixer.in_proj.weight[[start + row for row in rows]] = 0
             mixer.conv1d.bias[rows] = 0
     anatomy, before = anatomy_of(model), logits(model)
     subnet = Subnet().keeping("layers.2.mamba.state", 8)
     ratio = 1 - parameters(anatomy, subnet) / parameters(anatomy)
     prune(model, pliant.FisherPruner(ratio=ratio, samples=4, seqlen=24))
+    assert model.pliant_history[0]["subnet"] == subnet.to_dict()
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_half_of_every_state_stays_where_units_are_taken_for_independent(name):
+    """Without this limit, a ratio of 0.1 removes whole states here: the estimates of their units are the smallest."""
+    model = pico(name)
+    axes = anatomy_of(model).axes
+    prune(model, pliant.FisherPruner(**SHARED, group=2))
+    keep = model.pliant_history[0]["subnet"]["keep"]
+    states = {axis: units for axis, units in keep.items() if axis.endswith(".state")}
+    assert states
+    assert all(units >= axes[axis].size / 2 for axis, units in states.items())
+
+
+GROUPED = {"mamba2": ("group", 2), "nemotron_h": ("group", 2), "qwen3_5_text": ("key", 3)}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_are_removed_one_by_one_whatever_their_width(name):
+    short, count = GROUPED[name]
+    anatomy = anatomy_of(pico(name))
+    axes = [axis for axis in anatomy.axes.values() if axis.leader == short]
+    assert axes
+    for axis in axes:
+        assert axis.grouping
+        assert widths(axis, 32) == list(range(count - 1, 0, -1))
+
+
+def with_useless_group(name):
+    """A model whose second scan gets nothing out of its first group, and the sub-network without a group there."""
+    model, (short, count) = pico(name), GROUPED[name]
+    block = [block for block in anatomy_of(model).blocks.values() if block.role == "scan"][1]
+    mixer = model.base_model.layers[block.layer].get_submodule(block.spec.module)
+    with torch.no_grad():
+        if short == "group":
+            inputs = mixer.intermediate_size // count
+            mixer.conv1d.weight[:inputs] = 0
+            mixer.conv1d.bias[:inputs] = 0
+            mixer.in_proj.weight[mixer.intermediate_size :][:inputs] = 0
+        else:
+            mixer.out_proj.weight[:, : mixer.value_dim // count] = 0
+    return model, Subnet().keeping(f"{block.name}.{short}", count - 1)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_fisher_pruning_removes_the_group_that_adds_nothing(name):
+    model, subnet = with_useless_group(name)
+    anatomy, before = anatomy_of(model), logits(model)
+    ratio = 1 - parameters(anatomy, subnet) / parameters(anatomy)
+    prune(model, pliant.FisherPruner(ratio=ratio, samples=4, seqlen=24))
+    assert model.pliant_history[0]["subnet"] == subnet.to_dict()
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_a_knapsack_removes_the_group_that_adds_nothing(name):
+    model, subnet = with_useless_group(name)
+    anatomy, before = anatomy_of(model), logits(model)
+    ratio = 1 - parameters(anatomy, subnet) / parameters(anatomy)
+    prune(model, pliant.KnapsackPruner(ratio=0.999 * ratio, samples=4, seqlen=24, metric="kl"))
+    assert model.pliant_history[0]["subnet"] == subnet.to_dict()
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_channel_pruning_removes_the_group_with_the_smallest_weights(name):
+    model, subnet = with_useless_group(name)
+    ((axis, units),) = subnet.keep
+    anatomy = anatomy_of(model)
+    block = anatomy.blocks[axis.rpartition(".")[0]]
+    norms = pliant.importance(model)
+    norms[axis][0] = 0
+    ratio = 1 - parameters(anatomy, subnet) / parameters(anatomy)
+    chosen = pliant.ChannelPruner(ratio=ratio, allocation="global").choose(anatomy, norms)
+    assert dict(chosen.keep) == {axis: units}
+    assert block.role == "scan"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_knapsack_removes_the_scan_that_adds_nothing(name):
+    model = pico(name)
+    anatomy = anatomy_of(model)
+    block = scans_of(anatomy)[1]
+    mixer = model.base_model.layers[block.layer].get_submodule(block.spec.module)
+    subnet = Subnet().keeping(block.state_axis.name, 0)
+    with torch.no_grad():
+        if hasattr(mixer, "x_proj"):
+            mixer.x_proj.weight[mixer.time_step_rank :] = 0
+        else:
+            mixer.conv1d.weight[mixer.intermediate_size :] = 0
+            mixer.conv1d.bias[mixer.intermediate_size :] = 0
+    before = logits(model)
+    ratio = 1 - parameters(anatomy, subnet) / parameters(anatomy)
+    menu = pliant.KnapsackPruner(ratio=ratio)._menus(anatomy)[block.name]
+    assert subnet in menu
+    sizes = [parameters(anatomy, choice) for choice in menu]
+    assert sizes == sorted(set(sizes), reverse=True)
+    prune(model, pliant.KnapsackPruner(ratio=0.999 * ratio, samples=4, seqlen=24, metric="kl"))
     assert model.pliant_history[0]["subnet"] == subnet.to_dict()
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)

@@ -31,9 +31,11 @@ class Axis:
         least: the fewest units that can stay, unless a token uses more.
         groups: number of equal groups that the units are in, one after another; every group keeps equally many, its
             first. Kept units are counted over all groups, those that are dropped included.
-        copies: how often all units are repeated in a tensor dimension; all copies are cut alike.
+        copies: how often all units are repeated in a tensor dimension; all copies are cut alike. Units of different
+            copies do not correspond, so each copy has an order of its own.
         grouped_by: short name of the axis whose units are the groups; None if their number is fixed.
         copied_by: short name of the axis whose units have one copy each; None if their number is fixed.
+        grouping: its units are the groups or the copies of another axis.
         only_with: short name of the axis without whose units this one is gone; None if it does not depend on one.
     """
 
@@ -52,7 +54,13 @@ class Axis:
     copies: int = 1
     grouped_by: str | None = None
     copied_by: str | None = None
+    grouping: bool = False
     only_with: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a value for each unit: ``(units,)``, or ``(copies, units)`` if there are several copies."""
+        return (self.size,) if self.copies == 1 else (self.copies, self.size)
 
     @property
     def fewest(self) -> int:

@@ -84,13 +84,14 @@ def _read_from_attribute(
 
 
 def _in_groups(axis: Axis, short: str, architecture: Architecture, plain: Any, axes: Mapping[str, Axis]) -> Axis:
-    """An axis whose size is known, with its groups."""
+    """An axis whose size is known, with its groups, and whether its units are those of others."""
     given = architecture.axes[axis.leader].groups
     by = str(given) if given in architecture.axes else None
     groups = global_size(plain, given) if by is None else axes[by].size
     if axis.size % groups:
         raise ArchitectureError(f"{axis.name}: {axis.size} {short} are not in {groups} equal groups")
-    return replace(axis, groups=groups, grouped_by=by, multiple=lcm(groups, axis.multiple))
+    grouping = any(short in architecture.named_by(other) for other in axes)
+    return replace(axis, groups=groups, grouped_by=by, multiple=lcm(groups, axis.multiple), grouping=grouping)
 
 
 def _read_family(

@@ -16,7 +16,7 @@ One YAML file beside this one describes the repeated layer of a family::
       rank:    {size: q_lora_rank, normed: true}                       # a norm runs over it: cutting is not zeroing
       shared:  {size: shared_size, least: 0}                           # the fewest units that can stay; default 1
       scan:    {size: num_heads, unit: head_dim, groups: n_groups}     # in equal groups; each keeps equally many
-      state:   {size: state_size, copies: n_groups}                    # one copy after another, all cut alike
+      state:   {size: state_size, copies: n_groups}                    # one copy after another, each sorted by itself
       steps:   {size: num_heads, follows: scan, only_with: state}      # gone once that axis has no units
       key:     {size: linear_num_key_heads, unit: linear_key_head_dim}
       value:   {size: linear_num_value_heads, unit: linear_value_head_dim, groups: key}   # the units of an axis as its
@@ -87,6 +87,10 @@ size in a way that has no words here, so that only a built layer shows it. If f 
 [fc1, fc2]`` lists the modules of the layer that compute it, and weights are named from the layer; the last module
 returns f. A norm that several blocks of a layer list is shared and stays.
 
+All ``copies`` of an axis are cut alike, but their units need not correspond: the first unit of one copy never meets the
+first unit of another, so each copy is sorted by itself. If they do correspond, declare the axis without copies, and a
+second one with ``copies`` that follows it. An axis that follows one with copies has the same ``copies``.
+
 ``groups`` and ``copies`` may name another axis instead of a number. Then each unit of that axis has one group, or one
 copy, and it is removed with them; every group that stays keeps equally many units. The units kept of an axis in groups
 are counted over all groups, so that their number does not depend on how many groups are kept. Of 8 value heads in 4
@@ -137,7 +141,7 @@ class AxisSpec:
         groups: number of equal groups that the units are in, or the axis whose units they are; every group keeps
             equally many.
         copies: how often the units are repeated in a tensor dimension, or the axis whose units have one copy each; all
-            copies are cut alike.
+            copies are cut alike, but their units do not correspond.
         only_with: the axis without whose units it is gone; None if it does not depend on one.
     """
 

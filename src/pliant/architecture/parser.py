@@ -94,6 +94,12 @@ class _Parser:
                 self.faults.append(
                     f"axis {axis!r} follows {spec.follows!r}; it must follow a declared axis that follows no other"
                 )
+            leader = self.axes.get(str(spec.follows), spec)
+            if leader.copies not in (1, spec.copies):
+                self.faults.append(
+                    f"axis {axis!r} follows {spec.follows!r}, each copy of which is sorted by itself; it must have the "
+                    f"same copies: {leader.copies!r}"
+                )
             in_family = spec.follows or any(other.follows == axis for other in self.axes.values())
             if spec.built and (in_family or spec.size != f"{spec.config_key} or {BUILT}"):
                 self.faults.append(

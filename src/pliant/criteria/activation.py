@@ -21,13 +21,14 @@ def activation_sizes(model: Any, anatomy: Anatomy, windows: torch.Tensor) -> dic
     A unit is read by matrices (``down_proj`` reads channels, ``o_proj`` heads). Its size is the root mean square of
     each of its elements times the norm of the matrix column that reads it, summed over all its elements and readers.
     This is the score of Wanda (Sun et al., 2023), summed over whole columns. No matrix reads the state of a scan: the
-    size of its unit n is the root of the sum of squares of what it adds to the output, ``C_n h_n``.
+    size of its unit n is the root of the sum of squares of what it adds to the output, ``C_n h_n``; each group of heads
+    has a copy of the unit with a size of its own.
 
     Arguments:
         windows: token ids, shape ``(windows, seqlen)``.
 
     Returns:
-        axis name -> size of each unit, shape ``(units,)``; axes that no matrix reads (experts) are left out, and so
+        axis name -> size of each unit, shape ``axis.shape``; axes that no matrix reads (experts) are left out, and so
         are those with a matrix that is never called.
     """
     return within_memory(
@@ -54,7 +55,7 @@ def _sizes(model: Any, anatomy: Anatomy, batches: list[torch.Tensor]) -> dict[st
     def record_state(block: Block, inputs: ScanInputs) -> torch.Tensor:
         assert block.state_axis is not None
         name = block.state_axis.name
-        states[name] = states.get(name, 0) + state_squares(inputs)
+        states[name] = states.get(name, 0) + state_squares(inputs).view(block.state_axis.shape)
         return inputs.C
 
     handles = [

@@ -41,20 +41,26 @@ def importance(
     Returns:
         axis name -> a value for each unit, float64, shape ``(units,)``. ``l1`` covers all axes; ``activation`` and
         ``fisher`` cover those that a matrix reads (channels, heads) and the state of scans, but not experts. Orders of
-        pruners fall back to ``l1`` for the others.
+        pruners fall back to ``l1`` for the others. In Mamba-2 each group of heads has its own copy of the state: the
+        value of a unit is summed over the copies, which pruners sort one by one.
 
     Raises:
         StepError: ``by`` is none of these.
         DataError: the text is missing, or too short for one window.
     """
     if not reads_text(by):
-        return measured(model, described(model), by)
+        return _over_copies(measured(model, described(model), by))
     if data is None:
         raise DataError(f"importance by {by} is read from calibration text: pass data=pliant.text('some.txt')")
     check_model(model)
     rows = (data if isinstance(data, Text) else text(data)).sample(samples, seed)
     windows = windows_for(model, tokenizer or tokenizer_of(model), rows, seqlen_of(model, seqlen))
-    return measured(model, described(model), by, windows)
+    return _over_copies(measured(model, described(model), by, windows))
+
+
+def _over_copies(sizes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A value for each unit, shape ``(units,)``, summed over its copies if it has several."""
+    return {name: values.sum(0) if values.dim() > 1 else values for name, values in sizes.items()}
 
 
 def reads_text(by: str) -> bool:
@@ -63,7 +69,8 @@ def reads_text(by: str) -> bool:
 
 
 def measured(model: Any, anatomy: Anatomy, by: str, windows: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """The importance of every unit, by the name of the axis.
+    """The importance of every unit, by the name of the axis: shape ``axis.shape``, or ``(units,)`` if a function of
+    your own gives all copies the same.
 
     Arguments:
         by: a name in the registry, or ``module:function``.
@@ -78,11 +85,11 @@ def measured(model: Any, anatomy: Anatomy, by: str, windows: torch.Tensor | None
     if not isinstance(found, dict) or not all(isinstance(values, torch.Tensor) for values in found.values()):
         raise StepError(f"importance {by!r} must return a dict of tensors, one for each axis")
     for name, values in found.items():
-        units = anatomy.axes[name].size if name in anatomy.axes else 0
-        if name not in anatomy.axes or tuple(values.shape) != (units,):
+        axis = anatomy.axes.get(name)
+        if axis is None or tuple(values.shape) not in ((axis.size,), axis.shape):
             raise StepError(
-                f"importance {by!r} must give a value for each unit of an axis; for {name!r}, which has {units} "
-                f"units, it gave the shape {tuple(values.shape)}"
+                f"importance {by!r} must give a value for each unit of an axis; for {name!r}, which has "
+                f"{axis.size if axis else 0} units, it gave the shape {tuple(values.shape)}"
             )
         if values.is_complex() or not values.isfinite().all():
             if by in IMPORTANCE:

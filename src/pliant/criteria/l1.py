@@ -17,20 +17,21 @@ def l1_orders(model: nn.Module, anatomy: Anatomy) -> dict[str, torch.Tensor]:
     """Sort the units of every axis by falling L1 norm of the weights that produce them (MultiPruner, section 3).
 
     Returns:
-        axis name -> old index of each new unit, shape ``(units,)``. Equal units keep their order.
+        axis name -> old index of each new unit, shape ``axis.shape``. Equal units keep their order.
     """
     return by_falling(l1_norms(model, anatomy), anatomy)
 
 
 def by_falling(sizes: Mapping[str, torch.Tensor], anatomy: Anatomy) -> dict[str, torch.Tensor]:
     """Old index of each new unit when the largest comes first; equal units keep their order, and all stay in their
-    group."""
+    group. Copies are sorted one by one if there is a size for each."""
     orders = {}
     for name, size in sizes.items():
         groups = anatomy.axes[name].groups
-        grouped = size.view(groups, len(size) // groups)
-        first = torch.arange(groups).unsqueeze(1) * grouped.shape[1]
-        orders[name] = (torch.argsort(grouped, descending=True, stable=True).cpu() + first).flatten()
+        in_group = size.shape[-1] // groups
+        grouped = size.unflatten(-1, (groups, in_group))
+        first = torch.arange(groups).unsqueeze(1) * in_group
+        orders[name] = (torch.argsort(grouped, descending=True, stable=True).cpu() + first).flatten(-2)
     return orders
 
 
@@ -44,10 +45,10 @@ def l1_norms(model: nn.Module, anatomy: Anatomy) -> dict[str, torch.Tensor]:
     unit that is a group of other units has their norm, too.
 
     Returns:
-        axis name -> L1 norm of each unit, shape ``(units,)``.
+        axis name -> L1 norm of each unit, shape ``axis.shape``.
     """
     layers = layers_of(model, anatomy.source)
-    norms = {name: torch.zeros(axis.size, dtype=torch.float64) for name, axis in anatomy.axes.items()}
+    norms = {name: torch.zeros(axis.shape, dtype=torch.float64) for name, axis in anatomy.axes.items()}
     for block in within_limit(model, anatomy.blocks.values()):
         for weight in block.weights:
             for index, dim in enumerate(weight.dims):

@@ -46,7 +46,7 @@ def state_squares(inputs: ScanInputs) -> torch.Tensor:
     """Sum of squares, over tokens and channels, of what each unit of a state adds to the output of the scan.
 
     Returns:
-        ``(C_n h_n)^2``, summed also over the groups that have a copy of the unit; float64, shape ``(state,)``.
+        ``(C_n h_n)^2`` of the copy that each group has of the unit; float64, shape ``(groups, state)``.
     """
     x, dt, a, b, c = (tensor.float() for tensor in inputs)
     batch, tokens, heads, width = x.shape
@@ -55,8 +55,8 @@ def state_squares(inputs: ScanInputs) -> torch.Tensor:
     added = (x * dt.unsqueeze(-1)).view(batch, tokens, groups, heads // groups, width, 1)
     b, squares = b.view(batch, tokens, groups, 1, 1, state), c.square()
     h = x.new_zeros(batch, groups, heads // groups, width, state)
-    total: torch.Tensor = torch.zeros(state, dtype=torch.float64)
+    total: torch.Tensor = torch.zeros(groups, state, dtype=torch.float64)
     for token in range(tokens):
         h = h * decay[:, token] + added[:, token] * b[:, token]
-        total += to_float64((h.square().sum((2, 3)) * squares[:, token]).sum((0, 1))).cpu()
+        total += to_float64((h.square().sum((2, 3)) * squares[:, token]).sum(0)).cpu()
     return total

@@ -27,14 +27,14 @@ def loss_increases(
     on the unit (Kwon et al., 2022), with every token as one sample.
 
     The factor is on everything that matrices read of the unit, in one layer. No matrix reads the state of a scan: for
-    its unit n the factor is on C_n, in all groups. The gradient goes back through one layer at a time, so that only
-    one layer's activations are in memory.
+    its unit n the factor is on C_n of one group of heads. The gradient goes back through one layer at a time, so that
+    only one layer's activations are in memory.
 
     Arguments:
         windows: token ids, shape ``(windows, seqlen)``.
 
     Returns:
-        axis name -> nats per token, float64, shape ``(units,)``; axes that no matrix reads (experts) are left
+        axis name -> nats per token, float64, shape ``axis.shape``; axes that no matrix reads (experts) are left
         out, and so are those with a matrix that is never called.
     """
     return within_memory(model, lambda tokens: _loss_increases(model, anatomy, windows, tokens, progress or Progress()))
@@ -135,7 +135,7 @@ def _back(
 
 
 def _fisher(slopes: torch.Tensor) -> torch.Tensor:
-    """Half the Fisher information, summed over the tokens, from slopes of shape ``(tokens, units)``."""
+    """Half the Fisher information, summed over the tokens, from slopes of shape ``(tokens, *axis.shape)``."""
     return slopes.square().sum(0).cpu() / 2
 
 
@@ -143,14 +143,15 @@ def _of_factors(products: list[Product]) -> dict[tuple[str, int], torch.Tensor]:
     """Gradient of the loss with respect to the factors on all units of one layer.
 
     Returns:
-        (axis name, number of tokens) -> the gradient for every token, float64, shape ``(tokens, units)``. A matrix that
-        reads only some of the tokens has factors of its own.
+        (axis name, number of tokens) -> the gradient for every token, float64, shape ``(tokens, *axis.shape)``. A
+        matrix that reads only some of the tokens has factors of its own.
     """
     slopes: dict[tuple[str, int], torch.Tensor] = {}
     for block, weight, product in products:
         if weight is None:
-            assert block.state_axis is not None
-            of_axes = [(block.state_axis, to_float64(product.sum(2).flatten(0, 1)))]
+            state = block.state_axis
+            assert state is not None
+            of_axes = [(state, to_float64(product).reshape(-1, *state.shape))]
         else:
             of_axes = list(by_unit(block, weight, to_float64(product.flatten(0, -2))))
         for axis, of_units in of_axes:

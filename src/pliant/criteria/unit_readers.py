@@ -48,7 +48,7 @@ def by_unit(block: Block, weight: Weight, elements: torch.Tensor) -> Iterator[tu
         elements: a value for every input of ``weight``, shape ``(…, inputs)``.
 
     Yields:
-        An axis that determines some of the inputs, and the sums over its units, shape ``(…, units)``.
+        An axis that determines some of the inputs, and the sum for each of its units, shape ``(…, *axis.shape)``.
     """
     assert weight.reads is not None
     start = 0
@@ -59,16 +59,20 @@ def by_unit(block: Block, weight: Weight, elements: torch.Tensor) -> Iterator[tu
 
 
 def sums(block: Block, part: Part, elements: torch.Tensor) -> Iterator[tuple[Axis, torch.Tensor]]:
-    """For every leading axis that determines a stretch of a dimension, the sums over its units, shape ``(…, units)``.
+    """Sum values of single elements over each unit of every leading axis that determines a stretch of a dimension.
 
     Arguments:
         elements: a value for every element of the stretch, shape ``(…, elements)``.
+
+    Yields:
+        A leading axis, and the sum for each of its units, shape ``(…, *axis.shape)``.
     """
     if part.axis not in block.axes:
         return
     (copied, _), (grouped, _), (leader, _), _ = nested = block.by_leader(part)
     split = elements.unflatten(-1, [size for _, size in nested])
-    yield block.axes[str(leader)], split.sum((-4, -1)).flatten(-2)
+    own, of_copies = block.axes[str(leader)], split.sum(-1).flatten(-2)
+    yield own, of_copies.sum(-2) if own.copies == 1 else of_copies
     if grouped is not None:
         yield block.axes[grouped], split.sum((-4, -2, -1))
     if copied is not None:

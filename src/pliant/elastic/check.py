@@ -84,10 +84,11 @@ def _check_reorder(
 
 
 def _shuffled(axis: Axis, generator: torch.Generator) -> torch.Tensor:
-    """A random order of the units in each group."""
+    """A random order of the units in each group of each copy."""
     in_group = axis.size // axis.groups
-    orders = [torch.randperm(in_group, generator=generator) + group * in_group for group in range(axis.groups)]
-    return torch.cat(orders)
+    draws = [torch.randperm(in_group, generator=generator) for _ in range(axis.copies * axis.groups)]
+    firsts = torch.arange(axis.groups).unsqueeze(1) * in_group
+    return (torch.stack(draws).view(axis.copies, axis.groups, in_group) + firsts).view(axis.shape)
 
 
 def _check_skip(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Any]) -> None:

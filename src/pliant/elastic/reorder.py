@@ -18,8 +18,9 @@ def reorder(model: nn.Module, anatomy: Anatomy, orders: Mapping[str, torch.Tenso
     """Permute units in place, in every tensor that the axis touches.
 
     Arguments:
-        orders: axis name -> the old index of each new unit, shape ``(units,)``. Axes that follow are reordered, too. If
-            the groups of an axis are also reordered, its own order counts in the old groups.
+        orders: axis name -> the old index of each new unit, shape ``(units,)``; or ``(copies, units)``, an order for
+            each copy of an axis that has several. Axes that follow are reordered, too. If the groups or copies of an
+            axis are also reordered, its own order counts in the old ones.
 
     Raises:
         SubnetError: an axis is unknown, or its order is not a permutation within its groups.
@@ -29,11 +30,12 @@ def reorder(model: nn.Module, anatomy: Anatomy, orders: Mapping[str, torch.Tenso
     for name, order in orders.items():
         if name not in axes:
             raise SubnetError(f"the model has no axis {name!r} to reorder; anatomy_of(model).axes lists them")
-        if sorted(order.tolist()) != list(range(axes[name].size)):
-            raise SubnetError(f"the order given for {name} is not a permutation of {axes[name].size} units")
-        in_group = axes[name].size // axes[name].groups
-        if (order.cpu() // max(1, in_group) != torch.arange(axes[name].size) // max(1, in_group)).any():
-            raise SubnetError(f"the order given for {name} moves units into another of its {axes[name].groups} groups")
+        axis, units = axes[name], torch.arange(axes[name].size)
+        if order.shape not in (units.shape, axis.shape) or (order.cpu().sort(-1).values != units).any():
+            raise SubnetError(f"the order given for {name} is not a permutation of {axis.size} units")
+        in_group = max(1, axis.size // axis.groups)
+        if (order.cpu() // in_group != units // in_group).any():
+            raise SubnetError(f"the order given for {name} moves units into another of its {axis.groups} groups")
     for block, first in counted_once(anatomy.blocks.values()):
         chosen = {axis.leader: orders[axis.name] for axis in block.leaders if axis.name in orders}
         if not chosen:
@@ -49,9 +51,8 @@ def reorder(model: nn.Module, anatomy: Anatomy, orders: Mapping[str, torch.Tenso
 
 def restore(model: nn.Module, anatomy: Anatomy, orders: Mapping[str, torch.Tensor]) -> None:
     """Undo :func:`reorder`."""
-    blocks = anatomy.blocks.values()
-    groups = {block.axes[axis.grouped_by].name for block in blocks for axis in block.leaders if axis.grouped_by}
-    for names in (orders.keys() & groups, orders.keys() - groups):  # groups first: orders count in the old ones
+    grouping = {name for name, axis in anatomy.axes.items() if axis.grouping}
+    for names in (orders.keys() & grouping, orders.keys() - grouping):  # groups first: orders count in the old ones
         reorder(model, anatomy, {name: torch.argsort(orders[name]) for name in names})
 
 
@@ -67,7 +68,9 @@ def _elements(block: Block, dim: tuple[Part, ...], chosen: Mapping[str, torch.Te
             copied, grouped, own = (None if leader is None else chosen.get(leader) for leader, _ in nested[:3])
             index = index.view(sizes)
             if own is not None:
-                index = index.flatten(1, 2)[:, own.cpu()].view(sizes)
+                elements = index.flatten(1, 2)  # of each unit of each copy
+                order = own.cpu().expand(elements.shape[:2]).unsqueeze(-1).expand_as(elements)
+                index = elements.gather(1, order).view(sizes)
             if grouped is not None:
                 index = index[:, grouped.cpu()]
             if copied is not None:

@@ -75,7 +75,7 @@ class ChannelPruner(Step):
         """The first sub-network that reaches the ratio when groups are removed one by one.
 
         Arguments:
-            norms: axis name -> importance of each unit, shape ``(units,)``.
+            norms: axis name -> importance of each unit, shape ``axis.shape``.
 
         Raises:
             RatioError: the ratio is not reached with every axis at its minimum.
@@ -100,7 +100,7 @@ class ChannelPruner(Step):
         cuts, before, rank = [], axis.size, 0.0
         for units in widths(axis, self.group, ceil(self.minimum * axis.size)):
             uniform = self.allocation == "uniform"
-            rank = max(rank, 1 - units / axis.size if uniform else relative[units:before].mean().item())
+            rank = max(rank, 1 - units / axis.size if uniform else relative[..., units:before].mean().item())
             cuts.append((rank, axis.name, units))
             before = units
         return cuts

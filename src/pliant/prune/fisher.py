@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import ceil
 
 import torch
 
@@ -21,6 +22,10 @@ from pliant.searches.greedy import Move, check_loss
 from pliant.step import Job, setting
 
 Cuts = list[tuple[str, int]]
+
+STATE_STAYS = 0.5
+"""Share of a state that always stays: the estimate treats its units as independent, but they take over from each other,
+so that the last ones matter far more than it says."""
 
 
 class FisherPruner(OrderedPruner, Pruner):
@@ -52,29 +57,36 @@ class FisherPruner(OrderedPruner, Pruner):
     def run(self, job: Job) -> None:
         pruning = self.begin(job)
         anatomy = pruning.anatomy
-        self._reaching(
-            [(axis.name, units) for axis in measured_axes(anatomy) for units in widths(axis, self.group)], anatomy
-        )
+        allowed = self._widths(anatomy)
+        self._reaching([(axis, units) for axis, narrower in allowed.items() for units in narrower], anatomy)
         windows = self.windows(job, self.samples, self.seed)
         with ordered(job, anatomy, self.order, windows):
             with job.progress.stage("fisher information"):
                 increases = loss_increases(job.model, anatomy, windows, job.progress)
             for of_units in increases.values():
                 check_loss(of_units.sum().item())
-            subnet = self._reaching(self._cuts(anatomy, increases, pruning.cost(self.per)), anatomy)
+            subnet = self._reaching(self._cuts(allowed, increases, pruning.cost(self.per)), anatomy)
             pruning.commit("fisher information", Move("all", subnet), None)
             self.finish(pruning, job, step_moves([anatomy.axes[name] for name in increases], self.group))
 
-    def _cuts(self, anatomy: Anatomy, increases: Mapping[str, torch.Tensor], cost: Cost) -> Cuts:
+    def _widths(self, anatomy: Anatomy) -> dict[str, list[int]]:
+        """Axis that is measured on text -> the widths that it may be cut to, widest first."""
+        states = {axis.name for block in anatomy.blocks.values() if (axis := block.state_axis) is not None}
+        return {
+            axis.name: widths(axis, self.group, ceil(STATE_STAYS * axis.size) if axis.name in states else 0)
+            for axis in measured_axes(anatomy)
+        }
+
+    def _cuts(self, allowed: Mapping[str, list[int]], increases: Mapping[str, torch.Tensor], cost: Cost) -> Cuts:
         """All cuts; those with the smallest loss increase for what they save come first."""
         whole = cost(Subnet())
         ranked = []
         for name, of_units in increases.items():
-            before, width, rank = whole, len(of_units), 0.0
-            for units in widths(anatomy.axes[name], self.group):
+            before, width, rank = whole, of_units.shape[-1], 0.0
+            for units in allowed[name]:
                 after = cost(narrowed([(name, units)]))
                 # a group cannot be removed before those behind it, even if it increases the loss less than they do
-                rank = max(rank, of_units[units:width].sum().item() / max(1e-9, before - after))
+                rank = max(rank, of_units[..., units:width].sum().item() / max(1e-9, before - after))
                 ranked.append((rank, name, -units))
                 before, width = after, units
         return [(name, -units) for _, name, units in sorted(ranked)]

@@ -11,6 +11,7 @@ from pliant.elastic import Subnet, parameters, ratio
 from pliant.errors import RatioError
 from pliant.prune.moves import Moves, block_moves, settled, step_moves, unit_of
 from pliant.prune.ratio_target import by_parameters, out_of_reach
+from pliant.prune.scan_skip import scan_axis, scans_of
 from pliant.prune.session import Pruning, Scorer
 from pliant.prune.settings import OrderedPruner, Pruner
 from pliant.prune.unit_order import ordered
@@ -31,7 +32,10 @@ class KnapsackPruner(OrderedPruner, Pruner):
     """
 
     levels: int = setting(
-        "Widths at which the axes of a block are scored, besides the full width and none.", default=4, at_least=0
+        "Widths at which the axes of a block are scored, besides the full width and none; so are as many numbers of "
+        "groups, and a scan without its state.",
+        default=4,
+        at_least=0,
     )
 
     swaps: int = setting(
@@ -68,19 +72,25 @@ class KnapsackPruner(OrderedPruner, Pruner):
     def _menus(self, anatomy: Anatomy) -> Menus:
         """The choices for each block, alone."""
         free = {block.name for block in anatomy.may_all_go()}
+        states = {axis.name for block in scans_of(anatomy) if (axis := scan_axis(block)) is not None}
         menus: dict[str, list[Subnet]] = {}
         shared: set[str] = set()  # an axis of several blocks is offered once
         for block in anatomy.blocks.values():
             axes = [axis for axis in block.leaders if axis.name not in shared]
             shared.update(axis.name for axis in axes)
+            # groups are not removed together with units of those that stay
+            kinds = [[axis for axis in axes if axis.grouping is grouping] for grouping in (False, True)]
+            shares = [level / (self.levels + 1) for level in range(1, self.levels + 1)]
+            choices = [_narrower(of_kind, share, self.group) for of_kind in kinds for share in shares]
+            if self.levels:
+                choices += [Subnet().keeping(axis.name, 0) for axis in axes if axis.name in states]
+            choices.sort(key=lambda choice: -parameters(anatomy, choice))
+            if block.name in free:
+                choices.append(Subnet().without(block.name))
             menu = [Subnet()]
-            for level in range(1, self.levels + 1):
-                narrower = _narrower(axes, level / (self.levels + 1), self.group)
-                if parameters(anatomy, narrower) < parameters(anatomy, menu[-1]):
-                    menu.append(narrower)
-            removed = Subnet().without(block.name)
-            if block.name in free and parameters(anatomy, removed) < parameters(anatomy, menu[-1]):
-                menu.append(removed)  # one of several tied blocks saves nothing alone
+            for choice in choices:
+                if parameters(anatomy, choice) < parameters(anatomy, menu[-1]):
+                    menu.append(choice)  # one of several tied blocks saves nothing alone
             if len(menu) > 1:
                 menus[block.name] = menu
         return menus

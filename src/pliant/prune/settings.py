@@ -297,10 +297,9 @@ class WidthPruner(OrderedPruner, GreedyPruner):
         """One expert, ``head_group`` heads (or groups of these), ``mlp_group`` channels, or an eighth of a state."""
         channels = self.channel_group(job)
         axes = {axis.leader: axis for axis in sorted(anatomy.axes.values(), key=lambda axis: axis.size)}  # the widest
-        of_heads = {axis.grouped_by for axis in axes.values()}
         groups = {}
         for name in anatomy.axes_of(roles):
-            single = axes[name].unit == 1 and name not in of_heads  # channels, or one rank of a latent
+            single = axes[name].unit == 1 and not axes[name].grouping  # channels, or one rank of a latent
             units = channels if single else self.head_group
             groups[name] = 1 if axes[name].active is not None else step_of(axes[name], units)
         return groups

@@ -16,10 +16,10 @@ def widths(axis: Axis, elements: int, least: int = 0) -> list[int]:
     ``least`` units, and the fewest that the axis needs, remain.
 
     Arguments:
-        elements: every width is a multiple of so many elements; experts, which are whole matrices, are removed one by
-            one, and units that may all be removed as in :func:`step_of`.
+        elements: every width is a multiple of so many elements; experts, which are whole matrices, and groups of units
+            are removed one by one, and units that may all be removed as in :func:`step_of`.
     """
-    group = step_of(axis, elements // gcd(elements, axis.unit))
+    group = 1 if axis.grouping else step_of(axis, elements // gcd(elements, axis.unit))
     step = lcm(group, axis.multiple) if axis.active is None else axis.multiple
     widest = (axis.size - 1) // step * step
     return list(range(widest, max(least, axis.fewest) - 1, -step))

@@ -203,13 +203,12 @@ def axes_of(anatomy: Anatomy, target: str) -> list[Axis]:
     found = {}
     for block in anatomy.blocks.values():
         spanning = {block.axes[name].leader for name in block.spec.scan_state if name in block.axes}
-        grouping = {name for axis in block.axes.values() for name in (axis.grouped_by, axis.copied_by)}
         for axis in block.leaders:
             named = {
                 "state": axis == block.state_axis,
                 "heads": axis.leader in spanning and axis != block.state_axis and axis.unit > 1,
                 "scan_channels": axis.leader in spanning and axis != block.state_axis and axis.unit == 1,
-                "groups": block.role == "scan" and axis.leader in grouping,
+                "groups": block.role == "scan" and axis.grouping,
                 "channels": block.role in _MLP and axis.unit == 1 and axis.active is None,
             }
             if named[target] and axis.size:
