@@ -117,3 +117,10 @@ def test_fisher_pruning_removes_the_state_that_nothing_enters():
     prune(model, pliant.FisherPruner(ratio=ratio, samples=4, seqlen=24))
     assert model.pliant_history[0]["subnet"] == subnet.to_dict()
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mamba", "falcon_mamba"])
+def test_a_model_with_removed_scans_is_pruned_again(name):
+    model = prune(pico(name), pliant.MambaShedder(target="ssm", steps=2, samples=4, seqlen=24))
+    prune(model, STEPS["fisher"]())
+    assert torch.isfinite(logits(model)).all()
