@@ -1,6 +1,7 @@
 """Every pruner on state-space models: saved, run again, interrupted, with and without prefixes."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -123,4 +124,13 @@ def test_fisher_pruning_removes_the_state_that_nothing_enters():
 def test_a_model_with_removed_scans_is_pruned_again(name):
     model = prune(pico(name), pliant.MambaShedder(target="ssm", steps=2, samples=4, seqlen=24))
     prune(model, STEPS["fisher"]())
+    assert torch.isfinite(logits(model)).all()
+
+
+@pytest.mark.parametrize("name", ["mamba", "falcon_mamba"])
+def test_what_remains_of_a_removed_scan_gets_no_adapter(name):
+    model = prune(pico(name), pliant.MambaShedder(target="ssm", steps=2, samples=4, seqlen=24))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PyTorch warns of an adapter without rows
+        prune(model, pliant.Recover(method="lora", steps=2, batch_size=2, seqlen=24, held_out=0))
     assert torch.isfinite(logits(model)).all()
