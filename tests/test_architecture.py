@@ -124,7 +124,7 @@ def test_a_faulty_file_is_refused_with_the_fault(change, told):
         ("either", {}, "either must be a list of two or more variants, not {}"),
         ("either", [{"slot": "a"}, {}], "variant 1 of block 'mlp' has the unknown key 'slot'"),
         ("rescale", True, "rescale must be a list of names, not True"),
-        ("skip", {"up": "channels"}, "one of its weights to axes with 'least: 0', not 'up' to 'channels'"),
+        ("skip", {"up": "channels"}, "one of its weights to an axis with 'least: 0', not 'up' to 'channels'"),
         ("skip", {"up": ["channels"]}, "skip must map one of its weights"),
         ("counts", 3, "counts must be the name of a call argument, not 3"),
         ("inside", ["mlp"], "inside must be the name of another block, not"),
@@ -157,6 +157,12 @@ def test_a_faulty_word_about_a_block_is_refused_with_the_fault(key, value, told)
         ("unit", True, "unit of axis 'channels': True is not a size"),
         ("normed", 1, "normed must be true or false, not 1"),
         ("least", -1, "least must be a whole number of at least 0, not -1"),
+        (
+            "only_with",
+            "channels",
+            "an axis that follows no other and has 'least: 0', not 'channels'",
+        ),
+        ("only_with", 3, "only_with must name an axis"),
         ("groups", [2], r"groups of axis 'channels': \[2\] is not a size"),
     ],
 )

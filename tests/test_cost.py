@@ -108,9 +108,11 @@ def test_a_scan_without_a_state_costs_nothing(name):
     assert block.scan_state(subnet.kept(block)) == 0
     saved = 3 * SCANS[name][0]
     weights = parameters(anatomy) - parameters(anatomy, subnet)
-    kept = sum(weight.path.endswith((".bias", "A_log")) * prod(block.shape(weight, {})) for weight in block.weights)
+    kept = sum(
+        weight.path.endswith((".bias", "_bias", "A_log")) * prod(block.shape(weight, {})) for weight in block.weights
+    )
     kept -= sum(
-        weight.path.endswith((".bias", "A_log")) * prod(block.shape(weight, subnet.kept(block)))
+        weight.path.endswith((".bias", "_bias", "A_log")) * prod(block.shape(weight, subnet.kept(block)))
         for weight in block.weights
     )
     assert macs(anatomy, context=0) - macs(anatomy, subnet, context=0) == saved + weights - kept

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from pliant.forward.windows import windows_for
 from pliant.measure.cost import cost_of
 from pliant.measure.speed.latency_table import measure_latency
 from pliant.prune.imported_configs import parse_config
-from pliant.prune.scan_skip import scan_axis, scanless, scans_of, with_skips
+from pliant.prune.scan_skip import scan_axis, scans_of, with_skips
 from pliant.run.compress import compress
 from pliant.run.recipe import Measuring
 from pliant.step import Job
@@ -74,7 +73,7 @@ def test_the_removals_are_those_of_the_papers_loop(family, target):
                 offered[block.name] = subnet.without(block.name)
         for block in anatomy.alive(subnet.skip) if "ssm" in target else ():
             if (axis := scan_axis(block)) is not None and dict(subnet.keep).get(axis.name) != 0:
-                offered[f"{block.name}.ssm"] = scanless(subnet, block)
+                offered[f"{block.name}.ssm"] = subnet.keeping(axis.name, 0)
         losses = {}
         for unit, candidate in offered.items():
             elastic.activate(candidate)
@@ -109,7 +108,7 @@ def test_ratios_of_stages_add_up_and_excess_is_put_back():
 
 
 def _smallest(anatomy):
-    scans = (scanless(Subnet(), block) for block in scans_of(anatomy))
+    scans = (Subnet().keeping(scan_axis(block).name, 0) for block in scans_of(anatomy))
     return max(parameters(anatomy) - parameters(anatomy, subnet) for subnet in scans)
 
 
@@ -133,7 +132,7 @@ def test_a_ratio_of_milliseconds_is_one_of_the_measured_table(monkeypatch):
     subnet = Subnet.from_dict(record["subnet"])
     assert record["removed"] == {
         "of": "decode",
-        "ratio": pytest.approx(1 - table.of(anatomy, subnet) / table.of(anatomy)),
+        "ratio": pytest.approx(1 - table.of(anatomy, subnet) / table.of(anatomy), abs=1e-5),  # the file rounds
     }
     assert record["removed"]["ratio"] >= 0.2 - 1e-5
     without = Subnet().keeping("layers.0.mamba.state", 0)
@@ -203,7 +202,7 @@ def test_a_removed_scan_returns_its_input_times_the_skip(family, skip):
     anatomy = anatomy_of(model)
     block = scans_of(anatomy)[-1]
     scale = scale_of(skip, model, block)
-    subnet = scanless(Subnet(), block)
+    subnet = Subnet().keeping(scan_axis(block).name, 0)
     module = importlib.import_module(type(model).__module__)
     name = "mamba2_chunk_scan" if hasattr(module, "mamba2_chunk_scan") else "mamba_selective_scan"
     mixer = layers_of(model, anatomy.source)[block.layer].get_submodule(block.spec.module)
@@ -381,8 +380,8 @@ def test_the_published_blocks_of_mamba_2_8b_leave_the_parameters_that_they_shoul
     subnet = parse_config({"pruned_mamba_block_idx": MAMBA_BLOCKS, "pruned_ssm_idx": []}, anatomy)
     assert parameters(anatomy) - parameters(anatomy, subnet) == len(MAMBA_BLOCKS) * block
     scan = parse_config({"pruned_ssm_idx": [5]}, anatomy)
-    # x_proj, the matrix of dt_proj, and A_log; the bias of dt_proj stays
-    assert parameters(anatomy) - parameters(anatomy, scan) == INNER * (rank + 2 * state) + INNER * rank + INNER * state
+    x_proj, dt_proj, a_log = INNER * (rank + 2 * state), INNER * (rank + 1), INNER * state
+    assert parameters(anatomy) - parameters(anatomy, scan) == x_proj + dt_proj + a_log
 
 
 def test_the_published_scans_of_mamba2_2_7b_leave_the_parameters_that_they_should():
@@ -401,7 +400,8 @@ def test_the_published_scans_of_mamba2_2_7b_leave_the_parameters_that_they_shoul
     anatomy = anatomy_of(on_meta(config))
     subnet = parse_config({"pruned_ssm_idx": MAMBA2_SCANS}, anatomy)
     states = 2 * groups * STATE
-    scan = states * WIDTH + states * (KERNEL + 1)  # B and C: rows of in_proj, channels of the convolution and its bias
+    scan = (states + heads) * WIDTH  # the rows of in_proj that give B, C and dt: 336 of 10,576
+    scan += states * (KERNEL + 1) + 2 * heads  # channels of the convolution and their bias; A_log and dt_bias
     assert parameters(anatomy) - parameters(anatomy, subnet) == len(MAMBA2_SCANS) * scan
 
 
@@ -446,20 +446,6 @@ def test_a_configuration_of_a_hybrid_is_read():
 def test_a_configuration_that_does_not_fit_is_refused(family, raw, refusal):
     with pytest.raises(DataError, match=refusal):
         parse_config(raw, anatomy_of(pico(family)))
-
-
-def test_a_configuration_that_cuts_the_uses_of_a_shared_block_differently_is_refused():
-    anatomy = anatomy_of(pico("bamba"))
-    blocks = {
-        name: replace(block, tied="layers.0.mlp") if block.role == "mlp" else block
-        for name, block in anatomy.blocks.items()
-    }
-    shared = replace(anatomy, blocks=blocks)
-    with pytest.raises(DataError, match="pruned_mlp_idx cuts the uses of a shared block differently"):
-        parse_config({"pruned_mlp_idx": [1], "pruned_ssm_idx": [0]}, shared)
-    assert parse_config({"pruned_mlp_idx": [], "pruned_ssm_idx": [0]}, shared) == Subnet().keeping(
-        "layers.0.mamba.state", 0
-    )
 
 
 def test_repair_refits_around_a_fitted_skip():

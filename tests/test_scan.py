@@ -1,6 +1,7 @@
 """State-space models are cut: heads, channels and states, scans without a state, searches and pruners."""
 
 import importlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -55,6 +56,26 @@ def test_without_a_state_the_skip_and_the_gate_stay_and_generation_is_cached(nam
     given = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     cached, uncached = (model.generate(IDS, pad_token_id=0, use_cache=use, **given) for use in (True, False))
     assert torch.equal(cached, uncached)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["mamba2", "bamba", "nemotron_h", "granitemoehybrid", "falcon_h1", "zamba2"])
+def test_without_a_state_no_rows_for_step_sizes_remain_however_the_mixer_is_run(name):
+    model = pico(name)
+    anatomy = anatomy_of(model)
+    block = next(block for block in anatomy.blocks.values() if block.role == "scan")
+    extract(model, anatomy, Subnet().keeping(f"{block.name}.state", 0))
+    mixer = model.get_submodule(f"{anatomy.architecture.layers}.{block.layer}.{block.spec.module}")
+    assert len(mixer.in_proj.weight) == 2 * mixer.intermediate_size
+    assert [mixer.A_log.numel(), mixer.dt_bias.numel(), mixer.D.numel()] == [0, 0, mixer.num_heads]
+    expected = logits(model)
+    for module in model.modules():  # in training mode, transformers tries its fused pass first
+        module.training = module is mixer
+    assert torch.equal(model(input_ids=IDS, use_cache=False).logits, expected)
+    assert mixer.training
+    assert not mixer.in_proj._forward_hooks
+    with ThreadPoolExecutor(4) as threads:
+        assert all(out.equal(expected) for out in threads.map(lambda _: logits(model), range(8)))
 
 
 def test_units_stay_in_their_groups():

@@ -34,6 +34,7 @@ class Axis:
         copies: how often all units are repeated in a tensor dimension; all copies are cut alike.
         grouped_by: short name of the axis whose units are the groups; None if their number is fixed.
         copied_by: short name of the axis whose units have one copy each; None if their number is fixed.
+        only_with: short name of the axis without whose units this one is gone; None if it does not depend on one.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Axis:
     copies: int = 1
     grouped_by: str | None = None
     copied_by: str | None = None
+    only_with: str | None = None
 
     @property
     def fewest(self) -> int:
@@ -84,8 +86,7 @@ class Weight:
         rescaled: for the weight of a norm over an axis, whether it is taken over the ``width`` or over each ``group``.
             It grows as the axis narrows, so that cutting equals zeroing. None for other tensors.
         tied: it is shared with the blocks that its block is tied to.
-        skips: it alone remains of a scan. These are the axes that are gone with the scan, which is gone once the first
-            of them, its state, has no units. Empty for other weights.
+        skips: it alone remains of a scan once this axis has no units; None for other weights.
         alone: its value in that case, of its full shape; None if it stays as it is.
     """
 
@@ -98,7 +99,7 @@ class Weight:
     called: bool = True
     rescaled: str | None = None
     tied: bool = False
-    skips: tuple[str, ...] = ()
+    skips: str | None = None
     alone: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
     def identity(self, layer: nn.Module) -> int:
@@ -204,6 +205,8 @@ class Block:
     def units(self, part: Part, kept: Mapping[str, int]) -> int:
         """Units of ``part.axis`` if ``kept[leader]`` units are kept of each leader; a missing leader is full."""
         axis = self.axes[part.axis]
+        if axis.only_with is not None and self._kept(axis.only_with, kept) == 0:
+            return 0
         in_all = axis.ratio * self._kept(axis.leader, kept)
         return in_all if axis.grouped_by is None else in_all // axis.groups * self._kept(axis.grouped_by, kept)
 

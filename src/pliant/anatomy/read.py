@@ -310,7 +310,7 @@ def _tensor_weight(
     if not isinstance(target, nn.Parameter):
         return Weight(path, dims, buffer=True)
     if len(dims) < 2 or child in spec.elementwise:
-        return Weight(path, dims, skips=spec.skip.get(child, ()))
+        return Weight(path, dims, skips=spec.skip.get(child))
     return Weight(path, dims, reads=len(dims) - (2 if child in spec.transposed else 1))
 
 

@@ -128,46 +128,98 @@ def _read_family(
         for member, named in copied_by.items()
     }
 
+    size = (
+        sizes[leader]
+        if _gone(leader, architecture, axes)
+        else _size(
+            layer,
+            leader,
+            architecture,
+            name,
+            weights,
+            axes,
+            known,
+            {m: ratios[m] * wide[m] * copies[m] for m in family},
+        )
+    )
+    if size is None:
+        return None
+    if size < min(1, least):
+        raise ArchitectureError(f"{name} has no units of {leader!r}; at least {least} must be there")
+    return {
+        member: Axis(
+            name=f"{name}.{member}",
+            size=ratios[member] * size,
+            unit=wide[member],
+            leader=leader,
+            ratio=ratios[member],
+            config_key=architecture.axes[member].config_key,
+            cut=architecture.axes[leader].cut,
+            active=None if (key := architecture.axes[member].active) is None else global_size(plain, key),
+            multiple=architecture.axes[leader].multiple,
+            normed=architecture.axes[leader].normed,
+            least=least,
+            copies=copies[member],
+            copied_by=copied_by[member],
+            only_with=architecture.axes[member].only_with,
+        )
+        for member in family
+    }
+
+
+def _size(
+    layer: nn.Module,
+    leader: str,
+    architecture: Architecture,
+    name: str,
+    weights: list[Weight],
+    axes: Mapping[str, Axis],
+    known: Mapping[str, Axis | int],
+    wide: Mapping[str, int],
+) -> int | None:
+    """The units of a leading axis by the first dimension that consists of its family and of ``known`` axes; None if
+    there is none.
+
+    Arguments:
+        wide: member of the family -> its elements for each unit of the leader.
+    """
+
     def width(part: Part) -> int:
         axis = known[part.axis]
-        return part.factor * (axis if isinstance(axis, int) else axis.size * axis.unit * axis.copies)
+        if isinstance(axis, int):
+            return part.factor * axis
+        return 0 if _gone(part.axis, architecture, axes) else part.factor * axis.size * axis.unit * axis.copies
 
     for weight in weights:
         for position, dim in enumerate(weight.dims):
-            others = [part for part in dim if part.axis not in family]
-            if len(others) == len(dim) or any(part.axis not in known for part in others):
+            others = [part for part in dim if part.axis not in wide]
+            waits = any(_waits(part.axis, architecture, axes) for part in dim)
+            if waits or any(part.axis not in known for part in others):
                 continue
-            per_unit = sum(
-                ratios[part.axis] * wide[part.axis] * copies[part.axis] * part.factor
-                for part in dim
-                if part.axis in family
-            )
+            own = (part for part in dim if part.axis in wide and not _gone(part.axis, architecture, axes))
+            if not (per_unit := sum(wide[part.axis] * part.factor for part in own)):
+                continue
             length = weight.tensor(layer).shape[position] - sum(map(width, others))
             size, remainder = divmod(length, per_unit)
-            if remainder or size < min(1, least):
+            if remainder or size < 0:
                 raise ArchitectureError(
                     f"{name}: dimension {position} of {weight.path} has {length} elements of {leader!r}; it must have "
                     f"a multiple of {per_unit}, the width of one unit"
                 )
-            return {
-                member: Axis(
-                    name=f"{name}.{member}",
-                    size=ratios[member] * size,
-                    unit=wide[member],
-                    leader=leader,
-                    ratio=ratios[member],
-                    config_key=architecture.axes[member].config_key,
-                    cut=architecture.axes[leader].cut,
-                    active=None if (key := architecture.axes[member].active) is None else global_size(plain, key),
-                    multiple=architecture.axes[leader].multiple,
-                    normed=architecture.axes[leader].normed,
-                    least=least,
-                    copies=copies[member],
-                    copied_by=copied_by[member],
-                )
-                for member in family
-            }
+            return size
     return None
+
+
+def _waits(short: str, architecture: Architecture, axes: Mapping[str, Axis]) -> bool:
+    """Whether an axis depends on one that has not been read yet."""
+    by = architecture.axes[short].only_with if short in architecture.axes else None
+    return by is not None and by not in axes
+
+
+def _gone(short: str, architecture: Architecture, axes: Mapping[str, Axis]) -> bool:
+    """Whether an axis is gone because the one that it depends on has no units."""
+    by = architecture.axes[short].only_with if short in architecture.axes else None
+    return by is not None and by in axes and axes[by].size == 0
 
 
 def _runs_without_state(layer: nn.Module) -> bool:

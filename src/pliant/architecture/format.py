@@ -17,6 +17,7 @@ One YAML file beside this one describes the repeated layer of a family::
       shared:  {size: shared_size, least: 0}                           # the fewest units that can stay; default 1
       scan:    {size: num_heads, unit: head_dim, groups: n_groups}     # in equal groups; each keeps equally many
       state:   {size: state_size, copies: n_groups}                    # one copy after another, all cut alike
+      steps:   {size: num_heads, follows: scan, only_with: state}      # gone once that axis has no units
       key:     {size: linear_num_key_heads, unit: linear_key_head_dim}
       value:   {size: linear_num_value_heads, unit: linear_value_head_dim, groups: key}   # the units of an axis as its
                                                                        # groups, which can be removed too
@@ -66,8 +67,7 @@ One YAML file beside this one describes the repeated layer of a family::
         rescale: [norm]             # a norm over an axis: its epsilon and its weight change when the axis narrows, so
                                     # that cutting equals zeroing. It is over each group alone if one of its attributes
                                     # holds the number or the width of groups
-        skip: {D: [state, rank]}    # a weight that alone remains of a scan -> the axes that are gone with the scan.
-                                    # The scan is gone once the first of them, its state, has no units
+        skip: {D: state}            # a weight that alone remains of a scan once this axis has no units: weight -> axis
         roles: {q: q_proj, k: k_proj, v: v_proj, o: o_proj}    # the role of each weight, for native runs
     native:                         # optional: the parts that pliant's kernels need to run all layers in one call
       models:
@@ -138,6 +138,7 @@ class AxisSpec:
             equally many.
         copies: how often the units are repeated in a tensor dimension, or the axis whose units have one copy each; all
             copies are cut alike.
+        only_with: the axis without whose units it is gone; None if it does not depend on one.
     """
 
     size: str
@@ -150,6 +151,7 @@ class AxisSpec:
     least: int = 1
     groups: int | str = 1
     copies: int | str = 1
+    only_with: str | None = None
 
     @property
     def built(self) -> bool:
@@ -207,7 +209,7 @@ class BlockSpec:
         elementwise: weights of two or more dimensions that are not matrices.
         uncalled: linear layers whose weight is read and which are never called.
         rescale: norms over an axis, whose epsilon and weight make up for a narrower axis.
-        skip: a weight that alone remains of a scan -> the axes that are gone with it, that of the state first.
+        skip: a weight that alone remains of a scan -> the axis without whose units the scan is gone.
         tied: its tensors may be shared with the same block of other layers.
         counts: the call argument that names its cache slot, if no attribute does; a removed block still counts tokens.
         inside: the block of the layer that reads its output, so that it has no effect without that block.
@@ -238,7 +240,7 @@ class BlockSpec:
     elementwise: frozenset[str] = frozenset()
     uncalled: frozenset[str] = frozenset()
     rescale: frozenset[str] = frozenset()
-    skip: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    skip: Mapping[str, str] = field(default_factory=dict)
     tied: bool = False
     counts: str | None = None
     inside: str | None = None

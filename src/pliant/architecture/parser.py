@@ -27,7 +27,19 @@ _LAYOUT |= {"scan_macs", "transposed", "elementwise", "uncalled", "rescale", "sk
 _KEYS = {
     "file": {"models", "layers", "output", "fixed", "axes", "blocks", "native"},
     "native": set(_NATIVE),
-    "axis": {"size", "unit", "follows", "cut", "active", "multiple", "normed", "least", "groups", "copies"},
+    "axis": {
+        "size",
+        "unit",
+        "follows",
+        "cut",
+        "active",
+        "multiple",
+        "normed",
+        "least",
+        "groups",
+        "copies",
+        "only_with",
+    },
     "block": {*_LAYOUT, "guard", "slot", "role", "state", "when", "needs", "either", "tied"}
     | {"counts", "inside", "passes"},
     "variant": _LAYOUT,
@@ -87,6 +99,12 @@ class _Parser:
                 self.faults.append(
                     f"axis {axis!r}: {BUILT!r} must come after a key of pliant's own, as in 'mlp_size or {BUILT}', and "
                     "such an axis neither follows another nor is followed"
+                )
+            other = self.axes.get(str(spec.only_with))
+            if spec.only_with is not None and (other is None or other.follows or other.least):
+                self.faults.append(
+                    f"axis {axis!r}: only_with must name an axis that follows no other and has 'least: 0', not "
+                    f"{spec.only_with!r}"
                 )
             for word, named in (("groups", spec.groups), ("copies", spec.copies)):
                 other = self.axes.get(str(named))
@@ -173,6 +191,7 @@ class _Parser:
             least=spec.get("least", 1),
             groups=spec.get("groups", 1),
             copies=spec.get("copies", 1),
+            only_with=spec.get("only_with"),
         )
 
     def part(self, where: str, given: Any) -> Part:
@@ -299,12 +318,11 @@ class _Parser:
         for word in of_weights:
             for weight in sorted(set(lists[word]) - set(weights)):
                 self.faults.append(f"{where}: {word} names {weight!r}, which is not one of its weights")
-        skip = {}
-        for weight, axes in self.mapping(where, spec, "skip").items():
-            skip[weight] = tuple(map(str, axes if isinstance(axes, list) else [axes]))
-            if weight not in weights or any(a not in self.axes or self.axes[a].least for a in skip[weight]):
+        skip = self.mapping(where, spec, "skip")
+        for weight, axis in skip.items():
+            if weight not in weights or str(axis) not in self.axes or self.axes[str(axis)].least:
                 self.faults.append(
-                    f"{where}: skip must map one of its weights to axes with 'least: 0', not {weight!r} to {axes!r}"
+                    f"{where}: skip must map one of its weights to an axis with 'least: 0', not {weight!r} to {axis!r}"
                 )
         return BlockSpec(
             kind=kind,

@@ -110,13 +110,14 @@ def mamba2_selective_state_update(
     B: Any,
     C: Any,
     D: Any = None,
+    z: Any = None,
     dt_bias: Any = None,
     dt_softplus: bool = False,
 ) -> Any:
     """One token of Mamba-2, which changes the state in place; None if it is left to transformers.
 
     Arguments:
-        state: shape ``(batch, heads, head_dim, state)``.
+        state: shape ``(batch, heads, head_dim, state)``; a state of size 0 leaves only the skip ``D``.
         hidden_states: shape ``(batch, heads, head_dim)``.
         dt, A, dt_bias: one number per head, expanded to shape ``(batch, heads, head_dim)``, ``(heads, head_dim,
             state)`` and ``(heads, head_dim)``.
@@ -126,11 +127,13 @@ def mamba2_selective_state_update(
     import torch
 
     batch, heads, width, size = state.shape
+    if size == 0:
+        return _skipped(hidden_states, D, z)
     groups = B.shape[1]
     expanded = not any((dt.stride(2), *A.stride()[1:], 0 if dt_bias is None else dt_bias.stride(1)))
     single = state.dtype == torch.float32 and hidden_states.dtype != torch.float64
     in_place = state.is_contiguous() and not torch.is_grad_enabled()
-    if state.numel() < STEP or not (expanded and single and in_place and _ours(state)):
+    if z is not None or state.numel() < STEP or not (expanded and single and in_place and _ours(state)):
         return None
     dt = step_sizes(dt[..., 0], None if dt_bias is None else dt_bias[:, 0], dt_softplus).float()
     x = hidden_states.float()
@@ -140,6 +143,37 @@ def mamba2_selective_state_update(
     output = (rows @ C.float().reshape(batch * groups, size, 1)).view(batch, heads, width)
     output = output if D is None else output + x * D.float()
     return output.to(hidden_states.dtype)
+
+
+def mamba_selective_state_update(
+    state: Any,
+    hidden_states: Any,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any = None,
+    z: Any = None,
+    dt_bias: Any = None,
+    dt_softplus: bool = False,
+) -> Any:
+    """One token of Mamba-1 without a state, of which only the skip ``D`` remains; None if there is a state.
+
+    Arguments:
+        state: shape ``(batch, channels, state)``.
+        hidden_states, z: shape ``(batch, channels)``.
+        D: shape ``(channels,)``.
+    """
+    return None if state.shape[-1] else _skipped(hidden_states, D, z)
+
+
+def _skipped(x: Any, D: Any, z: Any) -> Any:
+    """The output of a scan without a state: its input times the skip, and its gate."""
+    import torch
+    from torch.nn import functional
+
+    output = torch.zeros_like(x) if D is None else x * D
+    return (output if z is None else output * functional.silu(z)).to(x.dtype)
 
 
 def mamba_selective_scan(

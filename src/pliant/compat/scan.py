@@ -15,7 +15,13 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from pliant.architecture.format import EMPTY_STATE
-from pliant.compat.cpu_scans import mamba2_chunk_scan, mamba2_selective_state_update, mamba_selective_scan, step_sizes
+from pliant.compat.cpu_scans import (
+    mamba2_chunk_scan,
+    mamba2_selective_state_update,
+    mamba_selective_scan,
+    mamba_selective_state_update,
+    step_sizes,
+)
 
 
 class ScanInputs(NamedTuple):
@@ -77,6 +83,46 @@ def wrap_scans(module: ModuleType) -> None:
     for name, step in _STEPS.items():
         if (original := _unwrapped(module, name)) is not None:
             setattr(module, name, _wrapped(original, step))
+    for mixer in list(vars(module).values()):
+        if isinstance(mixer, type) and mixer.__module__ == module.__name__ and _splits_steps(mixer):
+            mixer.forward = _without_steps(mixer.forward)
+
+
+def _splits_steps(mixer: type) -> bool:
+    """Whether a class is a mixer of Mamba-2, which splits the step sizes off the output of ``in_proj``."""
+    names = getattr(inspect.unwrap(vars(mixer).get("forward", len)), "__code__", None)
+    return names is not None and {"in_proj", "conv_dim", "num_heads", "ssm_state_size"} <= {*names.co_names}
+
+
+def _without_steps(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward pass of a mixer whose scan may be gone, and with it the rows of ``in_proj`` that give step sizes.
+
+    transformers splits these off by their number, so zeros take their place. Its fused pass, for training, has no form
+    without a state.
+    """
+    if hasattr(forward, EMPTY_STATE):
+        return forward
+
+    @functools.wraps(forward)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.ssm_state_size:
+            return forward(self, *args, **kwargs)
+        from torch.nn import functional
+
+        def pad(_projection: Any, _inputs: Any, output: Any) -> Any:
+            missing = self.intermediate_size + self.conv_dim + self.num_heads - output.shape[-1]
+            return functional.pad(output, (0, missing))
+
+        training, handle = self.training, self.in_proj.register_forward_hook(pad)
+        self.training = False
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            self.training = training
+            handle.remove()
+
+    setattr(run, EMPTY_STATE, True)
+    return run
 
 
 def _unwrapped(module: ModuleType, name: str) -> Callable[..., Any] | None:
@@ -133,6 +179,8 @@ def _watchable(
         except TypeError:  # an argument that the scan does not know
             return args, kwargs
         bound.apply_defaults()
+        if not bound.arguments["B"].numel():  # the scan has no state
+            return args, kwargs
         ours = _watched(watch, scan, bound.arguments)
         return (args, {**kwargs, "C": ours}) if "C" in kwargs else ((*args[:4], ours, *args[5:]), kwargs)
 
@@ -158,4 +206,7 @@ _SCANS = {
     "mamba_selective_scan": (mamba_selective_scan, lambda x: x.transpose(1, 2).unsqueeze(-1)),
 }
 """Name in the modeling files -> pliant's scan, and what brings its input and output into one shape for watching."""
-_STEPS = {"mamba2_selective_state_update": mamba2_selective_state_update}
+_STEPS = {
+    "mamba2_selective_state_update": mamba2_selective_state_update,
+    "mamba_selective_state_update": mamba_selective_state_update,
+}

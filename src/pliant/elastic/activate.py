@@ -34,7 +34,7 @@ def narrow(tensor: torch.Tensor, block: Block, weight: Weight, kept: Mapping[str
     It is a view if each dimension is one stretch; a fused dimension (q, k and v in one matrix, concatenated channels)
     is gathered into a copy.
     """
-    if weight.alone is not None and kept.get(weight.skips[0]) == 0:
+    if weight.alone is not None and kept.get(str(weight.skips)) == 0:
         tensor = weight.alone
     for position, dim in enumerate(weight.dims):
         stretches, start = [], 0

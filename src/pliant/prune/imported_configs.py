@@ -10,7 +10,7 @@ from typing import Any
 from pliant.anatomy import Anatomy, Block
 from pliant.elastic import Subnet, validate
 from pliant.errors import DataError, SubnetError
-from pliant.prune.scan_skip import scan_axis, scanless
+from pliant.prune.scan_skip import scan_axis
 
 ATTENTION, MLP = frozenset({"attention"}), frozenset({"mlp", "experts"})  # roles of the blocks that those files name
 SCAN = frozenset({"scan"})
@@ -97,10 +97,10 @@ def _widths(raw: Mapping[str, Any], anatomy: Anatomy) -> Subnet:
             subnet = subnet.without(_block(anatomy, layer, roles).name)
     for layer in raw.get(_SCANS) or ():
         block = _block(anatomy, layer, SCAN)
-        if scan_axis(block) is None:
+        if (state := scan_axis(block)) is None:
             raise SubnetError(f"{block.name} has no scan that can be removed alone")
         if block.name not in subnet.skip:
-            subnet = scanless(subnet, block)
+            subnet = subnet.keeping(state.name, 0)
     chosen: dict[str, dict[str, int]] = {}
     for widths, roles in _WIDTHS.items():
         for layer, width in (raw.get(widths) or {}).items():

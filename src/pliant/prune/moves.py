@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from pliant.anatomy import Anatomy, Axis
+from pliant.anatomy import Anatomy, Axis, Block
+from pliant.architecture import Part
 from pliant.elastic import Subnet
 from pliant.prune.ratio_target import TOLERANCE, Budget
-from pliant.prune.scan_skip import scanless, scans_of, without_scan
+from pliant.prune.scan_skip import scan_axis, scans_of, without_scan
 from pliant.prune.width_cuts import widths
 from pliant.searches.greedy import Move
 
@@ -64,20 +65,28 @@ def axis_moves(anatomy: Anatomy, groups: Mapping[str, int]) -> Moves:
         offered = []
         for axis in axes:
             units = axis.less(keep.get(axis.name, axis.size), groups[axis.name])
-            if not holders[axis.name] <= removed and units is not None:
+            if (
+                any(_has(anatomy.blocks[name], axis, subnet) for name in holders[axis.name] - removed)
+                and units is not None
+            ):
                 offered.append(Move(axis.name, subnet.keeping(axis.name, units)))
         return offered
 
     return moves
 
 
+def _has(block: Block, axis: Axis, subnet: Subnet) -> bool:
+    """Whether an axis has units; one that depends on another may be gone."""
+    return block.units(Part(axis.leader), subnet.kept(block)) > 0
+
+
 def scan_moves(anatomy: Anatomy) -> Moves:
     """Remove the state of a scan, so that only its skip remains; see :mod:`pliant.prune.scan_skip`."""
-    scans = scans_of(anatomy)
+    states = {block.name: axis.name for block in scans_of(anatomy) if (axis := scan_axis(block))}
 
     def moves(subnet: Subnet) -> list[Move]:
         gone = {*subnet.skip, *(block.name for block in without_scan(anatomy, subnet))}
-        return [Move(f"{block.name}.ssm", scanless(subnet, block)) for block in scans if block.name not in gone]
+        return [Move(f"{name}.ssm", subnet.keeping(axis, 0)) for name, axis in states.items() if name not in gone]
 
     return moves
 

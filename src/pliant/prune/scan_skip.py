@@ -34,16 +34,8 @@ def scans_of(anatomy: Anatomy) -> list[Block]:
 def scan_axis(block: Block) -> Axis | None:
     """The axis of the state of a block's scan; None if the block has no scan, or its skip alone cannot remain."""
     axis = block.state_axis
-    skipping = any(weight.skips[:1] == (axis.leader,) for weight in block.weights) if axis else False
+    skipping = any(weight.skips == axis.leader for weight in block.weights) if axis else False
     return axis if axis and axis.size and skipping else None
-
-
-def scanless(subnet: Subnet, block: Block) -> Subnet:
-    """``subnet`` without the scan of a block: no state, and none of what serves the scan alone."""
-    for axis in block.leaders:
-        if any(axis.leader in weight.skips for weight in block.weights):
-            subnet = subnet.keeping(axis.name, 0)
-    return subnet
 
 
 def without_scan(anatomy: Anatomy, subnet: Subnet) -> list[Block]:
@@ -87,7 +79,7 @@ def with_skips(job: Job, anatomy: Anatomy, skip: str, windows: torch.Tensor | No
     def replaced(block: Block) -> Block:
         weights = []
         for weight in block.weights:
-            if weight.skips:
+            if weight.skips is not None:
                 own = weight.tensor(layers[block.layer]).detach()
                 weight = replace(weight, alone=fitted[block.name].to(own) if fitted else torch.ones_like(own))
             weights.append(weight)
@@ -128,7 +120,7 @@ def _fitted(model: Any, anatomy: Anatomy, batches: Iterable[torch.Tensor]) -> di
         block.name: torch.where(
             squares[block.name] > 0,
             products[block.name] / squares[block.name].clamp(min=torch.finfo(torch.float64).tiny),
-            next(to_float64(w.tensor(layers[block.layer])) for w in block.weights if w.skips),
+            next(to_float64(w.tensor(layers[block.layer])) for w in block.weights if w.skips is not None),
         )
         for block in scans_of(anatomy)
     }
