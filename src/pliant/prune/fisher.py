@@ -13,8 +13,8 @@ from pliant.criteria.unit_readers import measured_axes
 from pliant.elastic import Subnet, ratio
 from pliant.errors import StepError
 from pliant.measure.cost import COSTS, Cost
-from pliant.prune.moves import step_moves
-from pliant.prune.ratio_target import out_of_reach
+from pliant.prune.moves import settled, step_moves
+from pliant.prune.ratio_target import by_parameters, out_of_reach
 from pliant.prune.settings import OrderedPruner, Pruner
 from pliant.prune.unit_order import ordered
 from pliant.prune.width_cuts import cut_until, narrowed, widths
@@ -66,6 +66,8 @@ class FisherPruner(OrderedPruner, Pruner):
             for of_units in increases.values():
                 check_loss(of_units.sum().item())
             subnet = self._reaching(self._cuts(allowed, increases, pruning.cost(self.per)), anatomy)
+            steps = {name: [anatomy.axes[name].size, *narrower] for name, narrower in allowed.items()}
+            subnet = settled(by_parameters(anatomy), anatomy, subnet, self.ratio, steps)
             pruning.commit("fisher information", Move("all", subnet), None)
             self.finish(pruning, job, step_moves([anatomy.axes[name] for name in increases], self.group))
 
