@@ -79,7 +79,8 @@ def validate(subnet: Subnet, anatomy: Anatomy, *, stretch: bool = False) -> None
     for name, units in subnet.keep:
         if name not in axes:
             block, _, axis = name.rpartition(".")
-            if block in anatomy.blocks and (tied := anatomy.blocks[block].axes.get(axis)) is not None:
+            tied = anatomy.blocks[block].axes.get(axis) if block in anatomy.blocks else None
+            if tied is not None and tied.name in axes:
                 raise SubnetError(
                     f"{block} shares its tensors with other layers, so all of them are cut alike: choose {tied.name!r} "
                     f"instead of {name!r}"
