@@ -350,6 +350,7 @@ def test_linear_layers_say_their_real_size_after_cutting():
     [
         (Subnet().without("layers.9.mlp"), "no block 'layers.9.mlp'"),
         (Subnet().keeping("layers.0.mlp.width", 3), "no axis 'layers.0.mlp.width'"),
+        (Subnet().keeping("layers.0.attention.heads", 2), "follows another axis; choose 'layers.0.attention.kv'"),
         (Subnet().keeping("layers.0.mlp.channels", 0), "1 to 48"),
         (Subnet().keeping("layers.0.mlp.channels", 49), "1 to 48"),
         (Subnet(frozenset({"layers.0.mlp"}), (("layers.0.mlp.channels", 3),)), "skipped"),
@@ -398,3 +399,6 @@ def test_a_subnet_survives_json_and_hashes_by_value(skip, keep):
 def test_what_is_not_a_subnet_is_refused():
     with pytest.raises(SubnetError, match="a sub-network must be"):
         Subnet.from_dict({"width": 3})
+    for units in (0.5, True, "3", None):
+        with pytest.raises(SubnetError, match="a keeps must be a whole number"):
+            Subnet.from_dict({"keep": {"a": units}})

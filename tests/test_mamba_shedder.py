@@ -438,6 +438,10 @@ def test_a_configuration_of_a_hybrid_is_read():
     [
         ("bamba", {"pruned_hymba_block_idx": [1]}, "Hymba, a family that transformers does not have"),
         ("bamba", {"pruned_moe_idx": [1], "pruned_ssm_idx": []}, "Hymba"),
+        ("bamba", {"pruned_ssm_idx": [0.5]}, "whole numbers, not 0.5"),
+        ("bamba", {"pruned_mlp_idx": [True]}, "whole numbers, not True"),
+        ("bamba", {"pruned_mlp_channels": {"0": 24.7}}, "whole numbers, not 24.7"),
+        ("bamba", {"keep": {"layers.0.mamba.state": 0.5}}, "whole number, not 0.5"),
         ("bamba", {"pruned_ssm_idx": [1]}, "layer 1 has 0 blocks of the role scan"),
         ("llama", {"pruned_ssm_idx": [1]}, "layer 1 has 0 blocks of the role scan"),
         ("mamba", {"pruned_mamba_block_idx": [0, 1, 2, 3]}, "at least one must stay"),

@@ -11,6 +11,7 @@ from pliant.checkpoint.per_layer_config import write
 from pliant.elastic import Subnet, check, extract
 from pliant.errors import ArtefactError
 from pliant.exporters.homogeneous import homogeneous
+from pliant.prune.scan_skip import scanless, scans_of
 from pliant.runtime.packed_linear import Packed
 from pliant.train.trunk_and_head import Halves
 
@@ -179,4 +180,16 @@ def test_layers_that_the_config_computes_from_their_number_are_not_dropped(layer
     anatomy = anatomy_of(model)
     extract(model, anatomy, Subnet().without(*(b.name for b in anatomy.blocks.values() if b.layer in layers)))
     with pytest.raises(ArtefactError, match=f"{reason}.*use the cut folder"):
+        homogeneous(model)
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "zamba2"])
+def test_a_model_without_any_scan_is_not_exported(name):
+    model = pico(name)
+    anatomy = anatomy_of(model)
+    subnet = Subnet()
+    for block in scans_of(anatomy):
+        subnet = scanless(subnet, block)
+    extract(model, anatomy, subnet)
+    with pytest.raises(ArtefactError, match=r"would be 0, because every scan is removed.*use the cut folder"):
         homogeneous(model)

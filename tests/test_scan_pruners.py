@@ -1,6 +1,7 @@
 """Every pruner on state-space models: saved, run again, interrupted, with and without prefixes."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -218,3 +219,19 @@ def test_a_knapsack_removes_the_scan_that_adds_nothing(name):
     prune(model, pliant.KnapsackPruner(ratio=0.999 * ratio, samples=4, seqlen=24, metric="kl"))
     assert model.pliant_history[0]["subnet"] == subnet.to_dict()
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mamba", "falcon_mamba"])
+def test_a_model_with_removed_scans_is_pruned_again(name):
+    model = prune(pico(name), pliant.MambaShedder(target="ssm", steps=2, samples=4, seqlen=24))
+    prune(model, STEPS["fisher"]())
+    assert torch.isfinite(logits(model)).all()
+
+
+@pytest.mark.parametrize("name", ["mamba", "falcon_mamba"])
+def test_what_remains_of_a_removed_scan_gets_no_adapter(name):
+    model = prune(pico(name), pliant.MambaShedder(target="ssm", steps=2, samples=4, seqlen=24))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PyTorch warns of an adapter without rows
+        prune(model, pliant.Recover(method="lora", steps=2, batch_size=2, seqlen=24, held_out=0))
+    assert torch.isfinite(logits(model)).all()

@@ -13,6 +13,7 @@ import pliant
 from pico import IDS, logits, pico, tokenizer
 from pliant.anatomy import anatomy_of
 from pliant.checkpoint.per_layer_config import write
+from pliant.cli.show import show_inspection
 from pliant.criteria.block_ranking import influence
 from pliant.criteria.unit_fisher import loss_increases
 from pliant.elastic import Subnet, extract, macs, parameters
@@ -316,3 +317,15 @@ def test_a_cut_model_is_trained_and_its_layers_still_share_tensors(tmp_path):
     first, second = (model.model.layers[layer].shared_transformer.feed_forward for layer in (2, 5))
     assert first.down_proj.weight is second.down_proj.weight
     torch.testing.assert_close(logits(reloaded(saved(model, tmp_path))), logits(model), rtol=0, atol=5e-6)
+
+
+def test_inspect_says_what_is_linked_and_what_stays(capsys):
+    found = pliant.inspect(pico("zamba2"), self_check=False)
+    assert (
+        found["limits"][0]
+        == "the last mamba in the linear_attention layers stays, because the model counts tokens in it"
+    )
+    assert "without mamba, shared of the same layer goes, too" in found["limits"]
+    assert "attention of layers 1, 4 is shared: it is cut alike there" in found["limits"]
+    show_inspection(found)
+    assert "- the last mamba in the linear_attention layers stays" in capsys.readouterr().out

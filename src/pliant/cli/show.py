@@ -73,6 +73,8 @@ def show_inspection(found: dict[str, Any]) -> None:
     for (kind, axes, count, share), layers in rows.items():
         shown.add_row(kind, _ranges(layers), axes, count, share)
     _print(shown)
+    for limit in found["limits"]:
+        _print(f"- {limit}")
     if found["packed"]:
         _print("Runs in one native call." if found["native"] else f"Runs layer by layer: {found['why_not_native']}.")
     if found["removed"]:

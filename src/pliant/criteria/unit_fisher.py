@@ -129,7 +129,8 @@ def _back(
         for handle in handles:
             handle.remove()
     variables = [nudge for *_, nudge in calls] + ([] if entered is None else [entered])
-    slopes = torch.autograd.grad(output, variables, slope)
+    # the rows of a removed scan are read, but nothing depends on them
+    slopes = torch.autograd.grad(output, variables, slope, allow_unused=True, materialize_grads=True)
     products = [(*call[:2], call[2] * gradient) for call, gradient in zip(calls, slopes, strict=False)]
     return products, slopes[-1]
 

@@ -52,7 +52,10 @@ class Subnet:
         skip, keep = raw.get("skip", []), raw.get("keep", {})
         if set(raw) - {"skip", "keep"} or not isinstance(skip, Iterable) or not isinstance(keep, Mapping):
             raise SubnetError(f"a sub-network must be {{'skip': [blocks], 'keep': {{axis: units}}}}, not {raw!r}")
-        return cls(frozenset(skip), tuple(sorted((str(axis), int(units)) for axis, units in keep.items())))
+        for axis, units in keep.items():
+            if type(units) is not int:
+                raise SubnetError(f"the number of units that {axis} keeps must be a whole number, not {units!r}")
+        return cls(frozenset(skip), tuple(sorted((str(axis), units) for axis, units in keep.items())))
 
     def __str__(self) -> str:
         return json.dumps(self.to_dict(), separators=(",", ":"))
@@ -79,12 +82,15 @@ def validate(subnet: Subnet, anatomy: Anatomy, *, stretch: bool = False) -> None
     for name, units in subnet.keep:
         if name not in axes:
             block, _, axis = name.rpartition(".")
-            tied = anatomy.blocks[block].axes.get(axis) if block in anatomy.blocks else None
-            if tied is not None and tied.name in axes:
-                raise SubnetError(
-                    f"{block} shares its tensors with other layers, so all of them are cut alike: choose {tied.name!r} "
-                    f"instead of {name!r}"
-                )
+            if block in anatomy.blocks and (known := anatomy.blocks[block].axes.get(axis)) is not None:
+                leader = anatomy.blocks[block].axes[known.leader].name
+                if known.leader != axis and leader in axes:
+                    raise SubnetError(f"{name} follows another axis; choose {leader!r} instead")
+                if leader in axes:
+                    raise SubnetError(
+                        f"{block} shares its tensors with other layers, so all of them are cut alike: choose "
+                        f"{leader!r} instead of {name!r}"
+                    )
             raise SubnetError(f"the model has no axis {name!r} to choose; its axes are {_some(axes)}")
         axis = axes[name]
         if not axis.allows(units):

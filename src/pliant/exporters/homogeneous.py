@@ -132,6 +132,10 @@ def _uniform_config(old: Any, anatomy: Anatomy, depth: int) -> Any:
                 f"{spec.config_key} differs from layer to layer ({_listed(sizes)}), but the config holds one value "
                 f"for all: {_INSTEAD}"
             )
+        if sizes == [0]:
+            raise ArtefactError(
+                f"{spec.config_key} would be 0, because every scan is removed; stock tools do not run that: {_INSTEAD}"
+            )
         if sizes and not spec.built and sizes[0] != global_size(config, spec.size):
             if spec.config_key is None:
                 raise ArtefactError(

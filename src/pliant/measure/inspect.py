@@ -63,7 +63,26 @@ def inspect(model: Any, *, self_check: bool = True, dtype: Any = None, device: A
         "weight_bytes": held_bytes(model) if packed else weight_bytes(anatomy, element=element),
         "blocks": [_block(block, anatomy, whole) for block in anatomy.blocks.values()],
         "removed": removed,
+        "limits": _limits(anatomy),
     }
+
+
+def _limits(anatomy: Anatomy) -> list[str]:
+    """The removals that the layout forbids or links, as clauses."""
+    limits = []
+    for (_, layer_type), holders in anatomy.holders().items():
+        where = f" in the {layer_type} layers" if len(set(anatomy.layer_types)) > 1 else ""
+        limits.append(f"the last {holders[0].kind}{where} stays, because the model counts tokens in it")
+    inner = {block.kind: block.spec.inside for block in anatomy.blocks.values() if block.spec.inside}
+    limits += [f"without {outer}, {kind} of the same layer goes, too" for kind, outer in inner.items()]
+    shared: dict[str, list[int]] = {}
+    for block in anatomy.blocks.values():
+        if block.tied is not None:
+            shared.setdefault(block.tied, []).append(block.layer)
+    for first, layers in shared.items():
+        listed = ", ".join(map(str, layers))
+        limits.append(f"{anatomy.blocks[first].kind} of layers {listed} is shared: it is cut alike there")
+    return limits
 
 
 def _block(block: Block, anatomy: Anatomy, whole: int) -> dict[str, Any]:

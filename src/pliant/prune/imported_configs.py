@@ -109,7 +109,7 @@ def _widths(raw: Mapping[str, Any], anatomy: Anatomy) -> Subnet:
                 raise SubnetError(f"{block.name} of this family has {len(block.leaders)} axes to cut, not one width")
             (leader,) = block.leaders
             widest = max(axis.ratio * axis.unit for axis in block.axes.values() if axis.leader == leader.leader)
-            units, rest = divmod(int(width), widest)
+            units, rest = divmod(_whole(width), widest)
             if rest:
                 raise SubnetError(f"width {width} of {block.name} is not a multiple of {widest}")
             if block.name not in subnet.skip:
@@ -143,12 +143,20 @@ def _block(anatomy: Anatomy, layer: Any, roles: frozenset[str]) -> Block:
 
     Mamba-Shedder counts the uses of a block that layers share (Zamba2), and not the layers.
     """
+    number = _whole(layer)
     blocks = [block for block in anatomy.blocks.values() if block.role in roles]
     if any(block.tied for block in blocks):
-        if not 0 <= int(layer) < len(blocks):
+        if not 0 <= number < len(blocks):
             raise SubnetError(f"use {layer} of a shared block: this model has {len(blocks)} uses, counted from 0")
-        return blocks[int(layer)]
-    blocks = [block for block in blocks if block.layer == int(layer)]
+        return blocks[number]
+    blocks = [block for block in blocks if block.layer == number]
     if len(blocks) != 1:
         raise SubnetError(f"layer {layer} has {len(blocks)} blocks of the role {' or '.join(sorted(roles))}, not one")
     return blocks[0]
+
+
+def _whole(number: Any) -> int:
+    """A whole number, which is text where it is a key of JSON."""
+    if isinstance(number, bool | float):
+        raise SubnetError(f"layers and widths must be whole numbers, not {number!r}")
+    return int(number)

@@ -247,9 +247,11 @@ def _check_amounts(
         total: the ratio of all stages together; None if some count removals.
     """
     for search, of_stage in zip(searches, kinds, strict=True):
-        if search.steps is not None and (most := exhausted(of_stage)[1]) < search.steps:
-            blocks = {"block", "attention"} & {*(search.targets or WHOLE)}
-            reason = ", because the last block that keeps a state stays" if blocks else ""
+        if search.steps is not None and (reached := exhausted(of_stage))[1] < search.steps:
+            subnet, most = reached
+            roles = set().union(*(_ROLES.get(target, set()) for target in search.targets or WHOLE))
+            held = any(block.role in roles for block in pruning.anatomy.alive(subnet.skip))
+            reason = ", because the last block that keeps a state stays" if held else ""
             raise StepError(
                 f"{search.name}: {search.steps} removals are more than there can be; give at most {most}{reason}"
             )

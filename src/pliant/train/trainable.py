@@ -172,7 +172,7 @@ def _without_adapters(model: Any, anatomy: Anatomy) -> dict[str, str]:
 
 
 def linear_layers(model: nn.Module, anatomy: Anatomy, targets: Sequence[str] = ()) -> dict[str, Any]:
-    """The linear layers in the blocks of a model, by full path.
+    """The linear layers in the blocks of a model that have weights, by full path.
 
     Arguments:
         targets: names of the layers to take; if empty, all.
@@ -187,7 +187,7 @@ def linear_layers(model: nn.Module, anatomy: Anatomy, targets: Sequence[str] = (
         for weight in block.weights:
             path = weight.path.removesuffix(".weight")
             module = layers[block.layer].get_submodule(path) if path != weight.path else None
-            if is_linear(module):
+            if is_linear(module) and module.weight.numel():  # a removed scan leaves a matrix without rows
                 found[f"{prefix}.{block.layer}.{path}"] = module
     names = sorted({path.rpartition(".")[2] for path in found})
     for target in targets:
