@@ -11,7 +11,7 @@ from pliant.checkpoint.per_layer_config import write
 from pliant.elastic import Subnet, check, extract
 from pliant.errors import ArtefactError
 from pliant.exporters.homogeneous import homogeneous
-from pliant.prune.scan_skip import scanless, scans_of
+from pliant.prune.scan_skip import scan_axis, scans_of
 from pliant.runtime.packed_linear import Packed
 from pliant.train.trunk_and_head import Halves
 
@@ -189,7 +189,7 @@ def test_a_model_without_any_scan_is_not_exported(name):
     anatomy = anatomy_of(model)
     subnet = Subnet()
     for block in scans_of(anatomy):
-        subnet = scanless(subnet, block)
+        subnet = subnet.keeping(scan_axis(block).name, 0)
     extract(model, anatomy, subnet)
     with pytest.raises(ArtefactError, match=r"would be 0, because every scan is removed.*use the cut folder"):
         homogeneous(model)

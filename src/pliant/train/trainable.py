@@ -186,7 +186,7 @@ def linear_layers(model: nn.Module, anatomy: Anatomy, targets: Sequence[str] = (
     for block in anatomy.blocks.values():
         for weight in block.weights:
             path = weight.path.removesuffix(".weight")
-            module = layers[block.layer].get_submodule(path) if path != weight.path else None
+            module: Any = layers[block.layer].get_submodule(path) if path != weight.path else None
             if is_linear(module) and module.weight.numel():  # a removed scan leaves a matrix without rows
                 found[f"{prefix}.{block.layer}.{path}"] = module
     names = sorted({path.rpartition(".")[2] for path in found})
