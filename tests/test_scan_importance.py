@@ -197,12 +197,13 @@ def test_an_importance_of_your_own_may_sort_copies_alike_or_one_by_one(monkeypat
     axis = anatomy.axes["layers.1.mamba.state"]
     given, mine = given[:, : axis.size], {}
     monkeypatch.setattr("pliant.criteria.importance.find", lambda *_: lambda _model, _anatomy: mine)
-    for own, shape in ((given, (2, axis.size)), (given[0], (axis.size,))):
-        mine[axis.name] = own
+    for values, shape in ((given, (2, axis.size)), (given[0], (axis.size,))):
+        mine[axis.name] = values
         order = by_falling(measured(model, anatomy, "mine:own"), anatomy)[axis.name]
         assert order.tolist() == torch.arange(axis.size).flip(0).expand(shape).tolist()
         reorder(model, anatomy, {axis.name: order})
-    for mine[axis.name] in (given[:1], given.flatten(), given[:, 1:]):
+    for values in (given[:1], given.flatten(), given[:, 1:]):
+        mine[axis.name] = values
         with pytest.raises(
             StepError, match=f"for 'layers.1.mamba.state', which has {axis.size} units, it gave the shape"
         ):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pliant.architecture.axis_faults import axis_faults
 from pliant.architecture.format import (
-    BUILT,
     MEASURES,
     ROLES,
     STATES,
@@ -87,38 +87,7 @@ class _Parser:
             self.size(f"fixed {dimension!r}", given)
         for axis, spec in self.mapping("the file", top, "axes").items():
             self.axes[axis] = self.axis(axis, spec)
-        for axis, spec in self.axes.items():
-            if spec.follows is not None and (
-                not isinstance(spec.follows, str) or spec.follows not in self.axes or self.axes[spec.follows].follows
-            ):
-                self.faults.append(
-                    f"axis {axis!r} follows {spec.follows!r}; it must follow a declared axis that follows no other"
-                )
-            leader = self.axes.get(str(spec.follows), spec)
-            if leader.copies not in (1, spec.copies):
-                self.faults.append(
-                    f"axis {axis!r} follows {spec.follows!r}, each copy of which is sorted by itself; it must have the "
-                    f"same copies: {leader.copies!r}"
-                )
-            in_family = spec.follows or any(other.follows == axis for other in self.axes.values())
-            if spec.built and (in_family or spec.size != f"{spec.config_key} or {BUILT}"):
-                self.faults.append(
-                    f"axis {axis!r}: {BUILT!r} must come after a key of pliant's own, as in 'mlp_size or {BUILT}', and "
-                    "such an axis neither follows another nor is followed"
-                )
-            other = self.axes.get(str(spec.only_with))
-            if spec.only_with is not None and (other is None or other.follows or other.least):
-                self.faults.append(
-                    f"axis {axis!r}: only_with must name an axis that follows no other and has 'least: 0', not "
-                    f"{spec.only_with!r}"
-                )
-            for word, named in (("groups", spec.groups), ("copies", spec.copies)):
-                other = self.axes.get(str(named))
-                if other and (other.follows or other.least < 1 or (other.groups, other.copies) != (1, 1)):
-                    self.faults.append(
-                        f"axis {axis!r}: {word} names the axis {named!r}, which must follow no other, have neither "
-                        "groups nor copies, and keep at least 1 unit"
-                    )
+        self.faults += axis_faults(self.axes)
         blocks = tuple(self.block(kind, spec) for kind, spec in self.mapping("the file", top, "blocks").items())
         self.nesting({block.kind: block for block in blocks})
         native = self.native(top["native"]) if "native" in top else None

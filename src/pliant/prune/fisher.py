@@ -24,8 +24,8 @@ from pliant.step import Job, setting
 Cuts = list[tuple[str, int]]
 
 STATE_STAYS = 0.5
-"""Share of a state that always stays: the estimate treats its units as independent, but they take over from each other,
-so that the last ones matter far more than it says."""
+"""Share of a state that always stays. The estimates of its units are added up as if they were independent, and the
+fewer units remain, the more the loss exceeds this sum."""
 
 
 class FisherPruner(OrderedPruner, Pruner):
