@@ -631,6 +631,8 @@ def test_layers_that_another_library_has_quantised_are_left():
 
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(16, 16), dynamic.Linear(16, 16)).eval()
+    quantised = torch.quantize_per_tensor(torch.randn(16, 16), 0.05, 0, torch.qint8)
+    module[1].set_weight_bias(quantised, torch.randn(16))  # a new one is not initialised
     x = torch.randn(3, 16)
     expected = run(module, x)
     pack(module)

@@ -436,6 +436,7 @@ def test_a_configuration_of_a_hybrid_is_read():
 @pytest.mark.parametrize(
     ("family", "raw", "refusal"),
     [
+        ("bamba", {"pruned_ssm_idx": [0], "pruned_foo": [2]}, "unknown key 'pruned_foo'; known are"),
         ("bamba", {"pruned_hymba_block_idx": [1]}, "Hymba, a family that transformers does not have"),
         ("bamba", {"pruned_moe_idx": [1], "pruned_ssm_idx": []}, "Hymba"),
         ("bamba", {"pruned_ssm_idx": [0.5]}, "whole numbers, not 0.5"),

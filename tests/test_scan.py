@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import transformers
 
 import pliant
 from pico import IDS, logits, pico, tokenizer
@@ -13,6 +14,7 @@ from pliant.architecture.format import Part
 from pliant.compat.scan import wrap_scans
 from pliant.elastic import Subnet, check, extract, reorder
 from pliant.elastic.activate import give_back, narrow
+from pliant.errors import ArchitectureError
 
 SCANS = hasattr(importlib.import_module("transformers.models.mamba2.modeling_mamba2"), "mamba2_chunk_scan")
 pytestmark = pytest.mark.skipif(not SCANS, reason="the scan of this transformers is not a function")
@@ -150,3 +152,9 @@ def test_a_gathered_buffer_is_written_back_to_the_units_of_its_groups():
     changed = full[None].clone()
     give_back(part[None] + 100, changed, block, weight, kept)
     assert changed.tolist() == [[value + 100 if value in expected else value for value in full.tolist()]]
+
+
+def test_a_model_that_was_built_without_a_state_is_refused_with_a_sentence():
+    config = transformers.MambaConfig(vocab_size=300, hidden_size=32, state_size=0, num_hidden_layers=2)
+    with pytest.raises(ArchitectureError, match=r"x_proj.weight has shape \(2, 64\), but mamba.yaml describes shape"):
+        anatomy_of(transformers.MambaForCausalLM(config))

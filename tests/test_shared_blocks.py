@@ -327,5 +327,6 @@ def test_inspect_says_what_is_linked_and_what_stays(capsys):
     )
     assert "without mamba, shared of the same layer goes, too" in found["limits"]
     assert "attention of layers 1, 4 is shared: it is cut alike there" in found["limits"]
+    assert any("delta cannot be removed alone" in limit for limit in pliant.inspect(pico("qwen3_next"))["limits"])
     show_inspection(found)
     assert "- the last mamba in the linear_attention layers stays" in capsys.readouterr().out

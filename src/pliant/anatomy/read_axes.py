@@ -119,7 +119,7 @@ def _read_family(
     # an axis whose size only a built layer shows has no followers, so that only the ratio of 1 is needed
     sizes = {n: 1 if (axis := architecture.axes[n]).built else global_size(plain, axis.size) for n in family}
     wide = {member: global_size(plain, architecture.axes[member].unit) for member in family}
-    ratios = {member: sizes[member] // sizes[leader] for member in family}
+    ratios = {member: sizes[member] // sizes[leader] if sizes[leader] else 1 for member in family}
     given = {member: architecture.axes[member].copies for member in family}
     copied_by = {member: str(named) if named in architecture.axes else None for member, named in given.items()}
     if any(named is not None and named not in axes for named in copied_by.values()):

@@ -65,11 +65,10 @@ def compress(
     Interrupted work is kept beside the output folder; the same command resumes it.
     """
     from pliant.cli.show import show_report
-    from pliant.cli.step_options import NEEDED, known_subnet, recipe
+    from pliant.cli.step_options import known_subnet, recipe
     from pliant.data import text
     from pliant.run.compress import compress
     from pliant.run.recipe import Measuring
-    from pliant.step import step_class
 
     if data is None and column != "text":
         raise PliantError(f"--column {column} has no effect without --data; leave it out, or give the rows with --data")
@@ -79,10 +78,10 @@ def compress(
     systems = system or ["multipruner"]
     if subnet is not None:
         steps = known_subnet(subnet, systems, setting or [])
-    elif calibration is None and any("text" in step_class(name).needs for name in systems):
-        raise PliantError(NEEDED)
     else:
         steps = recipe(systems, {} if ratio is None else {"ratio": ratio}, setting or [])
+        if calibration is None and any("text" in step.needs for step in steps):
+            raise PliantError("a search reads calibration text: give --data; to cut without a search, give --subnet")
     report = compress(
         model,
         steps,

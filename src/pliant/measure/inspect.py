@@ -73,6 +73,8 @@ def _limits(anatomy: Anatomy) -> list[str]:
     for (_, layer_type), holders in anatomy.holders().items():
         where = f" in the {layer_type} layers" if len(set(anatomy.layer_types)) > 1 else ""
         limits.append(f"the last {holders[0].kind}{where} stays, because the model counts tokens in it")
+    bound = {block.kind for block in anatomy.blocks.values() if block.role == "scan" and not block.spec.skip}
+    limits += [f"the scan of {kind} cannot be removed alone, because no skip would remain" for kind in sorted(bound)]
     inner = {block.kind: block.spec.inside for block in anatomy.blocks.values() if block.spec.inside}
     limits += [f"without {outer}, {kind} of the same layer goes, too" for kind, outer in inner.items()]
     shared: dict[str, list[int]] = {}

@@ -91,6 +91,8 @@ def _widths(raw: Mapping[str, Any], anatomy: Anatomy) -> Subnet:
         raise SubnetError(f"{hymba[0]} removes parts of Hymba, a family that transformers does not have")
     if not keys & set(raw):
         raise ValueError(f"expected one of {', '.join(sorted(keys))}")
+    if unknown := sorted(key for key in set(raw) - keys - {*_HYMBA} if key.startswith("pruned_")):
+        raise SubnetError(f"unknown key {unknown[0]!r}; known are {', '.join(sorted(keys))}")
     subnet = Subnet()
     for index, roles in _BLOCKS.items():
         for layer in raw.get(index) or ():

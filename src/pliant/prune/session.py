@@ -140,7 +140,7 @@ class Pruning:
             self.job.progress.step(scorer.seen / (scorer.seen + remaining), text)
 
         with self.scoring(name, windows, reuse=greedy.mode != "naive", on_score=show) as score:
-            self.job.progress.note(f"  {first} candidates")
+            self.job.progress.note(f"  candidates: {first}")
 
             while not greedy.done:
                 for candidate in greedy.ask():
