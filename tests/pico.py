@@ -6,6 +6,7 @@ import torch
 import transformers
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.olmo_hybrid import modeling_olmo_hybrid
 
 from pliant.architecture import catalogue
@@ -23,10 +24,16 @@ FAMILIES = (  # each is one more use of words that are tried on the above: see t
     *("olmoe", "flex_olmo", "granitemoe", "granitemoeshared", "phimoe", "gpt_oss", "qwen2_moe", "mellum", "dots1"),
     *("glm4_moe", "deepseek_v3", "minimax_m2", "hunyuan_v1_moe", "ernie4_5_moe", "xlm-roberta", "camembert"),
     *("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h", "granitemoehybrid", "falcon_h1", "jamba"),
-    *("lfm2_moe", "kimi_linear", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "zamba2"),
+    *("lfm2_moe", "kimi_linear", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid", "zamba2"),
 )
-if not hasattr(modeling_olmo_hybrid, "OlmoHybridDynamicCache"):  # transformers 5.14 has other modules; they are refused
-    FAMILIES += ("olmo_hybrid",)
+SCANS = hasattr(modeling_mamba2, "mamba2_chunk_scan")
+"""Whether the scans of this transformers are functions, which pliant replaces; in 5.14 they are not."""
+OTHERWISE = {  # families that this transformers does not have, or whose modules are others there, which are refused
+    *(() if "kimi_linear" in transformers.CONFIG_MAPPING else ("kimi_linear",)),
+    *(("olmo_hybrid",) if hasattr(modeling_olmo_hybrid, "OlmoHybridDynamicCache") else ()),
+    *(() if SCANS else ("zamba2",)),
+}
+FAMILIES = tuple(name for name in FAMILIES if name not in OTHERWISE)
 LAYOUTS = (  # where a run over every family would take too long: every trick that an architecture file can describe
     *("llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt2"),
     *("opt", "gpt_neox", "falcon", "mixtral", "gemma3_text"),

@@ -10,7 +10,8 @@ import torch
 from transformers import DynamicCache
 
 import pliant
-from pico import IDS, pico, tokenizer
+from pico import FAMILIES, IDS, pico, tokenizer
+from pico import SCANS as SCANS_ARE_FUNCTIONS
 from pliant.anatomy import anatomy_of
 from pliant.cli.show import show_inspection
 from pliant.compat.cache_argument import cache_argument
@@ -64,6 +65,8 @@ def test_a_scan_costs_three_multiply_accumulates_per_element_of_its_state(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h", "lfm2"])
 def test_the_states_of_a_narrowed_model_take_the_bytes_that_are_counted(name, dtype):
+    if name == "nemotron_h" and not SCANS_ARE_FUNCTIONS:
+        pytest.skip("transformers 5.14 has no cache for layers with an MLP alone")
     model = pico(name)
     anatomy = anatomy_of(model)
     subnet = Subnet()
@@ -83,7 +86,9 @@ def test_the_states_of_a_narrowed_model_take_the_bytes_that_are_counted(name, dt
     assert pliant.inspect(model, self_check=False)["state_bytes"] == held
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_text", "olmo_hybrid", "kimi_linear"])
+@pytest.mark.parametrize(
+    "name", [name for name in ("qwen3_next", "qwen3_5_text", "olmo_hybrid", "kimi_linear") if name in FAMILIES]
+)
 def test_a_delta_rule_reads_its_state_once_more(name):
     anatomy = anatomy_of(pico(name))
     block = next(block for block in anatomy.blocks.values() if block.scan_state({}))

@@ -6,11 +6,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from pico import IDS, logits, pico
+from pico import IDS, SCANS, logits, pico
 from pliant.compat.cache_argument import cache_argument
 from pliant.compat.scan import watched_scan_inputs
 
-SCANS = hasattr(importlib.import_module("transformers.models.mamba2.modeling_mamba2"), "mamba2_chunk_scan")
 pytestmark = pytest.mark.skipif(not SCANS, reason="the scan of this transformers is not a function")
 FAMILIES = ("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h")
 WIDE = {"mamba": {}, "falcon_mamba": {}, "mamba2": {"state_size": 72}, "bamba": {"mamba_d_state": 72}}

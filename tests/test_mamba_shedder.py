@@ -10,7 +10,7 @@ from torch.nn import functional
 from typer.testing import CliRunner
 
 import pliant
-from pico import IDS, logits, pico, tokenizer
+from pico import IDS, SCANS, logits, pico, tokenizer
 from pliant.anatomy import anatomy_of, layers_of
 from pliant.architecture import catalogue
 from pliant.cli.main import app
@@ -27,7 +27,6 @@ from pliant.run.recipe import Measuring
 from pliant.step import Job
 from pliant.systems.mamba_shedder import PARTS, axes_of
 
-SCANS = hasattr(importlib.import_module("transformers.models.mamba2.modeling_mamba2"), "mamba2_chunk_scan")
 pytestmark = pytest.mark.skipif(not SCANS, reason="the scan of this transformers is not a function")
 TEXT = pliant.text([" ".join(f"word {i * j % 17}" for j in range(1, 30)) for i in range(1, 40)])
 ROWS = {"samples": 8, "seqlen": 32}

@@ -183,6 +183,7 @@ def test_layers_that_the_config_computes_from_their_number_are_not_dropped(layer
         homogeneous(model)
 
 
+@pytest.mark.skipif(not SCANS, reason="the scan of this transformers is not a function")
 @pytest.mark.parametrize("name", ["mamba", "mamba2", "zamba2"])
 def test_a_model_without_any_scan_is_not_exported(name):
     model = pico(name)

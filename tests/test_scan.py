@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import pliant
-from pico import IDS, logits, pico, tokenizer
+from pico import IDS, SCANS, logits, pico, tokenizer
 from pliant.anatomy import Weight, anatomy_of
 from pliant.architecture.format import Part
 from pliant.compat.scan import wrap_scans
@@ -16,7 +16,6 @@ from pliant.elastic import Subnet, check, extract, reorder
 from pliant.elastic.activate import give_back, narrow
 from pliant.errors import ArchitectureError
 
-SCANS = hasattr(importlib.import_module("transformers.models.mamba2.modeling_mamba2"), "mamba2_chunk_scan")
 pytestmark = pytest.mark.skipif(not SCANS, reason="the scan of this transformers is not a function")
 
 
