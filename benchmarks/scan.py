@@ -132,7 +132,7 @@ def main() -> None:
                 print(
                     f"{family} {sizes} {what}: {row['speedup']['median']:.2f}x, {row['relative_difference']:.1e} apart"
                 )
-    save("scan", {"threads": arguments.threads, "repeats": arguments.repeats, "rows": rows})
+            save("scan", {"threads": arguments.threads, "repeats": arguments.repeats, "rows": rows})
 
 
 if __name__ == "__main__":
