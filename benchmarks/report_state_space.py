@@ -35,7 +35,9 @@ def more(row: dict[str, Any], dense: dict[str, Any]) -> list[str]:
     """Difference of the loss in nats per token on every text, with its 95 % interval, window by window."""
     found = pliant.compare(*({"perplexity": each["quality"]["perplexity"]} for each in (row, dense)))["perplexity"]
     losses = [text["loss"] for text in found.values()]
-    return [f"{loss['difference']:+.3f} [{loss['low']:+.3f}, {loss['high']:+.3f}]" for loss in losses]
+    # a single window has no interval
+    bounds = ["" if loss["low"] is None else f" [{loss['low']:+.3f}, {loss['high']:+.3f}]" for loss in losses]
+    return [f"{loss['difference']:+.3f}{bound}" for loss, bound in zip(losses, bounds, strict=True)]
 
 
 def accuracies(row: dict[str, Any]) -> list[str]:
