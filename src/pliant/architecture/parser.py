@@ -27,21 +27,9 @@ _LAYOUT |= {"scan_macs", "transposed", "elementwise", "uncalled", "rescale", "sk
 _KEYS = {
     "file": {"models", "layers", "output", "fixed", "axes", "blocks", "native"},
     "native": set(_NATIVE),
-    "axis": {
-        "size",
-        "unit",
-        "follows",
-        "cut",
-        "active",
-        "multiple",
-        "normed",
-        "least",
-        "groups",
-        "copies",
-        "only_with",
-    },
-    "block": {*_LAYOUT, "guard", "slot", "role", "state", "when", "needs", "either", "tied"}
-    | {"counts", "inside", "passes"},
+    "axis": set(AxisSpec.__dataclass_fields__),
+    "block": _LAYOUT
+    | {"guard", "slot", "role", "state", "when", "needs", "either", "tied", "counts", "inside", "passes"},
     "variant": _LAYOUT,
 }
 _LATER = {  # keys that other families need and that are not supported yet; ignoring one would misread the file
