@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(not SCANS, reason="the scan of this transformers
 FAMILIES = ("mamba", "falcon_mamba", "mamba2", "bamba", "nemotron_h")
 WIDE = {"mamba": {}, "falcon_mamba": {}, "mamba2": {"state_size": 72}, "bamba": {"mamba_d_state": 72}}
 WIDE |= {"nemotron_h": {"ssm_state_size": 72}}  # so wide that pliant takes the decode step
+LONG = {"mamba": {}, "mamba2": {"chunk_size": 64}}  # so long that pliant computes the gradients
 SHAPES = {  # batch, tokens, heads, width, groups, state
     "two groups": (2, 37, 8, 8, 2, 12),
     "one token": (1, 1, 4, 4, 1, 3),
@@ -48,7 +49,7 @@ def arguments(shape, dtype=torch.float32):
     rates = (-torch.rand(heads, generator=torch.Generator().manual_seed(1)) * 4).requires_grad_()
     given = [random(batch, tokens, heads, width), random(batch, tokens, heads), rates]
     given += [random(batch, tokens, groups, state), random(batch, tokens, groups, state)]
-    named = {"D": random(heads), "dt_bias": random(heads), "dt_softplus": True, "chunk_size": 16}
+    named = {"D": random(heads), "dt_bias": random(heads), "dt_softplus": True, "chunk_size": 64}
     named |= {"initial_states": random(batch, heads, width, state), "return_final_states": True, "z": None}
     return given, named | {"dt_limit": (0.0, 0.9)}
 
@@ -272,16 +273,27 @@ def test_rows_of_a_padded_batch_are_those_of_single_rows(name):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+@pytest.mark.parametrize("name", LONG)
 def test_a_model_is_trained_by_the_gradients_of_transformers(name, stock):
     gradients = []
     for use in (lambda _: None, stock):
         use(name)
-        model = pico(name)
+        model = pico(name, **LONG[name])
         model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for ours, theirs in zip(*gradients, strict=True):
         close(ours, theirs, 1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("chunk", [16, 32, 33])
+def test_gradients_with_short_chunks_are_left_to_transformers(chunk):
+    given, named = arguments(SHAPES["many chunks"])
+    results = [function(*given, **named | {"chunk_size": chunk})[0] for function in scan()]
+    assert torch.equal(*results) == (chunk < 33)
+    with torch.inference_mode():
+        results = [function(*given, **named | {"chunk_size": chunk})[0] for function in scan()]
+    assert not torch.equal(*results)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -307,7 +319,7 @@ def test_a_traced_or_compiled_scan_is_that_of_transformers():
     ours, theirs = scan()
     given, named = arguments(SHAPES["two groups"])
     tensors = [tensor.detach() for tensor in given]
-    kept = {"chunk_size": 16, "D": named["D"].detach(), "dt_softplus": True}
+    kept = {"chunk_size": 64, "D": named["D"].detach(), "dt_softplus": True}
     traced = torch.jit.trace(lambda *inputs: ours(*inputs, **kept), tensors)
     again = [tensor[:, :21] if tensor.dim() > 1 else tensor for tensor in tensors]
     assert torch.equal(traced(*tensors), theirs(*tensors, **kept))

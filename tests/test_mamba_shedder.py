@@ -22,10 +22,10 @@ from pliant.measure.cost import cost_of
 from pliant.measure.speed.latency_table import measure_latency
 from pliant.prune.imported_configs import parse_config
 from pliant.prune.scan_skip import scan_axis, scans_of, with_skips
+from pliant.prune.targets import PARTS, axes_of
 from pliant.run.compress import compress
 from pliant.run.recipe import Measuring
 from pliant.step import Job
-from pliant.systems.mamba_shedder import PARTS, axes_of
 
 pytestmark = pytest.mark.skipif(not SCANS, reason="the scan of this transformers is not a function")
 TEXT = pliant.text([" ".join(f"word {i * j % 17}" for j in range(1, 30)) for i in range(1, 40)])

@@ -11,7 +11,8 @@ from pliant import registry
 from pliant.cli.step_options import recipe
 from pliant.errors import RatioError, StepError
 from pliant.record import Curve
-from pliant.step import FormerNameWarning, Step, setting, settings_of
+from pliant.step import FormerNameWarning, Step, settings_of
+from pliant.step_setting import setting
 
 
 class Scale(Step):

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from pliant.run.plan import plan as plan
     from pliant.run.save import save as save
     from pliant.step import Step as Step
-    from pliant.step import setting as setting
     from pliant.step import step_of as step_of
+    from pliant.step_setting import setting as setting
     from pliant.systems.blockpruner import BlockPruner as BlockPruner
     from pliant.systems.mamba_shedder import MambaShedder as MambaShedder
     from pliant.systems.multipruner import MultiPruner as MultiPruner

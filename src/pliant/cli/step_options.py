@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pliant.errors import StepError
-from pliant.step import Step, kinds_of, present_names, settings_of, step_class
+from pliant.step import Step, present_names, settings_of, step_class
+from pliant.step_setting import kinds_of
 
 NEEDED = "a search needs --ratio and --data; to cut without a search, give --subnet"
 

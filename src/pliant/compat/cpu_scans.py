@@ -42,7 +42,7 @@ def mamba2_chunk_scan(
     A: Any,
     B: Any,
     C: Any,
-    chunk_size: int = CHUNK,  # that of the model, which is meant for GPUs
+    chunk_size: int,
     D: Any = None,
     dt_bias: Any = None,
     initial_states: Any = None,
@@ -57,6 +57,8 @@ def mamba2_chunk_scan(
         dt: shape ``(batch, tokens, heads)``.
         A, D, dt_bias: shape ``(heads,)``.
         B, C: shape ``(batch, tokens, groups, state)``; a state of size 0 leaves only the skip ``D``.
+        chunk_size: that of the model. Most are meant for GPUs; gradients with chunks as short as those here are left
+            to transformers, which computes all of them at once.
         initial_states: shape ``(batch, heads, head_dim, state)``.
     """
     import torch
@@ -68,11 +70,12 @@ def mamba2_chunk_scan(
     if size == 0:
         output = (x.new_zeros(x.shape) if skip is None else x * skip).contiguous()
         return (output, x.new_zeros(batch, heads, width, 0)) if return_final_states else output
-    if not _ours(hidden_states):
+    gradients = torch.is_grad_enabled()
+    if not _ours(hidden_states) or (gradients and chunk_size <= CHUNK):
         return None
     shared = heads // groups
     dt = step_sizes(dt, dt_bias, dt_softplus).clamp(*dt_limit).float()
-    chunk = min(tokens, CHUNK * 2 if torch.is_grad_enabled() else CHUNK)
+    chunk = min(tokens, CHUNK * 2 if gradients else CHUNK)
     future = x.new_full((chunk, chunk), -torch.inf).triu_(1)
     state = x.new_zeros(batch, heads, width, size) if initial_states is None else initial_states.float()
     state = state.reshape(batch, groups, shared * width, size)

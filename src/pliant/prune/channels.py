@@ -15,7 +15,8 @@ from pliant.errors import RatioError, StepError
 from pliant.prune.known_subnet import extract_and_verify
 from pliant.prune.ratio_target import out_of_reach
 from pliant.prune.width_cuts import cut_until, narrowed, widths
-from pliant.step import Job, Step, setting
+from pliant.step import Job, Step
+from pliant.step_setting import setting
 
 ALLOCATIONS = ("uniform", "global")
 

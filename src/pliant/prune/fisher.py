@@ -19,7 +19,8 @@ from pliant.prune.settings import OrderedPruner, Pruner
 from pliant.prune.unit_order import ordered
 from pliant.prune.width_cuts import cut_until, narrowed, widths
 from pliant.searches.greedy import Move, check_loss
-from pliant.step import Job, setting
+from pliant.step import Job
+from pliant.step_setting import setting
 
 Cuts = list[tuple[str, int]]
 

@@ -17,7 +17,8 @@ from pliant.prune.settings import OrderedPruner, Pruner
 from pliant.prune.unit_order import ordered
 from pliant.prune.width_cuts import narrowed, widths
 from pliant.searches import Allocation, HillClimb, Move, Space
-from pliant.step import Job, setting
+from pliant.step import Job
+from pliant.step_setting import setting
 
 Menus = Mapping[str, Sequence[Subnet]]
 """Block -> the dense model, then models with ever less of the block."""

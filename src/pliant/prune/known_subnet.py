@@ -19,7 +19,8 @@ from pliant.prune.imported_configs import config_in, is_shedders, parse_config
 from pliant.prune.scan_skip import FITTED, IDENTITY, KEPT, SKIP_HELP, SKIPS, skip_note, with_skips, without_scan
 from pliant.prune.unit_order import STORED, ordered
 from pliant.registry import IMPORTANCE
-from pliant.step import Job, Step, setting
+from pliant.step import Job, Step
+from pliant.step_setting import setting
 
 
 class Cut(Step):

@@ -14,7 +14,8 @@ from pliant.prune.moves import block_moves, fitting, layer_moves
 from pliant.prune.session import Pruning, Scorer
 from pliant.prune.settings import Pruner
 from pliant.searches.greedy import check_loss
-from pliant.step import Job, setting
+from pliant.step import Job
+from pliant.step_setting import setting
 
 PERPLEXITY, RANDOM = "perplexity", "random"
 GRANULARITIES = ("block", "layer")

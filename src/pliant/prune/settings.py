@@ -27,7 +27,8 @@ from pliant.prune.width_cuts import step_of
 from pliant.record import Note
 from pliant.registry import IMPORTANCE, SCORES
 from pliant.searches.greedy import MODES
-from pliant.step import Job, Step, setting
+from pliant.step import Job, Step
+from pliant.step_setting import setting
 
 UNIT = "unit"
 

@@ -6,7 +6,8 @@ Zhong et al., "BlockPruner: Fine-grained Pruning for Large Language Models", 202
 from __future__ import annotations
 
 from pliant.prune import GreedyPruner, Pruner, block_moves
-from pliant.step import Job, setting
+from pliant.step import Job
+from pliant.step_setting import setting
 
 
 class BlockPruner(GreedyPruner, Pruner):

@@ -11,34 +11,19 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pliant.anatomy import Anatomy, Axis
-from pliant.elastic import Subnet
 from pliant.errors import RatioError, StepError
-from pliant.prune import GreedyPruner, WidthPruner, axis_moves, block_moves, pooled, scan_moves
+from pliant.prune import GreedyPruner, WidthPruner, pooled
 from pliant.prune.moves import Moves, exhausted, unit_of
 from pliant.prune.ratio_target import Goal
 from pliant.prune.scan_skip import KEPT, SKIP_HELP, SKIPS, skip_note, with_skips
 from pliant.prune.session import Pruning
+from pliant.prune.targets import PARTS, axes_of, moves_of, roles_of, targets_of
 from pliant.prune.unit_order import STORED, ordered
-from pliant.step import Job, setting
+from pliant.step import Job
+from pliant.step_setting import setting
 
-_MLP = ("mlp", "experts")
-PARTS = {
-    "channels": "MLP channels",
-    "heads": "scan heads",
-    "state": "a scan with a state that can shrink",
-    "groups": "scan heads in groups",
-    "scan_channels": "scan channels, which Mamba-1 has in place of heads",
-}
-WHOLE = {
-    "ssm": "a scan of which a skip alone can remain",
-    "block": "a block with a scan that may be removed",
-    "attention": "an attention block that may be removed",
-    "mlp": "an MLP that may be removed",
-}
-TARGETS = {**PARTS, **WHOLE}
-"""Target, the finest first -> what a model needs for it."""
-_ROLES = {"block": {"scan"}, "attention": {"attention"}, "mlp": set(_MLP)}
 _SETTINGS = {"channels": "mlp_group", "scan_channels": "mlp_group", "heads": "head_group", "state": "state_group"}
+"""Target -> the setting that says how many units one move removes."""
 
 
 class Search(NamedTuple):
@@ -111,7 +96,7 @@ class MambaShedder(WidthPruner):
             StepError: a stage is empty or has no amount, or a target is unknown or comes twice.
         """
         if self.stages is None:
-            found = [Search(() if self.target is None else _targets(self.target), self.steps, self.ratio)]
+            found = [Search(() if self.target is None else targets_of(self.target), self.steps, self.ratio)]
         else:
             found = [_search(stage) for stage in self.stages.split(",")]
         named = [target for search in found for target in search.targets]
@@ -130,7 +115,7 @@ class MambaShedder(WidthPruner):
     def run(self, job: Job) -> None:
         pruning, searches = self.begin(job), self.searches()
         anatomy = pruning.anatomy
-        kinds = [self._kinds(job, anatomy, search) for search in searches]
+        kinds = [self._moves(job, anatomy, search.targets) for search in searches]
         total = None if any(search.steps for search in searches) else sum(search.ratio or 0 for search in searches)
         _check_amounts(pruning, searches, kinds, total)
         everything = pooled(*(moves for of_stage in kinds for moves in of_stage))
@@ -157,36 +142,25 @@ class MambaShedder(WidthPruner):
             job.show(*skip_note(anatomy, pruning.subnet, self.skip))
             self.cut(pruning, job)
 
-    def _kinds(self, job: Job, anatomy: Anatomy, search: Search) -> list[Moves]:
-        """The moves of every target of a stage, the finest first.
+    def _moves(self, job: Job, anatomy: Anatomy, targets: Sequence[str]) -> list[Moves]:
+        """The moves of a stage.
 
         Raises:
             StepError: the model does not have what a target names, or a group does not divide it.
         """
-        groups = {target: self._group_sizes(job, anatomy, target) for target in PARTS}
-        kinds = {target: axis_moves(anatomy, groups[target]) for target in PARTS}
-        kinds |= {"ssm": scan_moves(anatomy)} | {target: block_moves(anatomy, _ROLES[target]) for target in _ROLES}
-        possible = [target for target in TARGETS if kinds[target](Subnet())]
-        family = f"this {job.model.config.model_type} model"
-        for target in search.targets:
-            for axis in axes_of(anatomy, target) if target in _SETTINGS else ():
-                group = groups[target][axis.name]
-                if group >= axis.size or (target in ("state", "heads") and axis.size % group):
+        groups = {target: self._units_per_move(job, anatomy, target) for target in PARTS}
+        for target in targets:
+            for name, group in groups[target].items() if target in _SETTINGS else ():
+                size = anatomy.axes[name].size
+                if group >= size or (target in ("state", "heads") and size % group):
                     raise StepError(
-                        f"target {target!r}: {axis.name} has {axis.size} units and cannot be narrowed in groups of "
-                        f"{group}; give another {_SETTINGS[target]}"
+                        f"target {target!r}: {name} has {size} units and cannot be narrowed in groups of {group}; "
+                        f"give another {_SETTINGS[target]}"
                     )
-            if target not in possible:
-                raise StepError(
-                    f"target {target!r} needs {TARGETS[target]}, and {family} has none; choose from: "
-                    f"{', '.join(possible)}"
-                )
-        if not (chosen := [target for target in possible if target in (search.targets or WHOLE)]):
-            raise StepError(f"{family} has no block or scan that may be removed")
-        return [kinds[target] for target in chosen]
+        return moves_of(anatomy, targets, groups, f"this {job.model.config.model_type} model")
 
-    def _group_sizes(self, job: Job, anatomy: Anatomy, target: str) -> dict[str, int]:
-        """Axis -> units removed in one move."""
+    def _units_per_move(self, job: Job, anatomy: Anatomy, target: str) -> dict[str, int]:
+        """Full name of an axis -> units removed in one move."""
 
         def group(axis: Axis) -> int:
             if target == "state":
@@ -198,40 +172,14 @@ class MambaShedder(WidthPruner):
         return {axis.name: group(axis) for axis in axes_of(anatomy, target)}
 
 
-def axes_of(anatomy: Anatomy, target: str) -> list[Axis]:
-    """The axes that a target names, by the roles of blocks and the widths of units."""
-    found = {}
-    for block in anatomy.blocks.values():
-        spanning = {block.axes[name].leader for name in block.spec.scan_state if name in block.axes}
-        for axis in block.leaders:
-            named = {
-                "state": axis == block.state_axis,
-                "heads": axis.leader in spanning and axis != block.state_axis and axis.unit > 1,
-                "scan_channels": axis.leader in spanning and axis != block.state_axis and axis.unit == 1,
-                "groups": block.role == "scan" and axis.grouping,
-                "channels": block.role in _MLP and axis.unit == 1 and axis.active is None,
-            }
-            if named[target] and axis.size:
-                found[axis.name] = axis
-    return list(found.values())
-
-
-def _targets(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split("+"))
-    for name in names:
-        if name not in TARGETS:
-            raise StepError(f"unknown target {name!r}; choose from: {', '.join(TARGETS)}, joined by '+'")
-    return names
-
-
 def _search(stage: str) -> Search:
     targets, colon, amount = (part.strip() for part in stage.partition(":"))
     with contextlib.suppress(ValueError):
         number = float(amount)
         if colon and targets and number >= 1 and amount.isdigit():
-            return Search(_targets(targets), int(amount), None)
+            return Search(targets_of(targets), int(amount), None)
         if colon and targets and 0 < number < 1:
-            return Search(_targets(targets), None, number)
+            return Search(targets_of(targets), None, number)
     raise StepError(
         "a stage is written as targets:amount with a whole number of removals or a fraction below 1, such as "
         f"block+attention:3 or ssm:0.02; not {stage.strip()!r}"
@@ -249,7 +197,7 @@ def _check_amounts(
     for search, of_stage in zip(searches, kinds, strict=True):
         if search.steps is not None and (reached := exhausted(of_stage))[1] < search.steps:
             subnet, most = reached
-            roles = set().union(*(_ROLES.get(target, set()) for target in search.targets or WHOLE))
+            roles = roles_of(search.targets)
             held = any(block.role in roles for block in pruning.anatomy.alive(subnet.skip))
             reason = ", because the last block that keeps a state stays" if held else ""
             raise StepError(

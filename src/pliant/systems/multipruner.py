@@ -10,7 +10,8 @@ from pliant.errors import StepError
 from pliant.prune import Pruner, WidthPruner, block_moves, pooled, width_moves
 from pliant.prune.ratio_target import Goal
 from pliant.prune.unit_order import ordered
-from pliant.step import Job, setting
+from pliant.step import Job
+from pliant.step_setting import setting
 
 
 class MultiPruner(WidthPruner, Pruner):

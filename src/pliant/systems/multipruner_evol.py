@@ -17,7 +17,8 @@ from pliant.prune.session import Pruning, Scorer
 from pliant.prune.unit_order import ordered
 from pliant.registry import SEARCHES
 from pliant.searches import Limits, Move, Space, SpaceSearch, search_of
-from pliant.step import Job, setting
+from pliant.step import Job
+from pliant.step_setting import setting
 
 
 class MultiPrunerEvol(WidthPruner, Pruner):

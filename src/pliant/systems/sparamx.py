@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pliant.step import Job, Step, setting
+from pliant.step import Job, Step
+from pliant.step_setting import setting
 from pliant.values.magnitude import Magnitude
 from pliant.values.matrix import ValueStep
 from pliant.values.pack import SPARSE, PackedLinear

@@ -19,7 +19,8 @@ from pliant.errors import DataError, StepError
 from pliant.formatting import human_bytes
 from pliant.forward.windows import check_ids, seqlen_of
 from pliant.record import Curve, Note, Section
-from pliant.step import Job, Step, setting
+from pliant.step import Job, Step
+from pliant.step_setting import setting
 from pliant.train.loop import SCHEDULES, Plan, Training, memory_peak
 from pliant.train.loss import Distillation
 from pliant.train.memory_estimate import memory_needed

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from pliant.step import Job, setting
+from pliant.step import Job
+from pliant.step_setting import setting
 from pliant.values.matrix import ValueStep, select_matrices, show_skipped
 
 

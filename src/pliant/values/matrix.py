@@ -20,7 +20,8 @@ from pliant.errors import ArchitectureError, StepError
 from pliant.pages import within_limit
 from pliant.record import Note, Section
 from pliant.runtime.dense import CONVOLUTIONS, is_linear, own_parameter, weight_of, why_fixed, why_kept
-from pliant.step import Job, Step, setting
+from pliant.step import Job, Step
+from pliant.step_setting import setting
 from pliant.torch_private import is_compiled
 
 ALL = "all-linear"

@@ -23,7 +23,8 @@ from pliant.runtime.packed_linear import Packed
 from pliant.runtime.packed_matrix import FORMATS, GROUPS
 from pliant.runtime.rounding_grid import round_to_grid
 from pliant.runtime.sparse_break_even import pays
-from pliant.step import Job, setting
+from pliant.step import Job
+from pliant.step_setting import setting
 from pliant.values.matrix import (
     Matrix,
     Selection,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from pliant.runtime.rounding_grid import round_to_grid
-from pliant.step import Job, setting
+from pliant.step import Job
+from pliant.step_setting import setting
 from pliant.values.matrix import ValueStep, select_matrices, show_skipped
 
 
