@@ -37,7 +37,8 @@ def kinds_of(anatomy: Anatomy, settings: dict[str, int]) -> dict[str, Kind]:
         settings: units of the state and MLP channels in a group.
     """
     groups: dict[str, dict[str, int]] = {"heads": {}, "state": {}, CHANNELS: {}}
-    for block in anatomy.blocks.values():
+    blocks = anatomy.blocks.values()
+    for block in blocks:
         state = scan_axis(block)
         for axis in block.leaders:
             if block.role == "scan":
@@ -46,10 +47,12 @@ def kinds_of(anatomy: Anatomy, settings: dict[str, int]) -> dict[str, Kind]:
                 own = (CHANNELS, settings["mlp_group"]) if block.role == "mlp" else ("", 0)
             if own[0]:
                 groups[own[0]][axis.name] = own[1]
-    roles = [role for role in ("scan", "attention", "mlp") if any(b.role == role for b in anatomy.blocks.values())]
+    roles = [role for role in ("scan", "attention", "mlp") if any(b.role == role for b in blocks)]
     whole = "+".join("block" if role == "scan" else role for role in roles)
     moves = {"blocks": (whole, block_moves(anatomy)), "scans": ("ssm", scan_moves(anatomy))}
-    moves |= {kind: (kind, axis_moves(anatomy, of)) for kind, of in groups.items()}
+    grouped = any(axis.grouping for block in blocks for axis in block.leaders if axis.name in groups["heads"])
+    targets = {"heads": "heads+groups"} if grouped else {}
+    moves |= {kind: (targets.get(kind, kind), axis_moves(anatomy, of)) for kind, of in groups.items()}
     moves = {kind: pair for kind, pair in moves.items() if pair[1](Subnet())}
     joined = "+".join(target for target, _ in moves.values())
     found = {}

@@ -129,7 +129,7 @@ FUNCTIONS = {
     "read_config": "pliant.prune.imported_configs",
     "run_recipe": "pliant.run.compress",
     "save": "pliant.run.save",
-    "setting": "pliant.step",
+    "setting": "pliant.step_setting",
     "step_of": "pliant.step",
     "text": "pliant.data",
 }
