@@ -1,0 +1,149 @@
+"""The model that is exported, as containers see it: its blocks in running order, and the names of their parameters."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from pliant.anatomy import Anatomy, Axis, Block, anatomy_of, text_config_of
+from pliant.exporters.gguf.plan import Rows, Unfit, stored_of
+from pliant.runtime.packed_linear import Packed
+
+MIXERS = ("attention", "scan", "conv")
+
+
+class Pair(NamedTuple):
+    """One layer of a file: a block that mixes tokens, and the MLP or the experts after it."""
+
+    mixer: Block | None
+    mlp: Block | None
+
+
+class Source:
+    """A model and its anatomy.
+
+    Raises:
+        Unfit: the model was read without an architecture file.
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.anatomy: Anatomy = anatomy_of(model)
+        if self.anatomy.traced:
+            raise Unfit(f"{type(model).__name__} has no architecture file")
+        self.config = text_config_of(model.config)
+        self.kind: str = self.config.model_type
+
+    def of_role(self, role: str) -> list[Block]:
+        """The blocks of a role, in running order."""
+        return [block for block in self.anatomy.blocks.values() if block.role == role]
+
+    def module(self, block: Block) -> Any:
+        """The module that computes a block."""
+        return self.model.get_submodule(f"{self.anatomy.architecture.layers}.{block.layer}.{block.spec.module}")
+
+    def layers(self) -> list[Pair]:
+        """The blocks of each layer; layers without blocks are left out."""
+        found: dict[int, Pair] = {}
+        for block in self.anatomy.blocks.values():
+            pair = found.setdefault(block.layer, Pair(None, None))
+            found[block.layer] = pair._replace(mixer=block) if block.role in MIXERS else pair._replace(mlp=block)
+        return [found[layer] for layer in sorted(found)]
+
+    def pairs(self) -> list[Pair]:
+        """The blocks in running order, a mixer with the MLP that follows it; layers without blocks are left out.
+
+        The MLP may come from a later layer of the model, because blocks are a chain.
+        """
+        found: list[Pair] = []
+        for block in self.anatomy.blocks.values():
+            if block.role in MIXERS:
+                found.append(Pair(block, None))
+            elif found and found[-1].mlp is None:
+                found[-1] = Pair(found[-1].mixer, block)
+            else:
+                found.append(Pair(None, block))
+        return found
+
+    def rows(self, block: Block, role: str, order: torch.Tensor | None = None, factor: float = 1.0) -> Rows:
+        """The weight that has a role in a block."""
+        return Rows(self.path(block, block.spec.roles[role]), order, factor=factor)
+
+    def path(self, block: Block, name: str, kind: str = "weight") -> str:
+        """The full name of a parameter by the name of its module inside a block."""
+        return f"{self.anatomy.architecture.layers}.{block.layer}.{block.spec.prefix}{name}.{kind}"
+
+    def norm(self, block: Block, number: int = 0) -> Rows:
+        """The weight of a norm of a block."""
+        return Rows(f"{self.anatomy.architecture.layers}.{block.layer}.{block.spec.norms[number]}.weight")
+
+    def bias(self, rows: Rows) -> Rows | None:
+        """The bias beside a weight, in the same order; None if there is none."""
+        name = rows.source.removesuffix("weight") + "bias"
+        owner = self.model.get_submodule(rows.source.rpartition(".")[0])
+        has = getattr(owner, "bias", None) is not None
+        return Rows(name, rows.order, rows.dim, rows.factor) if has else None
+
+    def shape(self, rows: Rows) -> tuple[int, ...]:
+        """The shape of these rows."""
+        stored = stored_of(self.model, rows.source)
+        shape = (stored.out_features, stored.in_features) if isinstance(stored, Packed) else tuple(stored.shape)
+        if rows.order is None:
+            return shape
+        return (*shape[: rows.dim], len(rows.order), *shape[rows.dim + 1 :])
+
+    def units(self, block: Block | None, role: str) -> int:
+        """Units of the axis that the outputs of a weight lie on: heads of q, channels of gate; 0 without a block."""
+        return 0 if block is None else self._axis(block, role).size
+
+    def head_width(self) -> int:
+        """The width of a head, which is the same in all layers.
+
+        Raises:
+            Unfit: it is not, or no layer has an attention.
+        """
+        widths = {self._axis(block, "q").unit for block in self.of_role("attention")}
+        if len(widths) != 1:
+            raise Unfit("its heads have different widths" if widths else "no attention is left")
+        return widths.pop()
+
+    def window(self) -> int | None:
+        """The shortest sliding window of a layer; None if every layer reads all tokens."""
+        windows = [getattr(self.module(block), "sliding_window", None) for block in self.of_role("attention")]
+        own = getattr(self.config, "sliding_window", None) if self.kind == "mistral" else None
+        return min((window for window in (*windows, own) if window is not None), default=None)
+
+    def _axis(self, block: Block, role: str) -> Axis:
+        dims = block.spec.weights[block.spec.roles[role]]
+        assert dims is not None
+        return block.axes[dims[0][0].axis]
+
+    def embedding(self) -> Rows:
+        """The embedding of the tokens."""
+        return Rows(self._name_of(self.model.get_input_embeddings()) + ".weight")
+
+    def output(self) -> Rows | None:
+        """The output head; None if it is the embedding."""
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        if not isinstance(head, Packed) and head.weight is embedding.weight:
+            return None
+        if getattr(head, "bias", None) is not None:
+            raise Unfit("its output head has a bias")
+        return Rows(self._name_of(head) + ".weight")
+
+    def final_norm(self) -> Rows:
+        """The norm before the output head: the only parameter of the base model outside layers and embedding."""
+        base, layers = self.model.base_model, self.anatomy.architecture.layers + "."
+        embedding = self.embedding().source
+        own = [
+            name
+            for name, _ in base.named_parameters(prefix=self._name_of(base))
+            if name != embedding and not name.startswith(layers)
+        ]
+        if len(own) != 1:
+            raise Unfit(f"{type(base).__name__} has other parameters than layers, embedding and a norm")
+        return Rows(own[0])
+
+    def _name_of(self, module: Any) -> str:
+        return next(name for name, one in self.model.named_modules() if one is module)
