@@ -11,6 +11,17 @@ from pliant.exporters.gguf.plan import Rows, Unfit, stored_of
 from pliant.runtime.packed_linear import Packed
 
 MIXERS = ("attention", "scan", "conv")
+_NAMES = {  # role of a weight -> its names in architecture files without roles
+    "q": ("q_proj",),
+    "k": ("k_proj",),
+    "v": ("v_proj",),
+    "o": ("o_proj", "out_proj"),
+    "q_norm": ("q_norm", "q_layernorm"),
+    "k_norm": ("k_norm", "k_layernorm"),
+    "gate": ("gate_proj", "w1"),
+    "up": ("up_proj", "w3"),
+    "down": ("down_proj", "w2"),
+}
 
 
 class Pair(NamedTuple):
@@ -67,8 +78,19 @@ class Source:
         return found
 
     def rows(self, block: Block, role: str, order: torch.Tensor | None = None, factor: float = 1.0) -> Rows:
-        """The weight that has a role in a block."""
-        return Rows(self.path(block, block.spec.roles[role]), order, factor=factor)
+        """The weight that has a role in a block.
+
+        Raises:
+            Unfit: the block has none.
+        """
+        if (name := self.named(block, role)) is None:
+            raise Unfit(f"{block.name} has no separate weight of the role {role!r}")
+        return Rows(self.path(block, name), order, factor=factor)
+
+    def named(self, block: Block, role: str) -> str | None:
+        """The name of the weight that has a role in a block, from its architecture file or by convention."""
+        names = (block.spec.roles[role],) if role in block.spec.roles else _NAMES.get(role, ())
+        return next((name for name in names if name in block.spec.weights), None)
 
     def path(self, block: Block, name: str, kind: str = "weight") -> str:
         """The full name of a parameter by the name of its module inside a block."""
@@ -115,8 +137,10 @@ class Source:
         return min((window for window in (*windows, own) if window is not None), default=None)
 
     def _axis(self, block: Block, role: str) -> Axis:
-        dims = block.spec.weights[block.spec.roles[role]]
-        assert dims is not None
+        name = self.named(block, role)
+        dims = None if name is None else block.spec.weights[name]
+        if dims is None:
+            raise Unfit(f"{block.name} has no separate weight of the role {role!r}")
         return block.axes[dims[0][0].axis]
 
     def embedding(self) -> Rows:

@@ -138,7 +138,7 @@ class Decoder:
             return [*found, *(Tensor(f"{ATTENTION[role]}.weight", shape) for role, shape in shapes.items())]
         found = self._norms(source, block)
         for role, name in HEAD_NORMS.items():
-            if (role in block.spec.roles) != self.head_norms:
+            if (source.named(block, role) is not None) != self.head_norms:
                 raise Unfit(f"{self.name} {'needs' if self.head_norms else 'has no'} norms of q and k")
             if self.head_norms:
                 found.append(self._norm(source, name, source.rows(block, role)))
