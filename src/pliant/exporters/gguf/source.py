@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pliant.anatomy import Anatomy, Axis, Block, anatomy_of, text_config_of
+from pliant.anatomy import Anatomy, Axis, Block, anatomy_of, plain_config, text_config_of
 from pliant.exporters.gguf.plan import Rows, Unfit, stored_of
 from pliant.runtime.packed_linear import Packed
 
@@ -34,6 +34,9 @@ class Pair(NamedTuple):
 class Source:
     """A model and its anatomy.
 
+    Attributes:
+        config: that of the text model; keys that differ from layer to layer have their dense value.
+
     Raises:
         Unfit: the model was read without an architecture file.
     """
@@ -43,7 +46,7 @@ class Source:
         self.anatomy: Anatomy = anatomy_of(model)
         if self.anatomy.traced:
             raise Unfit(f"{type(model).__name__} has no architecture file")
-        self.config = text_config_of(model.config)
+        self.config = plain_config(text_config_of(model.config))
         self.kind: str = self.config.model_type
 
     def of_role(self, role: str) -> list[Block]:
