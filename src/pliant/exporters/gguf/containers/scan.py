@@ -92,21 +92,21 @@ def tensors_of(source: Source, block: Block, factor: float = 1.0) -> list[Tensor
     heads, groups = mixer.num_heads, mixer.n_groups
 
     def of(name: str, factor: float = 1.0) -> Rows:
-        return Rows(source.path(block, name, "weight").removesuffix(".weight"), factor=factor)
+        return Rows(source.path(block, name), factor=factor)
 
-    into, out = (source.path(block, name) for name in ("in_proj", "out_proj"))
+    into, out = of("in_proj"), of("out_proj", factor)
     found = [
-        Tensor("ssm_in.weight", source.shape(Rows(into)), (Rows(into),)),
+        Tensor("ssm_in.weight", source.shape(into), (into,)),
         *convolution(source, block, "conv1d", "ssm_conv1d"),
         Tensor("ssm_dt.bias", (heads,), (of("dt_bias"),), plain=True),
         Tensor("ssm_a", (heads, 1), (of("A_log"),), change=lambda logs: -logs.exp().unsqueeze(1), plain=True),
         Tensor("ssm_d", (heads, 1), (of("D"),), change=lambda skips: skips.unsqueeze(1), plain=True),
-        Tensor("ssm_out.weight", source.shape(Rows(out)), (Rows(out, factor=factor),)),
+        Tensor("ssm_out.weight", source.shape(out), (out,)),
     ]
     if getattr(mixer, "norm", None) is not None:
         shape = (groups, mixer.intermediate_size // groups)
-        norm = Rows(source.path(block, "norm"))
-        found.append(Tensor("ssm_norm.weight", shape, (norm,), change=lambda values: values.view(shape), plain=True))
+        norm = (of("norm"),)
+        found.append(Tensor("ssm_norm.weight", shape, norm, change=lambda values: values.view(shape), plain=True))
     return found
 
 
@@ -114,10 +114,11 @@ def convolution(source: Source, block: Block, name: str, to: str) -> list[Tensor
     """A depthwise convolution, shape ``(channels, kernel)``, and its bias; readers always add one."""
     conv: Any = source.module(block).get_submodule(name)
     channels, _, kernel = conv.weight.shape
-    bias = () if conv.bias is None else (Rows(source.path(block, name, "bias")),)
+    weight = Rows(source.path(block, name))
+    bias = source.bias(weight)
     return [
-        Tensor(f"{to}.weight", (channels, kernel), (Rows(source.path(block, name)),), _squeeze, plain=True),
-        Tensor(f"{to}.bias", (channels,), bias, plain=True),
+        Tensor(f"{to}.weight", (channels, kernel), (weight,), _squeeze, plain=True),
+        Tensor(f"{to}.bias", (channels,), () if bias is None else (bias,), plain=True),
     ]
 
 
