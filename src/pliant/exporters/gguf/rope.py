@@ -79,9 +79,11 @@ def _longrope(given: Mapping[str, Any], longer: float) -> float:
     return math.sqrt(1 + math.log(factor) / math.log(given["original_max_position_embeddings"])) if factor > 1 else 1.0
 
 
-def pairwise(heads: int, width: int) -> torch.Tensor:
+def pairwise(heads: int, width: int, rotated: int) -> torch.Tensor:
     """The order of rows that turns heads of two halves into heads of adjacent pairs, shape ``(heads * width,)``.
 
-    transformers rotates dimension ``i`` of a head with ``i + width / 2``; some readers rotate neighbours.
+    transformers rotates dimension ``i`` of a head with ``i + rotated / 2``; some readers rotate neighbours.
     """
-    return torch.arange(heads * width).view(heads, 2, width // 2).transpose(1, 2).reshape(-1)
+    rows = torch.arange(heads * width).view(heads, width)
+    turned = rows[:, :rotated].view(heads, 2, rotated // 2).transpose(1, 2).reshape(heads, rotated)
+    return torch.cat((turned, rows[:, rotated:]), 1).reshape(-1)

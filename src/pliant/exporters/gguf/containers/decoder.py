@@ -208,8 +208,9 @@ class Decoder:
                 raise Unfit(f"{self.name} {'needs' if self.head_norms else 'has no'} norms of q and k")
             if self.head_norms:
                 found.append(self._norm(source, name, source.rows(block, role, None, factors[role])))
+        rotated = self.rope(source, width)[0][".rope.dimension_count"] if self.pairs else 0
         for role, shape in shapes.items():
-            turned = pairwise(shape[0] // width, width) if self.pairs and role in ("q", "k") else None
+            turned = pairwise(shape[0] // width, width, rotated) if rotated and role in ("q", "k") else None
             found += self._linear(source, ATTENTION[role], source.rows(block, role, turned, factors[role]), shape, role)
         return found
 

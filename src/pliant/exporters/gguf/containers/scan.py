@@ -1,0 +1,126 @@
+"""The tensors of a Mamba-2 scan, which several containers have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pliant.anatomy import Block
+from pliant.exporters.gguf.plan import Plan, Rows, Tensor, Unfit
+from pliant.exporters.gguf.source import Source
+
+
+def keys_of(source: Source, plan: Plan) -> dict[str, int]:
+    """The sizes of its scans, which are equal in all layers of a file.
+
+    Raises:
+        Unfit: no scan is left, its sizes differ, or readers compute it in another way.
+    """
+    blocks = source.of_role("scan")
+    if not blocks:
+        raise Unfit("no scan is left")
+    for block in blocks:
+        check(source, block, plan)
+    found = {
+        (
+            mixer.conv1d.weight.shape[-1],
+            mixer.intermediate_size,
+            mixer.ssm_state_size,
+            mixer.num_heads,
+            mixer.n_groups,
+        )
+        for mixer in map(source.module, blocks)
+    }
+    if len(found) > 1:
+        raise Unfit("the heads, states or groups of its scans differ from layer to layer, and readers have one for all")
+    names = ("conv_kernel", "inner_size", "state_size", "time_step_rank", "group_count")
+    return {f".ssm.{name}": int(size) for name, size in zip(names, found.pop(), strict=True)}
+
+
+def epsilon_of(source: Source) -> float | None:
+    """The epsilon of the norms of its scans; None if they have none.
+
+    Raises:
+        Unfit: it differs from layer to layer.
+    """
+    norms = [getattr(source.module(block), "norm", None) for block in source.of_role("scan")]
+    found = {norm.variance_epsilon for norm in norms if norm is not None}
+    if len(found) > 1:
+        raise Unfit("the norms of its scans have different epsilons, because the scans are cut differently")
+    return found.pop() if found else None
+
+
+def check(source: Source, block: Block, plan: Plan) -> None:
+    """Refuse what readers do not compute, and note what they may compute differently."""
+    mixer = source.module(block)
+    if mixer.ssm_state_size == 0:
+        raise Unfit(f"{block.name} is a convolution whose scan was removed, and readers have no such layer")
+    if mixer.activation not in ("silu", "swish"):
+        raise Unfit(f"{block.name} has the activation {mixer.activation}, and readers compute silu")
+    least, most = mixer.time_step_limit
+    if most != float("inf"):
+        raise Unfit(f"the time steps of {block.name} end at {most:g}, and those of readers do not")
+    if mixer.in_proj.bias is not None or mixer.out_proj.bias is not None:
+        raise Unfit(f"the projections of {block.name} have a bias, and those of readers have none")
+    if least > 0:
+        _note(plan, f"time steps of its scans are at least {least:g}, and those of readers may be shorter")
+    norm = getattr(mixer, "norm", None)
+    if norm is None:
+        return
+    if getattr(norm, "norm_before_gate", False):
+        raise Unfit(f"{block.name} is normed before its gate, and readers norm after it")
+    groups = getattr(norm, "n_groups", None) or mixer.intermediate_size // getattr(
+        norm, "group_size", mixer.intermediate_size
+    )
+    if groups != mixer.n_groups:
+        raise Unfit(f"the norm of {block.name} has {groups} groups, and in readers it has {mixer.n_groups}")
+
+
+def _note(plan: Plan, sentence: str) -> None:
+    if sentence not in plan.notes:
+        plan.notes.append(sentence)
+
+
+def tensors_of(source: Source, block: Block, factor: float = 1.0) -> list[Tensor]:
+    """The tensors of a scan in a layer.
+
+    Arguments:
+        factor: what its output is multiplied by.
+    """
+    mixer = source.module(block)
+    heads, groups = mixer.num_heads, mixer.n_groups
+
+    def of(name: str, factor: float = 1.0) -> Rows:
+        return Rows(source.path(block, name), factor=factor)
+
+    into, out = of("in_proj"), of("out_proj", factor)
+    found = [
+        Tensor("ssm_in.weight", source.shape(into), (into,)),
+        *convolution(source, block, "conv1d", "ssm_conv1d"),
+        Tensor("ssm_dt.bias", (heads,), (of("dt_bias"),), plain=True),
+        Tensor("ssm_a", (heads, 1), (of("A_log"),), change=lambda logs: -logs.exp().unsqueeze(1), plain=True),
+        Tensor("ssm_d", (heads, 1), (of("D"),), change=lambda skips: skips.unsqueeze(1), plain=True),
+        Tensor("ssm_out.weight", source.shape(out), (out,)),
+    ]
+    if getattr(mixer, "norm", None) is not None:
+        shape = (groups, mixer.intermediate_size // groups)
+        norm = (of("norm"),)
+        found.append(Tensor("ssm_norm.weight", shape, norm, change=lambda values: values.view(shape), plain=True))
+    return found
+
+
+def convolution(source: Source, block: Block, name: str, to: str) -> list[Tensor]:
+    """A depthwise convolution, shape ``(channels, kernel)``, and its bias; readers always add one."""
+    conv: Any = source.module(block).get_submodule(name)
+    channels, _, kernel = conv.weight.shape
+    weight = Rows(source.path(block, name))
+    bias = source.bias(weight)
+    return [
+        Tensor(f"{to}.weight", (channels, kernel), (weight,), _squeeze, plain=True),
+        Tensor(f"{to}.bias", (channels,), () if bias is None else (bias,), plain=True),
+    ]
+
+
+def _squeeze(values: torch.Tensor) -> torch.Tensor:
+    return values.squeeze(1)
