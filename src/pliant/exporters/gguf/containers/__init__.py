@@ -28,6 +28,9 @@ CONTAINERS: Mapping[str, Entry] = {
     "smollm3": Entry(f"{_HERE}.smollm3", "SmolLM3", "SmolLM3, by periods of 4 layers"),
     "olmo2": Entry(f"{_HERE}.olmo2", "OLMo2", "OLMo 2"),
     "olmoe": Entry(f"{_HERE}.olmoe", "OLMoE", "OLMoE"),
+    "glm4": Entry(f"{_HERE}.glm4", "GLM4", "GLM 4"),
+    "stablelm": Entry(f"{_HERE}.stablelm", "StableLM", "StableLM"),
+    "starcoder2": Entry(f"{_HERE}.starcoder2", "StarCoder2", "StarCoder 2"),
     "deci": Entry(f"{_HERE}.deci", "Deci", "Llama, Mistral, Qwen2, Granite and Phi 3 of uneven layers"),
     "openelm": Entry(f"{_HERE}.openelm", "OpenELM", "Qwen3 of uneven layers, with tied embeddings"),
 }

@@ -34,7 +34,7 @@ class Experts(Decoder):
         keys = {
             ".expert_count": self._listed("numbers of experts", [axis.size for axis in axes]),
             ".expert_used_count": self._listed("experts of a token", [axis.active or 0 for axis in axes]),
-            ".expert_feed_forward_length": source.units(source.of_role("mlp")[0], "gate"),
+            ".expert_feed_forward_length": source.units(source.of_role("mlp")[0], "up"),
         }
         if self.shared:
             widths = [source.units(block, "shared_gate") for block in source.of_role("mlp")]
@@ -46,7 +46,7 @@ class Experts(Decoder):
     ) -> list[Tensor]:
         """The tensors of a router, its experts, and their norms."""
         assert block is not None  # all containers of experts are even
-        hidden, channels, count = source.config.hidden_size, sizes["gate"], source.units(block, "router")
+        hidden, channels, count = source.config.hidden_size, sizes["up"], source.units(block, "router")
         shapes = {"gate": (count, channels, hidden), "up": (count, channels, hidden), "down": (count, hidden, channels)}
         found = self._norms(source, block)
         router = source.rows(block, "router")
