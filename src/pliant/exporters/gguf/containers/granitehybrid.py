@@ -8,7 +8,6 @@ from pliant.exporters.gguf.containers import scan
 from pliant.exporters.gguf.containers.decoder import MLP
 from pliant.exporters.gguf.containers.hybrid import Hybrid
 from pliant.exporters.gguf.plan import Plan, Tensor, Unfit
-from pliant.exporters.gguf.rope import rope_of
 from pliant.exporters.gguf.source import Pair, Source
 
 EXPERTS = {"gate": "ffn_gate_exps", "up": "ffn_up_exps", "down": "ffn_down_exps"}
@@ -19,6 +18,7 @@ class GraniteHybrid(Hybrid):
     name = "granitehybrid"
     models = ("granitemoehybrid", "bamba")
     pairs = True
+    partial = True
     biases = ("q", "k", "v", "o", "gate", "up", "down")
     scaled = True
     padded = True
@@ -59,13 +59,13 @@ class GraniteHybrid(Hybrid):
         return keys
 
     def mix(self, source: Source, block: Block, factors: Mapping[str, float]) -> list[Tensor]:
-        return scan.tensors_of(source, block, factors["scan"])
+        return scan.tensors_of(source, block, factors["mixer"])
 
     def more(self, source: Source) -> Mapping[str, Any]:
         """Positions, multipliers and experts."""
         config = source.config
         rotates = getattr(config, "position_embedding_type", "rope") == "rope"
-        keys, _ = rope_of(config, source.head_width())
+        keys, _ = self.rope(source, source.head_width())
         keys[".rope.scaling.finetuned"] = rotates
         named = {"logit_scale": "logits_scaling", "residual_scale": "residual_multiplier"}
         named |= {"embedding_scale": "embedding_multiplier"}

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from pliant.anatomy import Block
 from pliant.exporters.gguf.containers import scan
-from pliant.exporters.gguf.containers.decoder import Decoder
+from pliant.exporters.gguf.containers.decoder import ATTENTION, HEAD_NORMS, MLP, Decoder
 from pliant.exporters.gguf.plan import Plan, Tensor, Unfit
 from pliant.exporters.gguf.source import Pair, Source
 
@@ -21,13 +21,11 @@ class Hybrid(Decoder):
     """One architecture of llama.cpp whose readers see from ``head_count_kv`` which layers have an attention.
 
     Attributes:
-        activation: of its MLPs; None if it has none.
         scaled: the file says what attention scores are multiplied by.
         padded: a layer without its MLP has one of full width that adds nothing.
     """
 
     uneven = True
-    activation: ClassVar[str | None] = "silu"
     scaled: ClassVar[bool] = False
     padded: ClassVar[bool] = False
 
@@ -53,7 +51,7 @@ class Hybrid(Decoder):
             **self.mixers(source, plan),
             **self.more(source),
         }
-        factors = self.factors(source, width)
+        factors = {**dict.fromkeys((*ATTENTION, *HEAD_NORMS, *MLP, "output"), 1.0), **self.enlarged(source)}
         plan.tensors += self._ends(source, factors)
         for number, (pair, own) in enumerate(zip(layers, sizes, strict=True)):
             found = self.mixer(source, pair.mixer, own, factors) + self.rest(source, pair.mlp, own, factors)
@@ -63,23 +61,27 @@ class Hybrid(Decoder):
     def check(self, source: Source, width: int) -> None:
         """Refuse what the readers of this container do not compute."""
         config = source.config
-        activation = getattr(config, "mlp_hidden_act", None) or getattr(config, "hidden_act", self.activation)
-        if self.activation is not None and activation != self.activation:
-            raise Unfit(f"its MLPs have the activation {activation}, and {self.name} computes {self.activation}")
+        activation = getattr(config, "mlp_hidden_act", None) or getattr(config, "hidden_act", "silu")
+        if self.activations and activation not in self.activations:
+            raise Unfit(f"its MLPs have the activation {activation}, and {self.name} computes {self.activations[0]}")
         for block in source.of_role("attention"):
             scale = source.module(block).scaling
             if not self.scaled and not math.isclose(scale, expected := width**-0.5, rel_tol=1e-6):
                 raise Unfit(f"its attention is scaled by {scale:g}, and {self.name} scales by {expected:g}")
 
-    def factors(self, source: Source, width: int) -> Mapping[str, float]:
-        """Readers have one epsilon for all norms, and the norm of a cut scan has a larger one, so that cutting equals
+    def enlarged(self, source: Source) -> Mapping[str, float]:
+        """The factors of weights, by role, that are not 1.
+
+        Readers have one epsilon for all norms, and the norm of a cut scan has a larger one, so that cutting equals
         zeroing. The file has that one; the other norms compute the same if the residual stream is larger, too: the
-        norm of ``c x`` with an epsilon of ``c² e`` is that of ``x`` with ``e``."""
+        norm of ``c x`` with an epsilon of ``c² e`` is that of ``x`` with ``e``.
+        """
         own = scan.epsilon_of(source)
         larger = 1.0 if own is None else math.sqrt(own / self.epsilon(source))
-        found = {**super().factors(source, width), "scan": 1.0}
-        found |= {role: found[role] * larger for role in ("embedding", "o", "down", "scan")}
-        return found if source.output() is not None else {**found, "norm": found["norm"] / larger}
+        return {
+            **dict.fromkeys(("embedding", "o", "down", "mixer"), larger),
+            "norm": 1.0 if source.output() else 1 / larger,
+        }
 
     def sizes(self, source: Source, layers: Sequence[Pair], width: int, plan: Plan) -> list[dict[str, int]]:
         """For each layer, the rows of q and k, which are 0 without an attention, and the channels of the MLP."""

@@ -15,7 +15,7 @@ class NemotronH(Hybrid):
     name = "nemotron_h"
     models = ("nemotron_h",)
     biases = ("q", "k", "v", "o", "up", "down")
-    activation = "relu2"
+    activations = ("relu2",)
     norms: Mapping[str, tuple[str, ...]] = {"attention": ("attn_norm",), "mlp": ("attn_norm",)}
 
     def layers(self, source: Source) -> list[Pair]:
@@ -42,4 +42,4 @@ class NemotronH(Hybrid):
         return {".attention.layer_norm_epsilon": scan.epsilon_of(source) or self.epsilon(source)}
 
     def mix(self, source: Source, block: Block, factors: Mapping[str, float]) -> list[Tensor]:
-        return scan.tensors_of(source, block, factors["scan"])
+        return scan.tensors_of(source, block, factors["mixer"])

@@ -1,7 +1,8 @@
-"""The tensors of a Mamba-2 scan, which several containers have."""
+"""The scans of Mamba-2, which several containers have, and the parts that those of Mamba have in common with them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,31 +12,50 @@ from pliant.exporters.gguf.plan import Plan, Rows, Tensor, Unfit
 from pliant.exporters.gguf.source import Source
 
 
+NORMS = ("norm", "dt_layernorm", "b_layernorm", "c_layernorm")  # in a mixer
+
+
 def keys_of(source: Source, plan: Plan) -> dict[str, int]:
     """The sizes of its scans, which are equal in all layers of a file.
 
     Raises:
         Unfit: no scan is left, its sizes differ, or readers compute it in another way.
     """
+    attributes = {"time_step_rank": "num_heads", "group_count": "n_groups"}
+    keys = sizes_of(source, attributes)
+    for block in source.of_role("scan"):
+        _check(source, block, plan)
+    return keys
+
+
+def sizes_of(source: Source, attributes: Mapping[str, str]) -> dict[str, int]:
+    """The sizes that the scans of all layers have.
+
+    Arguments:
+        attributes: key -> attribute of a mixer, beside those that every scan has.
+
+    Raises:
+        Unfit: no scan is left, its sizes differ, or it lost what every scan of readers has.
+    """
     blocks = source.of_role("scan")
     if not blocks:
         raise Unfit("no scan is left")
+    attributes = {"inner_size": "intermediate_size", "state_size": "ssm_state_size", **attributes}
+    found: list[dict[str, int]] = []
     for block in blocks:
-        check(source, block, plan)
-    found = {
-        (
-            mixer.conv1d.weight.shape[-1],
-            mixer.intermediate_size,
-            mixer.ssm_state_size,
-            mixer.num_heads,
-            mixer.n_groups,
-        )
-        for mixer in map(source.module, blocks)
-    }
-    if len(found) > 1:
-        raise Unfit("the heads, states or groups of its scans differ from layer to layer, and readers have one for all")
-    names = ("conv_kernel", "inner_size", "state_size", "time_step_rank", "group_count")
-    return {f".ssm.{name}": int(size) for name, size in zip(names, found.pop(), strict=True)}
+        mixer = source.module(block)
+        if mixer.ssm_state_size == 0:
+            raise Unfit(f"{block.name} is a convolution whose scan was removed, and readers have no such layer")
+        if mixer.activation not in ("silu", "swish"):
+            raise Unfit(f"{block.name} has the activation {mixer.activation}, and readers compute silu")
+        if mixer.in_proj.bias is not None or mixer.out_proj.bias is not None:
+            raise Unfit(f"the projections of {block.name} have a bias, and those of readers have none")
+        own = {key: int(getattr(mixer, name)) for key, name in attributes.items()}
+        found.append({"conv_kernel": mixer.conv1d.weight.shape[-1], **own})
+    for key in found[0]:
+        if len(sizes := {own[key] for own in found}) > 1:
+            raise Unfit(f"its scans differ from layer to layer ({key}: {sorted(sizes)}), and readers have one for all")
+    return {f".ssm.{key}": size for key, size in found[0].items()}
 
 
 def epsilon_of(source: Source) -> float | None:
@@ -44,27 +64,22 @@ def epsilon_of(source: Source) -> float | None:
     Raises:
         Unfit: it differs from layer to layer.
     """
-    norms = [getattr(source.module(block), "norm", None) for block in source.of_role("scan")]
-    found = {norm.variance_epsilon for norm in norms if norm is not None}
+    mixers = [source.module(block) for block in source.of_role("scan")]
+    norms = [norm for mixer in mixers for name in NORMS if (norm := getattr(mixer, name, None)) is not None]
+    found = {float(getattr(norm, "variance_epsilon", None) or norm.eps) for norm in norms}
     if len(found) > 1:
         raise Unfit("the norms of its scans have different epsilons, because the scans are cut differently")
     return found.pop() if found else None
 
 
-def check(source: Source, block: Block, plan: Plan) -> None:
+def _check(source: Source, block: Block, plan: Plan) -> None:
     """Refuse what readers do not compute, and note what they may compute differently."""
     mixer = source.module(block)
-    if mixer.ssm_state_size == 0:
-        raise Unfit(f"{block.name} is a convolution whose scan was removed, and readers have no such layer")
-    if mixer.activation not in ("silu", "swish"):
-        raise Unfit(f"{block.name} has the activation {mixer.activation}, and readers compute silu")
     least, most = mixer.time_step_limit
     if most != float("inf"):
         raise Unfit(f"the time steps of {block.name} end at {most:g}, and those of readers do not")
-    if mixer.in_proj.bias is not None or mixer.out_proj.bias is not None:
-        raise Unfit(f"the projections of {block.name} have a bias, and those of readers have none")
     if least > 0:
-        _note(plan, f"time steps of its scans are at least {least:g}, and those of readers may be shorter")
+        _note(plan, f"time steps below {least:g} are raised to that by transformers, and not by readers of the file")
     norm = getattr(mixer, "norm", None)
     if norm is None:
         return
