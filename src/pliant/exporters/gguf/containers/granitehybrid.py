@@ -83,8 +83,7 @@ class GraniteHybrid(Hybrid):
         """The MLP of a layer; with experts, those and the MLP as a shared one."""
         if "experts" not in own:
             return super().rest(source, block, own, factors)
-        layer = None if block is None else block.layer
-        beside = {one.role: one for one in source.anatomy.blocks.values() if one.layer == layer}
+        beside = source.beside(block)
         experts, shared = beside.get("experts"), beside.get("mlp")
         hidden, count = source.config.hidden_size, own["experts"]
         norm, router = "ffn_norm.weight", "ffn_gate_inp.weight"
