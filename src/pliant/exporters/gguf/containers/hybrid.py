@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from pliant.anatomy import Block
 from pliant.exporters.gguf.containers import scan
-from pliant.exporters.gguf.containers.decoder import ATTENTION, HEAD_NORMS, MLP, Decoder
+from pliant.exporters.gguf.containers.decoder import ATTENTION, EMPTY, HEAD_NORMS, MLP, Decoder
 from pliant.exporters.gguf.plan import Plan, Tensor, Unfit
 from pliant.exporters.gguf.source import Pair, Source
 
@@ -96,7 +96,7 @@ class Hybrid(Decoder):
                 heads = {role: source.units(pair.mixer, role) for role in heads}
             channels = source.units(pair.mlp, "up")
             if not channels and self.padded:
-                channels = widest
+                channels = widest = widest or EMPTY
                 plan.notes.append(f"layer {number} of the file has an MLP of {widest} channels that adds nothing")
             found.append({**{role: count * width for role, count in heads.items()}, "gate": channels, "up": channels})
         return found
