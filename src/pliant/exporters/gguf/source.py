@@ -19,8 +19,8 @@ _NAMES = {  # role of a weight -> its names in architecture files without roles
     "q_norm": ("q_norm", "q_layernorm"),
     "k_norm": ("k_norm", "k_layernorm"),
     "gate": ("gate_proj", "w1"),
-    "up": ("up_proj", "w3"),
-    "down": ("down_proj", "w2", "experts.down_proj", "output_linear"),
+    "up": ("up_proj", "w3", "c_fc"),
+    "down": ("down_proj", "w2", "c_proj", "experts.down_proj", "output_linear"),
     "qkv": ("qkv_proj",),
     "gate_up": ("gate_up_proj", "experts.gate_up_proj", "input_linear"),
     "router": ("gate.weight", "router.weight"),
@@ -121,7 +121,11 @@ class Source:
 
     def norm(self, block: Block, number: int = 0) -> Rows:
         """The weight of a norm of a block."""
-        return Rows(f"{self.anatomy.architecture.layers}.{block.layer}.{block.spec.norms[number]}.weight")
+        layer = f"{self.anatomy.architecture.layers}.{block.layer}"
+        names = block.spec.norms[number].split(" or ")
+        has = self.model.get_submodule(layer)
+        name = next((name for name in names if getattr(has, name, None) is not None), names[0])
+        return Rows(f"{layer}.{name}.weight")
 
     def bias(self, rows: Rows) -> Rows | None:
         """The bias beside a weight, in the same order; None if there is none."""
@@ -196,17 +200,18 @@ class Source:
         return Rows(self._name_of(head) + ".weight")
 
     def final_norm(self) -> Rows:
-        """The norm before the output head: the only parameter of the base model outside layers and embedding."""
+        """The norm before the output head: the only module of the base model with parameters outside layers and
+        embedding."""
         base, layers = self.model.base_model, self.anatomy.architecture.layers + "."
         embedding = self.embedding().source
-        own = [
-            name
+        own = {
+            name.rpartition(".")[0]
             for name, _ in base.named_parameters(prefix=self._name_of(base))
             if name != embedding and not name.startswith(layers)
-        ]
+        }
         if len(own) != 1:
             raise Unfit(f"{type(base).__name__} has other parameters than layers, embedding and a norm")
-        return Rows(own[0])
+        return Rows(f"{own.pop()}.weight")
 
     def _name_of(self, module: Any) -> str:
         return next(name for name, one in self.model.named_modules() if one is module)

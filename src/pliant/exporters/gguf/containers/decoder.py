@@ -11,12 +11,13 @@ import torch
 
 from pliant.anatomy import Block
 from pliant.exporters.gguf.plan import Plan, Rows, Tensor, Unfit
-from pliant.exporters.gguf.rope import pairwise, rope_of
+from pliant.exporters.gguf.rope import LONG, pairwise, rope_of
 from pliant.exporters.gguf.source import Pair, Source
 
 EMPTY = 32  # channels of an MLP that adds nothing: the shortest row that every type can store
 ATTENTION = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}
 HEAD_NORMS = {"q_norm": "attn_q_norm", "k_norm": "attn_k_norm"}
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")  # config keys, by family
 QKV = {"attn_qkv": ("attn_q", "attn_k", "attn_v")}
 MLP = {"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}
 
@@ -36,6 +37,8 @@ class Decoder:
         activations: of the MLPs.
         biases: roles of weights that may have a bias.
         head_norms: q and k are normed.
+        gated: an MLP has a gate.
+        layer_norm: its norms subtract the mean, and may have a bias.
         norm_shift: transformers adds this to the weights of its norms, and readers do not.
         norms: role of a block -> the names of its norms, in the order of the architecture file.
         joined: name of a matrix -> the names of those that it holds one after another.
@@ -56,6 +59,8 @@ class Decoder:
     activations: ClassVar[Sequence[str]] = ("silu", "swish")
     biases: ClassVar[Sequence[str]] = ()
     head_norms: ClassVar[bool] = False
+    gated: ClassVar[bool] = True
+    layer_norm: ClassVar[bool] = False
     norm_shift: ClassVar[float] = 0.0
     norms: ClassVar[Mapping[str, Sequence[str]]] = {"attention": ("attn_norm",), "mlp": ("ffn_norm",)}
     joined: ClassVar[Mapping[str, Sequence[str]]] = {}
@@ -74,9 +79,14 @@ class Decoder:
         layers, width = self.layers(source), source.head_width()
         self.check(source, width)
         keys, divisors = self.rope(source, width)
+        if LONG in divisors:
+            plan.notes.append(
+                f"readers that run with more than {keys['.rope.scaling.original_context_length']} tokens of context use "
+                "the positions of long texts for short ones, too"
+            )
         heads = [source.units(pair.mixer, "q") for pair in layers]
         kv = [source.units(pair.mixer, "k") for pair in layers]
-        channels = [source.units(pair.mlp, "gate") for pair in layers]
+        channels = [source.units(pair.mlp, "up") for pair in layers]
         for number, count in enumerate(heads):
             if not count and not (self.headless and number):
                 heads[number] = kv[number] = 1
@@ -96,7 +106,7 @@ class Decoder:
             ".attention.head_count_kv": self._listed("numbers of key-value heads", kv),
             ".attention.key_length": width,
             ".attention.value_length": width,
-            ".attention.layer_norm_rms_epsilon": float(source.config.rms_norm_eps),
+            f".attention.layer_norm_{'' if self.layer_norm else 'rms_'}epsilon": self.epsilon(source),
             **keys,
             **{key: _constant(source, name) for name, key in self.constants.items()},
             **self.more(source),
@@ -106,7 +116,7 @@ class Decoder:
         for name, values in divisors.items():
             plan.tensors.append(Tensor(name, tuple(values.shape), change=lambda _, values=values: values, plain=True))
         for number, pair in enumerate(layers):
-            sizes = {"q": heads[number] * width, "k": kv[number] * width, "gate": channels[number]}
+            sizes = {"q": heads[number] * width, "k": kv[number] * width, "up": channels[number]}
             found = self.attention(source, pair.mixer, sizes, factors) if heads[number] else []
             found += self.mlp(source, pair.mlp, sizes, factors)
             plan.tensors += [replace(one, name=f"blk.{number}.{one.name}") for one in self._join(found)]
@@ -122,6 +132,10 @@ class Decoder:
         activation = getattr(config, "hidden_activation", None) or config.hidden_act
         if activation not in self.activations:
             raise Unfit(f"its MLPs have the activation {activation}, and {self.name} computes {self.activations[0]}")
+
+    def epsilon(self, source: Source) -> float:
+        """That of all norms."""
+        return float(next(getattr(source.config, key) for key in EPSILONS if hasattr(source.config, key)))
 
     def rope(self, source: Source, width: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """The metadata of rotary positions, and tensors of divisors."""
@@ -218,8 +232,9 @@ class Decoder:
         self, source: Source, block: Block | None, sizes: Mapping[str, int], factors: Mapping[str, float]
     ) -> list[Tensor]:
         """The tensors of an MLP and its norms; of zeros for None."""
-        hidden, channels = source.config.hidden_size, sizes["gate"]
-        shapes = {"gate": (channels, hidden), "up": (channels, hidden), "down": (hidden, channels)}
+        hidden, channels = source.config.hidden_size, sizes["up"]
+        shapes = {"gate": (channels, hidden)} if self.gated else {}
+        shapes |= {"up": (channels, hidden), "down": (hidden, channels)}
         if block is None:
             found = [Tensor(f"{name}.weight", (hidden,)) for name in self.norms["mlp"]]
             return [*found, *(Tensor(f"{MLP[role]}.weight", shape) for role, shape in shapes.items())]
@@ -234,7 +249,7 @@ class Decoder:
         embedding, norm, output = source.embedding(), source.final_norm(), source.output()
         found = [
             Tensor("token_embd.weight", source.shape(embedding), (replace(embedding, factor=factors["embedding"]),)),
-            self._norm(source, "output_norm", replace(norm, factor=factors["norm"])),
+            *self._normed(source, "output_norm", replace(norm, factor=factors["norm"])),
         ]
         if output is None and self.own_head:
             return [*found, replace(found[0], name="output.weight")]
@@ -248,7 +263,22 @@ class Decoder:
         names = self.norms[block.role]
         if len(names) != len(block.spec.norms):
             raise Unfit(f"{block.name} has {len(block.spec.norms)} norms, and {self.name} has {len(names)}")
-        return [self._norm(source, name, source.norm(block, number)) for number, name in enumerate(names)]
+        return [
+            tensor
+            for number, name in enumerate(names)
+            for tensor in self._normed(source, name, source.norm(block, number))
+        ]
+
+    def _normed(self, source: Source, name: str, rows: Rows) -> list[Tensor]:
+        """The weight of a norm, and its bias if readers have one."""
+        found = [self._norm(source, name, rows)]
+        bias = source.bias(rows)
+        if bias is not None and self.layer_norm:
+            found.append(Tensor(f"{name}.bias", source.shape(rows), (bias,), plain=True))
+        elif bias is not None or self.layer_norm:
+            has = "has a bias" if bias else "has no bias"
+            raise Unfit(f"{rows.source.removesuffix('.weight')} {has}, unlike the norms of {self.name}")
+        return found
 
     def _norm(self, source: Source, name: str, rows: Rows) -> Tensor:
         shape, shift, factor = source.shape(rows), self.norm_shift, rows.factor

@@ -7,13 +7,11 @@ from pliant.exporters.gguf.containers.gemma import Gemma
 from pliant.exporters.gguf.plan import Plan, Unfit
 from pliant.exporters.gguf.source import Source
 
-NORMS = {"attention": ("attn_norm", "post_attention_norm"), "mlp": ("ffn_norm", "post_ffw_norm")}
-
 
 class Gemma2(Gemma):
     name = "gemma2"
     models = ("gemma2",)
-    norms = NORMS
+    norms = {"attention": ("attn_norm", "post_attention_norm"), "mlp": ("ffn_norm", "post_ffw_norm")}
     period = (2, "sliding_window")
     largest = 46
     """Layers of the model whose attention readers scale by hidden size and heads in place of the width of a head."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pliant.anatomy import Block
-from pliant.exporters.gguf.containers import experts, scan
+from pliant.exporters.gguf.containers import scan, stacks
 from pliant.exporters.gguf.containers.hybrid import Hybrid
 from pliant.exporters.gguf.plan import Plan, Tensor, Unfit
 from pliant.exporters.gguf.source import Pair, Source
@@ -83,9 +83,9 @@ class GraniteHybrid(Hybrid):
         routed, shared = beside.get("experts"), beside.get("mlp")
         found = [
             Tensor("ffn_norm.weight", (hidden,), () if block is None else (source.norm(block),), plain=True),
-            experts.router(source, routed, count),
-            *experts.tensors_of(source, routed, experts.EXPERTS, own["up"], factors, (count,)),
+            stacks.router(source, routed, count),
+            *stacks.tensors_of(source, routed, stacks.EXPERTS, own["up"], factors, (count,)),
         ]
         if own["shared"]:
-            found += experts.tensors_of(source, shared, experts.SHARED, own["shared"], factors)
+            found += stacks.tensors_of(source, shared, stacks.SHARED, own["shared"], factors)
         return found

@@ -6,7 +6,7 @@ from typing import Any
 from gguf import ExpertGatingFuncType
 
 from pliant.anatomy import Block
-from pliant.exporters.gguf.containers import experts
+from pliant.exporters.gguf.containers import stacks
 from pliant.exporters.gguf.containers.lfm2 import LFM2
 from pliant.exporters.gguf.plan import Plan, Rows, Tensor, Unfit
 from pliant.exporters.gguf.source import Pair, Source
@@ -65,9 +65,9 @@ class LFM2MoE(LFM2):
         bias = (Rows(source.path(block, "expert_bias")),) if block and biased else ()
         return [
             Tensor("ffn_norm.weight", (hidden,), () if block is None else (source.norm(block),), plain=True),
-            experts.router(source, block, count),
+            stacks.router(source, block, count),
             Tensor("exp_probs_b.bias", (count,), bias, plain=True),
-            *experts.tensors_of(source, block, experts.EXPERTS, own["up"], factors, (count,)),
+            *stacks.tensors_of(source, block, stacks.EXPERTS, own["up"], factors, (count,)),
         ]
 
 
