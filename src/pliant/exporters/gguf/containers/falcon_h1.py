@@ -71,7 +71,7 @@ class FalconH1(Hybrid):
         some = source.of_role("scan")[0]
         found = self.attention(source, beside.get("attention"), own, factors)
         if (mixer := beside.get("scan")) is None:
-            normed = bool(scan.norms_of(source.module(some)))
+            normed = scan.norm_of(source.module(some)) is not None
             return found + scan.empty(scan.keys_of(source, Plan(self.name)), source.config.hidden_size, normed)
         norm = self._norm(source, "attn_norm", source.norm(mixer))
         found = [norm if tensor.name == norm.name else tensor for tensor in found]

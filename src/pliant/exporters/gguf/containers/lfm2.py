@@ -16,16 +16,10 @@ class LFM2(Hybrid):
     models = ("lfm2",)
     head_norms = True
     padded = True
+    square = True
 
     def sizes(self, source: Source, layers: Sequence[Pair], width: int, plan: Plan) -> list[dict[str, int]]:
-        """Readers take as many heads as make the hidden size, in every layer."""
-        hidden = source.config.hidden_size
         found = super().sizes(source, layers, width, plan)
-        for pair, own in zip(layers, found, strict=True):
-            if pair.mixer is None:
-                own["q"] = hidden
-            elif own["q"] not in (0, hidden):
-                raise Unfit(f"{pair.mixer.name} has {own['q'] // width} heads, and {self.name} has {hidden // width}")
         self._uniform(found, ["up"])
         return found
 

@@ -13,7 +13,6 @@ from pliant.exporters.gguf.plan import Plan, Rows, Tensor, Unfit
 from pliant.exporters.gguf.source import Source
 
 
-NORMS = ("norm", "dt_layernorm", "b_layernorm", "c_layernorm")  # in a mixer
 SIZES = ("conv_kernel", "inner_size", "state_size", "time_step_rank", "group_count")
 
 
@@ -66,20 +65,17 @@ def epsilon_of(source: Source) -> float | None:
     Raises:
         Unfit: it differs from layer to layer.
     """
-    found = {
-        float(getattr(norm, "variance_epsilon", None) or norm.eps)
-        for block in source.of_role("scan")
-        for norm in norms_of(source.module(block))
-    }
+    norms = [norm_of(source.module(block)) for block in source.of_role("scan")]
+    found = {float(norm.variance_epsilon) for norm in norms if norm is not None}
     if len(found) > 1:
         raise Unfit("the norms of its scans have different epsilons, because the scans are cut differently")
     return found.pop() if found else None
 
 
-def norms_of(mixer: Any) -> list[Any]:
-    """The norms inside a scan."""
-    found = [getattr(mixer, name, None) for name in NORMS]
-    return [norm for norm in found if hasattr(norm, "variance_epsilon") or hasattr(norm, "eps")]
+def norm_of(mixer: Any) -> Any:
+    """The norm of what a scan returns; None if it has none."""
+    norm = getattr(mixer, "norm", None)
+    return norm if hasattr(norm, "variance_epsilon") else None
 
 
 def _check(source: Source, block: Block, plan: Plan) -> None:
@@ -90,13 +86,14 @@ def _check(source: Source, block: Block, plan: Plan) -> None:
         raise Unfit(f"the time steps of {block.name} end at {most:g}, and those of readers do not")
     if least > 0:
         _note(plan, f"time steps below {least:g} are raised to that by transformers, and not by readers of the file")
-    for norm in norms_of(mixer):
-        if getattr(norm, "norm_before_gate", False):
-            raise Unfit(f"{block.name} is normed before its gate, and readers norm after it")
-        width = mixer.intermediate_size
-        groups = getattr(norm, "n_groups", None) or width // getattr(norm, "group_size", width)
-        if groups != mixer.n_groups:
-            raise Unfit(f"the norm of {block.name} has {groups} groups, and in readers it has {mixer.n_groups}")
+    if (norm := norm_of(mixer)) is None:
+        return
+    if getattr(norm, "norm_before_gate", False):
+        raise Unfit(f"{block.name} is normed before its gate, and readers norm after it")
+    width = mixer.intermediate_size
+    groups = getattr(norm, "n_groups", None) or width // getattr(norm, "group_size", width)
+    if groups != mixer.n_groups:
+        raise Unfit(f"the norm of {block.name} has {groups} groups, and in readers it has {mixer.n_groups}")
 
 
 def _note(plan: Plan, sentence: str) -> None:
@@ -129,7 +126,7 @@ def tensors_of(source: Source, block: Block, factor: float = 1.0, inward: Sequen
         Tensor("ssm_d", (heads, 1), (of("D"),), change=lambda skips: skips.unsqueeze(1), plain=True),
         Tensor("ssm_out.weight", source.shape(out), (out,)),
     ]
-    if norms_of(mixer):
+    if norm_of(mixer) is not None:
         shape = (groups, channels // groups)
         norm = (of("norm"),)
         found.append(Tensor("ssm_norm.weight", shape, norm, change=lambda values: values.view(shape), plain=True))
