@@ -73,6 +73,10 @@ class Source:
             found[block.layer] = pair._replace(mixer=block) if block.role in MIXERS else pair._replace(mlp=block)
         return [found[layer] for layer in sorted(found)]
 
+    def beside(self, block: Block | None) -> dict[str, Block]:
+        """Role -> block of the same layer, itself included; empty for None."""
+        return {} if block is None else {o.role: o for o in self.anatomy.blocks.values() if o.layer == block.layer}
+
     def pairs(self) -> list[Pair]:
         """The blocks in running order, a mixer with the MLP that follows it; layers without blocks are left out.
 

@@ -4,14 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pliant.anatomy import Block
-from pliant.exporters.gguf.containers import scan
-from pliant.exporters.gguf.containers.decoder import MLP
+from pliant.exporters.gguf.containers import scan, stacks
 from pliant.exporters.gguf.containers.hybrid import Hybrid
 from pliant.exporters.gguf.plan import Plan, Tensor, Unfit
 from pliant.exporters.gguf.source import Pair, Source
-
-EXPERTS = {"gate": "ffn_gate_exps", "up": "ffn_up_exps", "down": "ffn_down_exps"}
-SHARED = {"gate": "ffn_gate_shexp", "up": "ffn_up_shexp", "down": "ffn_down_shexp"}
 
 
 class GraniteHybrid(Hybrid):
@@ -36,13 +32,13 @@ class GraniteHybrid(Hybrid):
 
     def sizes(self, source: Source, layers: Sequence[Pair], width: int, plan: Plan) -> list[dict[str, int]]:
         """With experts, ``up`` is their width, and ``shared`` that of the MLP."""
-        experts = source.of_role("experts")
+        routed = source.of_role("experts")
         found = super().sizes(source, layers, width, plan)
-        if not experts:
+        if not routed:
             self._uniform(found, ["up"])
             return found
         of_all = {}
-        for name, blocks, role in (("up", experts, "up"), ("experts", experts, "router"), ("shared", None, "up")):
+        for name, blocks, role in (("up", routed, "up"), ("experts", routed, "router"), ("shared", None, "up")):
             counts = {source.units(block, role) for block in blocks or source.of_role("mlp")}
             if len(counts) > 1:
                 raise Unfit(f"the numbers or widths of its experts differ from layer to layer: {sorted(counts)}")
@@ -70,10 +66,10 @@ class GraniteHybrid(Hybrid):
         named = {"logit_scale": "logits_scaling", "residual_scale": "residual_multiplier"}
         named |= {"embedding_scale": "embedding_multiplier"}
         keys |= {f".{name}": float(getattr(config, key)) for name, key in named.items() if hasattr(config, key)}
-        if experts := source.of_role("experts"):
-            keys[".expert_count"] = source.units(experts[0], "router")
+        if routed := source.of_role("experts"):
+            keys[".expert_count"] = source.units(routed[0], "router")
             keys[".expert_used_count"] = config.num_experts_per_tok
-        if experts and (shared := source.of_role("mlp")):
+        if routed and (shared := source.of_role("mlp")):
             keys[".expert_shared_feed_forward_length"] = source.units(shared[0], "up")
         return keys
 
@@ -83,17 +79,13 @@ class GraniteHybrid(Hybrid):
         """The MLP of a layer; with experts, those and the MLP as a shared one."""
         if "experts" not in own:
             return super().rest(source, block, own, factors)
-        layer = None if block is None else block.layer
-        beside = {one.role: one for one in source.anatomy.blocks.values() if one.layer == layer}
-        experts, shared = beside.get("experts"), beside.get("mlp")
-        hidden, count = source.config.hidden_size, own["experts"]
-        norm, router = "ffn_norm.weight", "ffn_gate_inp.weight"
-        found = [Tensor(norm, (hidden,), () if block is None else (source.norm(block),), plain=True)]
-        rows = () if experts is None else (source.rows(experts, "router"),)
-        found.append(Tensor(router, (count, hidden), rows, plain=True))
-        for names, one, width, stack in ((EXPERTS, experts, own["up"], (count,)), (SHARED, shared, own["shared"], ())):
-            for role in MLP if width else ():
-                shape = (*stack, hidden, width) if role == "down" else (*stack, width, hidden)
-                parts = () if one is None else (source.rows(one, role, None, factors[role]),)
-                found.append(Tensor(f"{names[role]}.weight", shape, parts))
+        beside, hidden, count = source.beside(block), source.config.hidden_size, own["experts"]
+        routed, shared = beside.get("experts"), beside.get("mlp")
+        found = [
+            Tensor("ffn_norm.weight", (hidden,), () if block is None else (source.norm(block),), plain=True),
+            stacks.router(source, routed, count),
+            *stacks.tensors_of(source, routed, stacks.EXPERTS, own["up"], factors, (count,)),
+        ]
+        if own["shared"]:
+            found += stacks.tensors_of(source, shared, stacks.SHARED, own["shared"], factors)
         return found

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from pliant.anatomy import Block
 from pliant.exporters.gguf.containers import scan
-from pliant.exporters.gguf.containers.decoder import ATTENTION, HEAD_NORMS, MLP, Decoder
+from pliant.exporters.gguf.containers.decoder import ATTENTION, EMPTY, HEAD_NORMS, MLP, Decoder
 from pliant.exporters.gguf.plan import Plan, Tensor, Unfit
 from pliant.exporters.gguf.source import Pair, Source
 
@@ -90,13 +90,15 @@ class Hybrid(Decoder):
         for number, pair in enumerate(layers):
             heads = {role: 0 for role in "qk"}
             if pair.mixer is None and pair.mlp is not None and self.padded:
-                heads = dict.fromkeys(heads, 1)
-                plan.notes.append(f"layer {number} of the file has an attention of one head that adds nothing")
+                heads = {"q": source.config.hidden_size // width if self.square else 1, "k": 1}
+                plan.notes.append(f"layer {number} of the file has an attention of {heads['q']} heads that adds nothing")
             elif pair.mixer is not None and pair.mixer.role == "attention":
                 heads = {role: source.units(pair.mixer, role) for role in heads}
+                if self.square and heads["q"] * width != (hidden := source.config.hidden_size):
+                    raise Unfit(f"{pair.mixer.name} has {heads['q']} heads, and {self.name} has {hidden // width}")
             channels = source.units(pair.mlp, "up")
             if not channels and self.padded:
-                channels = widest
+                channels = widest = widest or EMPTY
                 plan.notes.append(f"layer {number} of the file has an MLP of {widest} channels that adds nothing")
             found.append({**{role: count * width for role, count in heads.items()}, "gate": channels, "up": channels})
         return found

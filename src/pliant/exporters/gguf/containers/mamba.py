@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pliant.anatomy import Block
-from pliant.exporters.gguf.containers import scan, selective
+from pliant.exporters.gguf.containers import selective
 from pliant.exporters.gguf.containers.hybrid import Hybrid
 from pliant.exporters.gguf.plan import Plan, Tensor
 from pliant.exporters.gguf.source import Source
@@ -21,7 +21,7 @@ class Mamba(Hybrid):
 
     def mixers(self, source: Source, plan: Plan) -> Mapping[str, Any]:  # noqa: ARG002
         """Sizes, and whether time steps, B and C are normed, which those of Falcon Mamba are."""
-        return {**selective.keys_of(source), ".ssm.dt_b_c_rms": scan.epsilon_of(source) is not None}
+        return {**selective.keys_of(source), ".ssm.dt_b_c_rms": source.kind == "falcon_mamba"}
 
     def mix(self, source: Source, block: Block, factors: Mapping[str, float]) -> list[Tensor]:
-        return selective.tensors_of(source, block, factors["mixer"])
+        return selective.tensors_of(source, block, self.epsilon(source), factors["mixer"])

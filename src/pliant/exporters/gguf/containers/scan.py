@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from pliant.exporters.gguf.plan import Plan, Rows, Tensor, Unfit
 from pliant.exporters.gguf.source import Source
 
 
-NORMS = ("norm", "dt_layernorm", "b_layernorm", "c_layernorm")  # in a mixer
+SIZES = ("conv_kernel", "inner_size", "state_size", "time_step_rank", "group_count")
 
 
 def keys_of(source: Source, plan: Plan) -> dict[str, int]:
@@ -64,12 +65,17 @@ def epsilon_of(source: Source) -> float | None:
     Raises:
         Unfit: it differs from layer to layer.
     """
-    mixers = [source.module(block) for block in source.of_role("scan")]
-    norms = [norm for mixer in mixers for name in NORMS if (norm := getattr(mixer, name, None)) is not None]
-    found = {float(getattr(norm, "variance_epsilon", None) or norm.eps) for norm in norms}
+    norms = [norm_of(source.module(block)) for block in source.of_role("scan")]
+    found = {float(norm.variance_epsilon) for norm in norms if norm is not None}
     if len(found) > 1:
         raise Unfit("the norms of its scans have different epsilons, because the scans are cut differently")
     return found.pop() if found else None
+
+
+def norm_of(mixer: Any) -> Any:
+    """The norm of what a scan returns; None if it has none."""
+    norm = getattr(mixer, "norm", None)
+    return norm if hasattr(norm, "variance_epsilon") else None
 
 
 def _check(source: Source, block: Block, plan: Plan) -> None:
@@ -80,14 +86,12 @@ def _check(source: Source, block: Block, plan: Plan) -> None:
         raise Unfit(f"the time steps of {block.name} end at {most:g}, and those of readers do not")
     if least > 0:
         _note(plan, f"time steps below {least:g} are raised to that by transformers, and not by readers of the file")
-    norm = getattr(mixer, "norm", None)
-    if norm is None:
+    if (norm := norm_of(mixer)) is None:
         return
     if getattr(norm, "norm_before_gate", False):
         raise Unfit(f"{block.name} is normed before its gate, and readers norm after it")
-    groups = getattr(norm, "n_groups", None) or mixer.intermediate_size // getattr(
-        norm, "group_size", mixer.intermediate_size
-    )
+    width = mixer.intermediate_size
+    groups = getattr(norm, "n_groups", None) or width // getattr(norm, "group_size", width)
     if groups != mixer.n_groups:
         raise Unfit(f"the norm of {block.name} has {groups} groups, and in readers it has {mixer.n_groups}")
 
@@ -97,32 +101,58 @@ def _note(plan: Plan, sentence: str) -> None:
         plan.notes.append(sentence)
 
 
-def tensors_of(source: Source, block: Block, factor: float = 1.0) -> list[Tensor]:
+def tensors_of(source: Source, block: Block, factor: float = 1.0, inward: Sequence[float] = (1.0,) * 5) -> list[Tensor]:
     """The tensors of a scan in a layer.
 
     Arguments:
         factor: what its output is multiplied by.
+        inward: what the gate, the input, B, C and the time steps are multiplied by.
     """
     mixer = source.module(block)
-    heads, groups = mixer.num_heads, mixer.n_groups
+    heads, groups, channels = mixer.num_heads, mixer.n_groups, mixer.intermediate_size
 
     def of(name: str, factor: float = 1.0) -> Rows:
         return Rows(source.path(block, name), factor=factor)
 
     into, out = of("in_proj"), of("out_proj", factor)
+    widths = (channels, channels, *(groups * mixer.ssm_state_size,) * 2, heads)
+    stretches = torch.arange(sum(widths)).split(widths)
+    parts = tuple(replace(into, order=rows, factor=by) for rows, by in zip(stretches, inward, strict=True))
     found = [
-        Tensor("ssm_in.weight", source.shape(into), (into,)),
+        Tensor("ssm_in.weight", source.shape(into), (into,) if set(inward) == {1.0} else parts),
         *convolution(source, block, "conv1d", "ssm_conv1d"),
         Tensor("ssm_dt.bias", (heads,), (of("dt_bias"),), plain=True),
         Tensor("ssm_a", (heads, 1), (of("A_log"),), change=lambda logs: -logs.exp().unsqueeze(1), plain=True),
         Tensor("ssm_d", (heads, 1), (of("D"),), change=lambda skips: skips.unsqueeze(1), plain=True),
         Tensor("ssm_out.weight", source.shape(out), (out,)),
     ]
-    if getattr(mixer, "norm", None) is not None:
-        shape = (groups, mixer.intermediate_size // groups)
+    if norm_of(mixer) is not None:
+        shape = (groups, channels // groups)
         norm = (of("norm"),)
         found.append(Tensor("ssm_norm.weight", shape, norm, change=lambda values: values.view(shape), plain=True))
     return found
+
+
+def empty(keys: Mapping[str, int], hidden: int, normed: bool) -> list[Tensor]:
+    """The tensors of a scan that adds nothing.
+
+    Arguments:
+        keys: its sizes.
+        normed: readers norm its output.
+    """
+    kernel, channels, state, heads, groups = (keys[f".ssm.{name}"] for name in SIZES)
+    mixed = channels + 2 * groups * state
+    shapes = {
+        "ssm_in.weight": (channels + mixed + heads, hidden),
+        "ssm_conv1d.weight": (mixed, kernel),
+        "ssm_conv1d.bias": (mixed,),
+        "ssm_dt.bias": (heads,),
+        "ssm_a": (heads, 1),
+        "ssm_d": (heads, 1),
+        "ssm_out.weight": (hidden, channels),
+        **({"ssm_norm.weight": (groups, channels // groups)} if normed else {}),
+    }
+    return [Tensor(name, shape, plain=name not in ("ssm_in.weight", "ssm_out.weight")) for name, shape in shapes.items()]
 
 
 def convolution(source: Source, block: Block, name: str, to: str) -> list[Tensor]:

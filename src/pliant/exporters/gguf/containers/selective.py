@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from pliant.anatomy import Block
 from pliant.exporters.gguf.containers import scan
@@ -24,27 +28,46 @@ def keys_of(source: Source) -> dict[str, int]:
     return keys
 
 
-def tensors_of(source: Source, block: Block, factor: float = 1.0) -> list[Tensor]:
+def tensors_of(source: Source, block: Block, epsilon: float, factor: float = 1.0) -> list[Tensor]:
     """The tensors of a scan in a layer.
 
+    Some norm the time steps, B and C, which ``x_proj`` returns, with an epsilon of their own. Readers have one for all
+    norms, and compute the same from values that are larger or smaller by the root of the ratio.
+
     Arguments:
-        factor: what its output is multiplied by.
+        epsilon: of all norms in the file.
+        factor: what the output is multiplied by.
     """
     mixer: Any = source.module(block)
 
     def of(name: str, factor: float = 1.0) -> Rows:
         return Rows(source.path(block, name), factor=factor)
 
-    steps = of("dt_proj")
+    steps, into, chosen, out = of("dt_proj"), of("in_proj"), of("x_proj"), of("out_proj", factor)
     bias = source.bias(steps)
     assert bias is not None
-    matrices = {"ssm_in": of("in_proj"), "ssm_x": of("x_proj"), "ssm_dt": steps, "ssm_out": of("out_proj", factor)}
+    stretches = torch.arange(source.shape(chosen)[0]).split(
+        (mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size)
+    )
+    inner = [
+        math.sqrt(epsilon / own) if (own := epsilon_of(getattr(mixer, name, None))) is not None else 1.0
+        for name in NORMS
+    ]
+    parts = tuple(replace(chosen, order=rows, factor=by) for rows, by in zip(stretches, inner, strict=True))
     norms = {to: of(name) for name, to in NORMS.items() if name in block.spec.weights}
     return [
-        *(Tensor(f"{name}.weight", source.shape(rows), (rows,)) for name, rows in matrices.items()),
-        *(Tensor(f"{name}.weight", source.shape(rows), (rows,), plain=True) for name, rows in norms.items()),
-        *scan.convolution(source, block, "conv1d", "ssm_conv1d"),
+        Tensor("ssm_in.weight", source.shape(into), (into,)),
+        Tensor("ssm_x.weight", source.shape(chosen), (chosen,) if set(inner) == {1.0} else parts),
+        Tensor("ssm_dt.weight", source.shape(steps), (steps,)),
         Tensor("ssm_dt.bias", source.shape(bias), (bias,), plain=True),
+        *scan.convolution(source, block, "conv1d", "ssm_conv1d"),
+        *(Tensor(f"{name}.weight", source.shape(rows), (rows,), plain=True) for name, rows in norms.items()),
         Tensor("ssm_a", tuple(mixer.A_log.shape), (of("A_log"),), change=lambda logs: -logs.exp(), plain=True),
         Tensor("ssm_d", tuple(mixer.D.shape), (of("D"),), plain=True),
+        Tensor("ssm_out.weight", source.shape(out), (out,)),
     ]
+
+
+def epsilon_of(norm: Any) -> float | None:
+    """The epsilon of a norm, which may be missing."""
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
