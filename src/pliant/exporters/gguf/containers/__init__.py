@@ -35,6 +35,10 @@ CONTAINERS: Mapping[str, Entry] = {
     "nemotron_h": Entry(f"{_HERE}.nemotron_h", "NemotronH", "Nemotron H"),
     "mamba": Entry(f"{_HERE}.mamba", "Mamba", "Mamba and Falcon Mamba"),
     "mamba2": Entry(f"{_HERE}.mamba2", "Mamba2", "Mamba 2"),
+    "falcon_h1": Entry(f"{_HERE}.falcon_h1", "FalconH1", "Falcon H1"),
+    "jamba": Entry(f"{_HERE}.jamba", "Jamba", "Jamba"),
+    "lfm2": Entry(f"{_HERE}.lfm2", "LFM2", "LFM2"),
+    "lfm2moe": Entry(f"{_HERE}.lfm2moe", "LFM2MoE", "LFM2 with experts"),
     "deci": Entry(f"{_HERE}.deci", "Deci", "Llama, Mistral, Qwen2, Granite and Phi 3 of uneven layers"),
     "openelm": Entry(f"{_HERE}.openelm", "OpenELM", "Qwen3 of uneven layers, with tied embeddings"),
 }
