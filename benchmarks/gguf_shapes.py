@@ -245,7 +245,7 @@ def compare(family: str, arguments: argparse.Namespace, lib: Reader, path: Path,
     differences, wrong = [], []
     for model, subnet, plan in files_of(family, arguments, quiet):
         if isinstance(plan, str):
-            refused[re.sub(r"layers\.\d+|(?<=layer )\d+", "N", plan)] += 1
+            refused[re.sub(r"\blayers\.\d+|(?<=layer )\d+", "N", plan.partition(": ")[2] or plan)] += 1
             continue
         write(path, plan, model, "f32")
         tokens = min(arguments.tokens, plan.metadata[".context_length"])
@@ -271,7 +271,7 @@ def compare(family: str, arguments: argparse.Namespace, lib: Reader, path: Path,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--families", nargs="*", help="model types; default: all that a container carries")
     parser.add_argument("--files", type=int, default=100, help="files of each family")
     parser.add_argument("--seed", type=int, default=0)
