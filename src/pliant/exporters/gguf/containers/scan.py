@@ -12,7 +12,6 @@ from pliant.anatomy import Block
 from pliant.exporters.gguf.plan import Plan, Rows, Tensor, Unfit
 from pliant.exporters.gguf.source import Source
 
-
 SIZES = ("conv_kernel", "inner_size", "state_size", "time_step_rank", "group_count")
 
 
