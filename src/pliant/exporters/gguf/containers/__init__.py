@@ -1,4 +1,4 @@
-"""Containers: the architectures of llama.cpp that a model can be written as. A new one is its file and one line here."""
+"""Containers: the architectures of llama.cpp that models are written as. A new one is its file and one line here."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ CONTAINERS: Mapping[str, Entry] = {
     "glm4": Entry(f"{_HERE}.glm4", "GLM4", "GLM 4"),
     "stablelm": Entry(f"{_HERE}.stablelm", "StableLM", "StableLM"),
     "starcoder2": Entry(f"{_HERE}.starcoder2", "StarCoder2", "StarCoder 2"),
+    "granitehybrid": Entry(f"{_HERE}.granitehybrid", "GraniteHybrid", "Granite 4 and Bamba"),
+    "nemotron_h": Entry(f"{_HERE}.nemotron_h", "NemotronH", "Nemotron H"),
+    "mamba": Entry(f"{_HERE}.mamba", "Mamba", "Mamba and Falcon Mamba"),
+    "mamba2": Entry(f"{_HERE}.mamba2", "Mamba2", "Mamba 2"),
     "deci": Entry(f"{_HERE}.deci", "Deci", "Llama, Mistral, Qwen2, Granite and Phi 3 of uneven layers"),
     "openelm": Entry(f"{_HERE}.openelm", "OpenELM", "Qwen3 of uneven layers, with tied embeddings"),
 }

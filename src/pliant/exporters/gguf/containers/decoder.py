@@ -83,8 +83,8 @@ class Decoder:
         keys, divisors = self.rope(source, width)
         if LONG in divisors:
             plan.notes.append(
-                f"readers that run with more than {keys['.rope.scaling.original_context_length']} tokens of context use "
-                "the positions of long texts for short ones, too"
+                f"readers with room for more than {keys['.rope.scaling.original_context_length']} tokens use the "
+                "positions of long texts for short ones, too"
             )
         heads = [source.units(pair.mixer, "q") for pair in layers]
         kv = [source.units(pair.mixer, "k") for pair in layers]

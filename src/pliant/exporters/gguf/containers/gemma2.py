@@ -1,7 +1,7 @@
 """gemma2: Gemma 2; every second layer reads all tokens, the others those in a window."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from pliant.exporters.gguf.containers.gemma import Gemma
 from pliant.exporters.gguf.plan import Plan, Unfit
@@ -11,7 +11,10 @@ from pliant.exporters.gguf.source import Source
 class Gemma2(Gemma):
     name = "gemma2"
     models = ("gemma2",)
-    norms = {"attention": ("attn_norm", "post_attention_norm"), "mlp": ("ffn_norm", "post_ffw_norm")}
+    norms: ClassVar[Mapping[str, Sequence[str]]] = {
+        "attention": ("attn_norm", "post_attention_norm"),
+        "mlp": ("ffn_norm", "post_ffw_norm"),
+    }
     period = (2, "sliding_window")
     largest = 46
     """Layers of the model whose attention readers scale by hidden size and heads in place of the width of a head."""

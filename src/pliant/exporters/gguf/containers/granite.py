@@ -1,5 +1,8 @@
 """granite: Granite with equal layers; its constants have keys."""
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from pliant.exporters.gguf.containers.decoder import Decoder
 from pliant.exporters.gguf.rope import FREQUENCIES, LONG, SHORT
 
@@ -10,7 +13,7 @@ class Granite(Decoder):
     pairs = True
     rope_tensors = (FREQUENCIES, LONG, SHORT)
     biases = ("q", "k", "v", "o", "gate", "up", "down")
-    constants = {
+    constants: ClassVar[Mapping[str, str]] = {
         "attention_multiplier": ".attention.scale",
         "embedding_multiplier": ".embedding_scale",
         "residual_multiplier": ".residual_scale",

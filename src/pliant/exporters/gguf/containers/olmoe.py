@@ -17,3 +17,5 @@ class OLMoE(Experts):
         super().check(source, width)
         if source.config.clip_qkv is not None:
             raise Unfit(f"{self.name} has no clip_qkv")
+        if source.config.num_key_value_heads != source.config.num_attention_heads:
+            raise Unfit(f"{self.name} has a key-value head for every head")

@@ -16,6 +16,5 @@ class StableLM(Decoder):
 
     def check(self, source: Source, width: int) -> None:
         super().check(source, width)
-        for unread in ("use_parallel_residual", "qk_layernorm"):
-            if getattr(source.config, unread):
-                raise Unfit(f"{unread} is not carried")
+        if source.config.use_parallel_residual:
+            raise Unfit(f"{self.name} with parallel blocks is not written")
