@@ -37,6 +37,7 @@ class Decoder:
         activations: of the MLPs.
         biases: roles of weights that may have a bias.
         head_norms: q and k are normed.
+        gated_heads: q has, after the rows of each head, as many that gate its output.
         gated: an MLP has a gate.
         layer_norm: its norms subtract the mean, and may have a bias.
         norm_shift: transformers adds this to the weights of its norms, and readers do not.
@@ -59,6 +60,7 @@ class Decoder:
     activations: ClassVar[Sequence[str]] = ("silu", "swish")
     biases: ClassVar[Sequence[str]] = ()
     head_norms: ClassVar[bool] = False
+    gated_heads: ClassVar[bool] = False
     gated: ClassVar[bool] = True
     layer_norm: ClassVar[bool] = False
     norm_shift: ClassVar[float] = 0.0
@@ -213,8 +215,8 @@ class Decoder:
     ) -> list[Tensor]:
         """The tensors of an attention and its norms; of zeros for None."""
         hidden, width = source.config.hidden_size, source.head_width()
-        shapes = {"q": (sizes["q"], hidden), "k": (sizes["k"], hidden), "v": (sizes["k"], hidden)}
-        shapes |= {"o": (hidden, sizes["q"])}
+        rows = {"q": sizes["q"] * (2 if self.gated_heads else 1), "k": sizes["k"], "v": sizes["k"]}
+        shapes = {role: (count, hidden) for role, count in rows.items()} | {"o": (hidden, sizes["q"])}
         if block is None:
             found = [Tensor(f"{name}.weight", (hidden,)) for name in self.norms["attention"]]
             found += [Tensor(f"{HEAD_NORMS[role]}.weight", (width,)) for role in HEAD_NORMS if self.head_norms]

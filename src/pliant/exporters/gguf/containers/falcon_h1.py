@@ -56,9 +56,15 @@ class FalconH1(Hybrid):
         inward, (gate, down) = float(config.attention_in_multiplier), config.mlp_multipliers
         logits = float(config.lm_head_multiplier)
         own = {
-            **{"q": inward, "k": inward * config.key_multiplier, "v": inward, "o": config.attention_out_multiplier},
-            **{"gate": gate, "down": down, "mixer": config.ssm_out_multiplier},
-            **{"embedding": config.embedding_multiplier, "output": logits},
+            "q": inward,
+            "k": inward * config.key_multiplier,
+            "v": inward,
+            "o": config.attention_out_multiplier,
+            "gate": gate,
+            "down": down,
+            "mixer": config.ssm_out_multiplier,
+            "embedding": config.embedding_multiplier,
+            "output": logits,
             "norm": 1.0 if source.output() else logits / config.embedding_multiplier,
         }
         return found | {role: found.get(role, 1.0) * float(factor) for role, factor in own.items()}

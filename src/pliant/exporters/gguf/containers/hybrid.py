@@ -42,7 +42,7 @@ class Hybrid(Decoder):
         sizes = self.sizes(source, layers, width, plan)
         plan.metadata = {
             ".block_count": len(layers),
-            ".context_length": getattr(source.config, "max_position_embeddings", ENDLESS),
+            ".context_length": self.context(source, plan) if width else ENDLESS,
             ".embedding_length": source.config.hidden_size,
             ".attention.layer_norm_rms_epsilon": scan.epsilon_of(source) or self.epsilon(source),
             **self.counts(sizes, width),
@@ -88,10 +88,12 @@ class Hybrid(Decoder):
         widest = max((source.units(pair.mlp, "up") for pair in layers), default=0)
         found = []
         for number, pair in enumerate(layers):
-            heads = {role: 0 for role in "qk"}
+            heads = dict.fromkeys("qk", 0)
             if pair.mixer is None and pair.mlp is not None and self.padded:
                 heads = {"q": source.config.hidden_size // width if self.square else 1, "k": 1}
-                plan.notes.append(f"layer {number} of the file has an attention of {heads['q']} heads that adds nothing")
+                plan.notes.append(
+                    f"layer {number} of the file has an attention of {heads['q']} heads that adds nothing"
+                )
             elif pair.mixer is not None and pair.mixer.role == "attention":
                 heads = {role: source.units(pair.mixer, role) for role in heads}
                 if self.square and heads["q"] * width != (hidden := source.config.hidden_size):

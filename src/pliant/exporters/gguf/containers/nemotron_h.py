@@ -1,11 +1,10 @@
 """nemotron_h: a layer of the file is one block, a scan, an attention or an MLP."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from pliant.anatomy import Block
 from pliant.exporters.gguf.containers import scan
-from pliant.exporters.gguf.containers.decoder import MLP
 from pliant.exporters.gguf.containers.hybrid import Hybrid
 from pliant.exporters.gguf.plan import Plan, Tensor
 from pliant.exporters.gguf.source import MIXERS, Pair, Source
@@ -16,23 +15,13 @@ class NemotronH(Hybrid):
     models = ("nemotron_h",)
     biases = ("q", "k", "v", "o", "up", "down")
     activations = ("relu2",)
-    norms: Mapping[str, tuple[str, ...]] = {"attention": ("attn_norm",), "mlp": ("attn_norm",)}
+    gated = False
+    norms: ClassVar[Mapping[str, Sequence[str]]] = {"attention": ("attn_norm",), "mlp": ("attn_norm",)}
 
     def layers(self, source: Source) -> list[Pair]:
         """One block each, so that a removed block leaves nothing."""
         blocks = source.anatomy.blocks.values()
         return [Pair(block, None) if block.role in MIXERS else Pair(None, block) for block in blocks]
-
-    def mlp(
-        self, source: Source, block: Block | None, sizes: Mapping[str, int], factors: Mapping[str, float]
-    ) -> list[Tensor]:
-        """An MLP without a gate."""
-        assert block is not None
-        hidden, channels = source.config.hidden_size, sizes["up"]
-        found = self._norms(source, block)
-        for role, shape in {"up": (channels, hidden), "down": (hidden, channels)}.items():
-            found += self._linear(source, MLP[role], source.rows(block, role, None, factors[role]), shape, role)
-        return found
 
     def mixers(self, source: Source, plan: Plan) -> Mapping[str, Any]:
         return scan.keys_of(source, plan)

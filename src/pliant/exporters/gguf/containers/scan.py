@@ -12,7 +12,6 @@ from pliant.anatomy import Block
 from pliant.exporters.gguf.plan import Plan, Rows, Tensor, Unfit
 from pliant.exporters.gguf.source import Source
 
-
 SIZES = ("conv_kernel", "inner_size", "state_size", "time_step_rank", "group_count")
 
 
@@ -152,7 +151,9 @@ def empty(keys: Mapping[str, int], hidden: int, normed: bool) -> list[Tensor]:
         "ssm_out.weight": (hidden, channels),
         **({"ssm_norm.weight": (groups, channels // groups)} if normed else {}),
     }
-    return [Tensor(name, shape, plain=name not in ("ssm_in.weight", "ssm_out.weight")) for name, shape in shapes.items()]
+    return [
+        Tensor(name, shape, plain=name not in ("ssm_in.weight", "ssm_out.weight")) for name, shape in shapes.items()
+    ]
 
 
 def convolution(source: Source, block: Block, name: str, to: str) -> list[Tensor]:

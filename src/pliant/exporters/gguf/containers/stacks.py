@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from pliant.anatomy import Block
 from pliant.exporters.gguf.containers.decoder import MLP
-from pliant.exporters.gguf.plan import Tensor
+from pliant.exporters.gguf.plan import Tensor, Unfit
 from pliant.exporters.gguf.source import Source
 
 EXPERTS = {role: f"{name}_exps" for role, name in MLP.items()}
@@ -25,6 +25,9 @@ def tensors_of(
 ) -> list[Tensor]:
     """gate, up and down; zeros for None.
 
+    Raises:
+        Unfit: a weight has another shape, or a bias.
+
     Arguments:
         names: role -> name in the file.
         width: channels of an expert.
@@ -34,8 +37,16 @@ def tensors_of(
     hidden, found = source.config.hidden_size, []
     for role, name in names.items():
         shape = (*stack, hidden, width) if role == "down" else (*stack, width, hidden)
-        parts = () if block is None else (source.rows(block, f"{prefix}{role}", None, factors[role]),)
-        found.append(Tensor(f"{name}.weight", shape, parts))
+        if block is None:
+            found.append(Tensor(f"{name}.weight", shape))
+            continue
+        rows = source.rows(block, f"{prefix}{role}", None, factors[role])
+        if source.shape(rows) != shape or source.bias(rows) is not None:
+            raise Unfit(
+                f"{rows.source} has shape {source.shape(rows)} and {'a' if source.bias(rows) else 'no'} bias; "
+                f"readers expect {shape} without one"
+            )
+        found.append(Tensor(f"{name}.weight", shape, (rows,)))
     return found
 
 
