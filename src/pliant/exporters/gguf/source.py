@@ -160,7 +160,8 @@ class Source:
         """The shortest sliding window of a layer; None if every layer reads all tokens."""
         attentions = [self.module(block) for block in self.of_role("attention")]
         windows = [getattr(attention, "sliding_window", None) for attention in attentions]
-        if not hasattr(self.config, "layer_types") and not any(hasattr(one, "sliding_window") for one in attentions):
+        known = any(hasattr(attention, "sliding_window") for attention in attentions)
+        if not known and getattr(self.config, "layer_types", None) is None:
             windows = [getattr(self.config, "sliding_window", None)]  # of all layers
         return min((window for window in windows if window), default=None)
 
