@@ -97,12 +97,15 @@ class Decoder:
             if not count:
                 channels[number] = EMPTY
                 plan.notes.append(f"layer {number} of the file has an MLP of {EMPTY} channels that adds nothing")
-        if self.square and heads[0] * width != source.config.hidden_size:
-            raise Unfit(f"{self.name} has {source.config.hidden_size // width} heads of {width}, and it has {heads[0]}")
+        hidden = source.config.hidden_size
+        if self.square and heads[0] * width != hidden:
+            raise Unfit(
+                f"it has {heads[0]} heads of {width}, which {self.name} cannot carry in a hidden size of {hidden}"
+            )
         plan.metadata = {
             ".block_count": len(layers),
             ".context_length": self.context(source, plan),
-            ".embedding_length": source.config.hidden_size,
+            ".embedding_length": hidden,
             ".feed_forward_length": self._listed("MLP widths", channels),
             ".attention.head_count": self._listed("numbers of heads", heads),
             ".attention.head_count_kv": self._listed("numbers of key-value heads", kv),
