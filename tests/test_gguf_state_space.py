@@ -204,6 +204,10 @@ def test_sizes_that_readers_have_once_are_refused_where_they_differ(family, keep
         ("mamba2", {"time_step_limit": (0.0, 1.0)}, "the time steps of layers.0.mamba end at 1"),
         ("bamba", {"attn_layer_indices": [0, 1, 2, 3]}, "no scan is left"),
         ("bamba", {"attn_layer_indices": None}, "no attention is left"),
+        ("lfm2", {"layer_types": ["conv"] * 4}, "no attention is left"),
+        ("lfm2", {"layer_types": ["full_attention"] * 4}, "no convolution is left"),
+        ("nemotron_h", {"hybrid_override_pattern": "M-M-", "num_hidden_layers": 4}, "no attention is left"),
+        ("qwen3_next", {"layer_types": ["full_attention"] * 4}, "no delta rule is left"),
         ("falcon_h1", {"mamba_norm_before_gate": True}, "layers.0.mamba is normed before its gate"),
         ("falcon_h1", {"attention_bias": True}, "self_attn.q_proj has a bias, and falcon-h1 has none there"),
         ("lfm2", {"conv_bias": True}, "layers.0.conv has biases, and lfm2 has none there"),
@@ -285,6 +289,22 @@ def test_experts_of_granite_are_split_and_the_mlp_is_a_shared_one(tmp_path):
     assert [file.key(name) for name in ("expert_count", "expert_used_count")] == [4, 2]
     assert file.key("feed_forward_length") == 48
     assert file.key("expert_shared_feed_forward_length") == 40
+
+
+def test_removed_experts_of_granite_are_zeros(tmp_path):
+    model = cut(built("granitemoehybrid"), "layers.1.moe", "layers.2.mlp", "layers.3.moe", "layers.3.mlp")
+    file = File(model, tmp_path)
+    assert file.layer(1) == file.layer(3) == ATTENTION | NORMS | EXPERTS | SHARED
+    zeros = {name for name, values in file.tensors.items() if name.startswith("blk") and not values.any()}
+    parts = [("gate_inp", "gate_exps", "up_exps", "down_exps"), ("gate_shexp", "up_shexp", "down_shexp")]
+    lost = {1: parts[0], 2: parts[1], 3: (*parts[0], *parts[1])}
+    expected = {f"blk.{layer}.ffn_{name}.weight" for layer, names in lost.items() for name in names}
+    assert zeros == expected | {"blk.3.ffn_norm.weight"}
+    assert file.plan.notes == [
+        "layer 3 of the file has an MLP of 48 channels that adds nothing",
+        "layer 1 of the file has a block (experts) that adds nothing",
+        "layer 2 of the file has a block (mlp) that adds nothing",
+    ]
 
 
 def test_a_dense_granite_has_no_experts(tmp_path):
