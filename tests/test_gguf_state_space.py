@@ -519,3 +519,21 @@ def test_the_file_lists_the_layers_of_delta_rules(tmp_path):
     q = weight(model, "model.layers.3.self_attn.q_proj.weight")
     assert q.shape[0] == 2 * 6 * 8
     assert same(file.tensors["blk.2.attn_q.weight"], q)
+
+
+# Packed models
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_file_of_a_packed_model_is_that_of_the_dense_one(family, tmp_path):
+    for folder in ("dense", "packed"):
+        (tmp_path / folder).mkdir()
+    model = built(family)
+    with torch.no_grad():  # values that bf16 holds exactly, so that packing rounds nothing
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    dense = File(model, tmp_path / "dense").tensors
+    packed = pliant.apply(model, pliant.PackedLinear(format="bf16"), progress=False)
+    found = File(packed, tmp_path / "packed").tensors
+    assert found.keys() == dense.keys()
+    assert all((found[name] == dense[name]).all() for name in dense)
