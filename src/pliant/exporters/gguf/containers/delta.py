@@ -34,8 +34,6 @@ class Delta(Hybrid):
 
     def check(self, source: Source, width: int) -> None:
         super().check(source, width)
-        if not width:
-            raise Unfit("no attention is left")
         if not math.isclose(epsilon := self.epsilon(source), UNIT, rel_tol=1e-6):
             raise Unfit(f"its norms have the epsilon {epsilon:g}, and those of keys and queries have {UNIT:g}")
         if self.experts and not getattr(source.config, "norm_topk_prob", True):

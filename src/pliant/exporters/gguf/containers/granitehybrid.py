@@ -19,13 +19,6 @@ class GraniteHybrid(Hybrid):
     scaled = True
     padded = True
 
-    def check(self, source: Source, width: int) -> None:
-        super().check(source, width)
-        if not source.of_role("scan"):
-            raise Unfit("no scan is left")
-        if not width:
-            raise Unfit("no attention is left")
-
     def layers(self, source: Source) -> list[Pair]:
         """Experts stay in the layer of the MLP beside them."""
         return source.layers() if source.of_role("experts") else source.pairs()
@@ -43,6 +36,10 @@ class GraniteHybrid(Hybrid):
             if len(counts) > 1:
                 raise Unfit(f"the numbers or widths of its experts differ from layer to layer: {sorted(counts)}")
             of_all[name] = counts.pop() if counts else 0
+        for number, pair in enumerate(layers):
+            missing = {"experts", "mlp"} - set(source.beside(pair.mlp))
+            if pair.mlp is not None and missing and of_all["shared"]:
+                plan.notes.append(f"layer {number} of the file has a block ({missing.pop()}) that adds nothing")
         return [{**own, **of_all, "gate": of_all["up"]} for own in found]
 
     def counts(self, sizes: Sequence[Mapping[str, int]], width: int) -> Mapping[str, Any]:
@@ -61,7 +58,7 @@ class GraniteHybrid(Hybrid):
         """Positions, multipliers and experts."""
         config = source.config
         rotates = getattr(config, "position_embedding_type", "rope") == "rope"
-        keys, _ = self.rope(source, source.head_width())
+        keys = dict(self.rope(source, source.head_width())[0]) if rotates else {}
         keys[".rope.scaling.finetuned"] = rotates
         named = {"logit_scale": "logits_scaling", "residual_scale": "residual_multiplier"}
         named |= {"embedding_scale": "embedding_multiplier"}

@@ -21,11 +21,13 @@ class Hybrid(Decoder):
     """One architecture of llama.cpp whose readers see from ``head_count_kv`` which layers have an attention.
 
     Attributes:
+        attends: some of its layers have an attention.
         scaled: the file says what attention scores are multiplied by.
         padded: a layer without its MLP has one of full width that adds nothing.
     """
 
     uneven = True
+    attends: ClassVar[bool] = True
     scaled: ClassVar[bool] = False
     padded: ClassVar[bool] = False
 
@@ -37,7 +39,7 @@ class Hybrid(Decoder):
         """
         plan = Plan(self.name)
         layers = self.layers(source)
-        width = source.head_width() if source.of_role("attention") else 0
+        width = source.head_width() if self.attends else 0
         self.check(source, width)
         sizes = self.sizes(source, layers, width, plan)
         plan.metadata = {
@@ -47,7 +49,7 @@ class Hybrid(Decoder):
             ".attention.layer_norm_rms_epsilon": scan.epsilon_of(source) or self.epsilon(source),
             **self.counts(sizes, width),
             **({".attention.key_length": width, ".attention.value_length": width} if width else {}),
-            **({".attention.scale": self._scale(source)} if width and self.scaled else {}),
+            **({".attention.scale": self._scale(source)} if self.scaled else {}),
             **self.mixers(source, plan),
             **self.more(source),
         }

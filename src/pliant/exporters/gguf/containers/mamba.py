@@ -14,6 +14,7 @@ class Mamba(Hybrid):
     name = "mamba"
     models = ("mamba", "falcon_mamba")
     activations = ()
+    attends = False
 
     def counts(self, sizes: Sequence[Mapping[str, int]], width: int) -> Mapping[str, Any]:  # noqa: ARG002
         """Readers ask for these keys."""

@@ -14,6 +14,7 @@ class Mamba2(Hybrid):
     name = "mamba2"
     models = ("mamba2",)
     activations = ()
+    attends = False
 
     def counts(self, sizes: Sequence[Mapping[str, int]], width: int) -> Mapping[str, Any]:  # noqa: ARG002
         """Readers ask for these keys."""
