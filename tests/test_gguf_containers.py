@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import transformers
 
 import pliant
-from gguf_files import FAMILIES, LONGROPE, File, cut, dense, halves, weight, without
+from gguf_files import FAMILIES, LONGROPE, SIX, File, cut, dense, halves, weight, without
+from pico import config
 
 pytest.importorskip("gguf")
 
@@ -266,3 +268,17 @@ def test_packed_weights_are_written_as_they_are_read(family, tmp_path):
     if family == "phi3":
         packed = model.get_submodule("model.layers.1.self_attn.qkv_proj")
         assert (file.tensors["blk.1.attn_qkv.weight"] == packed.dense().weight.detach().float().numpy()).all()
+
+
+def test_the_text_model_of_a_model_that_sees(tmp_path):
+    text = config("gemma3_text", **SIX).to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    both = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = transformers.Gemma3ForConditionalGeneration(both).eval()
+    file = File(model, tmp_path)
+    assert (file.architecture, file.key("block_count")) == ("gemma3", 12)
+    assert file.plan.notes == ["the file holds the text model alone"]
+    own = weight(model, "model.language_model.layers.7.mlp.up_proj.weight")
+    assert (file.tensors["blk.7.ffn_up.weight"] == own).all()
+    assert len(file.tensors) == 2 + 12 * len(file.layer(0))
