@@ -51,6 +51,6 @@ def tensors_of(
 
 
 def router(source: Source, block: Block | None, count: int) -> Tensor:
-    """What chooses experts; zeros for None."""
+    """The router, which chooses experts; zeros for None."""
     parts = () if block is None else (source.rows(block, "router"),)
     return Tensor(ROUTER, (count, source.config.hidden_size), parts, plain=True)
