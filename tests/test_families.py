@@ -22,6 +22,8 @@ from pliant.prune import width_moves
 
 SCANS = hasattr(falcon_h1, "mamba2_chunk_scan")
 _DELTA = {"head_dim": 8, "num_heads": 5, "short_conv_kernel_size": 3, "kda_layers": [1, 3], "full_attn_layers": [2, 4]}
+_EXPERTS = {"hybrid_override_pattern": "ME*M*E", "n_routed_experts": 4, "moe_intermediate_size": 24}
+_EXPERTS |= {"moe_shared_expert_intermediate_size": 40}
 VARIANTS = {name: (name, {}) for name in FAMILIES} | {
     "kimi_linear, low-rank queries and grouped experts": (
         "kimi_linear",
@@ -38,6 +40,8 @@ VARIANTS = {name: (name, {}) for name in FAMILIES} | {
     "granitemoehybrid, no positions": ("granitemoehybrid", {"position_embedding_type": None}),
     "falcon_h1, no norm": ("falcon_h1", {"mamba_rms_norm": False}),
     "falcon_h1, norm before gate, one group": ("falcon_h1", {"mamba_norm_before_gate": True, "mamba_n_groups": 1}),
+    "nemotron_h, experts": ("nemotron_h", _EXPERTS),
+    "nemotron_h, experts of a few latent channels": ("nemotron_h", {**_EXPERTS, "moe_latent_size": 20}),
     "jamba, no experts": ("jamba", {"num_experts": 1, "num_experts_per_tok": 1}),
 }
 VARIANTS = {variant: given for variant, given in VARIANTS.items() if given[0] in transformers.CONFIG_MAPPING}
