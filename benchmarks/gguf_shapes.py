@@ -55,6 +55,7 @@ LOCAL = {"full_attention": {**LINEAR, "rope_theta": 1e6}, "sliding_attention": {
 CONSTANTS = {"attention_multiplier": 0.2, "residual_multiplier": 0.3, "embedding_multiplier": 6.0}
 CONSTANTS |= {"logits_scaling": 4.0}
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+DELTA = {"linear_value_head_dim": 8}
 DENSE = {"num_local_experts": 0}
 VARIANTS: dict[str, list[dict[str, Any]]] = {  # keys of the config beside those of pico.py; one after another in turn
     "llama": [{"attention_bias": True}, {**TIED, "rope_parameters": LLAMA3}, {"rope_parameters": LONGROPE}],
@@ -87,9 +88,13 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {  # keys of the config beside those
     "falcon_h1": [{}, {"mamba_rms_norm": False, **TIED}],
     "lfm2": [{}, {"num_hidden_layers": 9, "conv_L_cache": 4}],
     "lfm2_moe": [{}, {"num_hidden_layers": 8, "num_dense_layers": 3, "routed_scaling_factor": 1.7}],
+    "qwen3_next": [{"mlp_only_layers": [], **DELTA}, {"mlp_only_layers": [], **DELTA, **TIED, "num_hidden_layers": 7}],
+    "qwen3_5_text": [DELTA, {**DELTA, "num_hidden_layers": 7, "head_dim": 32}],
+    "qwen3_5_moe_text": [DELTA],
     "jamba": [{}, {"num_hidden_layers": 8, "num_experts": 1}],
 }
 PERIODS = {"gemma2": 2, "gemma3_text": 6, "smollm3": 4}  # layers that are only removed together
+ROUNDING = ("mamba", "falcon_mamba")  # four layers of larger weights amplify the rounding of float32 a thousand times
 GELU = ("gemma", "gemma2", "gemma3_text", "starcoder2")
 
 
@@ -106,7 +111,7 @@ def model_of(family: str, number: int, quiet: bool) -> Any:
             if values.dim() == 1 and ("bias" in name or isinstance(values, torch.nn.Parameter)):
                 values.add_(torch.randn_like(values) * 0.2)
             elif isinstance(values, torch.nn.Parameter):
-                values.mul_(4)
+                values.mul_(2 if family in ROUNDING else 4)
             if quiet and "post_feedforward_layernorm" in name:
                 values.copy_((values + 1) / 64 - 1)
             elif quiet and re.search(r"mlp\.(down|c)_proj", name) and family in ("gemma", "starcoder2"):
@@ -245,7 +250,7 @@ def compare(family: str, arguments: argparse.Namespace, lib: Reader, path: Path,
     differences, wrong = [], []
     for model, subnet, plan in files_of(family, arguments, quiet):
         if isinstance(plan, str):
-            refused[re.sub(r"\blayers\.\d+|(?<=layer )\d+", "N", plan.partition(": ")[2] or plan)] += 1
+            refused[re.sub(r"\[[\d, ]+\]|(?<!\w)\d+", "N", plan.partition(": ")[2] or plan)] += 1
             continue
         write(path, plan, model, "f32")
         tokens = min(arguments.tokens, plan.metadata[".context_length"])

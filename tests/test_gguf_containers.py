@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import transformers
 
-from gguf_files import FAMILIES, LONGROPE, File, cut, dense, halves, weight, without
+import pliant
+from gguf_files import FAMILIES, LONGROPE, SIX, File, cut, dense, halves, weight, without
+from pico import config
 
 pytest.importorskip("gguf")
 
@@ -238,3 +241,44 @@ def test_a_window_that_readers_do_not_know_limits_the_context(tmp_path):
     file = File(dense("phi3", sliding_window=32), tmp_path)
     assert file.key("context_length") == 32
     assert "its attention reads 32 tokens" in file.plan.notes[0]
+
+
+def test_divisors_of_frequencies_are_those_of_transformers(tmp_path):
+    parameters = {"rope_type": "llama3", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    parameters |= {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    model = dense("llama", rope_parameters=parameters)
+    plain = dense("llama").model.rotary_emb.inv_freq
+    divisors = File(model, tmp_path).tensors["rope_freqs.weight"]
+    assert divisors == pytest.approx((plain / model.model.rotary_emb.inv_freq).numpy(), rel=1e-6)
+    assert len(set(divisors.tolist())) > 2
+
+
+def test_a_part_of_a_head_rotates(tmp_path):
+    file = File(dense("phi3", partial_rotary_factor=0.5), tmp_path)
+    assert (file.key("rope.dimension_count"), file.key("attention.key_length")) == (4, 8)
+
+
+@pytest.mark.parametrize("family", ["phi3", "qwen2"])
+def test_packed_weights_are_written_as_they_are_read(family, tmp_path):
+    model = dense(family)
+    pliant.apply(model, pliant.PackedLinear(format="int8"), progress=False)
+    file = File(model, tmp_path)
+    packed = model.get_submodule("model.layers.1.mlp.down_proj")
+    assert (file.tensors["blk.1.ffn_down.weight"] == packed.dense().weight.detach().float().numpy()).all()
+    if family == "phi3":
+        packed = model.get_submodule("model.layers.1.self_attn.qkv_proj")
+        assert (file.tensors["blk.1.attn_qkv.weight"] == packed.dense().weight.detach().float().numpy()).all()
+
+
+def test_the_text_model_of_a_model_that_sees(tmp_path):
+    text = config("gemma3_text", **SIX).to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    both = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = transformers.Gemma3ForConditionalGeneration(both).eval()
+    file = File(model, tmp_path)
+    assert (file.architecture, file.key("block_count")) == ("gemma3", 12)
+    assert file.plan.notes == ["the file holds the text model alone"]
+    own = weight(model, "model.language_model.layers.7.mlp.up_proj.weight")
+    assert (file.tensors["blk.7.ffn_up.weight"] == own).all()
+    assert len(file.tensors) == 2 + 12 * len(file.layer(0))

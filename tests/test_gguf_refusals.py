@@ -79,6 +79,11 @@ def test_shapes_that_no_container_carries_are_refused(family, skip, keep, reason
             planned(model)
 
 
+def test_a_model_without_an_output_head_is_refused():
+    with pytest.raises(ArtefactError, match="llama: it has no output head; deci: it has no output head"):
+        planned(dense("llama").model)
+
+
 def test_families_without_a_container_are_refused():
     with pytest.raises(ArtefactError, match=r"no container for opt models; choose from: .*gemma2, .*llama, "):
         planned(pico("opt"))

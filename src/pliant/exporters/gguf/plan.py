@@ -13,7 +13,7 @@ from pliant.runtime.packed_linear import Packed
 CHUNK = 2**24  # elements of a tensor that are read and rounded at once
 
 
-class Unfit(Exception):
+class Unfit(Exception):  # noqa: N818
     """A container cannot carry this model; the message says why."""
 
 

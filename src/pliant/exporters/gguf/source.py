@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pliant.anatomy import Anatomy, Axis, Block, anatomy_of, plain_config, text_config_of
+from pliant.anatomy import Anatomy, Axis, Block, anatomy_of, layers_of, plain_config, text_config_of
 from pliant.exporters.gguf.plan import Rows, Unfit, stored_of
 from pliant.runtime.packed_linear import Packed
 
@@ -44,6 +44,8 @@ class Source:
 
     Attributes:
         config: that of the text model; keys that differ from layer to layer have their dense value.
+        layers_path: where the list of layers is.
+        nested: the text model is a part of a model that reads other things, too.
 
     Raises:
         Unfit: the model was read without an architecture file.
@@ -54,7 +56,10 @@ class Source:
         self.anatomy: Anatomy = anatomy_of(model)
         if self.anatomy.traced:
             raise Unfit(f"{type(model).__name__} has no architecture file")
-        self.config = plain_config(text_config_of(model.config))
+        text_config = text_config_of(model.config)
+        self.config = plain_config(text_config)
+        self.layers_path = self._name_of(layers_of(model, self.anatomy.architecture))
+        self.nested = text_config is not model.config
         self.kind: str = self.config.model_type
 
     def of_role(self, role: str) -> list[Block]:
@@ -63,7 +68,7 @@ class Source:
 
     def module(self, block: Block) -> Any:
         """The module that computes a block."""
-        return self.model.get_submodule(f"{self.anatomy.architecture.layers}.{block.layer}.{block.spec.module}")
+        return self.model.get_submodule(f"{self.layers_path}.{block.layer}.{block.spec.module}")
 
     def layers(self) -> list[Pair]:
         """The blocks of each layer; layers without blocks are left out."""
@@ -117,11 +122,11 @@ class Source:
         """The full name of a weight by its name in the architecture file: that of a parameter, or of its module."""
         inside = f"{block.spec.prefix}{name}"
         own = inside if any(weight.path == inside for weight in block.weights) else f"{inside}.weight"
-        return f"{self.anatomy.architecture.layers}.{block.layer}.{own}"
+        return f"{self.layers_path}.{block.layer}.{own}"
 
     def norm(self, block: Block, number: int = 0) -> Rows:
         """The weight of a norm of a block."""
-        layer = f"{self.anatomy.architecture.layers}.{block.layer}"
+        layer = f"{self.layers_path}.{block.layer}"
         names = block.spec.norms[number].split(" or ")
         has = self.model.get_submodule(layer)
         name = next((name for name in names if getattr(has, name, None) is not None), names[0])
@@ -160,7 +165,8 @@ class Source:
         """The shortest sliding window of a layer; None if every layer reads all tokens."""
         attentions = [self.module(block) for block in self.of_role("attention")]
         windows = [getattr(attention, "sliding_window", None) for attention in attentions]
-        if not hasattr(self.config, "layer_types") and not any(hasattr(one, "sliding_window") for one in attentions):
+        known = any(hasattr(attention, "sliding_window") for attention in attentions)
+        if not known and getattr(self.config, "layer_types", None) is None:
             windows = [getattr(self.config, "sliding_window", None)]  # of all layers
         return min((window for window in windows if window), default=None)
 
@@ -193,6 +199,8 @@ class Source:
     def output(self) -> Rows | None:
         """The output head; None if it is the embedding."""
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        if head is None:
+            raise Unfit("it has no output head")
         if not isinstance(head, Packed) and head.weight is embedding.weight:
             return None
         if getattr(head, "bias", None) is not None:
@@ -200,17 +208,16 @@ class Source:
         return Rows(self._name_of(head) + ".weight")
 
     def final_norm(self) -> Rows:
-        """The norm before the output head: the only module of the base model with parameters outside layers and
-        embedding."""
-        base, layers = self.model.base_model, self.anatomy.architecture.layers + "."
+        """The norm before the output head: the only module beside layers and embedding that has parameters."""
+        beside = self.layers_path.rpartition(".")[0]
         embedding = self.embedding().source
         own = {
             name.rpartition(".")[0]
-            for name, _ in base.named_parameters(prefix=self._name_of(base))
-            if name != embedding and not name.startswith(layers)
+            for name, _ in self.model.get_submodule(beside).named_parameters(prefix=beside)
+            if name != embedding and not name.startswith(f"{self.layers_path}.")
         }
         if len(own) != 1:
-            raise Unfit(f"{type(base).__name__} has other parameters than layers, embedding and a norm")
+            raise Unfit(f"{beside} has other parameters than layers, embedding and a norm")
         return Rows(f"{own.pop()}.weight")
 
     def _name_of(self, module: Any) -> str:

@@ -72,9 +72,13 @@ def planned(model: Any) -> Plan:
     reasons = []
     for container in candidates(source.kind):
         try:
-            return container.plan(source)
+            plan = container.plan(source)
         except Unfit as reason:
             reasons.append(f"{container.name}: {reason}")
+            continue
+        if source.nested:
+            plan.notes.append("the file holds the text model alone")
+        return plan
     if not reasons:
         raise ArtefactError(f"no container for {source.kind} models; choose from: {', '.join(families())}")
     raise ArtefactError(f"no llama.cpp architecture carries this model: {'; '.join(reasons)}")
