@@ -8,6 +8,8 @@ import torch
 import pliant
 from gguf_files import File, halves, weight
 from gguf_hybrids import ATTENTION, EXPERTS, FAMILIES, MLP, NEWEST, NORMS, SHARED, built, cut, same
+from pliant.errors import ArtefactError
+from pliant.exporters.gguf.containers import planned
 
 pytest.importorskip("gguf")
 pytestmark = NEWEST
@@ -227,6 +229,13 @@ def test_the_file_lists_the_layers_of_delta_rules(tmp_path):
     q = weight(model, "model.layers.3.self_attn.q_proj.weight")
     assert q.shape[0] == 2 * 6 * 8
     assert same(file.tensors["blk.2.attn_q.weight"], q)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe_text", "lfm2_moe"])
+def test_a_model_without_experts_is_refused(family):
+    layers = [layer for layer in range(4) if family != "lfm2_moe" or layer]
+    with pytest.raises(ArtefactError, match="no experts are left"):
+        planned(cut(built(family), *[f"layers.{layer}.mlp" for layer in layers]))
 
 
 # Packed models

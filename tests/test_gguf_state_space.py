@@ -215,7 +215,7 @@ def test_the_tensors_of_mamba(family, tmp_path):
     assert same(tensors["ssm_out.weight"], mixer.out_proj.weight)
     normed = family == "falcon_mamba"
     assert file.key("ssm.dt_b_c_rms") is normed
-    larger = math.sqrt(model.config.layer_norm_epsilon / mixer.b_layernorm.eps) if normed else 1
+    larger = math.sqrt(model.config.layer_norm_epsilon / model.config.mixer_rms_eps) if normed else 1
     assert not normed or larger == pytest.approx(math.sqrt(10))
     assert same(tensors["ssm_x.weight"], larger * mixer.x_proj.weight)  # readers have one epsilon
     assert [file.key(f"ssm.{name}") for name in ("inner_size", "state_size", "time_step_rank")] == [64, 6, 4]

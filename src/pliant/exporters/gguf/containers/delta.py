@@ -36,6 +36,8 @@ class Delta(Hybrid):
         super().check(source, width)
         if not math.isclose(epsilon := self.epsilon(source), UNIT, rel_tol=1e-6):
             raise Unfit(f"its norms have the epsilon {epsilon:g}, and those of keys and queries have {UNIT:g}")
+        if self.experts and not source.of_role("mlp"):
+            raise Unfit("no experts are left")
         if self.experts and not getattr(source.config, "norm_topk_prob", True):
             raise Unfit(f"{self.name} divides the shares of the chosen experts by their sum, unlike this model")
 

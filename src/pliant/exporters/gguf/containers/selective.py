@@ -49,10 +49,8 @@ def tensors_of(source: Source, block: Block, epsilon: float, factor: float = 1.0
     stretches = torch.arange(source.shape(chosen)[0]).split(
         (mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size)
     )
-    inner = [
-        math.sqrt(epsilon / own) if (own := epsilon_of(getattr(mixer, name, None))) is not None else 1.0
-        for name in NORMS
-    ]
+    epsilons = [_epsilon(mixer, name) for name in NORMS]
+    inner = [1.0 if own is None else math.sqrt(epsilon / own) for own in epsilons]
     parts = tuple(replace(chosen, order=rows, factor=by) for rows, by in zip(stretches, inner, strict=True))
     norms = {to: of(name) for name, to in NORMS.items() if name in block.spec.weights}
     return [
@@ -68,6 +66,8 @@ def tensors_of(source: Source, block: Block, epsilon: float, factor: float = 1.0
     ]
 
 
-def epsilon_of(norm: Any) -> float | None:
-    """The epsilon of a norm, which may be missing."""
-    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+def _epsilon(mixer: Any, name: str) -> float | None:
+    """The epsilon of a norm inside a mixer; None without one. Falcon Mamba may norm without a module."""
+    norm = getattr(mixer, name, None)
+    found = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None) or getattr(mixer, "rms_eps", None)
+    return None if found is None else float(found)
