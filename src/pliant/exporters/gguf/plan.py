@@ -64,7 +64,7 @@ class Plan:
     Attributes:
         architecture: the ``general.architecture`` that the reader takes.
         metadata: key -> value; a key that begins with a dot belongs to the architecture. Whole numbers are stored as
-            uint32, other numbers as float32.
+            uint32, other numbers as float32, numbers and arrays of NumPy by their dtype.
         notes: sentences on what the file holds beside the model's own weights, or rounds.
     """
 
