@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pliant.checkpoint.folder import check_folder, is_lfs_pointer, refuse_original_mamba
+from pliant.checkpoint.gguf_header import check_gguf
 from pliant.device import device_of, free_memory, is_short_of_memory
 from pliant.errors import ArtefactError, DeviceError, PliantError
 from pliant.formatting import human_bytes
@@ -145,6 +146,7 @@ def _checked_path(source: str | Path, options: dict[str, Any]) -> Path:
             raise ArtefactError(
                 f"{str(source)!r} is a git-lfs pointer, not the file itself; run 'git lfs pull' in its folder"
             )
+        check_gguf(path)
         options["gguf_file"] = path.name
         with suppress(ImportError):  # without this class transformers dequantises every GGUF file
             from transformers import GgufConfig
@@ -278,6 +280,8 @@ def tokenizer_of(model: Any, source: str | Path | None = None) -> Any:
         )
     path = Path(where).expanduser()
     where = str(path) if path.exists() else where
+    if path.suffix == ".gguf" and path.is_file():
+        check_gguf(path)
     location, options = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (where, {})
     try:
         return AutoTokenizer.from_pretrained(location, **options)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
 
 from pliant.errors import ArtefactError
 from pliant.exporters.gguf.packed_blocks import alike, blocks
@@ -111,7 +111,12 @@ def _encoded(tensor: Tensor, values: torch.Tensor, kind: GGMLQuantizationType) -
 
 def _add(writer: GGUFWriter, metadata: Mapping[str, Any]) -> None:
     for key, value in metadata.items():
-        if isinstance(value, bool):
+        if isinstance(value, np.generic):
+            writer.add_key_value(key, value.item(), GGUFValueType[value.dtype.name.upper()])
+        elif isinstance(value, np.ndarray):
+            kind = GGUFValueType[value.dtype.name.upper()]
+            writer.add_key_value(key, value.tolist(), GGUFValueType.ARRAY, sub_type=kind)
+        elif isinstance(value, bool):
             writer.add_bool(key, value)
         elif isinstance(value, int):
             writer.add_uint32(key, value)
