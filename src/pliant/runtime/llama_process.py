@@ -102,7 +102,8 @@ class LlamaProcess:
         self.close()
 
     def _ask(self, what: str, **given: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         with contextlib.suppress(OSError):  # it has ended; the missing answer says so
             self._process.stdin.write(json.dumps({"what": what, **given}) + "\n")
             self._process.stdin.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,8 +54,8 @@ class Tensor:
     plain: bool = False
 
     @property
-    def sources(self) -> tuple[str, ...]:
-        return tuple(part.source for part in self.parts)
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
 
 @dataclass

@@ -57,9 +57,7 @@ def write(path: Path, plan: Plan, model: Any, kind: str, progress: Progress) -> 
         quantised = GGML_QUANT_SIZES[of][0] > 1
         shape = bytes_of(tensor.shape, of)
         dtype = np.dtype(np.uint8 if quantised else np.float32)
-        writer.add_tensor_info(
-            tensor.name, shape if quantised else tensor.shape, dtype, math.prod(shape), raw_dtype=of
-        )
+        writer.add_tensor_info(tensor.name, shape if quantised else tensor.shape, dtype, math.prod(shape), raw_dtype=of)
     rounded, done = 0, 0
     try:
         writer.write_header_to_file(path)
