@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from gguf_files import File, weight
 from gguf_hybrids import FAMILIES, NEWEST, built, cut, same
@@ -188,6 +189,68 @@ def test_widths_of_nemotron_h_differ_from_layer_to_layer(tmp_path):
     assert file.key("feed_forward_length") == [0, 8, 0, 48, 0, 16]
     assert file.key("attention.head_count") == [2, 2, 2, 2, 6, 2]
     assert file.key("attention.head_count_kv") == [0, 0, 1, 0, 3, 0]
+
+
+def with_experts(pattern="ME*M*E", **overrides):
+    return built(
+        "nemotron_h",
+        hybrid_override_pattern=pattern,
+        num_hidden_layers=len(pattern),
+        n_routed_experts=4,
+        moe_intermediate_size=24,
+        moe_shared_expert_intermediate_size=40,
+        **overrides,
+    )
+
+
+@pytest.mark.parametrize("latent", [None, 20])
+def test_experts_of_nemotron_h(latent, tmp_path):
+    model = with_experts(moe_latent_size=latent, routed_scaling_factor=1.5)
+    block = model.model.layers[1].mixer
+    block.gate.e_score_correction_bias += torch.arange(4.0)
+    file = File(model, tmp_path)
+    assert file.architecture == "nemotron_h_moe"
+    assert file.key("feed_forward_length") == [0, 24, 0, 0, 0, 24]
+    assert file.key("expert_feed_forward_length") == 24  # one number, for older readers
+    assert [file.key(f"expert_{name}") for name in ("count", "used_count", "shared_feed_forward_length")] == [4, 2, 40]
+    assert file.key("expert_weights_norm") is True
+    assert file.key("expert_weights_scale") == 1.5
+    assert file.key("moe_latent_size") == latent
+    tensors = {name.removeprefix("blk.1."): values for name, values in file.tensors.items()}
+    assert same(tensors["exp_probs_b.bias"], block.gate.e_score_correction_bias)
+    assert same(tensors["ffn_gate_inp.weight"], block.gate.weight)
+    assert same(tensors["ffn_up_exps.weight"], block.experts.up_proj)
+    assert same(tensors["ffn_down_exps.weight"], block.experts.down_proj)
+    assert same(tensors["ffn_up_shexp.weight"], block.shared_experts.up_proj.weight)
+    assert same(tensors["ffn_down_shexp.weight"], block.shared_experts.down_proj.weight)
+    if latent:
+        assert same(tensors["ffn_latent_down.weight"], block.fc1_latent_proj.weight)
+        assert same(tensors["ffn_latent_up.weight"], block.fc2_latent_proj.weight)
+
+
+def test_widths_of_experts_differ_from_layer_to_layer(tmp_path):
+    """The larger residual stream of a cut scan comes from the last matrix of each block."""
+    model = cut(with_experts(moe_latent_size=20), moe_wide_5=8, mamba_scan=2)
+    file, block = File(model, tmp_path), model.model.layers[5].mixer
+    assert file.key("feed_forward_length") == file.key("expert_feed_forward_length") == [0, 24, 0, 0, 0, 8]
+    assert same(file.tensors["blk.5.ffn_down_exps.weight"], block.experts.down_proj)
+    assert same(file.tensors["blk.5.ffn_latent_up.weight"], 2 * block.fc2_latent_proj.weight)
+    assert same(file.tensors["blk.5.ffn_down_shexp.weight"], 2 * block.shared_experts.down_proj.weight)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "overrides", "keep", "reason"),
+    [
+        ("ME*M*-", {}, {}, "layers.5.mlp has no experts, as every MLP of nemotron_h_moe has"),
+        ("ME*M*E", {"n_group": 2}, {}, "its experts are chosen in 2 groups"),
+        ("ME*M*E", {}, {"moe_experts_1": 3}, r"differ from layer to layer \(router: \[3, 4\]\)"),
+        ("ME*M*E", {}, {"moe_shared_1": 8}, r"differ from layer to layer \(shared_up: \[8, 40\]\)"),
+        ("ME*M*E", {"mlp_bias": True}, {}, "shared_experts.up_proj has a bias, and nemotron_h_moe has none there"),
+    ],
+)
+def test_experts_that_readers_do_not_know_are_refused(pattern, overrides, keep, reason):
+    with pytest.raises(ArtefactError, match=reason):
+        planned(cut(with_experts(pattern, **overrides), **keep))
 
 
 def test_removed_layers_of_mamba_leave_nothing(tmp_path):

@@ -19,15 +19,15 @@ _NAMES = {  # role of a weight -> its names in architecture files without roles
     "q_norm": ("q_norm", "q_layernorm"),
     "k_norm": ("k_norm", "k_layernorm"),
     "gate": ("gate_proj", "w1"),
-    "up": ("up_proj", "w3", "c_fc"),
+    "up": ("up_proj", "w3", "c_fc", "experts.up_proj"),
     "down": ("down_proj", "w2", "c_proj", "experts.down_proj", "output_linear"),
     "qkv": ("qkv_proj",),
     "gate_up": ("gate_up_proj", "experts.gate_up_proj", "input_linear"),
     "router": ("gate.weight", "router.weight"),
     "shared_router": ("shared_expert_gate",),
     "shared_gate": ("shared_expert.gate_proj",),
-    "shared_up": ("shared_expert.up_proj",),
-    "shared_down": ("shared_expert.down_proj",),
+    "shared_up": ("shared_expert.up_proj", "shared_experts.up_proj"),
+    "shared_down": ("shared_expert.down_proj", "shared_experts.down_proj"),
 }
 _FUSED = {"q": ("qkv", 0), "k": ("qkv", 1), "v": ("qkv", 2), "gate": ("gate_up", 0), "up": ("gate_up", 1)}
 
@@ -185,7 +185,7 @@ class Source:
     def _place(self, block: Block, role: str) -> tuple[str, int, int]:
         """The weight that has a role in a block, the dimension that its outputs lie on, and its stretch of that."""
         if (name := self.named(block, role)) is not None:
-            return name, 0, 0
+            return name, max(0, len(block.spec.weights[name] or ()) - 2), 0  # after the experts of a stack
         fused, part = _FUSED.get(role, ("", 0))
         if (name := self.named(block, fused)) is None:
             raise Unfit(f"{block.name} has no separate weight of the role {role!r}")

@@ -32,6 +32,7 @@ CONTAINERS: Mapping[str, Entry] = {
     "stablelm": Entry(f"{_HERE}.stablelm", "StableLM", "StableLM"),
     "starcoder2": Entry(f"{_HERE}.starcoder2", "StarCoder2", "StarCoder 2"),
     "nemotron_h": Entry(f"{_HERE}.nemotron_h", "NemotronH", "Nemotron-H, one block in a layer"),
+    "nemotron_h_moe": Entry(f"{_HERE}.nemotron_h_moe", "NemotronHMoE", "Nemotron-H with experts"),
     "granitehybrid": Entry(f"{_HERE}.granitehybrid", "GraniteHybrid", "Granite 4 and Bamba"),
     "falcon-h1": Entry(f"{_HERE}.falcon_h1", "FalconH1", "Falcon H1"),
     "jamba": Entry(f"{_HERE}.jamba", "Jamba", "Jamba"),

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from pliant.anatomy import Block
 from pliant.exporters.gguf.containers import scan
 from pliant.exporters.gguf.containers.hybrid import Hybrid
-from pliant.exporters.gguf.plan import Plan, Tensor
+from pliant.exporters.gguf.plan import Plan, Tensor, Unfit
 from pliant.exporters.gguf.source import MIXERS, Pair, Source
 
 
@@ -17,6 +17,11 @@ class NemotronH(Hybrid):
     activations = ("relu2",)
     gated = False
     norms: ClassVar[Mapping[str, Sequence[str]]] = {"attention": ("attn_norm",), "mlp": ("attn_norm",)}
+
+    def check(self, source: Source, width: int) -> None:
+        super().check(source, width)
+        if source.of_role("experts"):
+            raise Unfit("it has experts")
 
     def layers(self, source: Source) -> list[Pair]:
         """One block each, so that a removed block leaves nothing."""
