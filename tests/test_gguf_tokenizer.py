@@ -214,9 +214,27 @@ def test_sentencepiece_like_bpe(prefix, space, notes):
     assert found["add_bos_token"]
 
 
+RUNS = ("▁▁", "▁▁▁", "▁▁▁▁")
+
+
+def test_runs_of_spaces_whose_merges_are_mixed():
+    """As transformers converts them: sentencepiece gives all of them the same score."""
+    merges = [("▁", "▁"), ("▁", "▁▁"), ("▁", "▁▁▁"), ("▁▁", "▁"), ("▁▁", "▁▁"), ("▁▁▁", "▁")]
+    found = keys(sentencepiece(words=RUNS, merges=merges))
+    rank = dict(zip(found["tokens"], found["scores"], strict=True))
+    assert rank["▁▁"] > rank["▁▁▁"] > rank["▁▁▁▁"]
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
+        (
+            lambda: sentencepiece(
+                words=RUNS,
+                merges=[("▁▁▁", "▁"), ("▁", "▁"), ("▁▁", "▁"), ("▁▁", "▁▁"), ("▁", "▁▁"), ("▁", "▁▁▁")],
+            ),
+            "would split . times '▁' in another way",
+        ),
         (lambda: sentencepiece(merges=[("▁", "a"), ("a", "b"), ("▁a", "b")]), "would join '▁' and 'ab'"),
         (
             lambda: sentencepiece(merges=[("▁", "a"), ("a", "b"), ("▁a", "b"), ("a", "b"), ("▁", "ab")]),
