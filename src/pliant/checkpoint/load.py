@@ -131,6 +131,8 @@ def _checked_path(source: str | Path, options: dict[str, Any]) -> Path:
         return path.parent
     if path.is_dir():
         check_folder(path / options.get("subfolder", ""), variant=options.get("variant"))
+        if (path / options.get("gguf_file", "")).is_file():
+            check_gguf(path / options["gguf_file"])
     elif not _HUB_ID.fullmatch(str(source)) or path.exists():
         raise ArtefactError(
             f"{str(source)!r} is not a model folder: give a folder with a config.json, a .gguf file, or the id of a "
