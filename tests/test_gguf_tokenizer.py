@@ -195,7 +195,7 @@ def test_chat_templates():
 
 
 @pytest.mark.parametrize(
-    ("prefix", "space", "notes"), [("prepend", True, 0), ("always", True, 1), ("first", True, 2), ("never", False, 0)]
+    ("prefix", "space", "notes"), [("prepend", True, 1), ("always", True, 1), ("first", True, 2), ("never", False, 0)]
 )
 def test_sentencepiece_like_bpe(prefix, space, notes):
     tokenizer = sentencepiece(prefix)
@@ -206,7 +206,7 @@ def test_sentencepiece_like_bpe(prefix, space, notes):
     tokens, types, scores = found["tokens"], found["token_type"], found["scores"]
     assert types[:4] == [2, 3, 3, 6]
     assert types[-2:] == [4, 5]
-    assert tokens[-2:] == ["x y", f"[PAD{len(tokenizer)}]"]
+    assert tokens[-2:] == ["x y" if prefix == "prepend" else "x▁y", f"[PAD{len(tokenizer)}]"]
     rank = dict(zip(tokens, scores, strict=True))
     assert rank["▁a"] > rank["ab"] > rank["▁ab"] > rank["c"]
     assert rank["<0x0A>"] == 0
@@ -261,6 +261,13 @@ def test_other_kinds_are_refused():
         keys(prefixed)
     with pytest.raises(ArtefactError, match=r"has no tokenizer\.json"):
         tokenizer_metadata(SimpleNamespace(), 10)
+
+
+def test_tokens_that_take_in_spaces_are_noted():
+    _, notes = tokenizer_metadata(byte_level(added=[AddedToken("<mask>", lstrip=True, special=True)]), 300)
+    assert any("llama.cpp keeps the spaces around '<mask>'" in note for note in notes)
+    _, notes = tokenizer_metadata(sentencepiece("prepend"), 300)
+    assert notes == ["this tokenizer finds 'x▁y' only after a space, which it takes in, llama.cpp everywhere"]
 
 
 def test_a_tokenizer_for_another_embedding_is_refused():
