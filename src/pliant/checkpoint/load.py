@@ -16,6 +16,7 @@ from pliant.checkpoint.gguf_header import check_gguf
 from pliant.device import device_of, free_memory, is_short_of_memory
 from pliant.errors import ArtefactError, DeviceError, PliantError
 from pliant.formatting import human_bytes
+from pliant.runtime.llama_model import LlamaModel
 from pliant.runtime.packed_linear import Packed
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name, or owner/name
@@ -32,6 +33,7 @@ _KINDS = (  # in order of preference: an auto class of transformers, and its map
     ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
     ("AutoModel", "MODEL_MAPPING_NAMES"),
 )
+RUNTIMES = ("transformers", "llama.cpp")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -42,6 +44,7 @@ def load(
     device: Any = None,
     memory: int | str | None = None,
     scratch: str | Path | None = None,
+    runtime: str = "transformers",
     **options: Any,
 ) -> Any:
     """Load a transformers model in evaluation mode, of the class that its config names, else as a causal language
@@ -56,6 +59,8 @@ def load(
             files, and only the part that fits is in memory, so that a model larger than memory can be pruned. Needs
             Linux and a folder with safetensors weights.
         scratch: folder for these files; default: the temporary folder. They disappear with the model.
+        runtime: ``llama.cpp`` opens a ``.gguf`` file in llama.cpp instead, to be measured and no more; needs the
+            ``llamacpp`` extra.
         options: passed on to ``from_pretrained``: ``device_map``, ``revision``, ``token``, ``attn_implementation`` …
 
     Raises:
@@ -63,6 +68,9 @@ def load(
         DeviceError: the device is missing, or cannot hold this model.
         MemoryLimitError: the memory limit is too small for this model, or cannot be enforced on this machine.
     """
+    if runtime != "transformers":
+        given = {"dtype": dtype != "auto", "device": device not in (None, "cpu", "auto"), "memory": memory is not None}
+        return _in_llama_cpp(source, runtime, [*(name for name, set_ in given.items() if set_), *options])
     target = None if device is None else device_of(device)
     if target is not None and "device_map" in options:
         raise DeviceError("give device or device_map, not both")
@@ -110,6 +118,22 @@ def load(
     if target is not None and target.type != "cpu":
         _move(model, target, chosen=device != "auto")
     return model.eval()
+
+
+def _in_llama_cpp(source: str | Path, runtime: str, given: list[str]) -> LlamaModel:
+    """A GGUF file in llama.cpp.
+
+    Arguments:
+        given: the options of :func:`load` that are set, of which it takes none.
+    """
+    if runtime not in RUNTIMES:
+        raise ArtefactError(f"unknown runtime {runtime!r}; choose one of {', '.join(RUNTIMES)}")
+    path = Path(source).expanduser()
+    if path.suffix != ".gguf" or not path.is_file():
+        raise ArtefactError(f"llama.cpp opens .gguf files, not {str(source)!r}; 'pliant export --to gguf' writes one")
+    if given:
+        raise ArtefactError(f"llama.cpp runs the file as it is, on the CPU; leave out {', '.join(given)}")
+    return LlamaModel(path)
 
 
 def _checked_path(source: str | Path, options: dict[str, Any]) -> Path:
@@ -249,6 +273,8 @@ def tokenizer_of(model: Any, source: str | Path | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if isinstance(model, LlamaModel) and source is None:
+        return model.tokenizer
     where = str(source or getattr(model, "name_or_path", "") or "")
     if not where:
         raise ArtefactError(

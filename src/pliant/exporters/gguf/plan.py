@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +42,7 @@ class Tensor:
     Attributes:
         name: its name in the file.
         shape: as in PyTorch, which is reversed in the file.
-        parts: rows of the model, one part after another; none for zeros.
+        parts: rows of the model, one part after another along the first dimension; none for zeros.
         change: what is done to the values of the joined parts; None for nothing.
         plain: it is float32 in files of every type.
     """
@@ -53,8 +54,8 @@ class Tensor:
     plain: bool = False
 
     @property
-    def sources(self) -> tuple[str, ...]:
-        return tuple(part.source for part in self.parts)
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
 
 @dataclass
@@ -84,32 +85,25 @@ def chunks(model: Any, tensor: Tensor) -> Iterator[torch.Tensor]:
         zeros = torch.zeros(tensor.shape)
         yield zeros if tensor.change is None else tensor.change(zeros)
     elif tensor.change is not None:
-        yield tensor.change(torch.cat([values for part in tensor.parts for values in _read(model, part)], _dim(tensor)))
-    elif any(part.dim for part in tensor.parts):
-        stacks = [next(iter(_read(model, part, whole=True))) for part in tensor.parts]
-        yield stacks[0] if len(stacks) == 1 else torch.cat(stacks, 1)
+        yield tensor.change(torch.cat([values for part in tensor.parts for values in _read(model, part)]))
     else:
         for part in tensor.parts:
             yield from _read(model, part)
 
 
-def _dim(tensor: Tensor) -> int:
-    return max(part.dim for part in tensor.parts)
-
-
-def _read(model: Any, part: Rows, whole: bool = False) -> Iterator[torch.Tensor]:
+def _read(model: Any, part: Rows) -> Iterator[torch.Tensor]:
+    """The values of a part, as consecutive slices of its first dimension."""
     stored = stored_of(model, part.source)
     if isinstance(stored, Packed):
         stored = stored.dense().weight
     stored = stored.detach()
-    if part.dim or whole or stored.dim() < 2:
-        chosen = stored if part.order is None else stored.index_select(part.dim, part.order)
-        yield chosen.float() * part.factor if part.factor != 1 else chosen.float()
-        return
-    order = torch.arange(len(stored)) if part.order is None else part.order
-    for rows in order.split(max(1, CHUNK // max(1, stored[0].numel()))):
-        values = stored.index_select(0, rows).float()
-        yield values * part.factor if part.factor != 1 else values
+    order = part.order
+    rows = torch.arange(len(stored)) if order is None or part.dim else order
+    for chosen in rows.split(max(1, CHUNK // max(1, stored[0].numel()))):
+        values = stored.index_select(0, chosen)
+        if order is not None and part.dim:
+            values = values.index_select(part.dim, order)
+        yield values.float() * part.factor if part.factor != 1 else values.float()
 
 
 def stored_of(model: Any, name: str) -> torch.Tensor | Packed:
