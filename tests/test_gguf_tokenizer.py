@@ -10,7 +10,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from pliant.errors import ArtefactError
-from pliant.exporters.gguf.carried import carried_rope_factors
 from pliant.exporters.gguf.metadata import metadata_of
 from pliant.exporters.gguf.tokenizer import tokenizer_metadata
 from pliant.exporters.gguf.writer import _add
@@ -333,8 +332,6 @@ def incoming(tmp_path):
     writer.add_file_type(2)
     writer.add_uint32("llama.block_count", 1)
     writer.add_uint32("llama.context_length", 4096)
-    writer.add_float32("llama.rope.freq_base", 5e5)
-    writer.add_uint32("llama.rope.dimension_count", 8)
     writer.add_uint64("general.base_model.count", 1)
     writer.add_string("tokenizer.ggml.model", "gpt2")
     writer.add_string("tokenizer.ggml.pre", "smollm")
@@ -342,7 +339,7 @@ def incoming(tmp_path):
     writer.add_array("tokenizer.ggml.token_type", [1, 3])
     writer.add_bool("tokenizer.ggml.add_bos_token", False)
     writer.add_string("tokenizer.chat_template", "{{ messages }}")
-    writer.add_tensor("rope_freqs.weight", np.arange(4, dtype=np.float32))
+    writer.add_tensor("token_embd.weight", np.ones((2, 4), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -354,7 +351,7 @@ def test_a_gguf_file_that_came_in_keeps_its_metadata(incoming, tmp_path):
     metadata, notes = metadata_of(SimpleNamespace(name_or_path=str(incoming)), 3, 1000)
     assert not notes
     assert set(metadata) == {
-        *(".context_length", ".rope.freq_base", "general.name", "general.base_model.count", "general.size_label"),
+        *(".context_length", "general.name", "general.base_model.count", "general.size_label"),
         *(f"tokenizer.ggml.{name}" for name in ("model", "pre", "tokens", "token_type", "add_bos_token")),
         "tokenizer.chat_template",
     }
@@ -369,8 +366,7 @@ def test_a_gguf_file_that_came_in_keeps_its_metadata(incoming, tmp_path):
     assert after["tokenizer.ggml.token_type"].contents() == [1, 3, 5]
     for name in ("general.base_model.count", "tokenizer.ggml.token_type", "tokenizer.ggml.add_bos_token"):
         assert after[name].types == before[name].types
-    assert after["deci.rope.freq_base"].types == before["llama.rope.freq_base"].types
-    np.testing.assert_array_equal(carried_rope_factors(incoming)["rope_freqs.weight"], np.arange(4))
+    assert after["deci.context_length"].types == before["llama.context_length"].types
 
 
 def test_a_gguf_file_with_more_tokens_than_rows_is_refused(incoming):
