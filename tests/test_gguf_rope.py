@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 import pliant
 
@@ -46,6 +46,27 @@ def test_scaled_positions_survive(tmp_path, rope):
     loaded.save_pretrained(tmp_path / "folder")
     again = pliant.load(tmp_path / "folder", dtype="float32")
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_windows_of_gemma_are_not_scaled(tmp_path):
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    config = Gemma3TextConfig(
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=40,
+        sliding_window=64,
+        query_pre_attn_scalar=32,
+        rope_parameters=rope,
+    )
+    path = pliant.export(Gemma3ForCausalLM(config).eval(), tmp_path / "a.gguf", to="gguf", type="f32")
+    assert pliant.load(path).config.rope_parameters == rope
 
 
 def copied(path, out, *, keys=(), divisors=None):
