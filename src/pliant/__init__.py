@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pliant.elastic import check as check
     from pliant.elastic import discover as discover
     from pliant.errors import PliantError as PliantError
+    from pliant.exporters.export import export as export
     from pliant.exporters.homogeneous import homogeneous as homogeneous
     from pliant.measure.inspect import inspect as inspect
     from pliant.measure.quality.compare import compare as compare
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from pliant.prune.unified import UnifiedPruner as UnifiedPruner
     from pliant.run.apply import apply as apply
     from pliant.run.compress import run_recipe as run_recipe
-    from pliant.run.export import export as export
     from pliant.run.formats import compare_formats as compare_formats
     from pliant.run.plan import plan as plan
     from pliant.run.save import save as save

@@ -96,11 +96,14 @@ IMPORTANCE = {
 EXPORTS = {
     "homogeneous": Entry(
         "pliant.exporters.homogeneous",
-        "homogeneous",
+        "write_homogeneous",
         "whole removed layers dropped, so that stock transformers loads it",
     ),
+    "gguf": Entry(
+        "pliant.exporters.gguf.export", "write_gguf", "one file for stock llama.cpp and Ollama, for uneven layers, too"
+    ),
 }
-"""Name of a format of ``pliant export`` -> the function that makes an ordinary model of a cut one."""
+"""Name of a format of ``pliant export`` -> the function that writes it."""
 
 FUNCTIONS = {
     "BlockCache": "pliant.compat.block_cache",
@@ -119,7 +122,7 @@ FUNCTIONS = {
     "discover": "pliant.elastic",
     "evaluate": "pliant.measure.quality.evaluate",
     "examples": "pliant.data",
-    "export": "pliant.run.export",
+    "export": "pliant.exporters.export",
     "homogeneous": "pliant.exporters.homogeneous",
     "importance": "pliant.criteria.importance",
     "inspect": "pliant.measure.inspect",

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from pliant.checkpoint.folder import check_folder, is_lfs_pointer, refuse_original_mamba
+from pliant.checkpoint.gguf_header import check_gguf
 from pliant.device import device_of, free_memory, is_short_of_memory
 from pliant.errors import ArtefactError, DeviceError, PliantError
 from pliant.formatting import human_bytes
+from pliant.runtime.llama_model import LlamaModel
 from pliant.runtime.packed_linear import Packed
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name, or owner/name
@@ -31,6 +33,7 @@ _KINDS = (  # in order of preference: an auto class of transformers, and its map
     ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
     ("AutoModel", "MODEL_MAPPING_NAMES"),
 )
+RUNTIMES = ("transformers", "llama.cpp")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -41,6 +44,7 @@ def load(
     device: Any = None,
     memory: int | str | None = None,
     scratch: str | Path | None = None,
+    runtime: str = "transformers",
     **options: Any,
 ) -> Any:
     """Load a transformers model in evaluation mode, of the class that its config names, else as a causal language
@@ -55,6 +59,8 @@ def load(
             files, and only the part that fits is in memory, so that a model larger than memory can be pruned. Needs
             Linux and a folder with safetensors weights.
         scratch: folder for these files; default: the temporary folder. They disappear with the model.
+        runtime: ``llama.cpp`` opens a ``.gguf`` file in llama.cpp instead, to be measured and no more; needs the
+            ``llamacpp`` extra.
         options: passed on to ``from_pretrained``: ``device_map``, ``revision``, ``token``, ``attn_implementation`` …
 
     Raises:
@@ -62,6 +68,9 @@ def load(
         DeviceError: the device is missing, or cannot hold this model.
         MemoryLimitError: the memory limit is too small for this model, or cannot be enforced on this machine.
     """
+    if runtime != "transformers":
+        given = {"dtype": dtype != "auto", "device": device not in (None, "cpu", "auto"), "memory": memory is not None}
+        return _in_llama_cpp(source, runtime, [*(name for name, set_ in given.items() if set_), *options])
     target = None if device is None else device_of(device)
     if target is not None and "device_map" in options:
         raise DeviceError("give device or device_map, not both")
@@ -111,6 +120,22 @@ def load(
     return model.eval()
 
 
+def _in_llama_cpp(source: str | Path, runtime: str, given: list[str]) -> LlamaModel:
+    """A GGUF file in llama.cpp.
+
+    Arguments:
+        given: the options of :func:`load` that are set, of which it takes none.
+    """
+    if runtime not in RUNTIMES:
+        raise ArtefactError(f"unknown runtime {runtime!r}; choose one of {', '.join(RUNTIMES)}")
+    path = Path(source).expanduser()
+    if path.suffix != ".gguf" or not path.is_file():
+        raise ArtefactError(f"llama.cpp opens .gguf files, not {str(source)!r}; 'pliant export --to gguf' writes one")
+    if given:
+        raise ArtefactError(f"llama.cpp runs the file as it is, on the CPU; leave out {', '.join(given)}")
+    return LlamaModel(path)
+
+
 def _checked_path(source: str | Path, options: dict[str, Any]) -> Path:
     """The folder of a model, or the id of one on a hub; the file name of a GGUF file is added to ``options``."""
     path = Path(source).expanduser()
@@ -121,6 +146,7 @@ def _checked_path(source: str | Path, options: dict[str, Any]) -> Path:
             raise ArtefactError(
                 f"{str(source)!r} is a git-lfs pointer, not the file itself; run 'git lfs pull' in its folder"
             )
+        check_gguf(path)
         options["gguf_file"] = path.name
         with suppress(ImportError):  # without this class transformers dequantises every GGUF file
             from transformers import GgufConfig
@@ -245,6 +271,8 @@ def tokenizer_of(model: Any, source: str | Path | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if isinstance(model, LlamaModel) and source is None:
+        return model.tokenizer
     where = str(source or getattr(model, "name_or_path", "") or "")
     if not where:
         raise ArtefactError(
@@ -252,6 +280,8 @@ def tokenizer_of(model: Any, source: str | Path | None = None) -> Any:
         )
     path = Path(where).expanduser()
     where = str(path) if path.exists() else where
+    if path.suffix == ".gguf" and path.is_file():
+        check_gguf(path)
     location, options = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (where, {})
     try:
         return AutoTokenizer.from_pretrained(location, **options)

@@ -27,6 +27,10 @@ Json = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the stored dtype.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto: cuda if there is one, else mps, else cpu.")]
+Runtime = Annotated[
+    str,
+    typer.Option(help="transformers, or llama.cpp to measure a .gguf file there; needs the extra 'llamacpp'."),
+]
 Model = Annotated[str, typer.Argument(help="A model folder, a .gguf file, or the id of a model on a hub.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace an earlier result in the folder.")]

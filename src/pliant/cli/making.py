@@ -146,21 +146,30 @@ def plan(recipe: Recipe, model: Moved = None, data: MovedData = None, as_json: J
     emit_result(plan(recipe, model=model, data=data), as_json, show_plan)
 
 
-@app.command(epilog="Example: pliant export small --to homogeneous --out plain")
+@app.command(epilog="Example: pliant export small --to gguf --type q4_0 --out small.gguf")
 def export(
     model: Model,
-    out: Out,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, or file for gguf.")],
     to: Annotated[
         str, typer.Option(help="; ".join(f"{name}: {export.summary}" for name, export in EXPORTS.items()) + ".")
     ] = "homogeneous",
+    type: Annotated[
+        str | None,
+        typer.Option(
+            help="Type of the weights in a GGUF file: f32, f16, bf16, q8_0, q4_0, q4_1, or q4_k_m and others "
+            "that an installed llama.cpp makes. Default: f16."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
 ) -> None:
     """Write a model for tools that do not have pliant."""
-    from pliant.run.export import export
+    from pliant.exporters.export import export
 
-    emit(f"wrote {export(model, out, to=to, overwrite=overwrite, dtype=dtype, device=device)}")
+    given = {"overwrite": overwrite, "dtype": dtype, "device": device, "progress": progress_of(False)}
+    written = export(model, out, to, **given, **({} if type is None else {"type": type}))
+    emit(f"wrote {written}")
 
 
 @app.command(epilog="Example: pliant demo --out build/demo")

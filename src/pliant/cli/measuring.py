@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pliant.cli.app import Device, Dtype, Json, Model, app, emit, emit_result, progress_of
+from pliant.cli.app import Device, Dtype, Json, Model, Runtime, app, emit, emit_result, progress_of
 from pliant.errors import PliantError
 from pliant.strict_json import to_json
 
@@ -32,6 +32,7 @@ def evaluate(
     windows: Annotated[int | None, typer.Option(help="Maximum number of windows of each text.")] = None,
     limit: Annotated[int | None, typer.Option(help="Maximum number of questions of each task.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum length of a generated answer, in tokens.")] = 256,
+    runtime: Runtime = "transformers",
     dtype: Dtype = "auto",
     device: Device = "cpu",
     as_json: Json = False,
@@ -52,8 +53,8 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "items": bool(against),
     }
-    other = load(against, dtype=dtype, device=device) if against else None
-    found = evaluate(load(model, dtype=dtype, device=device), reference=other, **settings)
+    other = load(against, dtype=dtype, device=device, runtime=runtime) if against else None
+    found = evaluate(load(model, dtype=dtype, device=device, runtime=runtime), reference=other, **settings)
     shown = without_items(found)
     if other is None:
         emit_result(shown, as_json, show_quality)
@@ -87,6 +88,7 @@ def bench(
     perplexity: Annotated[
         Path | None, typer.Option(help="With --formats: text to measure the perplexity of each format on.")
     ] = None,
+    runtime: Runtime = "transformers",
     dtype: Dtype = "auto",
     device: Device = "cpu",
     as_json: Json = False,
@@ -101,6 +103,8 @@ def bench(
             "--formats times one model in batches of 1; leave out --against and --batch, and give --perplexity only "
             "with --formats"
         )
+    if formats and runtime != "transformers":
+        raise PliantError("--formats compares pliant's own packed formats; leave out --runtime")
     if formats and device not in ("cpu", "auto"):
         raise PliantError("--formats packs the model, and packed layers run on the CPU; leave out --device")
     if formats:
@@ -117,8 +121,8 @@ def bench(
         emit_result(found, as_json, show_formats)
         return
     found = bench(
-        load(model, dtype=dtype, device=device),
-        load(against, dtype=dtype, device=device) if against else None,
+        load(model, dtype=dtype, device=device, runtime=runtime),
+        load(against, dtype=dtype, device=device, runtime=runtime) if against else None,
         prompt=prompt,
         tokens=tokens,
         batch=batch,

@@ -168,7 +168,7 @@ def show_speed(found: dict[str, Any]) -> None:
     settings, one = found["settings"], found["on"]["model"]
     _print(
         f"prompt of {settings['prompt']} tokens, {settings['tokens']} decoded, batch {settings['batch']}; on "
-        f"{one['device']} in {one['dtype']}, {found['threads']} threads, peak memory "
+        f"{one['device']} in {one.get('dtype') or one['runtime']}, {found['threads']} threads, peak memory "
         f"{human_bytes(found['peak_memory'])}"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +25,16 @@ from pliant.anatomy import (
 from pliant.checkpoint.fingerprint import check_finite
 from pliant.checkpoint.packed_bytes import is_packed
 from pliant.errors import ArtefactError
+from pliant.progress import Progress
+from pliant.run.save import save
 
 _BY_LAYER = ("layer_types", "no_rope_layers")  # config keys with one entry per layer
 _INSTEAD = "use the cut folder, which loads after 'import pliant'"
+
+
+def write_homogeneous(model: Any, out: Path, *, overwrite: bool, progress: Progress) -> Path:  # noqa: ARG001
+    """Write the result of :func:`homogeneous` into a folder."""
+    return save(homogeneous(model), out, overwrite=overwrite)
 
 
 def homogeneous(model: Any) -> Any:

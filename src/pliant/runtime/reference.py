@@ -56,6 +56,19 @@ def pack(weight: torch.Tensor, kind: int, sparse: bool, group: int, scales: torc
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:
     """Unpack a matrix of shape ``(bytes,)`` into shape ``(out, in)``, float32."""
+    elements, scales = codes(packed)
+    if scales is None:
+        return elements.float()
+    width = RawHeader.read(packed.numpy()[:SIZE].tobytes()).group or elements.shape[1]
+    return elements.float() * scales.repeat_interleave(width, 1)[:, : elements.shape[1]]
+
+
+def codes(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The stored numbers of a matrix, and the scales that they are multiplied by.
+
+    Returns:
+        int8 of shape ``(out, in)``, and float32 of shape ``(out, groups)``; or bfloat16 and None.
+    """
     data = packed.numpy()
     header = RawHeader.read(data[:SIZE].tobytes())
     kind, group, rows, columns = header.format, header.group, header.rows, header.columns
@@ -80,13 +93,13 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
     elements = codes.reshape(panels, steps, PANEL, inputs).transpose(0, 2, 1, 3).reshape(panels * PANEL, steps * inputs)
     elements = torch.from_numpy(np.ascontiguousarray(elements[:rows, :columns]))
     if kind == BF16:
-        return elements.view(torch.bfloat16).float()
+        return elements.view(torch.bfloat16), None
     if kind == INT8:
         scales = data[header.scales :][: panels * PANEL * 4].view("<f4")[:rows]
-        return elements.float() * torch.from_numpy(scales.copy())[:, None]
+        return elements, torch.from_numpy(scales.copy())[:, None]
     scales = data[header.scales :][: panels * groups * PANEL * 2].view("<i2").reshape(panels, groups, PANEL)
     scales = torch.from_numpy(scales.transpose(0, 2, 1).reshape(panels * PANEL, groups)[:rows].copy())
-    return elements.float() * scales.view(torch.bfloat16).float().repeat_interleave(group, 1)[:, :columns]
+    return elements, scales.view(torch.bfloat16).float()
 
 
 def verify(packed: torch.Tensor) -> str:

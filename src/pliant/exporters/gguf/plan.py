@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,8 +54,8 @@ class Tensor:
     plain: bool = False
 
     @property
-    def sources(self) -> tuple[str, ...]:
-        return tuple(part.source for part in self.parts)
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Plan:
     Attributes:
         architecture: the ``general.architecture`` that the reader takes.
         metadata: key -> value; a key that begins with a dot belongs to the architecture. Whole numbers are stored as
-            uint32, other numbers as float32.
+            uint32, other numbers as float32, numbers and arrays of NumPy by their dtype.
         notes: sentences on what the file holds beside the model's own weights, or rounds.
     """
 

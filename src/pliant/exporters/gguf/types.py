@@ -33,6 +33,13 @@ TYPES = {
     "q4_0": FileType(LlamaFileType.MOSTLY_Q4_0, Q.Q4_0, Q.Q8_0),
     "q4_1": FileType(LlamaFileType.MOSTLY_Q4_1, Q.Q4_1, Q.Q8_0),
 }
+"""Types that are written here."""
+
+BY_LLAMA_CPP = {
+    name.lower(): int(LlamaFileType[f"MOSTLY_{name}"])
+    for name in ("Q5_0", "Q5_1", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
+}
+"""Types that llama.cpp writes from a file of floats -> their number."""
 
 
 def type_of(tensor: Tensor, kind: FileType, tied: bool) -> GGMLQuantizationType:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from pliant.device import wait
 from pliant.errors import DataError
 from pliant.forward.windows import check_model, check_room, longest_of
 from pliant.progress import peak_memory
+from pliant.runtime.llama_model import LlamaModel
 
 PROMPT = 256
 """Default number of tokens in a prompt."""
@@ -62,11 +64,14 @@ def bench(
     generator = torch.Generator().manual_seed(seed)
     configs = {name: timed.config.get_text_config(decoder=True) for name, timed in models.items()}
     was_training = {name: timed.training for name, timed in models.items()}
+    for timed in models.values():
+        timed.eval()
     try:
         for round_ in range(repeats + 1):
             for name, timed in models.items():
                 ids = torch.randint(configs[name].vocab_size, (batch, prompt), generator=generator)
-                prefill, decode = _once(timed.eval(), ids.to(timed.device), tokens)
+                clock = timed.seconds if isinstance(timed, LlamaModel) else partial(_once, timed)
+                prefill, decode = clock(ids.to(timed.device), tokens)
                 if round_:
                     rates[name]["prefill"].append(batch * prompt / prefill)
                     rates[name]["decode"].append(batch * tokens / decode)
@@ -82,6 +87,8 @@ def bench(
     result["settings"] = {"prompt": prompt, "tokens": tokens, "batch": batch, "repeats": repeats}
     result["on"] = {
         name: {"device": str(timed.device), "dtype": str(timed.dtype).removeprefix("torch.")}
+        if not isinstance(timed, LlamaModel)
+        else {"device": str(timed.device), "runtime": timed.runtime}
         for name, timed in models.items()
     }
     result["threads"] = torch.get_num_threads()
