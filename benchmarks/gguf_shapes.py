@@ -2,11 +2,10 @@
 
     python benchmarks/gguf_shapes.py [--families llama qwen2 …] [--files 100] [--seed 0] [--tokens 60] [--limit 1e-3]
 
-llama.cpp runs through the package llama-cpp-python, on a CPU, with float32 weights and a float32 cache; it runs in a
-process of its own, because it aborts on a file that it cannot compute. Weights, norms and biases are random. Cuts are
-drawn until so many files are written, or five times as many cuts are drawn; shapes that no container carries are
-counted by reason. A file counts as wrong if it does not load, or if the norm of the difference of logits, divided by
-the norm of the logits, is above the limit.
+llama.cpp runs through the package llama-cpp-python, on a CPU, with float32 weights and a float32 cache, in a process
+of its own for each file. Weights, norms and biases are random. Cuts are drawn until so many files are written, or five
+times as many cuts are drawn; shapes that no container carries are counted by reason. A file counts as wrong if it does
+not load, or if the norm of the difference of logits, divided by the norm of the logits, is above the limit.
 
 llama.cpp's CPU kernels look GELU up in a table of float16 values, which alone makes a difference of up to 1e-3. So
 models with GELU are compared twice: as they are, and with MLPs whose output is a 64th (``quiet``), which shows
@@ -18,18 +17,15 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
-import ctypes
-import multiprocessing
 import random
 import re
 import sys
 import tempfile
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import torch
 
@@ -38,6 +34,8 @@ from machine import save
 from pliant.errors import ArtefactError
 from pliant.exporters.gguf.containers import families, planned
 from pliant.exporters.gguf.writer import write
+from pliant.progress import Progress
+from pliant.runtime.llama_process import LlamaProcess
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import pico  # tiny models of all families
@@ -151,78 +149,6 @@ def subnet_of(family: str, anatomy: Any, draw: random.Random) -> pliant.Subnet:
     return subnet
 
 
-def reader(pipe: Connection) -> None:
-    """A process that answers each (file, token ids) with the logits of llama.cpp, or with the error."""
-    import llama_cpp as lib
-
-    folder = Path(lib.__file__).parent / "lib"
-    for path in [*folder.glob("libggml.so"), *folder.glob("libggml.dylib"), *folder.glob("ggml.dll")]:
-        load = getattr(ctypes.CDLL(str(path)), "ggml_backend_load_all_from_path", None)
-        if load is not None:  # a library whose kernels are in files of their own
-            load(ctypes.c_char_p(str(folder).encode()))
-    silent = lib.llama_log_callback(lambda *_: None)
-    lib.llama_log_set(silent, None)
-    pipe.send({"package": lib.__version__, "system": lib.llama_print_system_info().decode()})
-    with contextlib.suppress(EOFError):  # the other process has ended
-        while True:
-            path, ids = pipe.recv()
-            try:
-                pipe.send(logits_of(lib, path, ids))
-            except RuntimeError as error:
-                pipe.send(str(error))
-
-
-def logits_of(lib: Any, path: str, ids: list[int]) -> np.ndarray:
-    """The logits of every token, shape ``(tokens, vocabulary)``."""
-    model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
-    if not model:
-        raise RuntimeError("llama.cpp did not load the file")
-    settings = lib.llama_context_default_params()
-    settings.n_ctx = settings.n_batch = settings.n_ubatch = max(64, len(ids))
-    settings.type_k = settings.type_v = settings.flash_attn_type = 0  # float32 and no flash attention
-    settings.n_threads = settings.n_threads_batch = 1
-    context = lib.llama_init_from_model(model, settings)
-    if not context:
-        raise RuntimeError("llama.cpp made no context")
-    batch = lib.llama_batch_init(len(ids), 0, 1)
-    batch.n_tokens = len(ids)
-    for index, token in enumerate(ids):
-        batch.token[index], batch.pos[index], batch.n_seq_id[index] = token, index, 1
-        batch.seq_id[index][0], batch.logits[index] = 0, 1
-    if lib.llama_decode(context, batch):
-        raise RuntimeError("llama.cpp did not decode")
-    vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
-    rows = [lib.llama_get_logits_ith(context, index) for index in range(len(ids))]
-    found = np.stack([np.ctypeslib.as_array(row, (vocabulary,)).copy() for row in rows])
-    lib.llama_batch_free(batch)
-    lib.llama_free(context)
-    lib.llama_model_free(model)
-    return found
-
-
-class Reader:
-    """llama.cpp in a process of its own, which is started again if it aborts."""
-
-    def __init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=reader, args=(theirs,), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.version = self.pipe.recv()
-
-    def logits(self, path: Path, ids: list[int]) -> np.ndarray | str:
-        try:
-            self.pipe.send((str(path), ids))
-            return self.pipe.recv()
-        except (EOFError, ConnectionError):
-            self.start()
-            return "llama.cpp aborted"
-
-
 def files_of(family: str, arguments: argparse.Namespace, quiet: bool) -> Iterator[tuple[Any, Any, Any]]:
     """Cut models with their Subnet, and the plan of a file or the reason why there is none."""
     written = 0
@@ -243,7 +169,7 @@ def files_of(family: str, arguments: argparse.Namespace, quiet: bool) -> Iterato
             return
 
 
-def compare(family: str, arguments: argparse.Namespace, lib: Reader, path: Path, quiet: bool) -> dict[str, Any]:
+def compare(family: str, arguments: argparse.Namespace, path: Path, quiet: bool) -> dict[str, Any]:
     """The largest difference in the files of a family, what was refused, and what is wrong."""
     architectures: collections.Counter[str] = collections.Counter()
     refused: collections.Counter[str] = collections.Counter()
@@ -252,15 +178,17 @@ def compare(family: str, arguments: argparse.Namespace, lib: Reader, path: Path,
         if isinstance(plan, str):
             refused[re.sub(r"\[[\d, ]+\]|(?<!\w)\d+", "N", plan.partition(": ")[2] or plan)] += 1
             continue
-        write(path, plan, model, "f32")
+        write(path, plan, model, "f32", Progress())
         tokens = min(arguments.tokens, plan.metadata[".context_length"])
         ids = torch.randint(3, pico.VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(arguments.seed))
         with torch.inference_mode():
             expected = model(ids, use_cache=False).logits[0].numpy()
-        found = lib.logits(path, ids[0].tolist())
         architectures[plan.architecture] += 1
-        if isinstance(found, str):
-            wrong.append({"subnet": str(subnet), "error": found})
+        try:
+            with LlamaProcess(path, context=len(ids[0]), cache="f32", threads=1) as opened:
+                found = opened.logits(ids[0].tolist())
+        except ArtefactError as error:
+            wrong.append({"subnet": str(subnet), "error": str(error)})
             continue
         difference = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
         differences.append(difference)
@@ -285,18 +213,18 @@ def main() -> None:
     parser.add_argument("--name", default="gguf_shapes", help="of the result")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    lib, results = Reader(), {}
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
         for family in arguments.families or families():
             for quiet in (False, True) if family in GELU else (False,):
                 name = f"{family} (quiet)" if quiet else family
-                results[name] = result = compare(family, arguments, lib, Path(folder) / "model.gguf", quiet)
+                results[name] = result = compare(family, arguments, Path(folder) / "model.gguf", quiet)
                 print(
                     f"{name}: {result['architectures']}, largest difference {result['largest_difference']}, "
                     f"{sum(result['refused'].values())} refused, {len(result['wrong'])} wrong",
                     flush=True,
                 )
-    save(arguments.name, {"llama.cpp": lib.version, "settings": vars(arguments), "families": results})
+    save(arguments.name, {"llama-cpp-python": llama_cpp.__version__, "settings": vars(arguments), "families": results})
 
 
 if __name__ == "__main__":

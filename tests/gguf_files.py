@@ -7,6 +7,7 @@ import numpy as np
 import pliant
 from pico import pico
 from pliant.exporters.gguf.containers import planned
+from pliant.progress import Progress
 
 BASE = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm")
 GATED = (*BASE, "ffn_gate", "ffn_up", "ffn_down")
@@ -61,7 +62,7 @@ class File:
 
         path = folder / "model.gguf"
         self.plan = planned(model)
-        write(path, self.plan, model, "f32")
+        write(path, self.plan, model, "f32", Progress())
         self.reader = GGUFReader(path)
         self.tensors = {one.name: np.array(one.data) for one in self.reader.tensors}
         self.architecture = self.reader.get_field("general.architecture").contents()

@@ -30,6 +30,9 @@ def test_a_removed_layer_that_shifts_a_pattern_is_refused(family, gone, reason):
         planned(cut(dense(family), without(*gone)))
 
 
+LOCAL = {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "linear", "factor": 8.0}}
+
+
 @pytest.mark.parametrize(
     ("family", "overrides", "reason"),
     [
@@ -43,6 +46,8 @@ def test_a_removed_layer_that_shifts_a_pattern_is_refused(family, gone, reason):
         ("olmoe", {"clip_qkv": 8.0}, "olmoe has no clip_qkv"),
         ("olmoe", {"num_key_value_heads": 3}, "olmoe has a key-value head for every head"),
         ("stablelm", {"use_parallel_residual": True}, "stablelm with parallel blocks is not written"),
+        ("starcoder2", {"use_bias": False}, "starcoder2 needs biases"),
+        ("gemma3_text", {"rope_parameters": LOCAL}, "gemma3 has no keys for its rotary positions"),
         ("smollm3", {"attention_bias": True}, "self_attn.q_proj has a bias, and smollm3 has none there"),
     ],
 )

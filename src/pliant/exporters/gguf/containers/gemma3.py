@@ -29,7 +29,8 @@ class Gemma3(Gemma2):
     def rope(self, source: Source, width: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         keys, divisors = rope_of(source.config, width, "full_attention")
         local, _ = rope_of(source.config, width, "sliding_attention")
-        if divisors or ".rope.scaling.type" in local:
+        rotated = {keys[".rope.dimension_count"], local[".rope.dimension_count"]}
+        if divisors or ".rope.scaling.type" in local or rotated != {width}:
             raise Unfit(f"{self.name} has no keys for its rotary positions")
         return {**keys, ".rope.freq_base_swa": local[".rope.freq_base"]}, {}
 
