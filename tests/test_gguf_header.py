@@ -9,6 +9,7 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import pliant
 from pliant.checkpoint.gguf_header import check_gguf
@@ -68,6 +69,15 @@ def test_a_truncated_file_says_how_much_it_lacks(tmp_path):
     path.write_bytes(whole[:-100])  # 24 bytes after the last tensor are padding
     with pytest.raises(ArtefactError, match=r"truncated: it lacks 76 bytes"):
         pliant.load(path)
+
+
+def test_a_file_named_inside_a_folder_is_checked(tmp_path):
+    LlamaForCausalLM(
+        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+    ).save_pretrained(tmp_path)
+    (tmp_path / "a.gguf").write_bytes(bytes(100))
+    with pytest.raises(ArtefactError, match="bad magic bytes"):
+        pliant.load(tmp_path, gguf_file="a.gguf")
 
 
 HOSTILE = {

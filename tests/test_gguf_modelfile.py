@@ -114,9 +114,11 @@ def test_models_without_a_chat_template_or_a_tokenizer(tmp_path):
     assert modelfile("m.gguf", None, [], 10, tmp_path, False)[0] == "FROM ./m.gguf\nPARAMETER num_ctx 10\n"
 
 
-def test_a_licence_is_copied_from_a_file_only(tmp_path):
+def test_a_licence_is_copied_from_a_file_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert "LICENSE" not in modelfile("m.gguf", None, [], 10, tmp_path, False)[0]
     (tmp_path / "LICENSE").write_text("Be kind.\n")
+    assert "LICENSE" not in modelfile("m.gguf", None, [], 10, None, False)[0]
     assert 'LICENSE """Be kind.\n"""\n' in modelfile("m.gguf", None, [], 10, tmp_path, False)[0]
     (tmp_path / "LICENSE").write_text('"""')
     assert "LICENSE" not in modelfile("m.gguf", None, [], 10, tmp_path, False)[0]

@@ -10,7 +10,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from pliant.errors import ArtefactError
-from pliant.exporters.gguf.carried import carried_rope_factors
 from pliant.exporters.gguf.metadata import metadata_of
 from pliant.exporters.gguf.tokenizer import tokenizer_metadata
 from pliant.exporters.gguf.writer import _add
@@ -195,7 +194,7 @@ def test_chat_templates():
 
 
 @pytest.mark.parametrize(
-    ("prefix", "space", "notes"), [("prepend", True, 0), ("always", True, 1), ("first", True, 2), ("never", False, 0)]
+    ("prefix", "space", "notes"), [("prepend", True, 1), ("always", True, 1), ("first", True, 2), ("never", False, 0)]
 )
 def test_sentencepiece_like_bpe(prefix, space, notes):
     tokenizer = sentencepiece(prefix)
@@ -206,7 +205,7 @@ def test_sentencepiece_like_bpe(prefix, space, notes):
     tokens, types, scores = found["tokens"], found["token_type"], found["scores"]
     assert types[:4] == [2, 3, 3, 6]
     assert types[-2:] == [4, 5]
-    assert tokens[-2:] == ["x y", f"[PAD{len(tokenizer)}]"]
+    assert tokens[-2:] == ["x y" if prefix == "prepend" else "x▁y", f"[PAD{len(tokenizer)}]"]
     rank = dict(zip(tokens, scores, strict=True))
     assert rank["▁a"] > rank["ab"] > rank["▁ab"] > rank["c"]
     assert rank["<0x0A>"] == 0
@@ -214,9 +213,27 @@ def test_sentencepiece_like_bpe(prefix, space, notes):
     assert found["add_bos_token"]
 
 
+RUNS = ("▁▁", "▁▁▁", "▁▁▁▁")
+
+
+def test_runs_of_spaces_whose_merges_are_mixed():
+    """As transformers converts them: sentencepiece gives all of them the same score."""
+    merges = [("▁", "▁"), ("▁", "▁▁"), ("▁", "▁▁▁"), ("▁▁", "▁"), ("▁▁", "▁▁"), ("▁▁▁", "▁")]
+    found = keys(sentencepiece(words=RUNS, merges=merges))
+    rank = dict(zip(found["tokens"], found["scores"], strict=True))
+    assert rank["▁▁"] > rank["▁▁▁"] > rank["▁▁▁▁"]
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
+        (
+            lambda: sentencepiece(
+                words=RUNS,
+                merges=[("▁▁▁", "▁"), ("▁", "▁"), ("▁▁", "▁"), ("▁▁", "▁▁"), ("▁", "▁▁"), ("▁", "▁▁▁")],
+            ),
+            "would split . times '▁' in another way",
+        ),
         (lambda: sentencepiece(merges=[("▁", "a"), ("a", "b"), ("▁a", "b")]), "would join '▁' and 'ab'"),
         (
             lambda: sentencepiece(merges=[("▁", "a"), ("a", "b"), ("▁a", "b"), ("a", "b"), ("▁", "ab")]),
@@ -243,6 +260,13 @@ def test_other_kinds_are_refused():
         keys(prefixed)
     with pytest.raises(ArtefactError, match=r"has no tokenizer\.json"):
         tokenizer_metadata(SimpleNamespace(), 10)
+
+
+def test_tokens_that_take_in_spaces_are_noted():
+    _, notes = tokenizer_metadata(byte_level(added=[AddedToken("<mask>", lstrip=True, special=True)]), 300)
+    assert any("llama.cpp keeps the spaces around '<mask>'" in note for note in notes)
+    _, notes = tokenizer_metadata(sentencepiece("prepend"), 300)
+    assert notes == ["this tokenizer finds 'x▁y' only after a space, which it takes in, llama.cpp everywhere"]
 
 
 def test_a_tokenizer_for_another_embedding_is_refused():
@@ -308,8 +332,6 @@ def incoming(tmp_path):
     writer.add_file_type(2)
     writer.add_uint32("llama.block_count", 1)
     writer.add_uint32("llama.context_length", 4096)
-    writer.add_float32("llama.rope.freq_base", 5e5)
-    writer.add_uint32("llama.rope.dimension_count", 8)
     writer.add_uint64("general.base_model.count", 1)
     writer.add_string("tokenizer.ggml.model", "gpt2")
     writer.add_string("tokenizer.ggml.pre", "smollm")
@@ -317,7 +339,7 @@ def incoming(tmp_path):
     writer.add_array("tokenizer.ggml.token_type", [1, 3])
     writer.add_bool("tokenizer.ggml.add_bos_token", False)
     writer.add_string("tokenizer.chat_template", "{{ messages }}")
-    writer.add_tensor("rope_freqs.weight", np.arange(4, dtype=np.float32))
+    writer.add_tensor("token_embd.weight", np.ones((2, 4), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -329,7 +351,7 @@ def test_a_gguf_file_that_came_in_keeps_its_metadata(incoming, tmp_path):
     metadata, notes = metadata_of(SimpleNamespace(name_or_path=str(incoming)), 3, 1000)
     assert not notes
     assert set(metadata) == {
-        *(".context_length", ".rope.freq_base", "general.name", "general.base_model.count", "general.size_label"),
+        *(".context_length", "general.name", "general.base_model.count", "general.size_label"),
         *(f"tokenizer.ggml.{name}" for name in ("model", "pre", "tokens", "token_type", "add_bos_token")),
         "tokenizer.chat_template",
     }
@@ -344,8 +366,7 @@ def test_a_gguf_file_that_came_in_keeps_its_metadata(incoming, tmp_path):
     assert after["tokenizer.ggml.token_type"].contents() == [1, 3, 5]
     for name in ("general.base_model.count", "tokenizer.ggml.token_type", "tokenizer.ggml.add_bos_token"):
         assert after[name].types == before[name].types
-    assert after["deci.rope.freq_base"].types == before["llama.rope.freq_base"].types
-    np.testing.assert_array_equal(carried_rope_factors(incoming)["rope_freqs.weight"], np.arange(4))
+    assert after["deci.context_length"].types == before["llama.context_length"].types
 
 
 def test_a_gguf_file_with_more_tokens_than_rows_is_refused(incoming):

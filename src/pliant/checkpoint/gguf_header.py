@@ -11,7 +11,7 @@ import mmap
 import struct
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pliant.errors import ArtefactError, MissingExtraError
 
@@ -21,12 +21,23 @@ _SCALARS = {  # number of a value type -> its struct format
 _STRING, _ARRAY = 8, 9
 _KEYS, _TENSORS, _STRINGS = 2**16, 2**17, 2**23  # most that a file may have; real ones have 2**6, 2**13, 2**20
 _LAYERS = 4096  # most that a file may declare
-_SHOWN = 80  # characters of a name in a message
-_FULL = {"general.architecture", "general.alignment", "general.type", "split.count"}  # their values are needed here
+_SHOWN = 80  # characters of a name in a message, and of texts that are kept
 
 
-def check_gguf(path: Path) -> None:
-    """Check that a GGUF file is complete and consistent.
+class Header(NamedTuple):
+    """Metadata and the table of tensors.
+
+    Attributes:
+        metadata: numbers and short texts by their key; ``(element type, length)`` for arrays, None for long texts.
+        tensors: name -> element type, shape as in PyTorch, and where the tensor begins in the file, in bytes.
+    """
+
+    metadata: dict[str, Any]
+    tensors: dict[str, tuple[int, tuple[int, ...], int]]
+
+
+def check_gguf(path: Path) -> Header:
+    """Check that a GGUF file is complete and consistent, and return its header.
 
     Raises:
         ArtefactError: the file is not GGUF, of another version, truncated, one part of several, or contradicts itself.
@@ -37,7 +48,7 @@ def check_gguf(path: Path) -> None:
         raise ArtefactError(f"{str(path)!r} is not a GGUF file: it has {size} bytes, and the header alone has 24")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
-            _check(_Cursor(data))
+            return _checked(_Cursor(data))
         except _FaultError as fault:
             raise ArtefactError(f"{str(path)!r} cannot be read: {fault}") from None
 
@@ -76,7 +87,7 @@ class _Cursor:
             raise _FaultError(f"damaged: {what} is not text in UTF-8") from None
 
 
-def _check(at: _Cursor) -> None:
+def _checked(at: _Cursor) -> Header:
     if at.data[at.claim(4, "the magic") : 4] != b"GGUF":
         raise _FaultError("not a GGUF file: bad magic bytes")
     version = at.number("<I", "the version")
@@ -92,14 +103,16 @@ def _check(at: _Cursor) -> None:
     alignment = _check_metadata(metadata)
     if not tensors:
         raise _FaultError("it holds no tensors, so it is not a model")
-    columns = _check_tensors(at, tensors, alignment).get("token_embd.weight")
-    hidden = metadata.get(f"{metadata['general.architecture']}.embedding_length", columns)
-    if columns is not None and hidden != columns:
-        raise _FaultError(f"damaged: embedding_length is {hidden}, and 'token_embd.weight' has {columns} columns")
+    table = _tensors(at, tensors, alignment)
+    if "token_embd.weight" in table:
+        columns = table["token_embd.weight"][1][-1]
+        hidden = metadata.get(f"{metadata['general.architecture']}.embedding_length", columns)
+        if hidden != columns:
+            raise _FaultError(f"damaged: embedding_length is {hidden}, and 'token_embd.weight' has {columns} columns")
+    return Header(metadata, table)
 
 
 def _metadata(at: _Cursor, count: int) -> dict[str, Any]:
-    """Keys with their values; arrays are represented by ``(element type, length)``, other strings by None."""
     found: dict[str, Any] = {}
     for number in range(count):
         name = at.text(f"key {number}")
@@ -118,7 +131,7 @@ def _value(at: _Cursor, name: str) -> Any:
         return at.number(_SCALARS[kind], what)
     if kind == _STRING:
         text = at.text(what)
-        return text if name in _FULL else None
+        return text if len(text) <= _SHOWN else None
     if kind != _ARRAY:
         raise _FaultError(f"damaged: {what} has the unknown type {kind}")
     of, count = at.number("<I", what), at.number("<Q", what)
@@ -160,15 +173,14 @@ def _check_metadata(found: dict[str, Any]) -> int:
     return alignment
 
 
-def _check_tensors(at: _Cursor, count: int, alignment: int) -> dict[str, int]:
-    """Check the table of tensors, and return the row length of each."""
+def _tensors(at: _Cursor, count: int, alignment: int) -> dict[str, tuple[int, tuple[int, ...], int]]:
     try:
         from gguf import GGML_QUANT_SIZES
     except ImportError:
         raise MissingExtraError("GGUF files need the package gguf: pip install 'pliant[gguf]'") from None
     sizes = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
     ranges: dict[str, tuple[int, int]] = {}
-    columns: dict[str, int] = {}
+    table: dict[str, tuple[int, tuple[int, ...], int]] = {}
     for number in range(count):
         name = at.text(f"the name of tensor {number}")
         what = f"tensor {_shown(name)}"
@@ -191,7 +203,7 @@ def _check_tensors(at: _Cursor, count: int, alignment: int) -> dict[str, int]:
             elements *= length
         if offset % alignment:
             raise _FaultError(f"damaged: {what} does not begin at a multiple of {alignment} bytes")
-        columns[name] = shape[0]
+        table[name] = kind, tuple(reversed(shape)), offset
         ranges[name] = (offset, offset + elements // block * width)
     start = at.position + -at.position % alignment
     last, (_, end) = max(ranges.items(), key=lambda entry: entry[1][1])
@@ -203,7 +215,7 @@ def _check_tensors(at: _Cursor, count: int, alignment: int) -> dict[str, int]:
     for (before, (_, stop)), (name, (offset, _)) in pairwise(ordered):
         if offset < stop:
             raise _FaultError(f"damaged: tensors {_shown(before)} and {_shown(name)} share bytes")
-    return columns
+    return {name: (kind, shape, start + offset) for name, (kind, shape, offset) in table.items()}
 
 
 def _shown(name: str) -> str:

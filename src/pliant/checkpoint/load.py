@@ -13,6 +13,7 @@ import torch
 
 from pliant.checkpoint.folder import check_folder, is_lfs_pointer, refuse_original_mamba
 from pliant.checkpoint.gguf_header import check_gguf
+from pliant.checkpoint.gguf_rope import scaled_config
 from pliant.device import device_of, free_memory, is_short_of_memory
 from pliant.errors import ArtefactError, DeviceError, PliantError
 from pliant.formatting import human_bytes
@@ -97,6 +98,7 @@ def load(
             loaded: Any = load_paged(auto_class(str(path), options), path, dtype, memory, scratch)
     else:
         with _faults_named(source):
+            _scale_positions(path, options)
             location = str(path if path.is_dir() else source)
             loaded = auto_class(location, options).from_pretrained(
                 location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -136,6 +138,13 @@ def _in_llama_cpp(source: str | Path, runtime: str, given: list[str]) -> LlamaMo
     return LlamaModel(path)
 
 
+def _scale_positions(folder: Path, options: dict[str, Any]) -> None:
+    """Give a config to a GGUF file whose rotary positions transformers would not scale."""
+    file = folder / str(options.get("gguf_file", ""))
+    if file.is_file() and "config" not in options and (config := scaled_config(file, check_gguf(file))) is not None:
+        options["config"] = config
+
+
 def _checked_path(source: str | Path, options: dict[str, Any]) -> Path:
     """The folder of a model, or the id of one on a hub; the file name of a GGUF file is added to ``options``."""
     path = Path(source).expanduser()
@@ -146,7 +155,6 @@ def _checked_path(source: str | Path, options: dict[str, Any]) -> Path:
             raise ArtefactError(
                 f"{str(source)!r} is a git-lfs pointer, not the file itself; run 'git lfs pull' in its folder"
             )
-        check_gguf(path)
         options["gguf_file"] = path.name
         with suppress(ImportError):  # without this class transformers dequantises every GGUF file
             from transformers import GgufConfig

@@ -44,7 +44,8 @@ def export(
     write = EXPORTS[to].load()
     taken = [name for name in inspect.signature(write).parameters if name not in _GIVEN]
     if unknown := [name for name in options if name not in taken]:
-        raise ArtefactError(f"{to} has no option {unknown[0]}; it has {', '.join(taken) or 'none'}")
+        advice = f"it has {', '.join(taken)}" if taken else "leave it out"
+        raise ArtefactError(f"{to} has no option {unknown[0]}; {advice}")
     whole = loaded(model, dtype=dtype, device=device)
     return write(whole, Path(out).expanduser(), overwrite=overwrite, progress=progress or Progress(), **options)
 

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +41,7 @@ class LlamaProcess:
         positions: tokens that the model was trained for.
         version: of llama-cpp-python.
         size: bytes of the weights.
+        close: ends the process, which also happens when this object is gone.
 
     Raises:
         ArtefactError: llama.cpp is missing, or does not open the file; the message has its reason.
@@ -57,6 +59,7 @@ class LlamaProcess:
             stderr=subprocess.DEVNULL,
             text=True,
         )
+        self.close = weakref.finalize(self, _end, self._process, self._answers)
         try:
             found = self._ask("open", path=str(self.path), context=context, cache=CACHE_TYPES[cache], threads=threads)
         except ArtefactError:
@@ -86,15 +89,6 @@ class LlamaProcess:
         """The inverse of :meth:`tokenize`."""
         return self._ask("text", ids=list(ids))["text"]
 
-    def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):
-                stream and stream.close()
-        self._answers.cleanup()
-
     def __enter__(self) -> LlamaProcess:
         return self
 
@@ -112,6 +106,16 @@ class LlamaProcess:
         if "error" in answer:
             raise ArtefactError(f"llama.cpp cannot {what} {str(self.path)!r}: {answer['error']}")
         return answer
+
+
+def _end(process: subprocess.Popen[str], answers: tempfile.TemporaryDirectory[str]) -> None:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with contextlib.suppress(OSError):  # it may hold a request that was never read
+                stream.close()
+    answers.cleanup()
 
 
 def quantize(source: Path, target: Path, file_type: int, threads: int) -> None:

@@ -9,19 +9,17 @@ import numpy as np
 
 from pliant.checkpoint.gguf_header import check_gguf
 from pliant.errors import ArtefactError
-from pliant.exporters.gguf.rope import FREQUENCIES
 
 _OWN = {  # of one file, not of the model
     "architecture", "alignment", "file_type", "quantization_version", "size_label", "parameter_count",
 }  # fmt: skip
-_FACTORS = (FREQUENCIES, "rope_factors_long.weight", "rope_factors_short.weight")
 _UNUSED = 5  # the type of a token
 
 
 def carried_metadata(path: Path, rows: int) -> dict[str, Any]:
-    """The tokenizer, general information, rotary positions and context length of a file, with the types they have.
+    """The tokenizer, general information and context length of a file, with the types they have.
 
-    transformers drops some of it: the scaling of rotary positions, the name of the splitting rule.
+    transformers drops some of it, such as the name of the splitting rule. Rotary positions are in the model's config.
 
     Arguments:
         rows: of the embedding; the list of tokens gets as many.
@@ -29,19 +27,21 @@ def carried_metadata(path: Path, rows: int) -> dict[str, Any]:
     Raises:
         ArtefactError: the file is damaged, or has more tokens than the embedding has rows.
     """
-    fields = _reader(path).fields
+    from gguf import GGUFReader
+
+    check_gguf(path)
+    fields = GGUFReader(path).fields
     architecture = fields["general.architecture"].contents()
     metadata: dict[str, Any] = {}
     for key, field in fields.items():
         start, _, rest = key.partition(".")
-        if start == architecture and (rest == "context_length" or _is_rope(rest)):
+        if key == f"{architecture}.context_length":
             metadata[f".{rest}"] = _typed(field)
         elif start == "tokenizer" or (start == "general" and rest not in _OWN):
             metadata[key] = _typed(field)
     tokens = metadata.get("tokenizer.ggml.tokens")
     if tokens is None:
-        metadata[".vocab_size"] = rows
-        return metadata
+        return {"tokenizer.ggml.model": "none"} | metadata | {".vocab_size": rows}
     if len(tokens) > rows:
         raise ArtefactError(f"{str(path)!r} has {len(tokens)} tokens, and the embedding has {rows} rows")
     metadata["tokenizer.ggml.tokens"] = tokens + [f"[PAD{number}]" for number in range(len(tokens), rows)]
@@ -50,23 +50,6 @@ def carried_metadata(path: Path, rows: int) -> dict[str, Any]:
         if values is not None:
             metadata[f"tokenizer.ggml.{name}"] = np.pad(values, (0, rows - len(values)), constant_values=filler)
     return metadata
-
-
-def carried_rope_factors(path: Path) -> dict[str, np.ndarray]:
-    """Tensors of a file that divide the frequencies of rotary positions; transformers does not read them."""
-    return {tensor.name: np.array(tensor.data) for tensor in _reader(path).tensors if tensor.name in _FACTORS}
-
-
-def _reader(path: Path) -> Any:
-    from gguf import GGUFReader
-
-    check_gguf(path)
-    return GGUFReader(path)
-
-
-def _is_rope(key: str) -> bool:
-    """Whether a key is on rotary positions, but not on how many dimensions rotate, which the new file says itself."""
-    return key.startswith("rope.") and not key.startswith(("rope.dimension_count", "rope.dimension_sections"))
 
 
 def _typed(field: Any) -> Any:

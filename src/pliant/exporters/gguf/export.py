@@ -68,6 +68,8 @@ def write_gguf(model: Any, out: Path, *, overwrite: bool, progress: Progress, ty
             with progress.stage("proof"):
                 progress.note(prove(aside, model, kind))
         _write_modelfile(out, model, plan, overwrite, progress)
+    except ArtefactError:
+        raise
     except OSError as error:
         raise ArtefactError(f"cannot write {str(out)!r}: {error.strerror or error}") from error
     return out
@@ -129,8 +131,8 @@ def _write_modelfile(out: Path, model: Any, plan: Plan, overwrite: bool, progres
     ends = getattr(settings, "eos_token_id", None)
     ends = [ends] if isinstance(ends, int) else list(ends or ())
     adds = bool(plan.metadata.get("tokenizer.ggml.add_bos_token", False))
-    source = Path(str(getattr(model, "name_or_path", "") or "."))
-    folder = source if source.is_dir() else source.parent
+    source = getattr(model, "name_or_path", None)
+    folder = Path(source) if source and Path(source).is_dir() else None
     text, notes = modelfile(out.name, tokenizer, ends, plan.metadata[".context_length"], folder, adds)
     write_text(path, text)
     for note in notes:

@@ -50,7 +50,7 @@ class Turns:
 
 
 def modelfile(
-    gguf: str, tokenizer: Any, ends: Iterable[int], context: int, folder: Path, adds_bos: bool
+    gguf: str, tokenizer: Any, ends: Iterable[int], context: int, folder: Path | None, adds_bos: bool
 ) -> tuple[str, list[str]]:
     """The text of a Modelfile, and notes on what it lacks.
 
@@ -59,7 +59,7 @@ def modelfile(
         tokenizer: of transformers; None for a model without one.
         ends: ids at which generation ends, beside the tokenizer's own end of text.
         context: longest context of the model, in tokens.
-        folder: of the model; its LICENSE is copied.
+        folder: of the model; its LICENSE is copied. None for a model that is in no folder.
         adds_bos: the reader puts the first special token before a text, so that the template must not.
     """
     lines, notes = [f'FROM "./{gguf}"' if " " in gguf else f"FROM ./{gguf}"], []
@@ -79,7 +79,7 @@ def modelfile(
     for text in _stops(tokenizer, ends):
         lines.append(f'PARAMETER stop "{text}"')
     lines.append(f"PARAMETER num_ctx {min(context, MOST_CONTEXT)}")
-    licences = [path for name in _LICENCES if (path := folder / name).is_file()]
+    licences = [path for name in _LICENCES if folder and (path := folder / name).is_file()]
     licence = licences[0].read_text("utf-8", "replace") if licences else ""
     if licence and '"""' not in licence:
         lines.append(f'LICENSE """{licence}"""')

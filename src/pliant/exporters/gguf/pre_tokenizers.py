@@ -83,7 +83,7 @@ def pre_tokenizer_name(tokenizer: Any, definition: Mapping[str, Any]) -> tuple[s
         notes.append(f"the tokenizer was recognised as {name!r} by its rule, not by its vocabulary")
     if name in _APPROXIMATE:
         notes.append(
-            "llama.cpp knows capital letters only from A to Z, and no accents apart from letters; it may split words "
+            "llama.cpp knows capital letters only from A to Z, and no combining marks, as in Hindi; it may split words "
             "with others in another way"
         )
     return name, notes

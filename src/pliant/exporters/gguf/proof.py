@@ -32,7 +32,7 @@ def prove(path: Path, model: Any, kind: str) -> str:
     if why := why_no_llama_cpp():
         return f"not proven here: {why}"
     rows = model.get_input_embeddings().weight.shape[0]
-    ids, kind_of_tokens = _tokens(model, rows, min(TOKENS, longest_of(model)))
+    ids, which = _tokens(model, rows, min(TOKENS, longest_of(model)))
     with LlamaProcess(path, context=TOKENS, cache="f32", threads=torch.get_num_threads()) as process:
         theirs = process.logits(ids[0].tolist())[:, :rows].astype(np.float64)
     ours = model(input_ids=ids.to(model.device), use_cache=False).logits[0].double().cpu().numpy()
@@ -45,7 +45,7 @@ def prove(path: Path, model: Any, kind: str) -> str:
             f"their norm, where {limit} is allowed; the file is not kept. Please report this model"
         )
     return (
-        f"proven in llama.cpp (llama-cpp-python {process.version}): logits of {ids.shape[1]} {kind_of_tokens} differ by "
+        f"proven in llama.cpp (llama-cpp-python {process.version}): logits of {ids.shape[1]} {which} differ by "
         f"{apart:.1e} of their norm, {same:.1%} of the likeliest tokens are the same"
     )
 

@@ -2,12 +2,14 @@
 
 This reader has no list of merges. It joins the two neighbours whose *result* has the highest score, whenever that
 result is a token. Both ways are the same if all merges into one token stand together in the list, and if no token can
-be made from two others in a way that the list lacks. Tokenizers that were converted from sentencepiece are like that.
+be made from two others in a way that the list lacks. Tokenizers that were converted from sentencepiece are like that,
+except for runs of spaces, whose merges are mixed in the list: there, both ways are carried out and compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from heapq import heappop, heappush
 from typing import Any
 
 from pliant.errors import ArtefactError
@@ -31,33 +33,72 @@ def scores_of(definition: Mapping[str, Any]) -> dict[str, float]:
         raise ArtefactError(f"the tokenizer lacks {len(lacking)} of 256 bytes, such as {lacking[0]}; {_REMEDY}")
     if model.get("ignore_merges"):
         raise ArtefactError(f"the tokenizer takes words as tokens without merges, and llama.cpp does not; {_REMEDY}")
-    pairs: dict[str, set[int]] = {}
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    ranks = {merge: rank for rank, merge in enumerate(merges)}
     scores: dict[str, float] = {}
-    latest = ""
-    for rank, merge in enumerate(model["merges"]):
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        token = left + right
-        if token != latest and token in scores:
-            raise ArtefactError(
-                f"merges into the token {token!r} are in several places of the list, and llama.cpp knows one; {_REMEDY}"
-            )
-        latest = token
-        scores.setdefault(token, -float(rank))
-        pairs.setdefault(token, set()).add(len(left))
+    for (left, right), rank in ranks.items():
+        scores.setdefault(left + right, -float(rank))
     added = {token["content"] for token in definition["added_tokens"]}
     for token in vocabulary:
         for end in range(1, len(token)):
-            joins = _can_stand(token[:end], vocabulary) and _can_stand(token[end:], vocabulary)
-            if joins and end not in pairs.get(token, ()) and token not in added:
+            pair = token[:end], token[end:]
+            # llama.cpp begins with single characters, also with those that are not tokens
+            joins = all(len(part) == 1 or part in vocabulary for part in pair)
+            if joins and pair not in ranks and token not in added:
                 raise ArtefactError(
-                    f"llama.cpp would join {token[:end]!r} and {token[end:]!r}, and this tokenizer does not; {_REMEDY}"
+                    f"llama.cpp would join {pair[0]!r} and {pair[1]!r}, and this tokenizer does not; {_REMEDY}"
                 )
+    _check_order(merges, ranks, scores)
     return scores
 
 
-def _can_stand(text: str, vocabulary: Mapping[str, int]) -> bool:
-    """Whether a text can be a single symbol while llama.cpp joins tokens."""
-    return len(text) == 1 or text in vocabulary
+def _check_order(merges: list[tuple[str, ...]], ranks: dict[tuple[str, ...], int], scores: dict[str, float]) -> None:
+    """Check that one score for all merges into a token says the same as their places in the list."""
+    last = {left + right: rank for (left, right), rank in ranks.items()}
+    counts: dict[str, int] = {}
+    for left, right in ranks:
+        counts[left + right] = counts.get(left + right, 0) + 1
+    longest: dict[str, int] = {}
+    for token, rank in last.items():
+        first = int(-scores[token])
+        if rank - first + 1 == counts[token]:
+            continue
+        if any(len(set(left + right)) > 1 for left, right in merges[first : rank + 1]):
+            raise ArtefactError(
+                f"merges into the token {token!r} are in several places of the list, and llama.cpp knows one; {_REMEDY}"
+            )
+        longest[token[0]] = max(longest.get(token[0], 0), len(token))
+    for character, length in longest.items():
+        for count in range(2, 4 * length + 1):
+            run = character * count
+            by_score = _joined(run, lambda left, right: -scores[left + right] if left + right in scores else None)
+            if by_score != _joined(run, lambda left, right: ranks.get((left, right))):
+                raise ArtefactError(f"llama.cpp would split {count} times {character!r} in another way; {_REMEDY}")
+
+
+def _joined(text: str, rank_of: Callable[[str, str], float | None]) -> list[str]:
+    """Tokens of a text: of all neighbours, those with the lowest rank are joined first, the leftmost of equals."""
+    parts = list(text)
+    after, before = [*range(1, len(parts)), -1], list(range(-1, len(parts) - 1))
+    queue: list[tuple[float, int, int, str]] = []
+
+    def offer(left: int, right: int) -> None:
+        if left >= 0 and right >= 0 and (rank := rank_of(parts[left], parts[right])) is not None:
+            heappush(queue, (rank, left, right, parts[left] + parts[right]))
+
+    for right in range(1, len(parts)):
+        offer(right - 1, right)
+    while queue:
+        _, left, right, result = heappop(queue)
+        if not parts[left] or not parts[right] or parts[left] + parts[right] != result:
+            continue
+        parts[left], parts[right] = result, ""
+        after[left] = after[right]
+        if after[left] >= 0:
+            before[after[left]] = left
+        offer(before[left], left)
+        offer(left, after[left])
+    return [part for part in parts if part]
 
 
 def space_prefix(definition: Mapping[str, Any]) -> tuple[bool, list[str]]:

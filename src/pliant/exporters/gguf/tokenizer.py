@@ -119,7 +119,7 @@ def _tokens(definition: Mapping[str, Any], rows: int, spaces: bool) -> tuple[lis
     }
     if found and max(found) >= rows:
         raise ArtefactError(f"the tokenizer has {max(found) + 1} tokens, and the embedding has {rows} rows")
-    outside = []
+    outside, normalizers = [], {step["type"] for step in steps_of(definition["normalizer"])}
     for token in definition["added_tokens"]:
         number, text = token["id"], token["content"]
         if number >= rows:
@@ -128,7 +128,7 @@ def _tokens(definition: Mapping[str, Any], rows: int, spaces: bool) -> tuple[lis
         kind = "CONTROL" if token["special"] or _CONTROL.fullmatch(text) else "USER_DEFINED"
         if found.get(number, ("", ""))[1] == "UNKNOWN":
             kind = "UNKNOWN"
-        if kind == "USER_DEFINED" and spaces and token["normalized"]:
+        if kind == "USER_DEFINED" and token["normalized"] and "Replace" in normalizers:
             text = text.replace(SPACE, " ")
         found[number] = text, kind
     tokens, types = [], []
@@ -140,19 +140,29 @@ def _tokens(definition: Mapping[str, Any], rows: int, spaces: bool) -> tuple[lis
         seen: set[str] = set()
         text = next(text for text in tokens if not text or text in seen or seen.add(text))
         raise ArtefactError(f"{_NO_TOKENIZER}: the token {text!r} is {'there twice' if text else 'empty'}")
-    notes = [f"tokens without a row of the embedding are left out: {', '.join(map(repr, outside))}"] if outside else []
+    notes = [f"tokens without a row of the embedding are left out: {_some(outside)}"] if outside else []
     return tokens, types, notes
 
 
 def _added_notes(definition: Mapping[str, Any]) -> list[str]:
-    trimming = [
-        token["content"]
-        for token in definition["added_tokens"]
-        if token["lstrip"] or token["rstrip"] or token["single_word"]
-    ]
-    if not trimming:
-        return []
-    return [f"llama.cpp keeps the spaces around {', '.join(map(repr, trimming[:5]))}, and this tokenizer does not"]
+    """Notes on tokens that llama.cpp finds in a text in another way."""
+    added = definition["added_tokens"]
+    trimming = [token["content"] for token in added if token["lstrip"] or token["rstrip"] or token["single_word"]]
+    spaced: list[str] = []
+    if any(step["type"] == "Prepend" for step in steps_of(definition["normalizer"])):
+        spaced = [token["content"] for token in added if token["normalized"]]
+    notes = []
+    if trimming:
+        notes.append(f"llama.cpp keeps the spaces around {_some(trimming)}, and this tokenizer does not")
+    if spaced:
+        notes.append(
+            f"this tokenizer finds {_some(spaced)} only after a space, which it takes in, llama.cpp everywhere"
+        )
+    return notes
+
+
+def _some(texts: list[str]) -> str:
+    return ", ".join(map(repr, texts[:5])) + (f" and {len(texts) - 5} more" if len(texts) > 5 else "")
 
 
 def _special(tokenizer: Any, rows: int, ends: list[int]) -> tuple[dict[str, Any], list[str]]:
