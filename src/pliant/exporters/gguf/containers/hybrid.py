@@ -93,9 +93,7 @@ class Hybrid(Decoder):
             heads = dict.fromkeys("qk", 0)
             if pair.mixer is None and pair.mlp is not None and self.padded:
                 heads = {"q": source.config.hidden_size // width if self.square else 1, "k": 1}
-                plan.notes.append(
-                    f"layer {number} of the file has an attention of {heads['q']} heads that adds nothing"
-                )
+                plan.notes.append(f"layer {number} of the file has an attention that adds nothing")
             elif pair.mixer is not None and pair.mixer.role == "attention":
                 heads = {role: source.units(pair.mixer, role) for role in heads}
                 if self.square and heads["q"] * width != (hidden := source.config.hidden_size):
