@@ -167,8 +167,9 @@ def export(
     """Write a model for tools that do not have pliant."""
     from pliant.exporters.export import export
 
-    given = {"overwrite": overwrite, "dtype": dtype, "device": device, "progress": progress_of(False)}
-    written = export(model, out, to, **given, **({} if type is None else {"type": type}))
+    options = {} if type is None else {"type": type}
+    shown = progress_of(as_json=False)
+    written = export(model, out, to, overwrite=overwrite, dtype=dtype, device=device, progress=shown, **options)
     emit(f"wrote {written}")
 
 

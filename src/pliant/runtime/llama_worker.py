@@ -25,7 +25,7 @@ class Worker:
     """One model, its context, and the requests on them."""
 
     def __init__(self, folder: Path):
-        import llama_cpp
+        import llama_cpp  # pyright: ignore[reportMissingImports]  (an extra)
 
         self.api: Any = llama_cpp
         self.folder = folder
@@ -102,11 +102,12 @@ class Worker:
 
     def seconds(self, ids: list[int], tokens: int) -> dict[str, Any]:
         self.clear()
-        began = time.perf_counter()
+        began, last = time.perf_counter(), 0
         for start in range(0, len(ids), BATCH):
             part = ids[start : start + BATCH]
             self.decode(part, start, every=False)
-        token = int(self.row(len(part) - 1).argmax())
+            last = len(part) - 1
+        token = int(self.row(last).argmax())
         middle = time.perf_counter()
         for step in range(tokens):
             self.decode([token], len(ids) + step, every=False)
