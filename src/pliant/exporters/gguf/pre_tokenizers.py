@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
-from importlib.resources import files
 from typing import Any
 
 from pliant.errors import ArtefactError
@@ -28,49 +25,32 @@ _QWEN2 = rf"{_CONTRACTIONS}|{_START}\p{{L}}+|\p{{N}}|{_SIGNS}|{_SPACES}"
 _QWEN35 = rf"{_CONTRACTIONS}|{_START}[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
 
 # The regular expressions of a tokenizer, and whether it takes a word that is a token as it is (ignore_merges) -> the
-# names that llama.cpp splits by them for, the usual one first
+# name of llama.cpp; others that split alike differ in defaults, which a file overrides
 _RULES = {
-    ((_GPT2,), False): (
-        "gpt-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "mellum", "modern-bert", "gigachat",
-        "phi-2", "a.x-4.0", "jina-v2-es", "jina-v2-de", "jina-v1-en", "jina-v2-code", "roberta-bpe",
-    ),
-    ((r"\p{N}", _GPT2), False): (
-        "smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2",
-    ),
-    ((_LLAMA3,), True): (
-        "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "glm4",
-    ),
-    ((_LLAMA3,), False): ("dbrx", "smaug-bpe", "chatglm-bpe"),
-    ((_QWEN2,), False): (
-        "qwen2", "stablelm2", "hunyuan", "solar-open", "megrez", "deepseek-r1-qwen", "kormo", "f2llmv2", "grok-2",
-    ),
-    ((_QWEN35,), False): ("qwen35",),
-    ((_cased("", r"\p{N}"),), True): ("tekken",),
-    ((_cased(f"{_CONTRACTIONS}?", r"\p{N}{1,3}"),), False): ("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"),
-}  # fmt: skip
-_APPROXIMATE = {"tekken", "gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"}  # only a-z and A-Z have a case
+    ((_GPT2,), False): "gpt-2",
+    ((r"\p{N}", _GPT2), False): "smollm",
+    ((_LLAMA3,), True): "llama-bpe",
+    ((_LLAMA3,), False): "dbrx",
+    ((_QWEN2,), False): "qwen2",
+    ((_QWEN35,), False): "qwen35",
+    ((_cased("", r"\p{N}"),), True): "tekken",
+    ((_cased(f"{_CONTRACTIONS}?", r"\p{N}{1,3}"),), False): "gpt-4o",
+}
+_APPROXIMATE = {"tekken", "gpt-4o"}  # only a-z and A-Z have a case
 
 
-def pre_tokenizer_name(tokenizer: Any, definition: Mapping[str, Any]) -> tuple[str, list[str]]:
+def pre_tokenizer_name(definition: Mapping[str, Any]) -> tuple[str, list[str]]:
     """The name of a tokenizer's splitting rule, and notes on how exact it is.
 
-    The regular expressions decide if they are known. A tokenizer that another tool has rebuilt may give the ids of a
-    known one for one text, and split other texts in another way.
-
     Arguments:
-        tokenizer: of transformers.
         definition: its ``tokenizer.json``.
 
     Raises:
         ArtefactError: llama.cpp has no name for this rule, as far as is known here.
     """
-    known = json.loads(files("pliant.exporters.gguf").joinpath("pre_tokenizers.json").read_text("utf-8"))
-    ids = list(tokenizer.encode(known["text"]))
-    by_text = known["names"].get(sha256(str(ids).encode()).hexdigest(), (None,))[0]
     normalizers = {step["type"] for step in steps_of(definition["normalizer"])}
     regexes = _regexes(steps_of(definition["pre_tokenizer"]))
-    names = _RULES.get((regexes, bool(definition["model"].get("ignore_merges"))), ())
-    name = by_text if not names or by_text in names else names[0]
+    name = _RULES.get((regexes, bool(definition["model"].get("ignore_merges"))))
     if name is None or normalizers - {"NFC"}:
         raise ArtefactError(
             "llama.cpp has no known name for the way in which this tokenizer splits text; without it the file would "
@@ -79,8 +59,6 @@ def pre_tokenizer_name(tokenizer: Any, definition: Mapping[str, Any]) -> tuple[s
     notes = []
     if normalizers:
         notes.append("llama.cpp does not compose letters and accents (NFC) as this tokenizer does")
-    if name != by_text:
-        notes.append(f"the tokenizer was recognised as {name!r} by its rule, not by its vocabulary")
     if name in _APPROXIMATE:
         notes.append(
             "llama.cpp knows capital letters only from A to Z, and no combining marks, as in Hindi; it may split words "

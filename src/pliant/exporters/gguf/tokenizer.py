@@ -67,7 +67,7 @@ def _is_byte_level(definition: Mapping[str, Any]) -> bool:
     return byte_level
 
 
-def _byte_level(tokenizer: Any, definition: Mapping[str, Any], rows: int) -> tuple[dict[str, Any], list[str]]:
+def _byte_level(definition: Mapping[str, Any], rows: int) -> tuple[dict[str, Any], list[str]]:
     from tokenizers.pre_tokenizers import ByteLevel
 
     model = definition["model"]
@@ -79,7 +79,7 @@ def _byte_level(tokenizer: Any, definition: Mapping[str, Any], rows: int) -> tup
             f"{_NO_TOKENIZER}: its vocabulary lacks {len(lacking)} of 256 bytes; it replaces them by "
             f"{model['unk_token']!r}, and llama.cpp drops them"
         )
-    name, notes = pre_tokenizer_name(tokenizer, definition)
+    name, notes = pre_tokenizer_name(definition)
     tokens, types, more = _tokens(definition, rows, spaces=False)
     merges = [merge if isinstance(merge, str) else " ".join(part.replace(" ", "Ġ") for part in merge)
               for merge in model["merges"]]  # fmt: skip
