@@ -51,7 +51,7 @@ def tokenizer_metadata(tokenizer: Any, rows: int, ends: Iterable[int] = ()) -> t
     for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(setting):
             raise ArtefactError(f"{_NO_TOKENIZER}: BPE with {setting}, which llama.cpp does not know")
-    metadata, notes = (_byte_level if _is_byte_level(definition) else _sentencepiece)(tokenizer, definition, rows)
+    metadata, notes = (_byte_level if _is_byte_level(definition) else _sentencepiece)(definition, rows)
     notes += _added_notes(definition)
     for part, more in (_special(tokenizer, rows, list(ends)), (_templates(tokenizer), [])):
         metadata |= part
@@ -92,7 +92,7 @@ def _byte_level(definition: Mapping[str, Any], rows: int) -> tuple[dict[str, Any
     }, notes + more
 
 
-def _sentencepiece(_: Any, definition: Mapping[str, Any], rows: int) -> tuple[dict[str, Any], list[str]]:
+def _sentencepiece(definition: Mapping[str, Any], rows: int) -> tuple[dict[str, Any], list[str]]:
     prefix, notes = space_prefix(definition)
     scores = scores_of(definition)
     tokens, types, more = _tokens(definition, rows, spaces=True)
