@@ -50,7 +50,8 @@ def kinds_of(anatomy: Anatomy, settings: dict[str, int]) -> dict[str, Kind]:
     roles = [role for role in ("scan", "attention", "mlp") if any(b.role == role for b in blocks)]
     whole = "+".join("block" if role == "scan" else role for role in roles)
     moves = {"blocks": (whole, block_moves(anatomy)), "scans": ("ssm", scan_moves(anatomy))}
-    grouped = any(axis.grouping for block in blocks for axis in block.leaders if axis.name in groups["heads"])
+    grouping = [axis for block in blocks for axis in block.leaders if axis.grouping and axis.name in groups["heads"]]
+    grouped = any(axis.size > 1 for axis in grouping)
     targets = {"heads": "heads+groups"} if grouped else {}
     moves |= {kind: (targets.get(kind, kind), axis_moves(anatomy, of)) for kind, of in groups.items()}
     moves = {kind: pair for kind, pair in moves.items() if pair[1](Subnet())}
