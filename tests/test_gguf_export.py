@@ -175,6 +175,15 @@ def test_bad_input_is_refused_before_anything_is_written(out, options, message, 
 
 
 @pytest.mark.usefixtures("without")
+def test_the_file_that_a_model_came_from_is_not_replaced(tmp_path):
+    path = pliant.export(pico("llama", **WIDE), tmp_path / "small.gguf", "gguf", type="f32")
+    before = path.read_bytes()
+    with pytest.raises(pliant.PliantError, match="is the model itself"):
+        pliant.export(path, path, "gguf", overwrite=True)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.usefixtures("without")
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     model = pico("llama", **WIDE)
     with monkeypatch.context() as patch:

@@ -79,7 +79,11 @@ def families() -> list[str]:
 
 def exports() -> list[str]:
     """A line for each format of ``pliant export``."""
-    return [f"`pliant export small --to {name} --out plain`: {of.summary}." for name, of in EXPORTS.items()]
+    outs = {"gguf": "small.gguf"}
+    return [
+        f"`pliant export small --to {name} --out {outs.get(name, 'plain')}`: {of.summary}."
+        for name, of in EXPORTS.items()
+    ]
 
 
 def readme(page: str) -> str:

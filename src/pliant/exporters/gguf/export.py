@@ -56,7 +56,9 @@ def write_gguf(model: Any, out: Path, *, overwrite: bool, progress: Progress, ty
     plan.metadata |= metadata
     plan.notes += notes
     first = kind if kind in TYPES else BEFORE
-    _check_target(out, overwrite, size_of(plan, first) * (1 if kind == first else 2))
+    _check_target(
+        out, getattr(model, "name_or_path", ""), overwrite, size_of(plan, first) * (1 if kind == first else 2)
+    )
     try:
         with replacing(out) as aside:
             with progress.stage(f"writing {out.name}"):
@@ -101,11 +103,13 @@ def _tell(progress: Progress, plan: Plan, kind: str, path: Path) -> None:
         progress.note(note)
 
 
-def _check_target(out: Path, overwrite: bool, need: int) -> None:
+def _check_target(out: Path, source: str, overwrite: bool, need: int) -> None:
     if out.suffix != ".gguf":
         raise ArtefactError(f"a GGUF file is written to a path that ends in .gguf; not {str(out)!r}")
     if out.is_dir():
         raise ArtefactError(f"{str(out)!r} is a folder; name a file")
+    if out.exists() and source and Path(source).exists() and out.samefile(source):
+        raise ArtefactError(f"{str(out)!r} is the model itself; name another file")
     if out.exists() and not overwrite:
         raise ArtefactError(f"{str(out)!r} exists; pass overwrite (--overwrite) or name another file")
     try:
