@@ -24,12 +24,14 @@ class Hybrid(Decoder):
         attends: some of its layers have an attention.
         scaled: the file says what attention scores are multiplied by.
         padded: a layer without its MLP has one of full width that adds nothing.
+        alike: the MLPs of all layers have one width.
     """
 
     uneven = True
     attends: ClassVar[bool] = True
     scaled: ClassVar[bool] = False
     padded: ClassVar[bool] = False
+    alike: ClassVar[bool] = False
 
     def plan(self, source: Source) -> Plan:
         """The file of a model.
@@ -103,6 +105,8 @@ class Hybrid(Decoder):
                 channels = widest = widest or EMPTY
                 plan.notes.append(f"layer {number} of the file has an MLP of {widest} channels that adds nothing")
             found.append({**{role: count * width for role, count in heads.items()}, "gate": channels, "up": channels})
+        if self.alike:
+            self._uniform(found, ["up"])
         return found
 
     def counts(self, sizes: Sequence[Mapping[str, int]], width: int) -> Mapping[str, Any]:
@@ -111,7 +115,7 @@ class Hybrid(Decoder):
         heads = [own["q"] // width for own in sizes]
         some = next((count for count in heads if count), 0)
         return {
-            ".feed_forward_length": [own["up"] for own in sizes],
+            ".feed_forward_length": sizes[0]["up"] if self.alike else [own["up"] for own in sizes],
             ".attention.head_count": [count or some for count in heads],
             ".attention.head_count_kv": [own["k"] // width for own in sizes],
         }

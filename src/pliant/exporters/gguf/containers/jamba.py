@@ -1,28 +1,21 @@
 """jamba: Jamba, whose layers are a scan or an attention, and an MLP or experts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from pliant.anatomy import Block
 from pliant.exporters.gguf.containers import selective, stacks
 from pliant.exporters.gguf.containers.hybrid import Hybrid
 from pliant.exporters.gguf.plan import Plan, Tensor, Unfit
-from pliant.exporters.gguf.source import Pair, Source
+from pliant.exporters.gguf.source import Source
 
 
 class Jamba(Hybrid):
     name = "jamba"
     models = ("jamba",)
     padded = True
+    alike = True
     square = True
-
-    def sizes(self, source: Source, layers: Sequence[Pair], width: int, plan: Plan) -> list[dict[str, int]]:
-        found = super().sizes(source, layers, width, plan)
-        self._uniform(found, ["up"])
-        return found
-
-    def counts(self, sizes: Sequence[Mapping[str, int]], width: int) -> Mapping[str, Any]:
-        return {**super().counts(sizes, width), ".feed_forward_length": sizes[0]["up"]}
 
     def mixers(self, source: Source, plan: Plan) -> Mapping[str, Any]:  # noqa: ARG002
         return selective.keys_of(source)

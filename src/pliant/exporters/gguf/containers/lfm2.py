@@ -1,6 +1,6 @@
 """lfm2: LFM2, whose layers are a short convolution or an attention, and an MLP."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +8,7 @@ from pliant.anatomy import Block
 from pliant.exporters.gguf.containers import scan
 from pliant.exporters.gguf.containers.hybrid import Hybrid
 from pliant.exporters.gguf.plan import Plan, Rows, Tensor, Unfit
-from pliant.exporters.gguf.source import Pair, Source
+from pliant.exporters.gguf.source import Source
 
 
 class LFM2(Hybrid):
@@ -16,15 +16,8 @@ class LFM2(Hybrid):
     models = ("lfm2",)
     head_norms = True
     padded = True
+    alike = True
     square = True
-
-    def sizes(self, source: Source, layers: Sequence[Pair], width: int, plan: Plan) -> list[dict[str, int]]:
-        found = super().sizes(source, layers, width, plan)
-        self._uniform(found, ["up"])
-        return found
-
-    def counts(self, sizes: Sequence[Mapping[str, int]], width: int) -> Mapping[str, Any]:
-        return {**super().counts(sizes, width), ".feed_forward_length": sizes[0]["up"]}
 
     def mixers(self, source: Source, plan: Plan) -> Mapping[str, Any]:  # noqa: ARG002
         """The width of the convolutions, whose channels are those of the residual stream."""
